@@ -1,0 +1,44 @@
+# make test    set up .venv, then run the tests (no GPU needed)
+# make lint    ruff, mypy, clang-format
+# make demo    deformable convolution of a photograph; pictures in out/
+# make bench   time the operations beside their peers; table, and out/benchmark.json
+# make gpu     on a machine with a GPU and the packages installed: GPU tests, then the benchmark
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup test lint format demo bench gpu clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest -n auto
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror cuda/*.cu cuda/dcn/*.cuh
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i cuda/*.cu cuda/dcn/*.cuh
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=. $(PYTHON) -m benchmarks --device cuda
+
+clean:
+	rm -rf .venv build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

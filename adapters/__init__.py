@@ -1,0 +1,1 @@
+"""Deformable operations for array frameworks: thin layers over the array functions of `dcnops`."""

@@ -1,0 +1,88 @@
+// Deformable convolution, what forward and backward share: sizes, the order of rows and columns, where a tap samples.
+
+#include "dcn/types.cuh"
+#include "dcn/sampling.cuh"
+#include "dcn/rows.cuh"
+
+using Scalar = DCN_SCALAR;
+using OffsetScalar = DCN_OFFSET_SCALAR;
+using Sum = Accumulator<Scalar>;
+using ScalarVector = Vector<Scalar, DCN_VEC>;
+
+struct DeformConvSizes {
+  int N, C, H, W;
+  int oh, ow, kh, kw;
+  int sh, sw, dh, dw;
+  int pad_top, pad_left;
+  int G, D;
+};
+
+// One (row, deformable group, tap): its image and output pixel, and the channels' place in its offsets.
+struct Tap {
+  int image, pixel;     // pixel = a * ow + b
+  long long offset_at;  // of dy in offset [N, 2*D*K, oh, ow]; dx follows at + oh * ow
+  long long mask_at;    // in mask [N, D*K, oh, ow]
+};
+
+__device__ __forceinline__ Tap find_tap(const DeformConvSizes& size, const RowRange& range, int row, int group_tap) {
+  const int pixels = size.oh * size.ow;
+  const ImagePixel at = find_pixel(range, row, pixels);
+  const long long taps = static_cast<long long>(size.D) * size.kh * size.kw;
+  const long long channel = at.image * taps + group_tap;
+  return {at.image, at.pixel, 2 * channel * pixels + at.pixel, channel * pixels + at.pixel};
+}
+
+__device__ __forceinline__ SamplePoint<Sum> locate_tap(const DeformConvSizes& size, const Tap& tap, int group_tap,
+                                                       const OffsetScalar* offset) {
+  const int k = group_tap % (size.kh * size.kw);
+  const int y = tap.pixel / size.ow * size.sh - size.pad_top + k / size.kw * size.dh;
+  const int x = tap.pixel % size.ow * size.sw - size.pad_left + k % size.kw * size.dw;
+  const Sum dy = widen(offset[tap.offset_at]);
+  const Sum dx = widen(offset[tap.offset_at + static_cast<long long>(size.oh) * size.ow]);
+  return locate(static_cast<Sum>(y) + dy, static_cast<Sum>(x) + dx, size.H, size.W);
+}
+
+// Index of a sampling point's first neighbour in images [N, H, W]; the neighbour itself may lie outside.
+__device__ __forceinline__ long long first_neighbour(const DeformConvSizes& size, int image, int y0, int x0) {
+  return (static_cast<long long>(image) * size.H + y0) * size.W + x0;
+}
+
+__device__ __forceinline__ long long neighbour(const DeformConvSizes& size, long long first, int i) {
+  return first + (i & 2 ? size.W : 0) + (i & 1);
+}
+
+// Index in columns [rows, G, K, C/G] of channel c of a tap in a row.
+__device__ __forceinline__ long long column_index(const DeformConvSizes& size, int row, int k, int c) {
+  const int K = size.kh * size.kw, group_channels = size.C / size.G;
+  const int g = size.G == 1 ? 0 : c / group_channels;
+  return static_cast<long long>(row) * K * size.C + (static_cast<long long>(g) * K + k) * group_channels +
+         (c - g * group_channels);
+}
+
+// The sampling points that a block prepares together: one (deformable group, tap) of a few rows. Tiles are numbered so
+// that neighbouring blocks share rows.
+struct SampleTile {
+  int group_tap, k;
+  int first_row, samples;
+  int first_channel, channels;  // of the deformable group
+};
+
+__device__ __forceinline__ int sample_tiles(const DeformConvSizes& size, const RowRange& range, int tile_rows) {
+  return (range.rows + tile_rows - 1) / tile_rows * size.D * size.kh * size.kw;
+}
+
+__device__ __forceinline__ SampleTile sample_tile(const DeformConvSizes& size, const RowRange& range, int tile_rows,
+                                                  int index) {
+  const int K = size.kh * size.kw;
+  SampleTile tile;
+  tile.group_tap = index % (size.D * K);
+  tile.k = tile.group_tap % K;
+  tile.first_row = index / (size.D * K) * tile_rows;
+  tile.samples = min(tile_rows, range.rows - tile.first_row);
+  tile.channels = size.C / size.D;
+  tile.first_channel = tile.group_tap / K * tile.channels;
+  return tile;
+}
+
+__device__ __forceinline__ int thread_of_block() { return threadIdx.y * blockDim.x + threadIdx.x; }
+__device__ __forceinline__ int threads_of_block() { return blockDim.x * blockDim.y; }

@@ -1,0 +1,17 @@
+// Rows: the pixels of all images [N, P] in one sequence.
+
+// A stretch of rows that begins at pixel first_pixel of image first_image and may span images.
+struct RowRange {
+  int first_image, first_pixel;
+  int rows;
+};
+
+struct ImagePixel {
+  int image, pixel;
+};
+
+// 32-bit arithmetic does: an image has fewer than 2^31 pixels, and so has a stretch.
+__device__ __forceinline__ ImagePixel find_pixel(const RowRange& range, int row, int pixels) {
+  const unsigned from_first = static_cast<unsigned>(range.first_pixel) + static_cast<unsigned>(row);
+  return {range.first_image + static_cast<int>(from_first / pixels), static_cast<int>(from_first % pixels)};
+}

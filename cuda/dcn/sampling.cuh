@@ -1,0 +1,40 @@
+// Bilinear sampling of an image that is extended by zeros.
+
+// A sampling point and its four neighbours, numbered 0 (y0, x0), 1 (y0, x0+1), 2 (y0+1, x0), 3 (y0+1, x0+1).
+template <typename A>
+struct SamplePoint {
+  int y0, x0;
+  A ly, lx;     // the distance to y0 and x0, in [0, 1)
+  int inside;   // bit i: neighbour i is a pixel of the image; no bit outside the open box (-1, H) x (-1, W)
+  bool is_nan;  // a coordinate is NaN, and so is the sample
+};
+
+// The comparisons are made in floating point, so that no coordinate becomes an integer that cannot hold it.
+template <typename A>
+__device__ __forceinline__ SamplePoint<A> locate(A y, A x, int H, int W) {
+  SamplePoint<A> point = {0, 0, A(0), A(0), 0, y != y || x != x};
+  if (y > A(-1) && y < A(H) && x > A(-1) && x < A(W)) {
+    const A y0 = floor(y), x0 = floor(x);
+    point.y0 = static_cast<int>(y0);
+    point.x0 = static_cast<int>(x0);
+    point.ly = y - y0;
+    point.lx = x - x0;
+    const int top = point.y0 >= 0, bottom = point.y0 + 1 < H, left = point.x0 >= 0, right = point.x0 + 1 < W;
+    point.inside = (top & left) | (top & right) << 1 | (bottom & left) << 2 | (bottom & right) << 3;
+  }
+  return point;
+}
+
+// The bilinear weight of neighbour i, 0 where it is no pixel.
+template <typename A>
+__device__ __forceinline__ A bilinear_weight(const SamplePoint<A>& point, int i) {
+  const A vertical = i & 2 ? point.ly : A(1) - point.ly;
+  const A horizontal = i & 1 ? point.lx : A(1) - point.lx;
+  return point.inside >> i & 1 ? vertical * horizontal : A(0);
+}
+
+// What has weight 0 does not take part: 0 * inf is 0 here.
+template <typename A>
+__device__ __forceinline__ A weighted(A weight, A value) {
+  return weight != A(0) ? weight * value : A(0);
+}

@@ -1,0 +1,25 @@
+"""Deformable convolution and deformable RoI pooling on NumPy and CuPy arrays."""
+
+from dcnops._errors import (
+    ArgumentError,
+    DcnError,
+    DeviceError,
+    DtypeError,
+    KernelCompileError,
+    ShapeError,
+)
+from dcnops.deform_conv import DeformConv2dGradients, deform_conv2d, deform_conv2d_backward
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ArgumentError",
+    "DcnError",
+    "DeformConv2dGradients",
+    "DeviceError",
+    "DtypeError",
+    "KernelCompileError",
+    "ShapeError",
+    "deform_conv2d",
+    "deform_conv2d_backward",
+]

@@ -1,0 +1,153 @@
+"""CuPy arrays: the launch plans run on the arrays' GPU, on its current stream.
+
+The only module that imports CuPy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import cupy
+import numpy
+from cupy_backends.cuda.api import runtime
+from cupy_backends.cuda.libs import cublas
+
+from dcnops._backends import launch_plans
+from dcnops._errors import KernelCompileError
+from dcnops._geometry import DeformConvGeometry
+from dcnops._kernels import Engine, Launcher
+
+__all__ = ["ENGINE", "deform_conv2d", "deform_conv2d_backward"]
+
+_CUDA_TYPE = {
+    "float16": runtime.CUDA_R_16F,
+    "bfloat16": runtime.CUDA_R_16BF,
+    "float32": runtime.CUDA_R_32F,
+    "float64": runtime.CUDA_R_64F,
+}
+
+
+def deform_conv2d(
+    geometry: DeformConvGeometry,
+    input: cupy.ndarray,
+    offset: cupy.ndarray,
+    weight: cupy.ndarray,
+    bias: cupy.ndarray | None,
+    mask: cupy.ndarray | None,
+) -> cupy.ndarray:
+    """See `dcnops.deform_conv2d`; the arguments have been checked."""
+    with input.device:
+        return launch_plans.deform_conv2d(
+            ENGINE,
+            geometry,
+            _contiguous(input),
+            _contiguous(offset),
+            _contiguous(weight),
+            _contiguous(bias),
+            _contiguous(mask),
+        )
+
+
+def deform_conv2d_backward(
+    geometry: DeformConvGeometry,
+    grad_out: cupy.ndarray,
+    input: cupy.ndarray,
+    offset: cupy.ndarray,
+    weight: cupy.ndarray,
+    mask: cupy.ndarray | None,
+    needs: frozenset[str],
+) -> dict[str, cupy.ndarray]:
+    """See `dcnops.deform_conv2d_backward`; the arguments have been checked."""
+    with input.device:
+        return launch_plans.deform_conv2d_backward(
+            ENGINE,
+            geometry,
+            _contiguous(grad_out),
+            _contiguous(input),
+            _contiguous(offset),
+            _contiguous(weight),
+            _contiguous(mask),
+            needs,
+        )
+
+
+def _contiguous(array: cupy.ndarray | None) -> cupy.ndarray | None:
+    if array is None or array.flags.c_contiguous:
+        return array
+    if array.dtype.itemsize == 2:
+        # Copied as integers: not every CuPy has a copy kernel for bfloat16.
+        return cupy.ascontiguousarray(array.view(numpy.uint16)).view(array.dtype)
+    return cupy.ascontiguousarray(array)
+
+
+def _compile(source: str, kernel: str, options: tuple[str, ...]) -> Launcher:
+    try:
+        function = cupy.RawModule(code=source, options=options).get_function(kernel)
+        function.compile()
+    except cupy.cuda.compiler.CompileException as error:
+        raise KernelCompileError(f"{kernel} must compile, got from NVRTC:\n{error}") from error
+
+    def launch(grid: int, block: tuple[int, int], shared_bytes: int, params: ctypes.Structure) -> None:
+        argument = cupy.cuda.function.CPointer(ctypes.addressof(params))
+        function((grid,), block, (argument,), shared_mem=shared_bytes)
+
+    return launch
+
+
+def _matmul(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray, accumulate: bool) -> None:
+    # cuBLAS stores columns first, so it is asked for the transposed product: out.T (+)= b.T @ a.T.
+    batch, rows, columns = out.shape
+    scalars, compute_type = _GEMM_DOUBLE if a.dtype.name == "float64" else _GEMM_SINGLE
+    a_operation, a_stride = _gemm_operand(a)
+    b_operation, b_stride = _gemm_operand(b)
+    handle = cupy.cuda.device.get_cublas_handle()
+    cublas.setStream(handle, cupy.cuda.get_current_stream().ptr)
+    cublas.gemmStridedBatchedEx(
+        handle,
+        b_operation,
+        a_operation,
+        columns,
+        rows,
+        a.shape[2],
+        scalars[1:].ctypes.data,
+        b.data.ptr,
+        _CUDA_TYPE[b.dtype.name],
+        b_stride,
+        b.strides[0] // b.itemsize,
+        a.data.ptr,
+        _CUDA_TYPE[a.dtype.name],
+        a_stride,
+        a.strides[0] // a.itemsize,
+        scalars[int(accumulate) :].ctypes.data,
+        out.data.ptr,
+        _CUDA_TYPE[out.dtype.name],
+        _gemm_operand(out)[1],
+        out.strides[0] // out.itemsize,
+        batch,
+        compute_type,
+        cublas.CUBLAS_GEMM_DEFAULT,
+    )
+
+
+def _gemm_operand(matrices: cupy.ndarray) -> tuple[int, int]:
+    """cuBLAS's operation and leading dimension for the transposes of a stack of matrices."""
+    _, rows, columns = matrices.shape
+    row_stride, column_stride = (stride // matrices.itemsize for stride in matrices.strides[1:])
+    # The stride of an axis of length 1 says nothing.
+    if columns == 1 or column_stride == 1:
+        return cublas.CUBLAS_OP_N, max(columns, 1 if rows == 1 else row_stride)
+    return cublas.CUBLAS_OP_T, max(rows, column_stride)
+
+
+def _current_device() -> int:
+    return int(cupy.cuda.runtime.getDevice())
+
+
+def _pointer(array: cupy.ndarray) -> int:
+    return int(array.data.ptr)
+
+
+_GEMM_SINGLE = (numpy.array([0, 1], numpy.float32), cublas.CUBLAS_COMPUTE_32F)
+_GEMM_DOUBLE = (numpy.array([0, 1], numpy.float64), cublas.CUBLAS_COMPUTE_64F)
+
+ENGINE = Engine(cupy, _compile, _matmul, _current_device, _pointer)

@@ -1,0 +1,116 @@
+"""Which backend owns the arrays of a call: a look-up by type that imports no array library."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Container
+from types import ModuleType
+from typing import Any, Protocol, TypeVar
+
+from dcnops._errors import DeviceError, DtypeError
+
+__all__ = ["FLOAT_DTYPES", "Array", "ArrayT", "check_arrays", "load_backend"]
+
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+_BACKENDS = {"numpy": "dcnops._backends.cpu", "cupy": "dcnops._backends.cuda"}
+_ADVICE = {
+    "torch": "dcnops works on arrays: pass tensor.detach().numpy() on the CPU or cupy.from_dlpack(tensor) on a GPU",
+    "jax": "dcnops works on arrays: pass numpy.asarray(array) on the CPU or cupy.from_dlpack(array) on a GPU",
+    "jaxlib": "dcnops works on arrays: pass numpy.asarray(array) on the CPU or cupy.from_dlpack(array) on a GPU",
+}
+
+
+class Array(Protocol):
+    """What the checks read of an array; `numpy.ndarray` and `cupy.ndarray` have it."""
+
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> Any: ...
+
+
+ArrayT = TypeVar("ArrayT", bound=Array)
+
+
+def check_arrays(
+    data: dict[str, Array | None], sampling: dict[str, Array | None], optional: Container[str] = ()
+) -> str:
+    """Check library, dtype and device of a call's arrays; return the library's name.
+
+    Parameters
+    ----------
+    data : dict
+        Arrays that share one dtype, by argument name; the first one sets library, dtype and device.
+    sampling : dict
+        Arrays that say where to sample. They share the dtype of `data`; beside float16 and bfloat16 data they may
+        all be float32.
+    optional : container of str
+        The arguments that may be None.
+
+    Raises
+    ------
+    DtypeError
+        When an argument is no NumPy or CuPy array, or has the wrong dtype.
+    DeviceError
+        When arrays of different libraries or devices are mixed.
+    """
+    arrays = {
+        name: (_library(name, array), array)
+        for name, array in {**data, **sampling}.items()
+        if array is not None or name not in optional
+    }
+    first = next(iter(arrays))
+    library = arrays[first][0]
+    for name, (other, _) in arrays.items():
+        if other != library:
+            raise DeviceError(f"{name} must be a {library} array like {first}, got a {other} array")
+
+    dtypes = {name: _dtype(name, array) for name, (_, array) in arrays.items()}
+    dtype = dtypes[first]
+    if dtype not in FLOAT_DTYPES:
+        raise DtypeError(f"{first} must be {', '.join(FLOAT_DTYPES[:-1])} or {FLOAT_DTYPES[-1]}, got {dtype}")
+    legal = (dtype, "float32") if dtype in ("float16", "bfloat16") else (dtype,)
+    lead = next(iter(sampling))
+    for name, got in dtypes.items():
+        if name in data and got != dtype:
+            raise DtypeError(f"{name} must be {dtype} like {first}, got {got}")
+        if name in sampling and got not in legal:
+            raise DtypeError(f"{name} must be {' or '.join(legal)} beside {dtype} {first}, got {got}")
+        if name in sampling and got != dtypes[lead]:
+            raise DtypeError(f"{name} must be {dtypes[lead]} like {lead}, got {got}")
+    if library == "cupy":
+        _check_devices({name: array for name, (_, array) in arrays.items()})
+    return library
+
+
+def load_backend(library: str) -> ModuleType:
+    """Import the backend that owns arrays of `library`, on first use."""
+    return importlib.import_module(_BACKENDS[library])
+
+
+def _library(name: str, array: object) -> str:
+    for base in type(array).__mro__:
+        library = base.__module__.partition(".")[0]
+        if base.__name__ == "ndarray" and library in _BACKENDS:
+            return library
+    kind = type(array)
+    got = f"{kind.__module__}.{kind.__qualname__}" if kind.__module__ != "builtins" else kind.__qualname__
+    advice = _ADVICE.get(kind.__module__.partition(".")[0], "pass numpy.asarray(...) or cupy.asarray(...) of it")
+    raise DtypeError(f"{name} must be a NumPy or CuPy array, got {got}; {advice}")
+
+
+def _dtype(name: str, array: Any) -> str:
+    if not array.dtype.isnative:
+        raise DtypeError(
+            f"{name} must be in native byte order, got {array.dtype!r}; pass {name}.astype({array.dtype.name!r})"
+        )
+    return str(array.dtype.name)
+
+
+def _check_devices(arrays: dict[str, Any]) -> None:
+    devices = {name: int(array.device.id) for name, array in arrays.items()}
+    first = next(iter(devices))
+    for name, device in devices.items():
+        if device != devices[first]:
+            raise DeviceError(f"{name} must be on device {devices[first]} like {first}, got device {device}")

@@ -1,0 +1,34 @@
+"""The exceptions of the library: each names the argument, what it needs and what it got."""
+
+__all__ = [
+    "ArgumentError",
+    "DcnError",
+    "DeviceError",
+    "DtypeError",
+    "KernelCompileError",
+    "ShapeError",
+]
+
+
+class DcnError(Exception):
+    """Base class of every exception that dcnops raises on purpose."""
+
+
+class ShapeError(DcnError, ValueError):
+    """An array has the wrong rank or the wrong size."""
+
+
+class ArgumentError(DcnError, ValueError):
+    """A parameter that is not an array (stride, padding, dilation, needs, ...) has an illegal value."""
+
+
+class DtypeError(DcnError, TypeError):
+    """An argument is not an array of a supported library, or its dtype is not supported."""
+
+
+class DeviceError(DcnError, ValueError):
+    """Arrays of one call live in different libraries or on different devices."""
+
+
+class KernelCompileError(DcnError, RuntimeError):
+    """A CUDA kernel could not be compiled; the message carries the compiler's log."""

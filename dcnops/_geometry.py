@@ -1,0 +1,229 @@
+"""Sizes of an operation: inferred and checked once, pure integers, no array is touched.
+
+A geometry is what a backend needs to know about a call besides the arrays themselves. Every shape error is
+raised here, before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from dcnops._errors import ArgumentError, ShapeError
+
+__all__ = ["MAX_EXTENT", "DeformConvGeometry", "DeformConvSizes", "Padding", "Pair"]
+
+Pair: TypeAlias = int | Sequence[int]
+Padding: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]]
+
+MAX_EXTENT = 2**24
+"""Largest padded extent: float32 coordinates hold every pixel position up to here exactly."""
+
+_MAX_PIXELS = 2**31
+_SIZE_NAMES = ("N", "C", "H", "W", "oh", "ow", "kh", "kw", "sh", "sw", "dh", "dw", "pad_top", "pad_left", "G", "D")
+
+
+class DeformConvSizes(ctypes.Structure):
+    """The integers that every deformable convolution kernel takes (`DeformConvSizes` in dcn/deform_conv2d.cuh)."""
+
+    _fields_ = [(name, ctypes.c_int) for name in _SIZE_NAMES]
+
+
+@dataclass(frozen=True)
+class DeformConvGeometry:
+    """Every size of one deformable convolution.
+
+    Attributes
+    ----------
+    N, C, H, W : int
+        Batch, channels, height and width of `input`.
+    O, kh, kw : int
+        Output channels and kernel size of `weight` ``[O, C/G, kh, kw]``.
+    oh, ow : int
+        Output height and width.
+    sh, sw, dh, dw : int
+        Stride and dilation, vertical and horizontal.
+    pad_top, pad_bottom, pad_left, pad_right : int
+        Zero padding of each side, in pixels.
+    G, D : int
+        Weight groups and deformable groups.
+    """
+
+    N: int
+    C: int
+    H: int
+    W: int
+    O: int
+    kh: int
+    kw: int
+    oh: int
+    ow: int
+    sh: int
+    sw: int
+    dh: int
+    dw: int
+    pad_top: int
+    pad_bottom: int
+    pad_left: int
+    pad_right: int
+    G: int
+    D: int
+
+    @property
+    def K(self) -> int:
+        """Taps of the kernel."""
+        return self.kh * self.kw
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        return (self.N, self.O, self.oh, self.ow)
+
+    @property
+    def pixels(self) -> int:
+        """Output pixels of one image."""
+        return self.oh * self.ow
+
+    def params(self) -> DeformConvSizes:
+        """The struct the kernels take."""
+        return DeformConvSizes(**{name: getattr(self, name) for name in _SIZE_NAMES})
+
+    @classmethod
+    def check(
+        cls,
+        input: tuple[int, ...],
+        offset: tuple[int, ...],
+        weight: tuple[int, ...],
+        bias: tuple[int, ...] | None,
+        mask: tuple[int, ...] | None,
+        stride: Pair,
+        padding: Padding,
+        dilation: Pair,
+    ) -> DeformConvGeometry:
+        """Infer every size from the shapes and parameters of one call, or say which is wrong.
+
+        Raises
+        ------
+        ShapeError
+            When a shape has the wrong rank or does not fit the others.
+        ArgumentError
+            When `stride`, `padding` or `dilation` is not a legal value.
+        """
+        for name, shape, letters in (
+            ("input", input, "N, C, H, W"),
+            ("weight", weight, "O, C/G, kh, kw"),
+            ("offset", offset, "N, 2*D*kh*kw, oh, ow"),
+            ("mask", mask, "N, D*kh*kw, oh, ow"),
+        ):
+            if shape is not None and len(shape) != 4:
+                raise ShapeError(f"{name} must have 4 dimensions [{letters}], got shape {shape}")
+        N, C, H, W = input
+        O, channels_per_group, kh, kw = weight
+        if min(C, H, W) < 1:
+            raise ShapeError(f"input must be [N, C >= 1, H >= 1, W >= 1], got shape {input}")
+        if min(O, channels_per_group, kh, kw) < 1:
+            raise ShapeError(f"weight must be [O >= 1, C/G >= 1, kh >= 1, kw >= 1], got shape {weight}")
+        sh, sw = _pair("stride", stride, minimum=1)
+        dh, dw = _pair("dilation", dilation, minimum=1)
+        (pad_top, pad_bottom), (pad_left, pad_right) = _padding(padding)
+
+        if C % channels_per_group:
+            raise ShapeError(f"weight must be [O, C/G, kh, kw] with C/G a divisor of input's C={C}, got shape {weight}")
+        G = C // channels_per_group
+        if O % G:
+            raise ShapeError(
+                f"weight must have O divisible by the G=C/weight.shape[1]={G} weight groups, got shape {weight}"
+            )
+        oh = _output_extent("height", H, pad_top + pad_bottom, kh, sh, dh)
+        ow = _output_extent("width", W, pad_left + pad_right, kw, sw, dw)
+
+        for name, pixels in (("height*width", H * W), ("oh*ow", oh * ow)):
+            if pixels >= _MAX_PIXELS:
+                raise ShapeError(f"input must have {name} below {_MAX_PIXELS} pixels, got {pixels}")
+
+        K = kh * kw
+        if (offset[0], *offset[2:]) != (N, oh, ow) or offset[1] % (2 * K) or not offset[1]:
+            raise ShapeError(f"offset must be [N={N}, 2*D*{kh}*{kw}, oh={oh}, ow={ow}], got shape {offset}")
+        D = offset[1] // (2 * K)
+        if C % D:
+            raise ShapeError(
+                f"offset must be [N={N}, 2*D*{kh}*{kw}, oh={oh}, ow={ow}] with D a divisor of input's C={C}, "
+                f"got shape {offset}, that is D={D}"
+            )
+        if mask is not None and mask != (N, D * K, oh, ow):
+            raise ShapeError(f"mask must be [N={N}, D*kh*kw={D}*{kh}*{kw}, oh={oh}, ow={ow}], got shape {mask}")
+        if bias is not None and bias != (O,):
+            raise ShapeError(f"bias must be [O={O}], got shape {bias}")
+        return cls(
+            N, C, H, W, O, kh, kw, oh, ow, sh, sw, dh, dw, pad_top, pad_bottom, pad_left, pad_right, G, D
+        )  # fmt: skip
+
+    def check_grad_out(self, grad_out: tuple[int, ...]) -> None:
+        """Check the shape of the gradient that arrives at the output.
+
+        Raises
+        ------
+        ShapeError
+            When it is not the shape of the output.
+        """
+        if grad_out != self.output_shape:
+            N, O, oh, ow = self.output_shape
+            raise ShapeError(f"grad_out must be [N={N}, O={O}, oh={oh}, ow={ow}], got shape {grad_out}")
+
+
+def _output_extent(axis: str, size: int, padding: int, kernel: int, stride: int, dilation: int) -> int:
+    padded, reach = size + padding, dilation * (kernel - 1) + 1
+    if padded > MAX_EXTENT:
+        raise ArgumentError(
+            f"padding must keep input's {axis} within {MAX_EXTENT} pixels, got {size} + {padding} = {padded}"
+        )
+    if padded < reach:
+        raise ShapeError(
+            f"input must have a padded {axis} of at least dilation*(kernel-1)+1 = {reach}, "
+            f"got {size} + {padding} = {padded}"
+        )
+    return (padded - reach) // stride + 1
+
+
+def _integer(value: object) -> int | None:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _sequence(value: object) -> list[object] | None:
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        return None
+    return list(value)
+
+
+def _pair(name: str, value: Pair, minimum: int) -> tuple[int, int]:
+    items = _sequence(value)
+    numbers = [_integer(item) for item in ([value, value] if items is None else items)]
+    if len(numbers) == 2:
+        first, second = numbers
+        if (
+            first is not None
+            and second is not None
+            and minimum <= min(first, second) <= max(first, second) <= MAX_EXTENT
+        ):
+            return first, second
+    raise ArgumentError(f"{name} must be an integer from {minimum} to {MAX_EXTENT} or a pair of them, got {value!r}")
+
+
+def _padding(value: Padding) -> tuple[tuple[int, int], tuple[int, int]]:
+    items = _sequence(value)
+    try:
+        if items is not None and len(items) == 2 and all(_sequence(item) is not None for item in items):
+            vertical, horizontal = items
+            return _pair("padding", vertical, 0), _pair("padding", horizontal, 0)  # type: ignore[arg-type]
+        height, width = _pair("padding", value, 0)  # type: ignore[arg-type]
+    except ArgumentError:
+        raise ArgumentError(
+            f"padding must be an integer from 0 to {MAX_EXTENT}, a pair (vertical, horizontal) "
+            f"or ((top, bottom), (left, right)), got {value!r}"
+        ) from None
+    return (height, height), (width, width)

@@ -1,0 +1,156 @@
+"""Finds and flattens the CUDA sources, compiles them at run time, launches them.
+
+`Engine` is the one seam between the launch plans and what executes them: CuPy and a GPU in the library, NumPy and the
+host compiler in the tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+__all__ = ["DTYPE_SUFFIX", "Engine", "Launcher", "Macros", "compile_options", "kernel_name", "kernel_source"]
+
+DTYPE_SUFFIX = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+
+Macros = Mapping[str, "str | int"]
+
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+_PACKAGE = Path(__file__).resolve().parent
+_ROOTS = (_PACKAGE / "cuda", _PACKAGE.parent / "cuda")
+
+
+class Launcher(Protocol):
+    """A compiled kernel: runs on `grid` blocks of `block` threads with the parameter struct `params`."""
+
+    def __call__(self, grid: int, block: tuple[int, int], shared_bytes: int, params: ctypes.Structure) -> None: ...
+
+
+class Engine:
+    """What a launch plan needs of the world: memory, kernels and matrix products.
+
+    Parameters
+    ----------
+    xp : module
+        `cupy`, or a stand-in with `empty`, `zeros` and `ascontiguousarray`.
+    compile : callable
+        ``compile(source, kernel, options)`` returns a `Launcher` for the kernel of that name in a self-contained
+        CUDA source; `options` are NVRTC's.
+    matmul : callable
+        ``matmul(a, b, out, accumulate)`` computes ``out (+)= a @ b`` on stacks of matrices, see `Engine.matmul`.
+    device : callable
+        Names the current device; kernels are compiled once for each.
+    pointer : callable
+        Address of an array's first element.
+    """
+
+    def __init__(
+        self,
+        xp: Any,
+        compile: Callable[[str, str, tuple[str, ...]], Launcher],
+        matmul: Callable[[Any, Any, Any, bool], None],
+        device: Callable[[], int],
+        pointer: Callable[[Any], int],
+    ) -> None:
+        self.xp = xp
+        self._compile = compile
+        self._matmul = matmul
+        self._device = device
+        self._pointer = pointer
+        self._launchers: dict[tuple[object, ...], Launcher] = {}
+        self._lock = threading.Lock()
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """A new C-contiguous array, at least 16-byte aligned, contents undefined."""
+        return self.xp.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """A new C-contiguous array of zeros."""
+        return self.xp.zeros(shape, dtype)
+
+    def pointer(self, array: Any | None) -> int | None:
+        """Address of an array's first element, null for None."""
+        return None if array is None else self._pointer(array)
+
+    def launch(
+        self,
+        unit: str,
+        kernel: str,
+        macros: Macros,
+        grid: int,
+        block: tuple[int, int],
+        params: ctypes.Structure,
+        shared_bytes: int = 0,
+    ) -> None:
+        """Run `kernel` of ``cuda/<unit>.cu``, specialised by `macros`; nothing happens on an empty grid.
+
+        `block` is (x, y); `params` is the kernel's only argument.
+        """
+        if grid == 0:
+            return
+        key = (unit, kernel, tuple(macros.items()), self._device())
+        launcher = self._launchers.get(key)
+        if launcher is None:
+            with self._lock:
+                launcher = self._launchers.get(key)
+                if launcher is None:
+                    launcher = self._compile(kernel_source(unit), kernel_name(kernel, macros), compile_options(macros))
+                    self._launchers[key] = launcher
+        launcher(grid, block, shared_bytes, params)
+
+    def matmul(self, a: Any, b: Any, out: Any, accumulate: bool = False) -> None:
+        """``out (+)= a @ b`` with sums in float32 (float64 for float64).
+
+        Parameters
+        ----------
+        a : array [B, M, L], b : array [B, L, N]
+            Same dtype; of the last two axes of each, one has stride 1 and the other a stride that covers it.
+        out : array [B, M, N]
+            dtype of `a`, or float32 for 16-bit `a`; unit stride in N.
+        accumulate : bool
+            Add to `out` instead of overwriting it.
+        """
+        if out.size:
+            self._matmul(a, b, out, accumulate)
+
+
+def kernel_name(kernel: str, macros: Macros) -> str:
+    """The name of a kernel in its compiled form, as a profiler shows it: ``<op>_<role>_<dtype>``."""
+    return f"{kernel}_{macros['DCN_SUFFIX']}"
+
+
+def compile_options(macros: Macros) -> tuple[str, ...]:
+    """NVRTC's options for one specialisation."""
+    return ("--std=c++17", "--generate-line-info", *(f"-D{name}={value}" for name, value in macros.items()))
+
+
+@functools.cache
+def kernel_source(unit: str) -> str:
+    """The self-contained text of ``cuda/<unit>.cu``: its own includes stand in place of the include lines, each once.
+
+    CuPy's cache on disk knows a kernel by its source text: an edit in a header must change it. `#line` keeps the
+    compiler's messages at the true file and line.
+    """
+    root = next((root for root in _ROOTS if root.is_dir()), None)
+    if root is None:
+        raise FileNotFoundError(f"the CUDA sources of dcnops are in neither {_ROOTS[0]} nor {_ROOTS[1]}")
+    return "".join(_flatten(root, f"{unit}.cu", set()))
+
+
+def _flatten(root: Path, name: str, seen: set[str]) -> list[str]:
+    seen.add(name)
+    text = [f'#line 1 "cuda/{name}"\n']
+    for number, line in enumerate((root / name).read_text(encoding="utf-8").splitlines(), start=1):
+        include = _INCLUDE.match(line)
+        if include is None:
+            text.append(f"{line}\n")
+        elif include.group(1) not in seen:
+            text += [*_flatten(root, include.group(1), seen), f'#line {number + 1} "cuda/{name}"\n']
+        else:
+            text.append("\n")
+    return text

@@ -1,0 +1,212 @@
+"""(Modulated) deformable convolution and its gradients on NumPy and CuPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from dcnops._dispatch import ArrayT, check_arrays, load_backend
+from dcnops._errors import ArgumentError
+from dcnops._geometry import DeformConvGeometry, Padding, Pair
+
+__all__ = ["DeformConv2dGradients", "deform_conv2d", "deform_conv2d_backward"]
+
+_GRADIENTS = ("input", "offset", "weight", "bias", "mask")
+
+
+class DeformConv2dGradients(NamedTuple):
+    """Gradients of a deformable convolution, `None` where not needed.
+
+    Each has the shape and dtype of the argument it is named after.
+    """
+
+    input: Any | None
+    offset: Any | None
+    weight: Any | None
+    bias: Any | None
+    mask: Any | None
+
+
+def deform_conv2d(
+    input: ArrayT,
+    offset: ArrayT,
+    weight: ArrayT,
+    bias: ArrayT | None = None,
+    stride: Pair = 1,
+    padding: Padding = 0,
+    dilation: Pair = 1,
+    mask: ArrayT | None = None,
+) -> ArrayT:
+    r"""Deformable convolution; modulated (v2) when `mask` is given.
+
+    The arguments are those of ``torchvision.ops.deform_conv2d``, in the same order. NumPy arrays are computed on the
+    CPU, CuPy arrays on their GPU and the current stream; all arrays of a call share library and device.
+
+    Parameters
+    ----------
+    input : array [N, C, H, W], float16, bfloat16, float32 or float64
+        The images. N may be 0.
+    offset : array [N, 2*D*kh*kw, oh, ow], dtype of `input` (beside 16-bit data also float32), in pixels
+        Shift of each sampling point. Channel ``2*(d*kh*kw + i*kw + j)`` is the vertical shift dy of tap (i, j) in
+        deformable group d, the channel after it the horizontal shift dx. D, the number of deformable groups, is
+        inferred and divides C.
+    weight : array [O, C/G, kh, kw], dtype of `input`
+        The filters. G, the number of weight groups, is inferred and divides C and O.
+    bias : array [O], dtype of `input`, optional
+    stride, dilation : int or (vertical, horizontal)
+    padding : int, (vertical, horizontal) or ((top, bottom), (left, right)), in pixels
+        Zero padding.
+    mask : array [N, D*kh*kw, oh, ow], dtype of `offset`, optional
+        Factor of each sampling point, channel ``d*kh*kw + i*kw + j``; any real number.
+
+    Returns
+    -------
+    array [N, O, oh, ow], dtype of `input`
+        With ``oh = (H + top + bottom - dilation*(kh-1) - 1) // stride + 1`` and `ow` likewise.
+
+    Raises
+    ------
+    ShapeError
+        An array has the wrong rank or size.
+    ArgumentError
+        `stride`, `padding` or `dilation` is not legal.
+    DtypeError
+        An argument is no NumPy or CuPy array, or has the wrong dtype.
+    DeviceError
+        The arrays are of different libraries or on different devices.
+
+    Notes
+    -----
+    Deformable ConvNets v2 (CVPR 2019), equation 1, with weight groups:
+
+    .. math::
+        y_{n,o,a,b} = bias_o + \sum_{c,i,j} w_{o,c,i,j} \; m_{n,dK+k,a,b} \; B(x_{n,c}, p_y, p_x)
+
+        p_y = a \, s_h - pad_{top} + i \, d_h + offset_{n,2(dK+k),a,b}, \quad
+        p_x = b \, s_w - pad_{left} + j \, d_w + offset_{n,2(dK+k)+1,a,b}
+
+    for k = i*kw + j and K = kh*kw. B is bilinear interpolation of the image extended by zeros, inside the open box
+    -1 < p_y < H, -1 < p_x < W, and 0 outside of it. A pixel of weight zero does not take part, whatever its value.
+    A NaN coordinate makes the sample NaN; infinite and far-away ones make it 0. Coordinates and sums are float32,
+    or float64 for float64 data.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import dcnops
+    >>> image = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
+    >>> weight = np.ones((1, 1, 1, 1), np.float32)
+    >>> offset = np.zeros((1, 2, 4, 4), np.float32)
+    >>> offset[:, 1] = 0.5  # every sampling point half a pixel to the right
+    >>> dcnops.deform_conv2d(image, offset, weight)[0, 0, 0]
+    array([0.5, 1.5, 2.5, 1.5], dtype=float32)
+    """
+    library = check_arrays(
+        {"input": input, "weight": weight, "bias": bias},
+        {"offset": offset, "mask": mask},
+        optional=("bias", "mask"),
+    )
+    geometry = _geometry(input, offset, weight, bias, stride, padding, dilation, mask)
+    result: ArrayT = load_backend(library).deform_conv2d(geometry, input, offset, weight, bias, mask)
+    return result
+
+
+def deform_conv2d_backward(
+    grad_out: ArrayT,
+    input: ArrayT,
+    offset: ArrayT,
+    weight: ArrayT,
+    bias: ArrayT | None = None,
+    stride: Pair = 1,
+    padding: Padding = 0,
+    dilation: Pair = 1,
+    mask: ArrayT | None = None,
+    needs: Iterable[str] = _GRADIENTS,
+) -> DeformConv2dGradients:
+    """Gradients of `deform_conv2d` with respect to its arrays.
+
+    Parameters
+    ----------
+    grad_out : array [N, O, oh, ow], dtype of `input`
+        Gradient of a scalar with respect to the output.
+    input, offset, weight, bias, stride, padding, dilation, mask
+        The arguments of the forward call.
+    needs : iterable of "input", "offset", "weight", "bias", "mask"
+        The gradients to compute. Those of arguments that were not given are `None` in any case.
+
+    Returns
+    -------
+    DeformConv2dGradients
+        A named tuple (input, offset, weight, bias, mask); each field is an array of the shape and dtype of its
+        argument, or `None` where not needed.
+
+    Raises
+    ------
+    ShapeError, DtypeError, DeviceError
+        As in `deform_conv2d`.
+    ArgumentError
+        Also when `needs` holds an unknown name.
+
+    Notes
+    -----
+    At integer coordinates, where bilinear interpolation has a kink, the offset gradient is the right derivative.
+    Outside the open box of the forward pass every gradient of a sample is 0. A sample with a NaN coordinate has NaN
+    offset and mask gradients, makes the weight gradient NaN and gives nothing to the input's.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import dcnops
+    >>> image = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
+    >>> weight = np.ones((1, 1, 1, 1), np.float32)
+    >>> offset = np.zeros((1, 2, 4, 4), np.float32)
+    >>> grad_out = np.ones((1, 1, 4, 4), np.float32)
+    >>> grads = dcnops.deform_conv2d_backward(grad_out, image, offset, weight, needs=("offset", "weight"))
+    >>> grads.offset[0, :, 1, 1]  # one pixel down adds 4, one pixel right adds 1
+    array([4., 1.], dtype=float32)
+    >>> grads.weight.item(), grads.input
+    (120.0, None)
+    """
+    library = check_arrays(
+        {"input": input, "grad_out": grad_out, "weight": weight, "bias": bias},
+        {"offset": offset, "mask": mask},
+        optional=("bias", "mask"),
+    )
+    geometry = _geometry(input, offset, weight, bias, stride, padding, dilation, mask)
+    geometry.check_grad_out(tuple(grad_out.shape))
+    wanted = _check_needs(needs)
+    given = wanted - {name for name, array in (("bias", bias), ("mask", mask)) if array is None}
+    gradients = load_backend(library).deform_conv2d_backward(geometry, grad_out, input, offset, weight, mask, given)
+    return DeformConv2dGradients(*(gradients.get(name) for name in _GRADIENTS))
+
+
+def _geometry(
+    input: ArrayT,
+    offset: ArrayT,
+    weight: ArrayT,
+    bias: ArrayT | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    mask: ArrayT | None,
+) -> DeformConvGeometry:
+    return DeformConvGeometry.check(
+        tuple(input.shape),
+        tuple(offset.shape),
+        tuple(weight.shape),
+        None if bias is None else tuple(bias.shape),
+        None if mask is None else tuple(mask.shape),
+        stride,
+        padding,
+        dilation,
+    )
+
+
+def _check_needs(needs: Iterable[str]) -> frozenset[str]:
+    try:
+        wanted = frozenset([needs] if isinstance(needs, str) else needs)
+    except TypeError:
+        wanted = frozenset([repr(needs)])
+    if not wanted <= set(_GRADIENTS):
+        raise ArgumentError(f"needs must be names among {', '.join(_GRADIENTS)}, got {needs!r}")
+    return wanted

@@ -1,0 +1,137 @@
+"""Where the operations run in the tests: on the CPU, as CUDA kernels on the CPU, and on a GPU (marker `gpu`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+import dcnops
+from tests.cases import ConvCase
+
+settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=60,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("brief", settings.get_profile("default"), max_examples=15)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
+settings.load_profile("default")
+
+
+class Runner(Protocol):
+    """Runs a case of NumPy arrays somewhere and brings NumPy arrays back."""
+
+    def forward(self, case: ConvCase) -> np.ndarray: ...
+    def backward(self, case: ConvCase, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]: ...
+
+
+class CpuRunner:
+    """The public functions on NumPy arrays."""
+
+    def forward(self, case: ConvCase) -> np.ndarray:
+        return dcnops.deform_conv2d(**case.arguments())
+
+    def backward(self, case: ConvCase, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
+        gradients = dcnops.deform_conv2d_backward(case.grad_out, **case.arguments(), needs=needs or case.needs)
+        return {name: array for name, array in gradients._asdict().items() if array is not None}
+
+
+class EmulatedRunner:
+    """The launch plans and kernels of the CUDA backend, executed on the CPU."""
+
+    def __init__(self, chunk_bytes: int = 2**20, **engine_options: Any) -> None:
+        from tests.cuda_on_cpu import host_engine
+
+        self.engine = host_engine(**engine_options)
+        self.chunk_bytes = chunk_bytes
+
+    def forward(self, case: ConvCase) -> np.ndarray:
+        from dcnops._backends import launch_plans
+
+        arrays = [_contiguous(getattr(case, name)) for name in ("input", "offset", "weight", "bias", "mask")]
+        return launch_plans.deform_conv2d(self.engine, geometry_of(case), *arrays, chunk_bytes=self.chunk_bytes)
+
+    def backward(self, case: ConvCase, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
+        from dcnops._backends import launch_plans
+
+        arrays = [_contiguous(getattr(case, name)) for name in ("grad_out", "input", "offset", "weight", "mask")]
+        wanted = frozenset(needs or case.needs)
+        return launch_plans.deform_conv2d_backward(
+            self.engine, geometry_of(case), *arrays, wanted, chunk_bytes=self.chunk_bytes
+        )
+
+
+class GpuRunner:
+    """The public functions on CuPy arrays."""
+
+    def forward(self, case: ConvCase) -> np.ndarray:
+        import cupy
+
+        return cupy.asnumpy(dcnops.deform_conv2d(**self._arguments(case)))
+
+    def backward(self, case: ConvCase, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
+        import cupy
+
+        gradients = dcnops.deform_conv2d_backward(
+            cupy.asarray(case.grad_out), **self._arguments(case), needs=needs or case.needs
+        )
+        return {name: cupy.asnumpy(array) for name, array in gradients._asdict().items() if array is not None}
+
+    @staticmethod
+    def _arguments(case: ConvCase) -> dict[str, Any]:
+        import cupy
+
+        return {
+            name: cupy.asarray(value) if isinstance(value, np.ndarray) else value
+            for name, value in case.arguments().items()
+        }
+
+
+def geometry_of(case: ConvCase) -> Any:
+    from dcnops._geometry import DeformConvGeometry
+
+    return DeformConvGeometry.check(
+        case.input.shape,
+        case.offset.shape,
+        case.weight.shape,
+        None if case.bias is None else case.bias.shape,
+        None if case.mask is None else case.mask.shape,
+        case.stride,
+        case.padding,
+        case.dilation,
+    )
+
+
+def _contiguous(array: np.ndarray | None) -> np.ndarray | None:
+    return None if array is None else np.ascontiguousarray(array)
+
+
+@pytest.fixture(scope="session", params=["cpu", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def run(request: pytest.FixtureRequest) -> Runner:
+    """Each place where the operations run, in turn."""
+    return {"cpu": CpuRunner, "emulated": EmulatedRunner, "gpu": GpuRunner}[request.param]()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print registers and spills of every kernel, as the compile tests recorded them."""
+    by_architecture = dict(
+        value
+        for report in terminalreporter.stats.get("passed", [])
+        for name, value in report.user_properties
+        if name == "kernel_resources"
+    )
+    if not by_architecture:
+        return
+    architectures = sorted(by_architecture)
+    terminalreporter.section("registers of each kernel by architecture (spilled bytes in brackets)")
+    terminalreporter.write_line(f"{'':34}" + "".join(f"{'sm_' + str(a):>8}" for a in architectures))
+    for kernel in sorted({kernel for used in by_architecture.values() for kernel in used}):
+        cells = (by_architecture[a].get(kernel, (0, 0)) for a in architectures)
+        row = "".join(f"{f'{registers}({spills})' if spills else registers:>8}" for registers, spills in cells)
+        terminalreporter.write_line(f"{kernel:34}{row}")

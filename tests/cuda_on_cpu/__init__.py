@@ -1,0 +1,21 @@
+"""Runs the shipped CUDA sources under pytest, on a machine without a GPU.
+
+`host_engine` is a `dcnops._kernels.Engine` over NumPy: the launch plans and the kernels are those of the library, the
+kernels compiled by the host compiler and their threads run as fibers. What it catches, and the rules a kernel must obey
+for that, stand in `host_compiler.py`.
+"""
+
+from tests.cuda_on_cpu.host_compiler import HostCompiler, HostKernel, KernelFault
+from tests.cuda_on_cpu.host_engine import HostArrays, host_engine, matmul
+from tests.cuda_on_cpu.sanitizers import is_sanitized, run_sanitized
+
+__all__ = [
+    "HostArrays",
+    "HostCompiler",
+    "HostKernel",
+    "KernelFault",
+    "host_engine",
+    "is_sanitized",
+    "matmul",
+    "run_sanitized",
+]

@@ -1,0 +1,77 @@
+"""Every specialisation of every kernel that the launch plans can ask for."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dcnops._backends import launch_plans
+from dcnops._geometry import DeformConvSizes
+from dcnops._kernels import DTYPE_SUFFIX, Macros
+
+UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {
+    "layout": (launch_plans.LayoutParams, ("pixels_to_rows", "rows_to_pixels", "channel_sums")),
+    "deform_conv2d_forward": (launch_plans.DeformConvForwardParams, ("deform_conv2d_columns",)),
+    "deform_conv2d_backward": (
+        launch_plans.DeformConvBackwardParams,
+        ("deform_conv2d_grad_samples", "deform_conv2d_grad_input"),
+    ),
+}
+
+STRUCTS = (
+    launch_plans.RowRange,
+    DeformConvSizes,
+    launch_plans.LayoutParams,
+    launch_plans.DeformConvForwardParams,
+    launch_plans.DeformConvBackwardParams,
+)
+
+_SCALARS = {"float16": ("Half", 8), "bfloat16": ("BFloat16", 8), "float32": ("float", 4), "float64": ("double", 2)}
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One compilation: a unit and its macros."""
+
+    unit: str
+    macros_items: tuple[tuple[str, str | int], ...]
+
+    @property
+    def macros(self) -> Macros:
+        return dict(self.macros_items)
+
+    def __str__(self) -> str:
+        macros = self.macros
+        parts = [self.unit, str(macros["DCN_SUFFIX"])]
+        if "DCN_VEC" in macros:
+            parts += [f"vec{macros['DCN_VEC']}", f"offset-{macros['DCN_OFFSET_SCALAR']}"]
+        return "-".join(parts)
+
+
+def specialisations() -> Iterator[Specialisation]:
+    for dtype, (scalar, widest) in _SCALARS.items():
+        common: dict[str, str | int] = {"DCN_SUFFIX": DTYPE_SUFFIX[dtype], "DCN_SCALAR": scalar}
+        yield Specialisation("layout", tuple(common.items()))
+        for offset_scalar in dict.fromkeys((scalar, scalar if dtype == "float64" else "float")):
+            vector = widest
+            while vector:
+                macros = {
+                    **common,
+                    "DCN_OFFSET_SCALAR": offset_scalar,
+                    "DCN_VEC": vector,
+                    "DCN_SAMPLE_BYTES": launch_plans.SAMPLE_BYTES,
+                }
+                yield Specialisation("deform_conv2d_forward", tuple(macros.items()))
+                yield Specialisation("deform_conv2d_backward", tuple(macros.items()))
+                vector //= 2
+
+
+def layout_assertions(struct: type[ctypes.Structure]) -> str:
+    """C++ that compiles only if its struct of the same name has the layout of `struct`."""
+    name = struct.__name__
+    lines = [f'static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "size of {name}");']
+    for field in struct._fields_:
+        offset = getattr(struct, field[0]).offset
+        lines.append(f'static_assert(OFFSET_OF({name}, {field[0]}) == {offset}, "{name}.{field[0]}");')
+    return "\n".join(lines) + "\n"

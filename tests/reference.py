@@ -1,0 +1,155 @@
+"""The specification in plain loops and float64, that everything else is held against.
+
+Only the coordinates are computed in the precision of the library, float32 beside data of up to 32 bits: a kink or the
+edge of the image is where the rounded coordinate says it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import floor, isnan
+
+import numpy as np
+
+
+@dataclass
+class Sample:
+    """One sampling point: tap `k` of deformable group `d` for output pixel (a, b) of image `n`."""
+
+    n: int
+    d: int
+    k: int
+    a: int
+    b: int
+    y: float
+    x: float
+    modulation: float
+    channels: slice
+    """The channels of its deformable group."""
+
+    def corners(self, H: int, W: int) -> Iterator[tuple[int, int, float, float, float]]:
+        """The neighbours that are pixels: (row, column, weight, d weight / dy, d weight / dx)."""
+        if not (-1 < self.y < H and -1 < self.x < W):
+            return
+        y0, x0 = floor(self.y), floor(self.x)
+        ly, lx = self.y - y0, self.x - x0
+        for r, wy, dwy in ((y0, 1 - ly, -1.0), (y0 + 1, ly, 1.0)):
+            for s, wx, dwx in ((x0, 1 - lx, -1.0), (x0 + 1, lx, 1.0)):
+                if 0 <= r < H and 0 <= s < W:
+                    yield r, s, wy * wx, dwy * wx, wy * dwx
+
+
+def times(factor: float, value: np.ndarray) -> np.ndarray:
+    """A product in which a factor of 0 wins over inf and NaN."""
+    return factor * value if factor != 0 else np.zeros_like(value)
+
+
+def padding_of(padding: object) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right)."""
+    if isinstance(padding, int):
+        return (padding,) * 4
+    vertical, horizontal = padding
+    if isinstance(vertical, int):
+        return vertical, vertical, horizontal, horizontal
+    return (*vertical, *horizontal)
+
+
+def pair_of(value: object) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+class DeformConv2d:
+    """One call, taken apart."""
+
+    def __init__(self, input, offset, weight, bias=None, stride=1, padding=0, dilation=1, mask=None):
+        self.coordinate = np.float64 if input.dtype == np.float64 else np.float32
+        self.x = np.asarray(input).astype(np.float64)
+        self.offset = np.asarray(offset).astype(self.coordinate)
+        self.mask = None if mask is None else np.asarray(mask).astype(np.float64)
+        self.weight = np.asarray(weight).astype(np.float64)
+        self.bias = None if bias is None else np.asarray(bias).astype(np.float64)
+        self.N, self.C, self.H, self.W = self.x.shape
+        self.O, group_channels, self.kh, self.kw = self.weight.shape
+        self.K = self.kh * self.kw
+        self.G = self.C // group_channels
+        self.D = self.offset.shape[1] // (2 * self.K)
+        (self.sh, self.sw), (self.dh, self.dw) = pair_of(stride), pair_of(dilation)
+        self.top, bottom, self.left, right = padding_of(padding)
+        self.oh = (self.H + self.top + bottom - self.dh * (self.kh - 1) - 1) // self.sh + 1
+        self.ow = (self.W + self.left + right - self.dw * (self.kw - 1) - 1) // self.sw + 1
+
+    def samples(self) -> Iterator[Sample]:
+        channels = self.C // self.D
+        for n, d, k, a, b in np.ndindex(self.N, self.D, self.K, self.oh, self.ow):
+            i, j = divmod(k, self.kw)
+            channel = d * self.K + k
+            with np.errstate(invalid="ignore", over="ignore"):
+                y = self.coordinate(a * self.sh - self.top + i * self.dh) + self.offset[n, 2 * channel, a, b]
+                x = self.coordinate(b * self.sw - self.left + j * self.dw) + self.offset[n, 2 * channel + 1, a, b]
+            modulation = 1.0 if self.mask is None else float(self.mask[n, channel, a, b])
+            yield Sample(n, d, k, a, b, float(y), float(x), modulation, slice(d * channels, (d + 1) * channels))
+
+    def columns(self) -> np.ndarray:
+        """The modulated samples [N, C, K, oh, ow]."""
+        columns = np.zeros((self.N, self.C, self.K, self.oh, self.ow))
+        for p in self.samples():
+            column = np.zeros(self.C // self.D)
+            for r, s, weight, _, _ in p.corners(self.H, self.W):
+                factor = 0.0 if weight == 0 else weight * p.modulation
+                column = column + times(factor, self.x[p.n, p.channels, r, s])
+            columns[p.n, p.channels, p.k, p.a, p.b] = np.nan if isnan(p.y) or isnan(p.x) else column
+        return columns
+
+    def forward(self) -> np.ndarray:
+        columns = self.columns().reshape(self.N, self.G, self.C // self.G, self.K, self.oh, self.ow)
+        weight = self.weight.reshape(self.G, self.O // self.G, self.C // self.G, self.K)
+        output = np.einsum("ngckab,gock->ngoab", columns, weight).reshape(self.N, self.O, self.oh, self.ow)
+        return output if self.bias is None else output + self.bias[:, None, None]
+
+    def backward(self, grad_out: np.ndarray) -> dict[str, np.ndarray]:
+        grad_out = np.asarray(grad_out).astype(np.float64)
+        by_group = grad_out.reshape(self.N, self.G, self.O // self.G, self.oh, self.ow)
+        columns = self.columns().reshape(self.N, self.G, self.C // self.G, self.K, self.oh, self.ow)
+        weight = self.weight.reshape(self.G, self.O // self.G, self.C // self.G, self.K)
+        grad_columns = np.einsum("ngoab,gock->ngckab", by_group, weight)
+        grad_columns = grad_columns.reshape(self.N, self.C, self.K, self.oh, self.ow)
+
+        grad_input = np.zeros_like(self.x)
+        grad_offset = np.zeros(self.offset.shape)
+        grad_mask = np.zeros((self.N, self.D * self.K, self.oh, self.ow))
+        for p in self.samples():
+            t = grad_columns[p.n, p.channels, p.k, p.a, p.b]
+            d_y = d_x = d_modulation = 0.0
+            for r, s, weight_, weight_y, weight_x in p.corners(self.H, self.W):
+                pixel = self.x[p.n, p.channels, r, s]
+                factor = 0.0 if weight_ == 0 else weight_ * p.modulation
+                grad_input[p.n, p.channels, r, s] += times(factor, t)
+                d_modulation = d_modulation + times(weight_, pixel * t).sum()
+                d_y = d_y + times(p.modulation * weight_y, pixel * t).sum()
+                d_x = d_x + times(p.modulation * weight_x, pixel * t).sum()
+            if isnan(p.y) or isnan(p.x):
+                d_y = d_x = d_modulation = np.nan
+            channel = p.d * self.K + p.k
+            grad_offset[p.n, 2 * channel : 2 * channel + 2, p.a, p.b] = d_y, d_x
+            grad_mask[p.n, channel, p.a, p.b] = d_modulation
+        gradients = {
+            "input": grad_input,
+            "offset": grad_offset,
+            "weight": np.einsum("ngoab,ngckab->gock", by_group, columns).reshape(self.weight.shape),
+        }
+        if self.bias is not None:
+            gradients["bias"] = grad_out.sum((0, 2, 3))
+        if self.mask is not None:
+            gradients["mask"] = grad_mask
+        return gradients
+
+
+def deform_conv2d(*args, **kwargs) -> np.ndarray:
+    """Output of `dcnops.deform_conv2d` in float64."""
+    return DeformConv2d(*args, **kwargs).forward()
+
+
+def deform_conv2d_backward(grad_out, *args, **kwargs) -> dict[str, np.ndarray]:
+    """Gradients of `dcnops.deform_conv2d_backward` in float64, of the arguments that were given."""
+    return DeformConv2d(*args, **kwargs).backward(grad_out)

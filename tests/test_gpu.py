@@ -1,0 +1,140 @@
+"""What only a GPU can show: streams, devices, arrays beyond 32-bit indices. The other tests run there too."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+import dcnops
+from tests.cases import ConvCase, assert_close, make_conv
+from tests.conftest import GpuRunner
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def cupy():
+    import cupy
+
+    assert cupy.cuda.runtime.getDeviceCount() > 0, "these tests need a GPU"
+    return cupy
+
+
+def on_gpu(cupy, case: ConvCase) -> dict:
+    return {k: cupy.asarray(v) if isinstance(v, np.ndarray) else v for k, v in case.arguments().items()}
+
+
+def test_the_current_stream_is_used(cupy):
+    """The call must wait for what its stream has not finished: the input is written late, by that stream."""
+    case = make_conv(C=64, O=64, H=64, W=64)
+    arrays = on_gpu(cupy, case)
+    dcnops.deform_conv2d(**arrays)
+    late = cupy.empty_like(arrays["input"])
+    stream = cupy.cuda.Stream(non_blocking=True)
+    busy = cupy.ones((4096, 4096), cupy.float32)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        for _ in range(10):
+            busy = busy @ busy * 1e-4
+        late[...] = arrays["input"]
+        output = dcnops.deform_conv2d(**{**arrays, "input": late})
+        gradients = dcnops.deform_conv2d_backward(
+            cupy.asarray(case.grad_out), **{**arrays, "input": late}, needs=case.needs
+        )
+    stream.synchronize()
+    assert_close(cupy.asnumpy(output), case.expected(), "float32")
+    expected = case.expected_gradients()
+    for name in case.needs:
+        assert_close(cupy.asnumpy(getattr(gradients, name)), expected[name], "float32", name)
+
+
+def test_a_second_device(cupy):
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("this machine has one GPU")
+    case = make_conv(N=2, C=8, O=4)
+    with cupy.cuda.Device(1):
+        arrays = on_gpu(cupy, case)
+        grad_out = cupy.asarray(case.grad_out)
+    with cupy.cuda.Device(0):
+        output = dcnops.deform_conv2d(**arrays)
+        gradients = dcnops.deform_conv2d_backward(grad_out, **arrays, needs=case.needs)
+        assert cupy.cuda.Device().id == 0
+    assert output.device.id == 1
+    assert gradients.input.device.id == 1
+    assert_close(cupy.asnumpy(output), case.expected(), "float32")
+    with pytest.raises(dcnops.DeviceError, match="mask must be on device 1 like input, got device 0"):
+        dcnops.deform_conv2d(**{**arrays, "mask": cupy.asarray(case.mask)})
+
+
+def test_mixing_libraries_is_an_error(cupy):
+    case = make_conv()
+    arrays = on_gpu(cupy, case)
+    with pytest.raises(dcnops.DeviceError, match="mask must be a cupy array like input, got a numpy array"):
+        dcnops.deform_conv2d(**{**arrays, "mask": case.mask})
+
+
+def test_concurrent_threads(cupy):
+    cases = [make_conv(C=16, O=8, H=20, W=20, seed=seed) for seed in range(8)]
+    expected = [case.expected() for case in cases]
+    failures: list[BaseException] = []
+
+    def work(case: ConvCase, output: np.ndarray) -> None:
+        try:
+            with cupy.cuda.Stream(non_blocking=True):
+                for _ in range(5):
+                    assert_close(GpuRunner().forward(case), output, "float32")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(cases, expected)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def need_memory(cupy, gigabytes: int) -> None:
+    free, _ = cupy.cuda.runtime.memGetInfo()
+    if free < gigabytes * 2**30:
+        pytest.skip(f"needs {gigabytes} GiB of GPU memory, {free >> 30} are free")
+
+
+def test_an_input_beyond_32_bit_indices(cupy):
+    """The last rows of an image of 2.2 billion elements: values and gradients equal those of a crop."""
+    need_memory(cupy, 40)
+    side, stride = 33_000, 1000
+    image = cupy.zeros((1, 2, side, side), cupy.float16)
+    image[:, :, -50:] = cupy.random.default_rng(0).standard_normal((1, 2, 50, side), dtype=cupy.float32)
+    out = (side - 1) // stride + 1
+    offset = cupy.full((1, 2, out, out), 0.25, cupy.float32)
+    offset[:, 0, -1] = side - 20.75 - (out - 1) * stride  # the last row of samples lies 20.75 rows above the border
+    weight = cupy.ones((1, 2, 1, 1), cupy.float16)
+    output = dcnops.deform_conv2d(image, offset, weight, stride=stride)
+    lower, upper = image[0, :, -21, ::stride].sum(0), image[0, :, -20, ::stride].sum(0)
+    right = image[0, :, -21, 1::stride].sum(0), image[0, :, -20, 1::stride].sum(0)
+    left_value = 0.75 * lower.astype(cupy.float32) + 0.25 * upper.astype(cupy.float32)
+    right_value = 0.75 * right[0].astype(cupy.float32) + 0.25 * right[1].astype(cupy.float32)
+    expected = 0.75 * left_value[: len(right_value)] + 0.25 * right_value
+    cupy.testing.assert_allclose(output[0, 0, -1, : len(right_value)].astype(cupy.float32), expected, atol=2e-2)
+    gradients = dcnops.deform_conv2d_backward(
+        cupy.ones_like(output), image, offset, weight, stride=stride, needs=("input",)
+    )
+    rows = gradients.input[0, :, -21:-19, ::stride].astype(cupy.float32)
+    cupy.testing.assert_allclose(rows[:, 0], 0.75 * 0.75, atol=1e-3)
+    cupy.testing.assert_allclose(rows[:, 1], 0.25 * 0.75, atol=1e-3)
+
+
+def test_offsets_beyond_32_bit_indices(cupy):
+    need_memory(cupy, 40)
+    side = 33_000
+    image = cupy.arange(side, dtype=cupy.float16)[None, None, None] % 128
+    image = cupy.ascontiguousarray(cupy.broadcast_to(image, (1, 1, side, side)))
+    offset = cupy.zeros((1, 2, side, side), cupy.float16)
+    offset[:, 1] = 1
+    weight = cupy.ones((1, 1, 1, 1), cupy.float16)
+    output = dcnops.deform_conv2d(image, offset, weight)
+    assert bool((output[0, 0, :, :-1] == image[0, 0, :, 1:]).all())
+    assert bool((output[0, 0, :, -1] == 0).all())

@@ -1,0 +1,182 @@
+"""The launch plans and CUDA kernels under emulation: chunks, grids, schedules, sanitizers, broken copies."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.cases import ConvCase, assert_close, conv_cases, make_conv
+from tests.conftest import EmulatedRunner
+from tests.cuda_on_cpu import run_sanitized
+from tests.kernel_matrix import specialisations
+
+
+def assert_correct(runner: EmulatedRunner, case: ConvCase) -> None:
+    assert_close(runner.forward(case), case.expected(), case.dtype)
+    gradients, expected = runner.backward(case), case.expected_gradients()
+    for name in case.needs:
+        assert_close(gradients[name], expected[name], case.dtype, name)
+
+
+@given(case=conv_cases(dtypes=("float32",), max_batch=3), chunk_bytes=st.sampled_from([1, 500, 3000, 20_000]))
+def test_the_chunk_size_does_not_change_results(case: ConvCase, chunk_bytes: int):
+    assert_correct(EmulatedRunner(chunk_bytes=chunk_bytes), case)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"single_block": True},
+        {"schedule": "reverse"},
+        {"schedule": "random", "seed": 1, "single_block": True},
+        {"schedule": "random", "seed": 2, "threads": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype, G, D", [("float32", 1, 1), ("float16", 2, 1), ("float64", 1, 2), ("bfloat16", 3, 3)])
+def test_grids_and_schedules_do_not_change_results(options: dict[str, Any], dtype: str, G: int, D: int):
+    """One block must do the work of all, and no thread may count on another having run before."""
+    case = make_conv(N=2, C=96, O=6, H=6, W=7, G=G, D=D, dtype=dtype, spread=0.8, seed=5)
+    assert_correct(EmulatedRunner(**options), case)
+
+
+class Recorder(EmulatedRunner):
+    """Notes every launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[tuple[Any, ...]] = []
+        launch = self.engine.launch
+
+        def record(unit, kernel, macros, grid, block, params, shared_bytes=0):
+            self.launches.append((unit, kernel, dict(macros), grid, block, shared_bytes))
+            launch(unit, kernel, macros, grid, block, params, shared_bytes)
+
+        self.engine.launch = record
+
+
+@given(case=conv_cases(dtypes=("float16", "bfloat16", "float32", "float64")))
+def test_launches_stay_within_the_limits_and_the_compiled_specialisations(case: ConvCase):
+    runner = Recorder()
+    runner.forward(case)
+    runner.backward(case)
+    compiled = {(s.unit, s.macros_items) for s in specialisations()}
+    for unit, _, macros, grid, block, shared_bytes in runner.launches:
+        assert (unit, tuple(macros.items())) in compiled
+        assert 0 <= grid < 2**31 and 1 <= block[0] * block[1] <= 256
+        assert shared_bytes <= 48 * 1024
+
+
+def test_an_empty_batch_launches_no_sampling():
+    runner = Recorder()
+    runner.forward(make_conv(N=0))
+    assert {(unit, grid > 0) for unit, _, _, grid, _, _ in runner.launches if unit != "layout"} == set()
+
+
+def test_only_the_kernels_that_are_needed_run():
+    runner = Recorder()
+    runner.backward(make_conv(), ("bias",))
+    assert [kernel for _, kernel, *_ in runner.launches] == ["channel_sums"]
+    runner.launches.clear()
+    runner.backward(make_conv(), ("weight",))
+    assert "deform_conv2d_grad_samples" not in [kernel for _, kernel, *_ in runner.launches]
+
+
+def test_scratch_memory_is_bounded():
+    """Beyond arrays of the size of inputs and outputs, a chunk of columns and of output rows."""
+    case = make_conv(C=32, O=8, H=64, W=64)
+    runner = EmulatedRunner(chunk_bytes=2**16)
+    sizes: list[int] = []
+    empty = runner.engine.empty
+    runner.engine.empty = lambda shape, dtype: sizes.append(array := empty(shape, dtype)) or array  # type: ignore
+    runner.forward(case)
+    columns = [a.nbytes for a in sizes if a.ndim == 3 and a.shape[0] != case.weight.shape[0]]
+    assert max(a.nbytes for a in sizes) <= case.input.nbytes
+    assert columns and max(columns) <= 2**16
+
+
+# Broken copies of the kernels. Each must be caught: what the harness cannot see, the tests above would not see either.
+
+
+def broken(old: str, new: str, **options: Any) -> EmulatedRunner:
+    runner = EmulatedRunner(**options)
+    compile = runner.engine._compile
+
+    def compile_broken(source: str, kernel: str, compile_options: tuple[str, ...]) -> Any:
+        return compile(source.replace(old, new), kernel, compile_options)
+
+    runner.engine._compile = compile_broken
+    return runner
+
+
+BARRIER = "    __syncthreads();\n\n    for (int s = threadIdx.y;"
+
+
+def test_a_missing_barrier_is_caught():
+    case = make_conv(N=2, C=96, O=2, H=6, W=6, seed=1)
+    options = {"schedule": "random", "seed": 3, "single_block": True}
+    assert_correct(broken(BARRIER, BARRIER, **options), case)
+    with pytest.raises(AssertionError):
+        assert_correct(broken(BARRIER, BARRIER.replace("__syncthreads();", ""), **options), case)
+
+
+def test_a_missing_barrier_before_reuse_is_caught():
+    case = make_conv(N=2, C=96, O=2, H=6, W=6, seed=1)
+    options = {"schedule": "random", "seed": 3, "single_block": True}
+    old = "    __syncthreads();\n  }\n}"
+    with pytest.raises(AssertionError):
+        assert_correct(broken(old, "  }\n}", **options), case)
+
+
+def test_an_unwritten_output_is_caught():
+    old = "for (int s = threadIdx.y; s < tile.samples;"
+    with pytest.raises(AssertionError):
+        assert_correct(broken(old, old.replace("tile.samples", "tile.samples - 1")), make_conv(C=8))
+
+
+def test_a_wrong_neighbour_is_caught():
+    with pytest.raises(AssertionError):
+        assert_correct(broken("point.x0 + 1 < W", "point.x0 + 1 <= W"), make_conv(H=4, W=4, seed=2))
+
+
+BROKEN_BOUNDS = {
+    "no bottom border": ("point.y0 + 1 < H", "true"),
+    "no far border": ("y < A(H)", "true"),
+    "rows beyond the last": ("min(tile_rows, range.rows - tile.first_row)", "tile_rows"),
+    "a row too far": ("i & 2 ? size.W : 0", "i & 2 ? 3 * size.W : 0"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_BOUNDS)
+def test_broken_bounds_are_caught_by_the_sanitizers(name: str):
+    result = run_sanitized(["-m", "tests.test_launch_plans", name], timeout=300)
+    assert result.returncode != 0
+    report = result.stderr + result.stdout
+    assert ("AddressSanitizer" in report or "runtime error" in report) and ".cu" in report, report[-3000:]
+
+
+def test_the_kernels_are_clean_under_the_sanitizers():
+    """A selection of the tests of this folder in a process with AddressSanitizer and UBSan."""
+    selection = [
+        "tests/test_deform_conv2d_forward.py::test_equals_the_reference[emulated]",
+        "tests/test_deform_conv2d_forward.py::test_equals_the_reference_in_16_bits[emulated]",
+        "tests/test_deform_conv2d_backward.py::test_equals_the_reference[emulated]",
+        "tests/test_deform_conv2d_extremes.py::test_any_offset_follows_the_reference[emulated]",
+        "tests/test_deform_conv2d_extremes.py::test_images_of_a_pixel_or_two",
+        "tests/test_launch_plans.py::test_the_chunk_size_does_not_change_results",
+    ]
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not cpu and not gpu"]
+    result = run_sanitized([*arguments, "--hypothesis-profile=brief", *selection], timeout=900)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert " passed" in result.stdout and "failed" not in result.stdout
+
+
+if __name__ == "__main__":
+    runner = broken(*BROKEN_BOUNDS[sys.argv[1]])
+    bad = make_conv(C=8, H=5, W=5, spread=3.0, seed=9)
+    runner.forward(bad)
+    runner.backward(bad)
