@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -73,25 +73,30 @@ class Contender:
     coordinates: str = "float32"
 
 
-class Operation(Protocol):
-    """A module with these names is a benchmark; `benchmarks.__main__` lists the modules."""
+@dataclass(frozen=True)
+class Operation:
+    """One operation and what it is measured with; a module of the benchmark holds it as `OPERATION`.
 
-    NAME: str
-    SHAPES: Sequence[tuple[int, int, int]]
-    """(C, H, W), smallest first."""
-    PER_IMAGE: frozenset[str]
-    """Arguments and results whose first axis is the batch."""
+    Attributes
+    ----------
+    module : str
+        Where it is, so that a fresh process finds it.
+    shapes : sequence of (C, H, W), smallest first
+    per_image : names of the arguments and results whose first axis is the batch
+    inputs : function of a case
+        Arguments and `grad_out`, always the same for the same case; a batch begins with the image of a batch of one.
+    contenders : function of a case
+    evaluate : function of the arrays of a batch of one and the dtype of sampling coordinates
+        The output, as `output`, and the gradients in float64, by other means than any contender's.
+    column_bytes : function of a case
+        Size of the buffer that explicit columns of one image need.
+    """
 
-    @staticmethod
-    def inputs(case: Case) -> Arrays: ...
-    @staticmethod
-    def contenders(case: Case) -> list[Contender]: ...
-    @staticmethod
-    def evaluate(arrays: Arrays, coordinates: str) -> Arrays:
-        """Output (as `output`) and gradients in float64, by other means than any contender's."""
-        ...
-
-    @staticmethod
-    def column_bytes(case: Case) -> int:
-        """Size of the buffer that an implementation with explicit columns needs for one image."""
-        ...
+    name: str
+    module: str
+    shapes: Sequence[tuple[int, int, int]]
+    per_image: frozenset[str]
+    inputs: Callable[[Case], Arrays]
+    contenders: Callable[[Case], list[Contender]]
+    evaluate: Callable[[Arrays, str], Arrays]
+    column_bytes: Callable[[Case], int]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -18,32 +19,29 @@ def check(operation: Operation, case: Case, arrays: Arrays, contenders: list[Con
     The exact evaluation takes the first image. A larger batch is held against the contender's own results for its
     images one by one, the first of which is the one that was checked.
     """
-    first = _image(operation, arrays, 0)
-
-    @lru_cache
-    def exact(sees: Callable[[Arrays], Arrays], coordinates: str) -> Arrays:
-        return operation.evaluate(sees(first), coordinates)
-
     errors = {}
     for contender in contenders:
-        results = _results(contender, case, first)
-        expected = exact(contender.sees, contender.coordinates)
-        errors[contender.name] = _errors(results, expected)
+        single = replace(case, N=1, tf32=False)
+        expected = _exact(operation, single, contender.sees, contender.coordinates)
+        errors[contender.name] = _errors(_results(contender, case, _image(operation, arrays, 0)), expected)
         if case.N > 1:
             batch = _errors(_results(contender, case, arrays), _one_by_one(operation, case, arrays, contender))
-            for name, error in batch.items():
-                errors[contender.name][f"{name}, batch"] = error
+            errors[contender.name].update({f"{name}, batch": error for name, error in batch.items()})
     return errors
 
 
+@lru_cache(maxsize=3)
+def _exact(operation: Operation, case: Case, sees: Callable[[Arrays], Arrays], coordinates: str) -> Arrays:
+    """Kept for the batches of a case: they begin with the same image."""
+    return operation.evaluate(sees(operation.inputs(case)), coordinates)
+
+
 def _image(operation: Operation, arrays: Arrays, n: int) -> Arrays:
-    return {name: array[n : n + 1] if name in operation.PER_IMAGE else array for name, array in arrays.items()}
+    return {name: array[n : n + 1] if name in operation.per_image else array for name, array in arrays.items()}
 
 
 def _results(contender: Contender, case: Case, arrays: Arrays) -> dict[str, np.ndarray]:
-    output = contender.forward(case, arrays)()
-    gradients = contender.backward(case, arrays)()
-    results = {"output": output, **gradients}
+    results = {"output": contender.forward(case, arrays)(), **contender.backward(case, arrays)()}
     return {name: contender.to_numpy(array) for name, array in results.items() if name not in contender.unchecked}
 
 
@@ -51,7 +49,7 @@ def _one_by_one(operation: Operation, case: Case, arrays: Arrays, contender: Con
     images = [_results(contender, case, _image(operation, arrays, n)) for n in range(case.N)]
     return {
         name: np.concatenate([image[name] for image in images])
-        if name in operation.PER_IMAGE
+        if name in operation.per_image
         else np.sum([image[name] for image in images], axis=0, dtype=np.float64)
         for name in images[0]
     }
@@ -60,10 +58,9 @@ def _one_by_one(operation: Operation, case: Case, arrays: Arrays, contender: Con
 def _errors(results: Arrays, expected: Arrays) -> dict[str, float]:
     errors = {}
     for name, array in results.items():
-        if array.shape != expected[name].shape:
-            errors[name] = float("inf")
-            continue
-        difference = float(np.abs(array - expected[name]).max() / np.abs(expected[name]).max())
-        # A comparison with NaN is false: let it fail every tolerance.
-        errors[name] = float("inf") if np.isnan(difference) else difference
+        error = np.inf
+        if array.shape == expected[name].shape:
+            error = np.abs(array - expected[name]).max() / np.abs(expected[name]).max()
+        # NaN is above no limit.
+        errors[name] = float(np.nan_to_num(error, nan=np.inf, posinf=np.inf))
     return errors

@@ -8,27 +8,34 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contenders import OURS, PEER, PLAIN, Arrays, Case, Contender
+from benchmarks.contenders import OURS, PEER, PLAIN, Arrays, Case, Contender, Operation
 from benchmarks.deform_conv2d_float64 import evaluate
 
-__all__ = ["ARGUMENTS", "NAME", "PER_IMAGE", "SHAPES", "column_bytes", "contenders", "evaluate", "inputs"]
+__all__ = [
+    "ARGUMENTS",
+    "OPERATION",
+    "PLAIN_ARGUMENTS",
+    "TOLERANCE",
+    "peer_call",
+    "plain_call",
+    "torch_backward",
+    "torch_forward",
+    "without_offsets",
+]
 
-NAME = "deform_conv2d"
-SHAPES = ((64, 56, 56), (128, 100, 168), (256, 50, 84), (512, 50, 84))
-PER_IMAGE = frozenset({"input", "offset", "mask", "grad_out", "output"})
 ARGUMENTS = ("input", "offset", "weight", "bias", "mask")
 PLAIN_ARGUMENTS = ("input", "weight", "bias")
 
-K = 9
+_PER_IMAGE = frozenset({"input", "offset", "mask", "grad_out", "output"})
+_K = 9
 
 # Errors of float32 stay below 1e-6 here, those of a wrong implementation are of order 1.
 TOLERANCE = 2e-5
 
 
-def inputs(case: Case) -> Arrays:
-    """Arguments and `grad_out`; the first image of a batch is that of a batch of one."""
+def _inputs(case: Case) -> Arrays:
     arrays = _random(case.C, case.H, case.W, 1 if case.N == 1 else 16)
-    arrays = {name: array[: case.N] if name in PER_IMAGE else array for name, array in arrays.items()}
+    arrays = {name: array[: case.N] if name in _PER_IMAGE else array for name, array in arrays.items()}
     if case.dtype == "float32":
         return arrays
     import torch
@@ -37,7 +44,7 @@ def inputs(case: Case) -> Arrays:
     return {name: torch.from_numpy(array).to(dtype).float().numpy() for name, array in arrays.items()}
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _random(C: int, H: int, W: int, N: int) -> Arrays:
     def normal(stream: int, *shape: int) -> np.ndarray:
         # One stream per array and image: a batch begins with the image of a batch of one.
@@ -49,16 +56,16 @@ def _random(C: int, H: int, W: int, N: int) -> Arrays:
     random = np.random.default_rng(0)
     return {
         "input": normal(1, N, C, H, W),
-        "offset": normal(2, N, 2 * K, H, W),
-        "weight": random.standard_normal((C, C, 3, 3), np.float32) * np.float32((K * C) ** -0.5),
+        "offset": normal(2, N, 2 * _K, H, W),
+        "weight": random.standard_normal((C, C, 3, 3), np.float32) * np.float32((_K * C) ** -0.5),
         "bias": random.standard_normal(C, np.float32),
-        "mask": 1 / (1 + np.exp(-normal(3, N, K, H, W))),
+        "mask": 1 / (1 + np.exp(-normal(3, N, _K, H, W))),
         "grad_out": normal(4, N, C, H, W),
     }
 
 
-def column_bytes(case: Case) -> int:
-    return case.C * K * case.H * case.W * {"float32": 4, "float16": 2, "bfloat16": 2}[case.dtype]
+def _column_bytes(case: Case) -> int:
+    return case.C * _K * case.H * case.W * {"float32": 4, "float16": 2, "bfloat16": 2}[case.dtype]
 
 
 def without_offsets(arrays: Arrays) -> Arrays:
@@ -66,7 +73,7 @@ def without_offsets(arrays: Arrays) -> Arrays:
     return {**arrays, "offset": np.zeros_like(arrays["offset"]), "mask": np.ones_like(arrays["mask"])}
 
 
-def contenders(case: Case) -> list[Contender]:
+def _contenders(case: Case) -> list[Contender]:
     if case.device == "cuda":
         from benchmarks import deform_conv2d_cuda
 
@@ -81,14 +88,14 @@ def contenders(case: Case) -> list[Contender]:
 def _ours_forward(case: Case, arrays: Arrays) -> Callable[[], Any]:
     import dcnops
 
-    arguments = {name: arrays[name] for name in ARGUMENTS}
+    arguments: dict[str, Any] = {name: arrays[name] for name in ARGUMENTS}
     return lambda: dcnops.deform_conv2d(**arguments, padding=1)
 
 
 def _ours_backward(case: Case, arrays: Arrays) -> Callable[[], Any]:
     import dcnops
 
-    arguments = {name: arrays[name] for name in ARGUMENTS}
+    arguments: dict[str, Any] = {name: arrays[name] for name in ARGUMENTS}
     return lambda: dcnops.deform_conv2d_backward(arrays["grad_out"], **arguments, padding=1)._asdict()
 
 
@@ -152,3 +159,15 @@ def torch_backward(call: Callable[..., Any], tensors: dict[str, Any], grad_out: 
         return dict(zip(leaves, gradients, strict=True))
 
     return backward
+
+
+OPERATION = Operation(
+    name="deform_conv2d",
+    module=__name__,
+    shapes=((64, 56, 56), (128, 100, 168), (256, 50, 84), (512, 50, 84)),
+    per_image=_PER_IMAGE,
+    inputs=_inputs,
+    contenders=_contenders,
+    evaluate=evaluate,
+    column_bytes=_column_bytes,
+)

@@ -1,4 +1,4 @@
-"""What the very first call costs, in fresh processes: with nothing compiled, and with what a previous one left on disk."""
+"""What the very first call costs, in fresh processes: with nothing compiled, then with what the first left on disk."""
 
 from __future__ import annotations
 

@@ -8,12 +8,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Timing", "interleave", "wall_clock"]
+__all__ = ["Timing", "interleave"]
 
-# Idle OpenMP threads spin for some milliseconds after a call and would disturb the next contender's.
-_PAUSE = 0.02
-
-_ROUNDS = (5, 100)
+_LEAST_ROUNDS = 5
+_MOST_ROUNDS = 100
 
 
 @dataclass
@@ -22,23 +20,13 @@ class Timing:
 
     samples: list[float] = field(default_factory=list)
 
-    def summary(self) -> dict[str, float | int]:
+    def summary(self) -> dict[str, float]:
         return {
             "median_ms": 1e3 * statistics.median(self.samples),
             "min_ms": 1e3 * min(self.samples),
             "max_ms": 1e3 * max(self.samples),
             "rounds": len(self.samples),
         }
-
-
-def wall_clock(call: Callable[[], object]) -> float:
-    """Seconds that one call takes on the CPU."""
-    time.sleep(_PAUSE)
-    begin = time.perf_counter()
-    result = call()
-    end = time.perf_counter()
-    del result
-    return end - begin
 
 
 def interleave(
@@ -54,8 +42,8 @@ def interleave(
     gc.disable()
     try:
         end = time.monotonic() + seconds
-        for done in range(_ROUNDS[1]):
-            if done >= _ROUNDS[0] and time.monotonic() >= end:
+        for done in range(_MOST_ROUNDS):
+            if done >= _LEAST_ROUNDS and time.monotonic() >= end:
                 break
             for name, call in calls.items():
                 timings[name].samples.append(clock(call))

@@ -127,21 +127,6 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   }
 }
 
-__device__ __forceinline__ void add_vector(float* to, const float (&value)[DCN_VEC]) {
-#if DCN_VEC % 4 == 0
-#pragma unroll
-  for (int e = 0; e < DCN_VEC; e += 4) add_4(to + e, value[e], value[e + 1], value[e + 2], value[e + 3]);
-#else
-#pragma unroll
-  for (int e = 0; e < DCN_VEC; ++e) atomicAdd(to + e, value[e]);
-#endif
-}
-
-__device__ __forceinline__ void add_vector(double* to, const double (&value)[DCN_VEC]) {
-#pragma unroll
-  for (int e = 0; e < DCN_VEC; ++e) atomicAdd(to + e, value[e]);
-}
-
 // Block and grid as above.
 extern "C" __global__ void __launch_bounds__(256, 2)
     DCN_KERNEL(deform_conv2d_grad_input)(const DeformConvBackwardParams p) {

@@ -9,6 +9,7 @@ from dcnops._errors import (
     ShapeError,
 )
 from dcnops.deform_conv import DeformConv2dGradients, deform_conv2d, deform_conv2d_backward
+from dcnops.deform_roi_pool import DeformRoIPoolGradients, deform_roi_pool, deform_roi_pool_backward
 
 __version__ = "0.1.0.dev0"
 
@@ -16,10 +17,13 @@ __all__ = [
     "ArgumentError",
     "DcnError",
     "DeformConv2dGradients",
+    "DeformRoIPoolGradients",
     "DeviceError",
     "DtypeError",
     "KernelCompileError",
     "ShapeError",
     "deform_conv2d",
     "deform_conv2d_backward",
+    "deform_roi_pool",
+    "deform_roi_pool_backward",
 ]

@@ -34,7 +34,10 @@ ArrayT = TypeVar("ArrayT", bound=Array)
 
 
 def check_arrays(
-    data: dict[str, Array | None], sampling: dict[str, Array | None], optional: Container[str] = ()
+    data: dict[str, Array | None],
+    sampling: dict[str, Array | None],
+    regions: dict[str, Array | None] | None = None,
+    optional: Container[str] = (),
 ) -> str:
     """Check library, dtype and device of a call's arrays; return the library's name.
 
@@ -45,6 +48,8 @@ def check_arrays(
     sampling : dict
         Arrays that say where to sample. They share the dtype of `data`; beside float16 and bfloat16 data they may
         all be float32.
+    regions : dict, optional
+        Arrays of any of the dtypes, such as rois.
     optional : container of str
         The arguments that may be None.
 
@@ -57,7 +62,7 @@ def check_arrays(
     """
     arrays = {
         name: (_library(name, array), array)
-        for name, array in {**data, **sampling}.items()
+        for name, array in {**data, **sampling, **(regions or {})}.items()
         if array is not None or name not in optional
     }
     first = next(iter(arrays))
@@ -67,11 +72,12 @@ def check_arrays(
             raise DeviceError(f"{name} must be a {library} array like {first}, got a {other} array")
 
     dtypes = {name: _dtype(name, array) for name, (_, array) in arrays.items()}
+    for name in (first, *(regions or {})):
+        if dtypes[name] not in FLOAT_DTYPES:
+            raise DtypeError(f"{name} must be {', '.join(FLOAT_DTYPES[:-1])} or {FLOAT_DTYPES[-1]}, got {dtypes[name]}")
     dtype = dtypes[first]
-    if dtype not in FLOAT_DTYPES:
-        raise DtypeError(f"{first} must be {', '.join(FLOAT_DTYPES[:-1])} or {FLOAT_DTYPES[-1]}, got {dtype}")
     legal = (dtype, "float32") if dtype in ("float16", "bfloat16") else (dtype,)
-    lead = next(iter(sampling))
+    lead = next((name for name in sampling if name in dtypes), "")
     for name, got in dtypes.items():
         if name in data and got != dtype:
             raise DtypeError(f"{name} must be {dtype} like {first}, got {got}")

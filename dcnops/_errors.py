@@ -19,7 +19,7 @@ class ShapeError(DcnError, ValueError):
 
 
 class ArgumentError(DcnError, ValueError):
-    """A parameter that is not an array (stride, padding, dilation, needs, ...) has an illegal value."""
+    """A parameter (stride, padding, output_size, needs, ...) or a value in an array has no meaning."""
 
 
 class DtypeError(DcnError, TypeError):

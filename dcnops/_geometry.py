@@ -7,14 +7,24 @@ raised here, before anything is allocated.
 from __future__ import annotations
 
 import ctypes
+import math
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import TypeAlias
 
 from dcnops._errors import ArgumentError, ShapeError
 
-__all__ = ["MAX_EXTENT", "DeformConvGeometry", "DeformConvSizes", "Padding", "Pair"]
+__all__ = [
+    "MAX_EXTENT",
+    "DeformConvGeometry",
+    "DeformConvSizes",
+    "DeformRoIPoolGeometry",
+    "DeformRoIPoolSizes",
+    "Padding",
+    "Pair",
+]
 
 Pair: TypeAlias = int | Sequence[int]
 Padding: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]]
@@ -139,9 +149,8 @@ class DeformConvGeometry:
         oh = _output_extent("height", H, pad_top + pad_bottom, kh, sh, dh)
         ow = _output_extent("width", W, pad_left + pad_right, kw, sw, dw)
 
-        for name, pixels in (("height*width", H * W), ("oh*ow", oh * ow)):
-            if pixels >= _MAX_PIXELS:
-                raise ShapeError(f"input must have {name} below {_MAX_PIXELS} pixels, got {pixels}")
+        _check_pixels("input", "height*width", H * W)
+        _check_pixels("input", "oh*ow", oh * ow)
 
         K = kh * kw
         if (offset[0], *offset[2:]) != (N, oh, ow) or offset[1] % (2 * K) or not offset[1]:
@@ -173,6 +182,125 @@ class DeformConvGeometry:
             raise ShapeError(f"grad_out must be [N={N}, O={O}, oh={oh}, ow={ow}], got shape {grad_out}")
 
 
+class DeformRoIPoolSizes(ctypes.Structure):
+    """The numbers that every deformable RoI pooling kernel takes (`DeformRoIPoolSizes` in deform_roi_pool.cu)."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("N", "C", "H", "W", "R", "P", "Q", "sampling_ratio")),
+        ("spatial_scale", ctypes.c_double),
+        ("gamma", ctypes.c_double),
+    ]
+
+
+@dataclass(frozen=True)
+class DeformRoIPoolGeometry:
+    """Every size and number of one deformable RoI pooling.
+
+    Attributes
+    ----------
+    N, C, H, W : int
+        Batch, channels, height and width of `input`.
+    R : int
+        Regions.
+    P, Q : int
+        Bins of a region, vertical and horizontal.
+    sampling_ratio : int
+        Samples of a bin along an axis; 0 for as many as the bin has pixels.
+    spatial_scale : float
+        Pixels of `input` per unit of the regions' coordinates.
+    gamma : float
+        Factor of the offsets.
+    """
+
+    N: int
+    C: int
+    H: int
+    W: int
+    R: int
+    P: int
+    Q: int
+    sampling_ratio: int
+    spatial_scale: float
+    gamma: float
+
+    @property
+    def bins(self) -> int:
+        """Bins of one region."""
+        return self.P * self.Q
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        return (self.R, self.C, self.P, self.Q)
+
+    def params(self) -> DeformRoIPoolSizes:
+        """The struct the kernels take."""
+        return DeformRoIPoolSizes(**asdict(self))
+
+    @classmethod
+    def check(
+        cls,
+        input: tuple[int, ...],
+        rois: tuple[int, ...],
+        offset: tuple[int, ...] | None,
+        mask: tuple[int, ...] | None,
+        output_size: Pair,
+        spatial_scale: float,
+        sampling_ratio: int,
+        gamma: float,
+    ) -> DeformRoIPoolGeometry:
+        """Collect every size from the shapes and parameters of one call, or say which is wrong.
+
+        Raises
+        ------
+        ShapeError
+            When a shape has the wrong rank or does not fit the others.
+        ArgumentError
+            When a parameter is not a legal value.
+        """
+        if len(input) != 4:
+            raise ShapeError(f"input must have 4 dimensions [N, C, H, W], got shape {input}")
+        N, C, H, W = input
+        if min(C, H, W) < 1:
+            raise ShapeError(f"input must be [N, C >= 1, H >= 1, W >= 1], got shape {input}")
+        _check_pixels("input", "height*width", H * W)
+        if len(rois) != 2 or rois[1] != 5:
+            raise ShapeError(f"rois must be [R, 5] (image, x1, y1, x2, y2), got shape {rois}")
+        R = rois[0]
+        P, Q = _pair("output_size", output_size, minimum=1)
+        _check_pixels("output_size", "bins", P * Q)
+        ratio = _integer(sampling_ratio)
+        if ratio is None or not 0 <= ratio <= MAX_EXTENT:
+            raise ArgumentError(f"sampling_ratio must be an integer from 0 to {MAX_EXTENT}, got {sampling_ratio!r}")
+        scale = _number(spatial_scale)
+        if scale is None or scale <= 0:
+            raise ArgumentError(f"spatial_scale must be a positive finite number, got {spatial_scale!r}")
+        factor = _number(gamma)
+        if factor is None:
+            raise ArgumentError(f"gamma must be a finite number, got {gamma!r}")
+        if offset is not None and offset != (R, 2, P, Q):
+            raise ShapeError(f"offset must be [R={R}, 2, P={P}, Q={Q}], got shape {offset}")
+        if mask is not None and mask != (R, P, Q):
+            raise ShapeError(f"mask must be [R={R}, P={P}, Q={Q}], got shape {mask}")
+        return cls(N, C, H, W, R, P, Q, ratio, scale, factor)
+
+    def check_grad_out(self, grad_out: tuple[int, ...]) -> None:
+        """Check the shape of the gradient that arrives at the output.
+
+        Raises
+        ------
+        ShapeError
+            When it is not the shape of the output.
+        """
+        if grad_out != self.output_shape:
+            R, C, P, Q = self.output_shape
+            raise ShapeError(f"grad_out must be [R={R}, C={C}, P={P}, Q={Q}], got shape {grad_out}")
+
+
+def _check_pixels(argument: str, what: str, number: int) -> None:
+    if number >= _MAX_PIXELS:
+        raise ShapeError(f"{argument} must have {what} below {_MAX_PIXELS}, got {number}")
+
+
 def _output_extent(axis: str, size: int, padding: int, kernel: int, stride: int, dilation: int) -> int:
     padded, reach = size + padding, dilation * (kernel - 1) + 1
     if padded > MAX_EXTENT:
@@ -192,6 +320,13 @@ def _integer(value: object) -> int | None:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return None
+
+
+def _number(value: object) -> float | None:
+    """A finite real number as a float."""
+    if isinstance(value, Real) and math.isfinite(value):
+        return float(value)
+    return None
 
 
 def _sequence(value: object) -> list[object] | None:

@@ -6,12 +6,10 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from dcnops._dispatch import ArrayT, check_arrays, load_backend
-from dcnops._errors import ArgumentError
 from dcnops._geometry import DeformConvGeometry, Padding, Pair
+from dcnops._needs import check_needs
 
 __all__ = ["DeformConv2dGradients", "deform_conv2d", "deform_conv2d_backward"]
-
-_GRADIENTS = ("input", "offset", "weight", "bias", "mask")
 
 
 class DeformConv2dGradients(NamedTuple):
@@ -121,7 +119,7 @@ def deform_conv2d_backward(
     padding: Padding = 0,
     dilation: Pair = 1,
     mask: ArrayT | None = None,
-    needs: Iterable[str] = _GRADIENTS,
+    needs: Iterable[str] = DeformConv2dGradients._fields,
 ) -> DeformConv2dGradients:
     """Gradients of `deform_conv2d` with respect to its arrays.
 
@@ -174,10 +172,9 @@ def deform_conv2d_backward(
     )
     geometry = _geometry(input, offset, weight, bias, stride, padding, dilation, mask)
     geometry.check_grad_out(tuple(grad_out.shape))
-    wanted = _check_needs(needs)
-    given = wanted - {name for name, array in (("bias", bias), ("mask", mask)) if array is None}
-    gradients = load_backend(library).deform_conv2d_backward(geometry, grad_out, input, offset, weight, mask, given)
-    return DeformConv2dGradients(*(gradients.get(name) for name in _GRADIENTS))
+    wanted = check_needs(needs, input=input, offset=offset, weight=weight, bias=bias, mask=mask)
+    gradients = load_backend(library).deform_conv2d_backward(geometry, grad_out, input, offset, weight, mask, wanted)
+    return DeformConv2dGradients(*(gradients.get(name) for name in DeformConv2dGradients._fields))
 
 
 def _geometry(
@@ -200,13 +197,3 @@ def _geometry(
         padding,
         dilation,
     )
-
-
-def _check_needs(needs: Iterable[str]) -> frozenset[str]:
-    try:
-        wanted = frozenset([needs] if isinstance(needs, str) else needs)
-    except TypeError:
-        wanted = frozenset([repr(needs)])
-    if not wanted <= set(_GRADIENTS):
-        raise ArgumentError(f"needs must be names among {', '.join(_GRADIENTS)}, got {needs!r}")
-    return wanted

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
+from typing_extensions import Self
 
+from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
 from tests import reference
 
 DTYPES = {
@@ -25,9 +27,48 @@ TOLERANCE = {"float16": 6e-3, "bfloat16": 5e-2, "float32": 2e-5, "float64": 1e-1
 CHANNELS = (1, 2, 3, 4, 6, 8, 12, 17, 32, 33, 71)
 
 
+class Case:
+    """What the runners and tests need of a call."""
+
+    operation: ClassVar[str]
+    arrays: ClassVar[tuple[str, ...]]
+    """Array arguments of the forward pass, in order."""
+    parameters: ClassVar[tuple[str, ...]]
+    differentiable: ClassVar[tuple[str, ...]]
+
+    input: np.ndarray
+    grad_out: np.ndarray
+
+    def arguments(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*self.arrays, *self.parameters)}
+
+    def with_arrays(self, **changes: Any) -> Self:
+        return replace(self, **changes)  # type: ignore[type-var]
+
+    def expected(self) -> np.ndarray:
+        return getattr(reference, self.operation)(**self.arguments())
+
+    def expected_gradients(self) -> dict[str, np.ndarray]:
+        return getattr(reference, f"{self.operation}_backward")(self.grad_out, **self.arguments())
+
+    @property
+    def dtype(self) -> str:
+        return self.input.dtype.name
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The differentiable arguments that are given."""
+        return tuple(name for name in self.differentiable if getattr(self, name) is not None)
+
+
 @dataclass
-class ConvCase:
+class ConvCase(Case):
     """The arguments of one deformable convolution, NumPy arrays."""
+
+    operation = "deform_conv2d"
+    arrays = ("input", "offset", "weight", "bias", "mask")
+    parameters = ("stride", "padding", "dilation")
+    differentiable = ("input", "offset", "weight", "bias", "mask")
 
     input: np.ndarray
     offset: np.ndarray
@@ -39,31 +80,34 @@ class ConvCase:
     dilation: Any = 1
     grad_out: np.ndarray = field(default_factory=lambda: np.empty(0))
 
-    def arguments(self) -> dict[str, Any]:
-        names = ("input", "offset", "weight", "bias", "stride", "padding", "dilation", "mask")
-        return {name: getattr(self, name) for name in names}
+    def geometry(self) -> DeformConvGeometry:
+        shapes = [None if (array := getattr(self, name)) is None else array.shape for name in self.arrays]
+        return DeformConvGeometry.check(*shapes, self.stride, self.padding, self.dilation)
 
-    def expected(self) -> np.ndarray:
-        return reference.deform_conv2d(**self.arguments())
 
-    def expected_gradients(self) -> dict[str, np.ndarray]:
-        return reference.deform_conv2d_backward(self.grad_out, **self.arguments())
+@dataclass
+class RoIPoolCase(Case):
+    """The arguments of one deformable RoI pooling, NumPy arrays."""
 
-    def with_arrays(self, **arrays: Any) -> ConvCase:
-        return replace(self, **arrays)
+    operation = "deform_roi_pool"
+    arrays = ("input", "rois", "offset", "mask")
+    parameters = ("output_size", "spatial_scale", "sampling_ratio", "gamma")
+    differentiable = ("input", "offset", "mask")
 
-    @property
-    def dtype(self) -> str:
-        return self.input.dtype.name
+    input: np.ndarray
+    rois: np.ndarray
+    offset: np.ndarray | None
+    mask: np.ndarray | None
+    output_size: Any = 2
+    spatial_scale: float = 1.0
+    sampling_ratio: int = 2
+    gamma: float = 0.1
+    grad_out: np.ndarray = field(default_factory=lambda: np.empty(0))
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (
-            "input",
-            "offset",
-            "weight",
-            *(["bias"] if self.bias is not None else []),
-            *(["mask"] if self.mask is not None else []),
+    def geometry(self) -> DeformRoIPoolGeometry:
+        shapes = [None if (array := getattr(self, name)) is None else array.shape for name in self.arrays]
+        return DeformRoIPoolGeometry.check(
+            *shapes, self.output_size, self.spatial_scale, self.sampling_ratio, self.gamma
         )
 
 
@@ -175,6 +219,77 @@ def conv_cases(
         "seed": draw(st.integers(0, 2**32 - 1)),
     }
     return make_conv(**{**options, **fixed})
+
+
+def make_roi_pool(
+    *,
+    N: int = 2,
+    C: int = 4,
+    H: int = 8,
+    W: int = 9,
+    R: int = 5,
+    output_size: Any = (3, 2),
+    spatial_scale: float = 0.5,
+    sampling_ratio: int = 2,
+    gamma: float = 0.1,
+    offset: bool = True,
+    mask: bool = True,
+    dtype: str = "float32",
+    offset_dtype: str | None = None,
+    rois_dtype: str | None = None,
+    spread: float = 1.0,
+    inside: bool = False,
+    seed: int = 0,
+) -> RoIPoolCase:
+    """A case with random regions: across the border and inverted ones too, or all `inside` of the image."""
+    random = np.random.default_rng(seed)
+    P, Q = reference.pair_of(output_size)
+    offset_dtype = offset_dtype or dtype
+    extent = np.array([W, H, W, H]) / spatial_scale
+    if inside:
+        corners = random.uniform(0.2, 0.4, (R, 4))
+        corners[:, 2:] += 0.35
+    else:
+        corners = random.uniform(-0.4, 1.4, (R, 4))
+    rois = np.concatenate([random.integers(0, max(N, 1), (R, 1)), corners * extent], axis=1)
+    return RoIPoolCase(
+        input=random.standard_normal((N, C, H, W)).astype(DTYPES[dtype]),
+        rois=rois.astype(DTYPES[rois_dtype or ("float64" if dtype == "float64" else "float32")]),
+        offset=(spread * random.standard_normal((R, 2, P, Q))).astype(DTYPES[offset_dtype]) if offset else None,
+        mask=random.uniform(-0.5, 1.5, (R, P, Q)).astype(DTYPES[offset_dtype]) if mask else None,
+        output_size=output_size,
+        spatial_scale=spatial_scale,
+        sampling_ratio=sampling_ratio,
+        gamma=gamma,
+        grad_out=random.standard_normal((R, C, P, Q)).astype(DTYPES[dtype]),
+    )
+
+
+@st.composite
+def roi_pool_cases(draw: st.DrawFn, dtypes: tuple[str, ...] = ("float32",), **fixed: Any) -> RoIPoolCase:
+    """Any legal call of moderate size: what `make_roi_pool` takes is drawn unless it is in `fixed`."""
+    dtype = draw(st.sampled_from(dtypes))
+    sixteen_bit = dtype in ("float16", "bfloat16")
+    sizes = st.integers(1, 3)
+    options: dict[str, Any] = {
+        "N": draw(st.integers(1, 3)),
+        "C": draw(st.sampled_from(CHANNELS)),
+        "H": draw(st.integers(1, 9)),
+        "W": draw(st.integers(1, 9)),
+        "R": draw(st.integers(0, 4)),
+        "output_size": draw(st.one_of(sizes, st.tuples(sizes, sizes))),
+        "spatial_scale": draw(st.sampled_from([1.0, 0.5, 0.0625, 2.0])),
+        "sampling_ratio": draw(st.integers(0, 3)),
+        "gamma": draw(st.sampled_from([0.1, 1.0, -0.5, 0.0])),
+        "offset": draw(st.booleans()),
+        "mask": draw(st.booleans()),
+        "dtype": dtype,
+        "offset_dtype": "float32" if sixteen_bit and draw(st.booleans()) else dtype,
+        "rois_dtype": draw(st.sampled_from(["float32", "float64", "float16"])),
+        "spread": draw(st.sampled_from([0.0, 0.4, 3.0])),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+    }
+    return make_roi_pool(**{**options, **fixed})
 
 
 def assert_close(

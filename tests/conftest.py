@@ -10,7 +10,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import dcnops
-from tests.cases import ConvCase
+from dcnops._backends import launch_plans
+from tests.cases import Case
+from tests.cuda_on_cpu import host_engine
 
 settings.register_profile(
     "default",
@@ -27,18 +29,19 @@ settings.load_profile("default")
 class Runner(Protocol):
     """Runs a case of NumPy arrays somewhere and brings NumPy arrays back."""
 
-    def forward(self, case: ConvCase) -> np.ndarray: ...
-    def backward(self, case: ConvCase, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]: ...
+    def forward(self, case: Case) -> np.ndarray: ...
+    def backward(self, case: Case, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]: ...
 
 
 class CpuRunner:
     """The public functions on NumPy arrays."""
 
-    def forward(self, case: ConvCase) -> np.ndarray:
-        return dcnops.deform_conv2d(**case.arguments())
+    def forward(self, case: Case) -> np.ndarray:
+        return getattr(dcnops, case.operation)(**case.arguments())
 
-    def backward(self, case: ConvCase, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
-        gradients = dcnops.deform_conv2d_backward(case.grad_out, **case.arguments(), needs=needs or case.needs)
+    def backward(self, case: Case, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
+        backward = getattr(dcnops, f"{case.operation}_backward")
+        gradients = backward(case.grad_out, **case.arguments(), needs=needs or case.needs)
         return {name: array for name, array in gradients._asdict().items() if array is not None}
 
 
@@ -46,66 +49,51 @@ class EmulatedRunner:
     """The launch plans and kernels of the CUDA backend, executed on the CPU."""
 
     def __init__(self, chunk_bytes: int = 2**20, **engine_options: Any) -> None:
-        from tests.cuda_on_cpu import host_engine
-
         self.engine = host_engine(**engine_options)
         self.chunk_bytes = chunk_bytes
 
-    def forward(self, case: ConvCase) -> np.ndarray:
-        from dcnops._backends import launch_plans
+    def forward(self, case: Case) -> np.ndarray:
+        plan = getattr(launch_plans, case.operation)
+        return plan(self.engine, case.geometry(), *self._arrays(case), chunk_bytes=self.chunk_bytes)
 
-        arrays = [_contiguous(getattr(case, name)) for name in ("input", "offset", "weight", "bias", "mask")]
-        return launch_plans.deform_conv2d(self.engine, geometry_of(case), *arrays, chunk_bytes=self.chunk_bytes)
-
-    def backward(self, case: ConvCase, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
-        from dcnops._backends import launch_plans
-
-        arrays = [_contiguous(getattr(case, name)) for name in ("grad_out", "input", "offset", "weight", "mask")]
+    def backward(self, case: Case, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
+        plan = getattr(launch_plans, f"{case.operation}_backward")
+        arrays = [_contiguous(case.grad_out), *self._arrays(case, without="bias")]
         wanted = frozenset(needs or case.needs)
-        return launch_plans.deform_conv2d_backward(
-            self.engine, geometry_of(case), *arrays, wanted, chunk_bytes=self.chunk_bytes
-        )
+        return plan(self.engine, case.geometry(), *arrays, wanted, chunk_bytes=self.chunk_bytes)
+
+    @staticmethod
+    def _arrays(case: Case, without: str = "") -> list[np.ndarray | None]:
+        """As the CUDA backend hands them over."""
+        arrays = {name: _contiguous(getattr(case, name)) for name in case.arrays if name != without}
+        if "rois" in arrays:
+            arrays["rois"] = arrays["rois"].astype(np.float64 if case.dtype == "float64" else np.float32)
+        return list(arrays.values())
 
 
 class GpuRunner:
     """The public functions on CuPy arrays."""
 
-    def forward(self, case: ConvCase) -> np.ndarray:
+    def forward(self, case: Case) -> np.ndarray:
         import cupy
 
-        return cupy.asnumpy(dcnops.deform_conv2d(**self._arguments(case)))
+        return cupy.asnumpy(getattr(dcnops, case.operation)(**self._arguments(case)))
 
-    def backward(self, case: ConvCase, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
+    def backward(self, case: Case, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
         import cupy
 
-        gradients = dcnops.deform_conv2d_backward(
-            cupy.asarray(case.grad_out), **self._arguments(case), needs=needs or case.needs
-        )
+        backward = getattr(dcnops, f"{case.operation}_backward")
+        gradients = backward(cupy.asarray(case.grad_out), **self._arguments(case), needs=needs or case.needs)
         return {name: cupy.asnumpy(array) for name, array in gradients._asdict().items() if array is not None}
 
     @staticmethod
-    def _arguments(case: ConvCase) -> dict[str, Any]:
+    def _arguments(case: Case) -> dict[str, Any]:
         import cupy
 
         return {
             name: cupy.asarray(value) if isinstance(value, np.ndarray) else value
             for name, value in case.arguments().items()
         }
-
-
-def geometry_of(case: ConvCase) -> Any:
-    from dcnops._geometry import DeformConvGeometry
-
-    return DeformConvGeometry.check(
-        case.input.shape,
-        case.offset.shape,
-        case.weight.shape,
-        None if case.bias is None else case.bias.shape,
-        None if case.mask is None else case.mask.shape,
-        case.stride,
-        case.padding,
-        case.dilation,
-    )
 
 
 def _contiguous(array: np.ndarray | None) -> np.ndarray | None:

@@ -6,25 +6,37 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dcnops._backends import launch_plans
-from dcnops._geometry import DeformConvSizes
+from dcnops._backends.launch_plans.deform_conv2d import (
+    SAMPLE_BYTES,
+    DeformConvBackwardParams,
+    DeformConvForwardParams,
+)
+from dcnops._backends.launch_plans.deform_roi_pool import DeformRoIPoolParams
+from dcnops._backends.launch_plans.layout import LayoutParams, RowRange
+from dcnops._geometry import DeformConvSizes, DeformRoIPoolSizes
 from dcnops._kernels import DTYPE_SUFFIX, Macros
 
 UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {
-    "layout": (launch_plans.LayoutParams, ("pixels_to_rows", "rows_to_pixels", "channel_sums")),
-    "deform_conv2d_forward": (launch_plans.DeformConvForwardParams, ("deform_conv2d_columns",)),
+    "layout": (LayoutParams, ("pixels_to_rows", "rows_to_pixels", "channel_sums")),
+    "deform_conv2d_forward": (DeformConvForwardParams, ("deform_conv2d_columns",)),
     "deform_conv2d_backward": (
-        launch_plans.DeformConvBackwardParams,
+        DeformConvBackwardParams,
         ("deform_conv2d_grad_samples", "deform_conv2d_grad_input"),
+    ),
+    "deform_roi_pool": (
+        DeformRoIPoolParams,
+        ("deform_roi_pool_forward", "deform_roi_pool_grad_bins", "deform_roi_pool_grad_input"),
     ),
 }
 
 STRUCTS = (
-    launch_plans.RowRange,
+    RowRange,
     DeformConvSizes,
-    launch_plans.LayoutParams,
-    launch_plans.DeformConvForwardParams,
-    launch_plans.DeformConvBackwardParams,
+    DeformRoIPoolSizes,
+    LayoutParams,
+    DeformConvForwardParams,
+    DeformConvBackwardParams,
+    DeformRoIPoolParams,
 )
 
 _SCALARS = {"float16": ("Half", 8), "bfloat16": ("BFloat16", 8), "float32": ("float", 4), "float64": ("double", 2)}
@@ -56,12 +68,9 @@ def specialisations() -> Iterator[Specialisation]:
         for offset_scalar in dict.fromkeys((scalar, scalar if dtype == "float64" else "float")):
             vector = widest
             while vector:
-                macros = {
-                    **common,
-                    "DCN_OFFSET_SCALAR": offset_scalar,
-                    "DCN_VEC": vector,
-                    "DCN_SAMPLE_BYTES": launch_plans.SAMPLE_BYTES,
-                }
+                macros = {**common, "DCN_OFFSET_SCALAR": offset_scalar, "DCN_VEC": vector}
+                yield Specialisation("deform_roi_pool", tuple(macros.items()))
+                macros["DCN_SAMPLE_BYTES"] = SAMPLE_BYTES
                 yield Specialisation("deform_conv2d_forward", tuple(macros.items()))
                 yield Specialisation("deform_conv2d_backward", tuple(macros.items()))
                 vector //= 2

@@ -153,3 +153,126 @@ def deform_conv2d(*args, **kwargs) -> np.ndarray:
 def deform_conv2d_backward(grad_out, *args, **kwargs) -> dict[str, np.ndarray]:
     """Gradients of `dcnops.deform_conv2d_backward` in float64, of the arguments that were given."""
     return DeformConv2d(*args, **kwargs).backward(grad_out)
+
+
+@dataclass
+class RoISample:
+    """One sample of a bin along one axis, on the clamped image: its neighbours, and how their weights move with it."""
+
+    low: int
+    high: int
+    fraction: float
+    slope: float
+
+    def weights(self) -> list[tuple[int, float, float]]:
+        """(pixel, weight, d weight / d position)."""
+        return [(self.low, 1 - self.fraction, -self.slope), (self.high, self.fraction, self.slope)]
+
+
+class DeformRoIPool:
+    """One call, taken apart."""
+
+    def __init__(
+        self,
+        input,
+        rois,
+        offset=None,
+        mask=None,
+        *,
+        output_size,
+        spatial_scale=1.0,
+        sampling_ratio=2,
+        gamma=0.1,
+    ):
+        self.coordinate = np.float64 if input.dtype == np.float64 else np.float32
+        self.x = np.asarray(input).astype(np.float64)
+        self.rois = np.asarray(rois).astype(self.coordinate)
+        self.P, self.Q = pair_of(output_size)
+        self.N, self.C, self.H, self.W = self.x.shape
+        R = len(self.rois)
+        self.offset = np.zeros((R, 2, self.P, self.Q)) if offset is None else np.asarray(offset)
+        self.offset = self.offset.astype(self.coordinate)
+        self.mask = np.ones((R, self.P, self.Q)) if mask is None else np.asarray(mask).astype(np.float64)
+        self.given = {"input": True, "offset": offset is not None, "mask": mask is not None}
+        self.scale, self.gamma = self.coordinate(spatial_scale), self.coordinate(gamma)
+        self.sampling_ratio = sampling_ratio
+
+    def axis(self, r: int, bin: int, bins: int, low: int, extent: int, offset: np.floating):
+        """(length of the region, samples per bin, samples in the image, position is NaN) of a bin along an axis."""
+        of = self.coordinate
+        with np.errstate(all="ignore"):
+            start = self.scale * self.rois[r, low] - of(0.5)
+            region = (self.scale * self.rois[r, low + 2] - of(0.5)) - start
+            length = region / of(bins)
+            first = (start + of(bin) * length) + (self.gamma * region) * offset
+            if not np.isfinite(region) or np.isnan(first):
+                return region, 0, [], True
+            count = self.sampling_ratio or int(min(max(np.ceil(length), 0), 2**24))
+            # A whole axis at once: adaptive regions may have very many samples, almost all of them outside.
+            positions = first + (np.arange(count, dtype=self.coordinate) + of(0.5)) * length / of(max(count, 1))
+        samples = []
+        for position in positions[(positions >= -1) & (positions <= extent)]:
+            clamped = max(float(position), 0.0)
+            at = min(int(clamped), extent - 1)
+            free = at + 1 < extent
+            slope = 1.0 if free and position >= 0 else 0.0
+            samples.append(RoISample(at, at + free, clamped - at if free else 0.0, slope))
+        return region, count, samples, False
+
+    def bins(self):
+        """(region, bin, image, samples of y and of x, 1 / number of samples, lengths of the region, bin is NaN)."""
+        for r, p, q in np.ndindex(len(self.rois), self.P, self.Q):
+            height, rows, ys, y_is_nan = self.axis(r, p, self.P, 2, self.H, self.offset[r, 1, p, q])
+            width, columns, xs, x_is_nan = self.axis(r, q, self.Q, 1, self.W, self.offset[r, 0, p, q])
+            is_nan = y_is_nan or x_is_nan or not 0 <= self.rois[r, 0] < self.N
+            image = 0 if is_nan else int(self.rois[r, 0])
+            yield (r, p, q), image, ys, xs, 1 / max(rows * columns, 1), (float(height), float(width)), is_nan
+
+    def forward(self) -> np.ndarray:
+        output = np.zeros((len(self.rois), self.C, self.P, self.Q))
+        for (r, p, q), n, ys, xs, share, _, is_nan in self.bins():
+            total = np.zeros(self.C)
+            for y in ys:
+                for x in xs:
+                    for row, wy, _ in y.weights():
+                        for column, wx, _ in x.weights():
+                            total = total + times(wy * wx, self.x[n, :, row, column])
+            output[r, :, p, q] = np.nan if is_nan else times(self.mask[r, p, q] * share, total)
+        return output
+
+    def backward(self, grad_out: np.ndarray) -> dict[str, np.ndarray]:
+        grad_out = np.asarray(grad_out).astype(np.float64)
+        grad_input, grad_offset = np.zeros_like(self.x), np.zeros(self.offset.shape)
+        grad_mask = np.zeros(self.mask.shape)
+        for (r, p, q), n, ys, xs, share, (height, width), is_nan in self.bins():
+            t = grad_out[r, :, p, q]
+            value = slope_y = slope_x = 0.0
+            for y in ys:
+                for x in xs:
+                    for row, wy, dy in y.weights():
+                        for column, wx, dx in x.weights():
+                            pixel = self.x[n, :, row, column]
+                            if not is_nan:
+                                grad_input[n, :, row, column] += times(wy * wx * self.mask[r, p, q] * share, t)
+                            value = value + times(wy * wx, pixel * t).sum()
+                            slope_y = slope_y + times(dy * wx, pixel * t).sum()
+                            slope_x = slope_x + times(wy * dx, pixel * t).sum()
+            factor = float(self.gamma) * self.mask[r, p, q] * share
+            if is_nan:
+                grad_offset[r, :, p, q] = grad_mask[r, p, q] = np.nan
+            else:
+                grad_offset[r, 0, p, q] = times(factor * width, slope_x)
+                grad_offset[r, 1, p, q] = times(factor * height, slope_y)
+                grad_mask[r, p, q] = share * value
+        gradients = {"input": grad_input, "offset": grad_offset, "mask": grad_mask}
+        return {name: gradient for name, gradient in gradients.items() if self.given[name]}
+
+
+def deform_roi_pool(*args, **kwargs) -> np.ndarray:
+    """Output of `dcnops.deform_roi_pool` in float64."""
+    return DeformRoIPool(*args, **kwargs).forward()
+
+
+def deform_roi_pool_backward(grad_out, *args, **kwargs) -> dict[str, np.ndarray]:
+    """Gradients of `dcnops.deform_roi_pool_backward` in float64, of the arguments that were given."""
+    return DeformRoIPool(*args, **kwargs).backward(grad_out)

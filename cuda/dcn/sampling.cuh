@@ -1,4 +1,4 @@
-// Bilinear sampling of an image that is extended by zeros.
+// Bilinear sampling: of an image that is extended by zeros (convolution), or by its border pixels (RoI pooling).
 
 // A sampling point and its four neighbours, numbered 0 (y0, x0), 1 (y0, x0+1), 2 (y0+1, x0), 3 (y0+1, x0+1).
 template <typename A>
@@ -37,4 +37,27 @@ __device__ __forceinline__ A bilinear_weight(const SamplePoint<A>& point, int i)
 template <typename A>
 __device__ __forceinline__ A weighted(A weight, A value) {
   return weight != A(0) ? weight * value : A(0);
+}
+
+// A coordinate of RoIAlign: 0 outside of [-1, extent], clamped to the image inside.
+template <typename A>
+struct ClampedCoordinate {
+  bool inside;
+  int low, high;  // the neighbours
+  A fraction;     // weight of the high one
+  A slope;        // derivative of that weight: 1, or 0 where the coordinate is clamped
+};
+
+template <typename A>
+__device__ __forceinline__ ClampedCoordinate<A> clamp_coordinate(A position, int extent) {
+  ClampedCoordinate<A> at = {position >= A(-1) && position <= A(extent), 0, 0, A(0), A(0)};
+  if (!at.inside) return at;
+  const A clamped = position > A(0) ? position : A(0);
+  at.low = min(static_cast<int>(clamped), extent - 1);
+  at.high = min(at.low + 1, extent - 1);
+  if (at.low < at.high) {
+    at.fraction = clamped - static_cast<A>(at.low);
+    at.slope = position >= A(0) ? A(1) : A(0);
+  }
+  return at;
 }

@@ -76,8 +76,31 @@ __device__ __forceinline__ A not_a_number() {
   return static_cast<A>(__int_as_float(0x7fffffff));
 }
 
+template <typename A>
+__device__ __forceinline__ bool is_finite(A value) {
+  return value - value == A(0);
+}
+
 // Moved by one load or store of up to 16 bytes.
 template <typename T, int count>
 struct alignas(sizeof(T) * count) Vector {
   T at[count];
 };
+
+// Atomic addition of a vector's elements, for an address that is aligned like the vector.
+template <int count>
+__device__ __forceinline__ void add_vector(float* to, const float (&value)[count]) {
+  if constexpr (count % 4 == 0) {
+#pragma unroll
+    for (int e = 0; e < count; e += 4) add_4(to + e, value[e], value[e + 1], value[e + 2], value[e + 3]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < count; ++e) atomicAdd(to + e, value[e]);
+  }
+}
+
+template <int count>
+__device__ __forceinline__ void add_vector(double* to, const double (&value)[count]) {
+#pragma unroll
+  for (int e = 0; e < count; ++e) atomicAdd(to + e, value[e]);
+}

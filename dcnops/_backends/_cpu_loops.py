@@ -26,8 +26,9 @@ from numba.core import types
 from numba.extending import intrinsic
 
 __all__ = [
+    "DEPTH",
     "ROWS",
-    "WEIGHT_GRADIENT_DEPTH",
+    "column_gradients",
     "from_channels_last",
     "output_tile",
     "pack_weight",
@@ -39,7 +40,6 @@ __all__ = [
     "to_channels_last",
     "unpack_weight",
     "weight_gradient",
-    "column_gradients",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -47,9 +47,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 ROWS = 6
 """Rows of the register tile: with two vectors a row, its 12 sums fit the 16 registers of AVX and hide the latency."""
 
+DEPTH = 192
+"""Length of the sums that a register tile takes at once: that much of a panel stays in the first-level cache."""
+
 _VECTORS = 2
-_DEPTH = 256
-WEIGHT_GRADIENT_DEPTH = 128
 _CPU = llvmlite.binding.get_host_cpu_features()
 _VECTOR_BYTES = 64 if _CPU.get("avx512f") else 32 if _CPU.get("avx") else 16
 
@@ -59,17 +60,21 @@ def panel_lanes(itemsize: int) -> int:
     return _VECTORS * _VECTOR_BYTES // itemsize
 
 
+def _options(*fastmath: str) -> dict[str, Any]:
+    # Nothing is allocated in these loops. Without reference counts (_nrt), a slice costs no atomic operation.
+    return {"nogil": True, "error_model": "numpy", "_nrt": False, "fastmath": {"contract", *fastmath}}
+
+
 def _kernel(function: Function) -> Function:
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}, "_nrt": False}
     try:
-        return cast(Function, numba.njit(cache=True, **options)(function))
+        return cast(Function, numba.njit(cache=True, **_options())(function))
     except RuntimeError:
         # Neither the package's folder nor the user's cache folder can be written to.
-        return cast(Function, numba.njit(**options)(function))
+        return cast(Function, numba.njit(**_options())(function))
 
 
 def _inner(*fastmath: str) -> Callable[[Function], Function]:
-    return cast(Callable[[Function], Function], numba.njit(nogil=True, error_model="numpy", _nrt=False, fastmath={"contract", *fastmath}))
+    return cast(Callable[[Function], Function], numba.njit(**_options(*fastmath)))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -125,7 +130,9 @@ def _tile_product(
             for row in range(ROWS)
         ]
         targets = [
-            vector_at(pointer_c, builder.mul(c_row, index(row)), number) for row in range(ROWS) for number in range(_VECTORS)
+            vector_at(pointer_c, builder.mul(c_row, index(row)), number)
+            for row in range(ROWS)
+            for number in range(_VECTORS)
         ]
 
         before = builder.block
@@ -141,7 +148,8 @@ def _tile_product(
         k = builder.phi(index)
         sums = [builder.phi(vector) for _ in targets]
         b_vectors = [
-            builder.load(vector_at(pointer_b, builder.mul(k, b_depth), number), align=itemsize) for number in range(_VECTORS)
+            builder.load(vector_at(pointer_b, builder.mul(k, b_depth), number), align=itemsize)
+            for number in range(_VECTORS)
         ]
         a_offset = builder.mul(k, a_depth)
         products = []
@@ -213,7 +221,9 @@ def from_channels_last(source: Any, target: Any, c0: int, begin: int, end: int) 
 
 @_kernel
 def pack_weight(weight: Any, packed: Any, g0: int, c0: int, cw: int, og: int, begin: int, end: int) -> None:
-    """``packed[g, panel, k*cw + c, lane] = weight[(g0+g)*og + o, c0 + c, k]``, o = panel*lanes + lane; an item is one g and panel.
+    """``packed[g, panel, k*cw + c, lane] = weight[(g0+g)*og + o, c0 + c, k]`` with o = panel*lanes + lane.
+
+    An item is one g and panel.
 
     Parameters
     ----------
@@ -235,7 +245,9 @@ def pack_weight(weight: Any, packed: Any, g0: int, c0: int, cw: int, og: int, be
 
 @_kernel
 def pack_weight_transposed(weight: Any, packed: Any, g0: int, c0: int, cw: int, begin: int, end: int) -> None:
-    """``packed[g, panel, o, lane] = weight[(g0+g)*og + o, c0 + c, k]``, k*cw + c = panel*lanes + lane; an item is one g and o.
+    """``packed[g, panel, o, lane] = weight[(g0+g)*og + o, c0 + c, k]`` with k*cw + c = panel*lanes + lane.
+
+    An item is one g and o.
 
     Parameters
     ----------
@@ -276,8 +288,8 @@ def unpack_weight(gradient: Any, weight: Any, g0: int, c0: int, cw: int, og: int
 
 @_inner()
 def _locate(sizes: Any, offset: Any, d: int, i: int, j: int, n: int, p: int, a: int, b: int) -> Any:
-    """Where tap (i, j) of deformable group d samples for output pixel p = (a, b): inside the open box, NaN, y0, x0, ly, lx."""
-    H, W, ow, kh, kw, sh, sw, dh, dw, pad_top, pad_left, cd = sizes
+    """Where tap (i, j) of group d samples for output pixel p = (a, b): inside the open box, NaN, y0, x0, ly, lx."""
+    H, W, _, kh, kw, sh, sw, dh, dw, pad_top, pad_left, _ = sizes
     real = offset.dtype.type
     channel = 2 * ((d * kh + i) * kw + j)
     py = real(a * sh - pad_top + i * dh) + offset[n, channel, p]
@@ -415,24 +427,28 @@ def output_tile(
         for q in range(first, last):
             _sample(sizes, image, offset, mask, columns, c0, cw, first, q)
         for g in range(Gb):
-            for k in range(0, length, _DEPTH):
+            for k in range(0, length, DEPTH):
                 for panel in range(panels):
                     for row in range(0, last - first, ROWS):
                         _tile_product(
                             columns, (g * tile + row) * length + k, length, 1, last - first - row,
                             packed, ((g * panels + panel) * length + k) * lanes, lanes,
                             products, ((g * tile + row) * panels + panel) * lanes, panels * lanes,
-                            min(_DEPTH, length - k), k > 0,
+                            min(DEPTH, length - k), k > 0,
                         )  # fmt: skip
-            for q0 in range(first, last, 16):
+            q = first
+            while q < last:
+                n = q // pixels
+                p = q - n * pixels
+                count = min(16, last - q, pixels - p)
                 for o1 in range(0, og, 16):
                     for o in range(o1, min(o1 + 16, og)):
-                        channel = o0 + g * og + o
-                        for q in range(q0, min(q0 + 16, last)):
-                            n = q // pixels
-                            p = q - n * pixels
-                            value = out[n, channel, p] if add else bias[channel]
-                            out[n, channel, p] = value + products[g, q - first, o]
+                        row = out[n, o0 + g * og + o, p : p + count]
+                        if not add:
+                            row[:] = bias[o0 + g * og + o]
+                        for i in range(count):
+                            row[i] += products[g, q - first + i, o]
+                q += count
 
 
 @_kernel
@@ -465,20 +481,29 @@ def column_gradients(
         low = item * tile
         high = min(low + tile, last - first)
         for g in range(Gb):
-            for o in range(0, og, _DEPTH):
+            for o in range(0, og, DEPTH):
                 for panel in range(panels):
                     for row in range(low, high, ROWS):
                         _tile_product(
                             grad_out, (first + row) * O + o0 + g * og + o, O, 1, high - row,
                             packed, ((g * panels + panel) * og + o) * lanes, lanes,
                             gradients, ((g * rows + row) * panels + panel) * lanes, panels * lanes,
-                            min(_DEPTH, og - o), o > 0,
+                            min(DEPTH, og - o), o > 0,
                         )  # fmt: skip
 
 
 @_kernel
 def weight_gradient(
-    grad_out: Any, columns: Any, gradient: Any, o0: int, og: int, first: int, last: int, panel_rows: Any, begin: int, end: int
+    grad_out: Any,
+    columns: Any,
+    gradient: Any,
+    o0: int,
+    og: int,
+    first: int,
+    last: int,
+    panel_rows: Any,
+    begin: int,
+    end: int,
 ) -> None:
     """Add the share of output pixels ``first <= q < last`` to the weight gradient; an item is one g and panel.
 
@@ -487,22 +512,22 @@ def weight_gradient(
     grad_out : array [n, O, oh*ow]
     columns : array [Gb, >= last - first, panels*lanes]
     gradient : array [Gb, og rounded up to ROWS, panels*lanes]
-    panel_rows : array [WEIGHT_GRADIENT_DEPTH, lanes]
+    panel_rows : array [DEPTH, lanes]
         Scratch of this thread.
     """
     O, pixels = grad_out.shape[1:]
-    Gb, _, padded = columns.shape
+    padded = columns.shape[2]
     depth, lanes = panel_rows.shape
     rows = gradient.shape[1]
     panels = padded // lanes
-    for item in range(begin, end):
-        g = item // panels
-        panel = item - g * panels
-        q = first
-        while q < last:
-            n = q // pixels
-            p = q - n * pixels
-            count = min(depth, last - q, pixels - p)
+    q = first
+    while q < last:
+        n = q // pixels
+        p = q - n * pixels
+        count = min(depth, last - q, pixels - p)
+        for item in range(begin, end):
+            g = item // panels
+            panel = item - g * panels
             # Rows of `columns` lie a fixed stride apart and would fall into few sets of the first-level cache.
             for row in range(count):
                 for lane in range(lanes):
@@ -514,7 +539,7 @@ def weight_gradient(
                     gradient, (g * rows + o) * padded + panel * lanes, padded,
                     count, True,
                 )  # fmt: skip
-            q += count
+        q += count
 
 
 @_inner("reassoc", "nsz")
@@ -629,9 +654,9 @@ def scatter_columns(
     begin: int,
     end: int,
 ) -> None:
-    """Add the columns' gradients of output pixels ``first <= q < last`` to the image's; an item is a channel of the block.
+    """Add the columns' gradients of output pixels ``first <= q < last`` to the image's.
 
-    Threads own channels: no two of them write one element, and each element is summed in the order of q.
+    An item is a channel of the block: no two threads write one element, and each element is summed in the order of q.
 
     Parameters
     ----------

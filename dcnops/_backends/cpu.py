@@ -31,12 +31,18 @@ Array = npt.NDArray[Any]
 _THREADS: int = numba.config.NUMBA_NUM_THREADS
 _PIECES_PER_THREAD = 4
 
+_CACHE_LINE = 64
+_CHANNELS_PER_THREAD = 16
+
 # Tuned at 2 MB of L2 per core; half and twice of each change little.
-_BLOCK_CHANNELS = (32, 128)
+_BLOCK_CHANNELS = 128
+_LEAST_BLOCK_CHANNELS = 32
 _TILE_PIXELS = 16 * loops.ROWS
 _TILE_BYTES = 2**19
-_SPAN_BYTES = 2**22
-_CHUNK_PIXELS = 2048
+_SPAN_BYTES = 2**23
+_PART_PIXELS = 2048
+
+_NO_MASK = {name: np.empty((0, 0, 0), name) for name in ("float32", "float64")}
 
 
 class _Pool:
@@ -97,6 +103,8 @@ def _parallel(
             kernel(*args, *buffers, begin, min(begin + size, items))
 
     _POOL.run(work, min(_THREADS, -(-items // size)) - 1)
+    # A cancelled helper may stay in the pool's queue for a while: it must not keep the arrays.
+    args = ()
 
 
 @dataclass(frozen=True)
@@ -119,15 +127,13 @@ class _Block:
     """First output of the first weight group."""
 
 
-def _blocks(geometry: DeformConvGeometry) -> Iterator[_Block]:
+def _blocks(geometry: DeformConvGeometry, limit: int) -> Iterator[_Block]:
+    """All channels in blocks of at most `limit`."""
     channels = geometry.C // geometry.G
     og = geometry.O // geometry.G
-    least, most = _BLOCK_CHANNELS
-    # Half the channels at most, where that is enough to vectorise: the copies stay small beside the image itself.
-    limit = max(least, min(most, geometry.C // 2))
     if channels > limit:
         parts = -(-channels // limit)
-        cw = -(-channels // parts)
+        cw = _round_up(-(-channels // parts), _CHANNELS_PER_THREAD)
         for g in range(geometry.G):
             for c in range(0, channels, cw):
                 width = min(cw, channels - c)
@@ -139,42 +145,35 @@ def _blocks(geometry: DeformConvGeometry) -> Iterator[_Block]:
             yield _Block(g * channels, Gb * channels, g, Gb, 0, channels, g * og)
 
 
-def _chunks(geometry: DeformConvGeometry) -> Iterator[slice]:
-    """Images that are processed together: several of them if they are tiny."""
-    images = max(1, _CHUNK_PIXELS // max(geometry.pixels, geometry.H * geometry.W))
-    for n in range(0, geometry.N, images):
-        yield slice(n, min(n + images, geometry.N))
-
-
-def _sizes(geometry: DeformConvGeometry) -> tuple[int, ...]:
-    g = geometry
-    return (g.H, g.W, g.ow, g.kh, g.kw, g.sh, g.sw, g.dh, g.dw, g.pad_top, g.pad_left, g.C // g.D)
-
-
-def _real(array: Array) -> np.dtype[Any]:
-    """The dtype to compute in."""
-    return np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
-
-
 def _plain(array: Array, dtype: np.dtype[Any], *shape: int) -> Array:
     """The array as the compiled loops take it; a copy only where it is something else."""
     return np.require(array, dtype, ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE", "ENSUREARRAY"]).reshape(shape)
 
 
-class _Staged:
-    """Part of a result, in the dtype of computation: `array` is the part itself, or is rounded into it by `store`."""
+def _rounded(array: Array, dtype: np.dtype[Any]) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(dtype, copy=False)
 
-    def __init__(self, result: Array, images: slice, dtype: np.dtype[Any]) -> None:
-        self._part = result[images]
-        count, channels, *extents = self._part.shape
-        same = self._part.dtype == dtype
-        self.array = (self._part if same else self._part.astype(dtype)).reshape(count, channels, math.prod(extents))
-        self._copied = not same
+
+class _Staged:
+    """Part of a result in the dtype of computation: `array` is the part itself, or is rounded into it by `store`."""
+
+    def __init__(self, part: Array, dtype: np.dtype[Any]) -> None:
+        self._part = part
+        count, channels, *extents = part.shape
+        self.array = part.astype(dtype, copy=False).reshape(count, channels, math.prod(extents))
 
     def store(self) -> None:
-        if self._copied:
-            with np.errstate(over="ignore", invalid="ignore"):
-                self._part[...] = self.array.reshape(self._part.shape)
+        if self.array.dtype != self._part.dtype:
+            self._part[...] = _rounded(self.array, self._part.dtype).reshape(self._part.shape)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Scratch that starts at a cache line: no vector straddles two, and threads that own channels share none."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + _CACHE_LINE, np.uint8)
+    start = -buffer.ctypes.data % _CACHE_LINE
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _strips(count: int, values: int) -> int:
@@ -185,54 +184,72 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _channels_last(geometry: DeformConvGeometry, part: Array, block: _Block, dtype: np.dtype[Any]) -> Array:
-    """Channels-last copy of a block of some images, [n, H*W + 1, width], with a zero pixel at the end of each."""
-    extent = geometry.H * geometry.W
-    count = part.shape[0]
-    source = _plain(part[:, block.c0 : block.c0 + block.width], dtype, count, block.width, extent)
-    image = np.empty((count, extent + 1, block.width), dtype)
+def _tile(pixels: int, bytes_per_pixel: int) -> int:
+    """Pixels of a tile: fits the cache, leaves work for every thread, and is a multiple of ROWS."""
+    share = -(-pixels // (_THREADS * _PIECES_PER_THREAD))
+    return max(1, min(_TILE_PIXELS, _TILE_BYTES // bytes_per_pixel, share) // loops.ROWS) * loops.ROWS
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The arguments of both directions for some images, and what follows from them."""
+
+    geometry: DeformConvGeometry
+    dtype: np.dtype[Any]
+    """The dtype of computation."""
+    input: Array
+    """[n, C, H, W], in any form."""
+    offset: Array
+    """[n, 2*D*K, oh*ow]"""
+    mask: Array
+    """[n, D*K, oh*ow], or of size 0 for none."""
+    weight: Array
+    """[O, C/G, K]"""
+
+    @property
+    def pixels(self) -> int:
+        """Output pixels of all images."""
+        return len(self.input) * self.geometry.pixels
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What the compiled loops know of the geometry."""
+        g = self.geometry
+        return (g.H, g.W, g.ow, g.kh, g.kw, g.sh, g.sw, g.dh, g.dw, g.pad_top, g.pad_left, g.C // g.D)
+
+
+def _channels_last(part: _Part, block: _Block) -> Array:
+    """Channels-last copy of a block, [n, H*W + 1, width], with a zero pixel at the end of each image."""
+    count, extent = len(part.input), part.geometry.H * part.geometry.W
+    source = _plain(part.input[:, block.c0 : block.c0 + block.width], part.dtype, count, block.width, extent)
+    image = _empty((count, extent + 1, block.width), part.dtype)
     image[:, extent] = 0
     _parallel(loops.to_channels_last, _strips(count, extent), source, image)
     return image
 
 
-def _tile(pixels: int, bytes_per_pixel: int) -> int:
-    """Pixels of a tile: fits the cache, leaves work for every thread, and is a multiple of ROWS."""
-    share = -(-pixels // (_THREADS * _PIECES_PER_THREAD))
-    return _round_up(max(1, min(_TILE_PIXELS, _TILE_BYTES // bytes_per_pixel // loops.ROWS * loops.ROWS, share)), loops.ROWS)
-
-
-def _add_outputs(
-    geometry: DeformConvGeometry,
-    block: _Block,
-    input: Array,
-    offset: Array,
-    mask: Array,
-    weight: Array,
-    bias: Array,
-    out: Array,
-) -> None:
-    """Write, or add to what earlier blocks of the same weight group wrote, the products of one block of channels."""
-    dtype = out.dtype
-    lanes = loops.panel_lanes(dtype.itemsize)
-    og = geometry.O // geometry.G
-    panels = -(-og // lanes)
-    length = geometry.K * block.cw
-    total = out.shape[0] * out.shape[2]
-    image = _channels_last(geometry, input, block, dtype)
-    packed = np.empty((block.Gb, panels, length, lanes), dtype)
-    _parallel(loops.pack_weight, block.Gb * panels, weight, packed, block.g0, block.group_c0, block.cw, og)
-    tile = _tile(total, block.Gb * (length + panels * lanes) * dtype.itemsize)
-
-    def scratch() -> tuple[Array, ...]:
-        return np.empty((block.Gb, tile, length), dtype), np.empty((block.Gb, tile, panels * lanes), dtype)
-
-    _parallel(
-        loops.output_tile, -(-total // tile),
-        _sizes(geometry), image, offset, mask, packed, bias, out,
-        block.c0, block.cw, block.o0, og, block.group_c0 > 0, tile,
-        scratch=scratch,
-    )  # fmt: skip
+def _parts(
+    geometry: DeformConvGeometry, input: Array, offset: Array, weight: Array, mask: Array | None
+) -> Iterator[tuple[slice, _Part]]:
+    """Images that are processed together: several of them if they are tiny."""
+    g = geometry
+    dtype = np.dtype(np.float64 if input.dtype == np.float64 else np.float32)
+    plain_weight = _plain(weight, dtype, g.O, g.C // g.G, g.K)
+    together = max(1, _PART_PIXELS // max(g.pixels, g.H * g.W))
+    for n in range(0, g.N, together):
+        images = slice(n, min(n + together, g.N))
+        count = images.stop - n
+        yield (
+            images,
+            _Part(
+                geometry,
+                dtype,
+                input[images],
+                _plain(offset[images], dtype, count, 2 * g.D * g.K, g.pixels),
+                _NO_MASK[dtype.name] if mask is None else _plain(mask[images], dtype, count, g.D * g.K, g.pixels),
+                plain_weight,
+            ),
+        )
 
 
 def deform_conv2d(
@@ -244,23 +261,40 @@ def deform_conv2d(
     mask: Array | None,
 ) -> Array:
     """Deformable convolution; the arguments are those of `dcnops.deform_conv2d`, checked."""
-    N, C, O, G, D, K, pixels = (
-        geometry.N, geometry.C, geometry.O, geometry.G, geometry.D, geometry.K, geometry.pixels
-    )  # fmt: skip
-    real = _real(input)
-    out = np.empty(geometry.output_shape, input.dtype)
-    weight = _plain(weight, real, O, C // G, K)
-    bias = np.zeros(O, real) if bias is None else _plain(bias, real, O)
-
-    for images in _chunks(geometry):
-        count = images.stop - images.start
-        target = _Staged(out, images, real)
-        offset_part = _plain(offset[images], real, count, 2 * D * K, pixels)
-        mask_part = np.empty((0, 0, 0), real) if mask is None else _plain(mask[images], real, count, D * K, pixels)
-        for block in _blocks(geometry):
-            _add_outputs(geometry, block, input[images], offset_part, mask_part, weight, bias, target.array)
+    g = geometry
+    out = np.empty(g.output_shape, input.dtype)
+    # Half the channels at most, where that is enough to vectorise: the copies stay small beside the image itself.
+    limit = max(_LEAST_BLOCK_CHANNELS, min(_BLOCK_CHANNELS, g.C // 2))
+    for images, part in _parts(geometry, input, offset, weight, mask):
+        plain_bias = np.zeros(g.O, part.dtype) if bias is None else _plain(bias, part.dtype, g.O)
+        target = _Staged(out[images], part.dtype)
+        for block in _blocks(geometry, limit):
+            _add_outputs(part, block, plain_bias, target.array)
         target.store()
     return out
+
+
+def _add_outputs(part: _Part, block: _Block, bias: Array, out: Array) -> None:
+    """Write a block's share of the outputs, or add it to what earlier blocks of the weight group wrote."""
+    dtype = part.dtype
+    lanes = loops.panel_lanes(dtype.itemsize)
+    og = part.geometry.O // part.geometry.G
+    panels = -(-og // lanes)
+    length = part.geometry.K * block.cw
+    image = _channels_last(part, block)
+    packed = _empty((block.Gb, panels, length, lanes), dtype)
+    _parallel(loops.pack_weight, block.Gb * panels, part.weight, packed, block.g0, block.group_c0, block.cw, og)
+    tile = _tile(part.pixels, block.Gb * (length + panels * lanes) * dtype.itemsize)
+
+    def scratch() -> tuple[Array, ...]:
+        return _empty((block.Gb, tile, length), dtype), _empty((block.Gb, tile, panels * lanes), dtype)
+
+    _parallel(
+        loops.output_tile, -(-part.pixels // tile),
+        part.sizes, image, part.offset, part.mask, packed, bias, out,
+        block.c0, block.cw, block.o0, og, block.group_c0 > 0, tile,
+        scratch=scratch,
+    )  # fmt: skip
 
 
 def deform_conv2d_backward(
@@ -273,114 +307,134 @@ def deform_conv2d_backward(
     needs: frozenset[str],
 ) -> dict[str, Array]:
     """Gradients of `deform_conv2d` by the name of the argument, those in `needs`."""
-    N, C, O, G, D, K, pixels = (
-        geometry.N, geometry.C, geometry.O, geometry.G, geometry.D, geometry.K, geometry.pixels
-    )  # fmt: skip
-    og = O // G
-    real = _real(input)
-    lanes = loops.panel_lanes(real.itemsize)
-    sizes = _sizes(geometry)
-    needs_sampling = bool(needs & {"offset", "mask"})
-    needs_columns = needs_sampling or "input" in needs
-    blocks = list(_blocks(geometry))
+    g = geometry
+    og = g.O // g.G
+    dtype = np.dtype(np.float64 if input.dtype == np.float64 else np.float32)
+    lanes = loops.panel_lanes(dtype.itemsize)
+    blocks = list(_blocks(geometry, _BLOCK_CHANNELS))
 
-    grad_input = np.empty(input.shape if "input" in needs else (N, 0, 0), input.dtype)
-    grad_offset = np.zeros(offset.shape if needs_sampling else (N, 0, 0), offset.dtype)
-    grad_mask = np.zeros(mask.shape if mask is not None and "mask" in needs else (N, 0, 0), offset.dtype)
-    grad_bias = np.zeros(O, real)
-    grad_weights = [
-        np.zeros((block.Gb, _round_up(og, loops.ROWS), _round_up(K * block.cw, lanes)), real) if "weight" in needs else None
-        for block in blocks
-    ]
-    plain_weight = _plain(weight, real, O, C // G, K)
+    results = {}
+    if "input" in needs:
+        results["input"] = np.empty(input.shape, input.dtype)
+    if "offset" in needs:
+        results["offset"] = np.zeros(offset.shape, offset.dtype)
+    if "mask" in needs and mask is not None:
+        results["mask"] = np.zeros(mask.shape, mask.dtype)
+    grad_bias = np.zeros(g.O, dtype)
+    grad_weights: list[Array | None] = [None for _ in blocks]
+    if "weight" in needs:
+        rows = _round_up(og, loops.ROWS)
+        grad_weights = [np.zeros((block.Gb, rows, _round_up(g.K * block.cw, lanes)), dtype) for block in blocks]
 
-    for images in _chunks(geometry):
-        count = images.stop - images.start
-        total = count * pixels
-        grad_part = _plain(grad_out[images], real, count, O, pixels)
+    for images, part in _parts(geometry, input, offset, weight, mask):
+        gradient = _plain(grad_out[images], dtype, len(part.input), g.O, g.pixels)
         if "bias" in needs:
-            grad_bias += grad_part.sum(axis=(0, 2))
-        if needs <= {"bias"}:
-            continue
-        grad_last = np.empty((count, pixels, O), real)
-        _parallel(loops.to_channels_last, _strips(count, pixels), grad_part, grad_last)
-        offset_part = _plain(offset[images], real, count, 2 * D * K, pixels)
-        mask_part = np.empty((0, 0, 0), real) if mask is None else _plain(mask[images], real, count, D * K, pixels)
-        input_target = _Staged(grad_input, images, real)
-        offset_target = _Staged(grad_offset, images, real)
-        mask_target = _Staged(grad_mask, images, real)
-
-        for block, grad_weight in zip(blocks, grad_weights):
-            padded = _round_up(K * block.cw, lanes)
-            panels = padded // lanes
-            row_bytes = block.Gb * padded * real.itemsize
-            tile = _tile(total, row_bytes)
-            span = min(_round_up(total, tile), max(1, _SPAN_BYTES // row_bytes // tile) * tile)
-            buffer = (block.Gb, span, padded)
-            if needs_sampling or "weight" in needs:
-                image = _channels_last(geometry, input[images], block, real)
-            if needs_columns:
-                packed = np.empty((block.Gb, panels, og, lanes), real)
-                _parallel(
-                    loops.pack_weight_transposed, block.Gb * og, plain_weight, packed, block.g0, block.group_c0, block.cw
-                )
-                gradients = np.empty(buffer, real)
-            if "weight" in needs:
-                columns = np.empty(buffer, real)
-            if "input" in needs:
-                grad_image = np.zeros((count, geometry.H * geometry.W + 1, block.width), real)
-
-            for first in range(0, total, span):
-                last = min(first + span, total)
-                if needs_columns:
-                    _parallel(
-                        loops.column_gradients, -(-(last - first) // tile),
-                        grad_last.reshape(total, O), packed, gradients, block.o0, first, last, tile,
-                    )  # fmt: skip
-                if needs_sampling:
-                    _parallel(
-                        loops.sampling_gradients, last - first,
-                        sizes, image, offset_part, mask_part, gradients, offset_target.array, mask_target.array,
-                        block.c0, block.cw, first,
-                    )  # fmt: skip
-                if "input" in needs:
-                    _parallel(
-                        loops.scatter_columns, block.width,
-                        sizes, offset_part, mask_part, gradients, grad_image, block.c0, block.cw, first, last,
-                        pieces_per_thread=1, least=16,
-                    )  # fmt: skip
-                if grad_weight is not None:
-                    _parallel(
-                        loops.sample_columns, last - first,
-                        sizes, image, offset_part, mask_part, columns, block.c0, block.cw, first,
-                    )  # fmt: skip
-                    _parallel(
-                        loops.weight_gradient, block.Gb * panels,
-                        grad_part, columns, grad_weight, block.o0, og, first, last,
-                        scratch=lambda: (np.empty((loops.WEIGHT_GRADIENT_DEPTH, lanes), real),),
-                    )  # fmt: skip
-            if "input" in needs:
-                strips = _strips(count, geometry.H * geometry.W)
-                _parallel(loops.from_channels_last, strips, grad_image, input_target.array, block.c0)
-        for target in (input_target, offset_target, mask_target):
+            grad_bias += gradient.sum(axis=(0, 2))
+        targets = {name: _Staged(result[images], dtype) for name, result in results.items()}
+        if targets or "weight" in needs:
+            arrays = {name: target.array for name, target in targets.items()}
+            _add_gradients(part, gradient, blocks, arrays, grad_weights)
+        for target in targets.values():
             target.store()
 
-    results: dict[str, Array] = {}
-    if "input" in needs:
-        results["input"] = grad_input
-    if "offset" in needs:
-        results["offset"] = grad_offset
-    if "mask" in needs:
-        results["mask"] = grad_mask
     if "bias" in needs:
-        with np.errstate(over="ignore", invalid="ignore"):
-            results["bias"] = grad_bias.astype(input.dtype, copy=False)
+        results["bias"] = _rounded(grad_bias, input.dtype)
     if "weight" in needs:
-        full = np.empty((O, C // G, K), real)
-        for block, grad_weight in zip(blocks, grad_weights):
+        grad_weight = np.empty((g.O, g.C // g.G, g.K), dtype)
+        for block, accumulated in zip(blocks, grad_weights):
             _parallel(
-                loops.unpack_weight, block.Gb * og, grad_weight, full, block.g0, block.group_c0, block.cw, og
-            )
-        with np.errstate(over="ignore", invalid="ignore"):
-            results["weight"] = full.reshape(weight.shape).astype(input.dtype, copy=False)
+                loops.unpack_weight, block.Gb * og, accumulated, grad_weight, block.g0, block.group_c0, block.cw, og
+            )  # fmt: skip
+        results["weight"] = _rounded(grad_weight, input.dtype).reshape(weight.shape)
     return results
+
+
+def _add_gradients(
+    part: _Part, grad_out: Array, blocks: list[_Block], targets: dict[str, Array], grad_weights: list[Array | None]
+) -> None:
+    """Gradients of some images.
+
+    Parameters
+    ----------
+    part : _Part
+    grad_out : array [n, O, oh*ow]
+    blocks : list of _Block
+    targets : dict
+        Arrays to write the gradient of "input" to, and to add those of "offset" and "mask" to; each may be missing.
+    grad_weights : list of array [Gb, og rounded up, K*cw rounded up] or None
+        What to add the weight gradient of each block to.
+    """
+    g, dtype = part.geometry, part.dtype
+    grad_last = None
+    if targets:
+        grad_last = _empty((len(grad_out), g.pixels, g.O), dtype)
+        _parallel(loops.to_channels_last, _strips(len(grad_out), g.pixels), grad_out, grad_last)
+        grad_last = grad_last.reshape(part.pixels, g.O)
+    if targets.keys() & {"offset", "mask"}:
+        targets.setdefault("offset", np.zeros_like(part.offset))
+        targets.setdefault("mask", _NO_MASK[dtype.name])
+    for block, grad_weight in zip(blocks, grad_weights):
+        _add_block_gradients(part, block, grad_out, grad_last, targets, grad_weight)
+
+
+def _add_block_gradients(
+    part: _Part,
+    block: _Block,
+    grad_out: Array,
+    grad_last: Array | None,
+    targets: dict[str, Array],
+    grad_weight: Array | None,
+) -> None:
+    """One block's share of the gradients of some images, in spans of output pixels whose columns fit a cache."""
+    g, dtype, sizes = part.geometry, part.dtype, part.sizes
+    og = g.O // g.G
+    lanes = loops.panel_lanes(dtype.itemsize)
+    padded = _round_up(g.K * block.cw, lanes)
+    panels = padded // lanes
+    row_bytes = block.Gb * padded * dtype.itemsize
+    tile = _tile(part.pixels, row_bytes)
+    span = min(_round_up(part.pixels, tile), max(1, _SPAN_BYTES // row_bytes // tile) * tile)
+
+    image = packed = gradients = columns = grad_image = None
+    if grad_weight is not None or "offset" in targets:
+        image = _channels_last(part, block)
+    if grad_weight is not None:
+        columns = _empty((block.Gb, span, padded), dtype)
+    if grad_last is not None:
+        gradients = _empty((block.Gb, span, padded), dtype)
+        packed = _empty((block.Gb, panels, og, lanes), dtype)
+        _parallel(loops.pack_weight_transposed, block.Gb * og, part.weight, packed, block.g0, block.group_c0, block.cw)
+    if "input" in targets:
+        grad_image = _empty((len(part.input), g.H * g.W + 1, block.width), dtype)
+        _parallel(lambda begin, end: grad_image[:, begin:end].fill(0), g.H * g.W + 1)
+
+    def fill_tiles(first: int, last: int, begin: int, end: int) -> None:
+        low, high = begin * tile, min(end * tile, last - first)
+        if grad_last is not None:
+            loops.column_gradients(grad_last, packed, gradients, block.o0, first, last, tile, begin, end)
+        if "offset" in targets:
+            loops.sampling_gradients(
+                sizes, image, part.offset, part.mask, gradients, targets["offset"], targets["mask"],
+                block.c0, block.cw, first, low, high,
+            )  # fmt: skip
+        if grad_weight is not None:
+            loops.sample_columns(sizes, image, part.offset, part.mask, columns, block.c0, block.cw, first, low, high)
+
+    for first in range(0, part.pixels, span):
+        last = min(first + span, part.pixels)
+        _parallel(fill_tiles, -(-(last - first) // tile), first, last)
+        if grad_image is not None:
+            _parallel(
+                loops.scatter_columns, block.width,
+                sizes, part.offset, part.mask, gradients, grad_image, block.c0, block.cw, first, last,
+                pieces_per_thread=1, least=_CHANNELS_PER_THREAD,
+            )  # fmt: skip
+        if grad_weight is not None:
+            _parallel(
+                loops.weight_gradient, block.Gb * panels,
+                grad_out, columns, grad_weight, block.o0, og, first, last,
+                scratch=lambda: (_empty((loops.DEPTH, lanes), dtype),),
+            )  # fmt: skip
+    if grad_image is not None:
+        strips = _strips(len(part.input), g.H * g.W)
+        _parallel(loops.from_channels_last, strips, grad_image, targets["input"], block.c0)

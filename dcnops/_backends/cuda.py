@@ -14,10 +14,10 @@ from cupy_backends.cuda.libs import cublas
 
 from dcnops._backends import launch_plans
 from dcnops._errors import KernelCompileError
-from dcnops._geometry import DeformConvGeometry
+from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
 from dcnops._kernels import Engine, Launcher
 
-__all__ = ["ENGINE", "deform_conv2d", "deform_conv2d_backward"]
+__all__ = ["ENGINE", "deform_conv2d", "deform_conv2d_backward", "deform_roi_pool", "deform_roi_pool_backward"]
 
 _CUDA_TYPE = {
     "float16": runtime.CUDA_R_16F,
@@ -69,6 +69,57 @@ def deform_conv2d_backward(
             _contiguous(mask),
             needs,
         )
+
+
+def deform_roi_pool(
+    geometry: DeformRoIPoolGeometry,
+    input: cupy.ndarray,
+    rois: cupy.ndarray,
+    offset: cupy.ndarray | None,
+    mask: cupy.ndarray | None,
+) -> cupy.ndarray:
+    """See `dcnops.deform_roi_pool`; the arguments have been checked."""
+    with input.device:
+        return launch_plans.deform_roi_pool(
+            ENGINE,
+            geometry,
+            _contiguous(input),
+            _coordinates(rois, input),
+            _contiguous(offset),
+            _contiguous(mask),
+        )
+
+
+def deform_roi_pool_backward(
+    geometry: DeformRoIPoolGeometry,
+    grad_out: cupy.ndarray,
+    input: cupy.ndarray,
+    rois: cupy.ndarray,
+    offset: cupy.ndarray | None,
+    mask: cupy.ndarray | None,
+    needs: frozenset[str],
+) -> dict[str, cupy.ndarray]:
+    """See `dcnops.deform_roi_pool_backward`; the arguments have been checked."""
+    with input.device:
+        return launch_plans.deform_roi_pool_backward(
+            ENGINE,
+            geometry,
+            _contiguous(grad_out),
+            _contiguous(input),
+            _coordinates(rois, input),
+            _contiguous(offset),
+            _contiguous(mask),
+            needs,
+        )
+
+
+def _coordinates(rois: cupy.ndarray, input: cupy.ndarray) -> cupy.ndarray:
+    """The regions in the dtype of coordinates beside `input`."""
+    if rois.dtype.name == "bfloat16":
+        # Not every CuPy converts bfloat16: its bits are the upper half of a float32's.
+        rois = (cupy.ascontiguousarray(rois.view(numpy.uint16)).astype(numpy.uint32) << 16).view(numpy.float32)
+    dtype = numpy.float64 if input.dtype.name == "float64" else numpy.float32
+    return cupy.ascontiguousarray(rois, dtype)
 
 
 def _contiguous(array: cupy.ndarray | None) -> cupy.ndarray | None:

@@ -1,0 +1,82 @@
+"""Clock and memory meter on a GPU. Importing this module needs torch and CuPy; nothing of the CPU part imports it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import cupy
+import torch
+
+from benchmarks.contenders import Case, Operation
+
+__all__ = ["CudaMeter", "is_available", "stream"]
+
+_FLUSH_BYTES = 2**28
+
+
+def is_available() -> bool:
+    return bool(torch.cuda.is_available() and cupy.cuda.is_available())
+
+
+@contextmanager
+def stream() -> Iterator[None]:
+    """One stream that is current for torch and for CuPy."""
+    shared = torch.cuda.Stream()
+    with torch.cuda.stream(shared), cupy.cuda.Stream.from_external(shared):
+        yield
+        shared.synchronize()
+
+
+class CudaMeter:
+    """Time between two events around a call, and the allocators' high-water marks."""
+
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        l2_bytes = int(getattr(properties, "L2_cache_size", 0))
+        self._flush = torch.empty(max(_FLUSH_BYTES, 4 * l2_bytes), dtype=torch.uint8, device="cuda")
+
+    def start(self, case: Case) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = case.tf32
+        torch.backends.cudnn.allow_tf32 = case.tf32
+        torch.backends.cudnn.benchmark = True
+
+    def clock(self, call: Callable[[], object]) -> float:
+        """The L2 cache holds nothing of the inputs; gaps between the launches of a call count."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        begin.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        del result
+        return float(begin.elapsed_time(end)) * 1e-3
+
+    def peak_extra_bytes(
+        self, operation: Operation, case: Case, contender: str, direction: str, call: Callable[[], Any]
+    ) -> int | None:
+        """What the allocators of torch and CuPy give out at most, beside the results; the call is not the first."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with _CupyPeak() as cupy_peak:
+            results = call()
+            torch.cuda.synchronize()
+        peak = int(torch.cuda.max_memory_allocated() - before + cupy_peak.bytes - cupy_peak.before)
+        arrays = results.values() if isinstance(results, Mapping) else [results]
+        return max(0, peak - sum(int(array.nbytes) for array in arrays))
+
+
+class _CupyPeak(cupy.cuda.MemoryHook):  # type: ignore[misc]
+    """High-water mark of CuPy's default pool while the hook is active."""
+
+    name = "peak"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pool = cupy.get_default_memory_pool()
+        self.before = self.bytes = int(self._pool.used_bytes())
+
+    def malloc_postprocess(self, **_: Any) -> None:
+        self.bytes = max(self.bytes, int(self._pool.used_bytes()))

@@ -1,0 +1,97 @@
+"""One row after the other: check, then time, then measure memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import product
+from typing import Any, Protocol
+
+from benchmarks.contenders import OURS, PEER, PLAIN, Case, Operation
+from benchmarks.correctness import check
+from benchmarks.timing import interleave
+
+__all__ = ["DIRECTIONS", "Meter", "cases", "measure"]
+
+DIRECTIONS = ("forward", "backward")
+_BATCHES = {"cpu": (1,), "cuda": (1, 16)}
+_PRECISIONS = {
+    "cpu": (("float32", False),),
+    "cuda": (("float32", False), ("float32", True), ("float16", False), ("bfloat16", False)),
+}
+
+
+class Meter(Protocol):
+    """How time and memory are measured on a device."""
+
+    def start(self, case: Case) -> None:
+        """Called before anything of a case runs."""
+
+    def clock(self, call: Callable[[], object]) -> float:
+        """Seconds that one call takes."""
+        ...
+
+    def peak_extra_bytes(
+        self, operation: Operation, case: Case, contender: str, direction: str, call: Callable[[], Any]
+    ) -> int | None:
+        """Most memory that one call needs beside its arguments and results."""
+        ...
+
+
+def cases(device: str, shapes: Iterable[tuple[int, int, int]]) -> Iterator[Case]:
+    for shape, (dtype, tf32), N in product(shapes, _PRECISIONS[device], _BATCHES[device]):
+        yield Case(device, *shape, N, dtype, tf32)
+
+
+def measure(
+    operation: Operation, case: Case, meter: Meter, parts: Sequence[str], seconds: float, failures: list[str]
+) -> dict[str, Any]:
+    """A row of results; contenders that are wrong are named in `failures` and not timed."""
+    meter.start(case)
+    arrays = operation.inputs(case)
+    contenders = operation.contenders(case)
+    errors = check(operation, case, arrays, contenders)
+    correct = []
+    for contender in contenders:
+        limit = contender.tolerance
+        wrong = {name: error for name, error in errors[contender.name].items() if error > limit}
+        for name, error in wrong.items():
+            failures.append(
+                f"{case.title}: {contender.name} is wrong: {name} is off by {error:.1e} of at most {limit:.0e}"
+            )
+        if not wrong:
+            correct.append(contender)
+
+    timings, ratios, memory = {}, {}, {}
+    for direction in DIRECTIONS:
+        if direction not in parts:
+            continue
+        calls = {contender.name: getattr(contender, direction)(case, arrays) for contender in correct}
+        timings[direction] = {
+            name: timing.summary() for name, timing in interleave(calls, meter.clock, seconds).items()
+        }
+        ratios[direction] = _ratios(timings[direction])
+        if "memory" in parts:
+            memory[direction] = {
+                name: meter.peak_extra_bytes(operation, case, name, direction, call)
+                for name, call in calls.items()
+                if name != PLAIN
+            }
+    return {
+        "operation": operation.name,
+        **asdict(case),
+        "precision": case.precision,
+        "column_bytes": operation.column_bytes(case),
+        "errors": errors,
+        "timings": timings,
+        "ratios": ratios,
+        "peak_extra_bytes": memory,
+    }
+
+
+def _ratios(timings: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {
+        f"{a}/{b}": timings[a]["median_ms"] / timings[b]["median_ms"]
+        for a, b in ((PEER, OURS), (OURS, PLAIN))
+        if a in timings and b in timings
+    }

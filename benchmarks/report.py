@@ -1,0 +1,92 @@
+"""Results as Markdown tables and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contenders import OURS, PEER, PLAIN
+
+__all__ = ["first_call_table", "tables", "write_json"]
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One table for each operation, device, batch and direction."""
+    parts = []
+    ordered = sorted(rows, key=_table_of)
+    for (operation, device, N), group in groupby(ordered, key=_table_of):
+        members = list(group)
+        for direction in ("forward", "backward"):
+            if any(direction in row["timings"] for row in members):
+                title = f"{operation} {direction}, {device}, batch {N}: median ms, extra memory in MiB"
+                parts.append(f"{title}\n\n{_table(members, direction)}\n")
+    return "\n".join(parts)
+
+
+def first_call_table(first_call: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    lines = [["first call, s", "import", "first forward", "first backward"]]
+    for device, states in first_call.items():
+        for state, steps in states.items():
+            lines.append([f"{device}, {state}", *(f"{steps[step]:.2f}" for step in ("import", "forward", "backward"))])
+    return _markdown(lines)
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _table_of(row: Mapping[str, Any]) -> tuple[str, str, int]:
+    return row["operation"], row["device"], row["N"]
+
+
+def _table(rows: Iterable[Mapping[str, Any]], direction: str) -> str:
+    lines = [
+        [
+            "C=O x H x W",
+            "data",
+            OURS,
+            PEER,
+            PLAIN,
+            f"{PEER} / {OURS}",
+            f"{OURS} / {PLAIN}",
+            f"{OURS} extra",
+            f"{PEER} extra",
+            "column buffer",
+        ]
+    ]
+    for row in rows:
+        timings, ratios = row["timings"].get(direction, {}), row["ratios"].get(direction, {})
+        extra = row["peak_extra_bytes"].get(direction, {})
+        lines.append(
+            [
+                f"{row['C']}x{row['H']}x{row['W']}",
+                row["precision"],
+                *(_number(timings.get(name, {}).get("median_ms")) for name in (OURS, PEER, PLAIN)),
+                _number(ratios.get(f"{PEER}/{OURS}")),
+                _number(ratios.get(f"{OURS}/{PLAIN}")),
+                *(_mebibytes(extra.get(name)) for name in (OURS, PEER)),
+                _mebibytes(row["column_bytes"]),
+            ]
+        )
+    return _markdown(lines)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _mebibytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:.1f}"
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    padded = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    rule = [f"{'-' * (width - 1)}:" for width in widths]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])
