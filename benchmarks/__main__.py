@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     devices = {"all": ["cpu", "cuda"] if gpu_is_there else ["cpu"]}.get(options.device, [options.device])
 
+    description = environment.describe(options.threads, gpu="cuda" in devices)
     rows: list[dict[str, Any]] = []
     first_call: dict[str, dict[str, dict[str, float]]] = {}
     failures: list[str] = []
@@ -56,7 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failures.append(f"{device}: stopped by an exception")
 
     reached = targets.evaluate(rows, first_call)
-    description = environment.describe(options.threads, gpu="cuda" in devices)
     print(" ".join(f"{name} {value};" for name, value in description.items() if value is not None), end="\n\n")
     print(report.tables(rows))
     if first_call:
@@ -110,8 +110,10 @@ def _shape(text: str) -> tuple[int, int, int]:
 def _gpu_is_there() -> bool:
     if util.find_spec("cupy") is None:
         return False
-    from benchmarks import cuda
-
+    try:
+        from benchmarks import cuda
+    except ImportError:
+        return False
     return cuda.is_available()
 
 

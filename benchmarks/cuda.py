@@ -24,9 +24,19 @@ def is_available() -> bool:
 def stream() -> Iterator[None]:
     """One stream that is current for torch and for CuPy."""
     shared = torch.cuda.Stream()
-    with torch.cuda.stream(shared), cupy.cuda.Stream.from_external(shared):
+    with torch.cuda.stream(shared), cupy.cuda.Stream.from_external(_StreamOf(shared)):
         yield
         shared.synchronize()
+
+
+class _StreamOf:
+    """A torch stream by CUDA's stream protocol, which not every torch has."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, int(self._stream.cuda_stream)
 
 
 class CudaMeter:

@@ -24,11 +24,11 @@ from benchmarks.deform_conv2d import (
 
 __all__ = ["contenders"]
 
-# Some roundings of the type for 16 bits. cuDNN's float32 convolutions may be Winograd's, torchvision's float16 sums
-# over channels are float16 themselves.
-_OURS = {"float32": TOLERANCE, "float16": 6e-3, "bfloat16": 5e-2}
-_PLAIN = {"float32": 2e-4, "float16": 6e-3, "bfloat16": 5e-2}
-_PEER = {"float32": TOLERANCE, "float16": 5e-2}
+# Some roundings of the type for 16 bits. cuDNN's float32 convolutions may be Winograd's; torchvision adds up float16 in
+# float16.
+_OURS = {"float32": TOLERANCE, "float16": 6e-3, "bfloat16": 2e-2}
+_PLAIN = {"float32": 2e-4, "float16": 6e-3, "bfloat16": 2e-2}
+_PEER = {"float32": TOLERANCE, "float16": 2e-2}
 _TF32 = 5e-3
 
 

@@ -1,10 +1,8 @@
-"""The compiled loops of the CPU backend.
+"""The compiled loops of deformable convolution on the CPU.
 
 Every kernel works on the items ``begin <= item < end`` of its work, releases the GIL and writes nothing that another
 item of the same kernel writes: any split over threads gives the same bits. Arrays must be C-contiguous, aligned and
 writable (one compiled variant per dtype), float32 or float64, and of one dtype within a call.
-
-All of it stands in one file because Numba's cache on disk looks for changes in the file of the cached function only.
 
 Layouts used by all kernels. A block is a range of ``width = Gb*cw`` channels: `Gb` whole weight groups, or `cw`
 channels of one group. ``image [n, H*W + 1, width]`` is channels-last, the extra pixel at its end is zero: corners
@@ -15,21 +13,20 @@ have one running index q. ``columns [Gb, q, K*cw rounded up to a panel]`` is wha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import llvmlite.binding
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from dcnops._backends.cpu.compiled import inner, kernel
+
 __all__ = [
     "DEPTH",
     "ROWS",
     "column_gradients",
-    "from_channels_last",
     "output_tile",
     "pack_weight",
     "pack_weight_transposed",
@@ -37,12 +34,9 @@ __all__ = [
     "sample_columns",
     "sampling_gradients",
     "scatter_columns",
-    "to_channels_last",
     "unpack_weight",
     "weight_gradient",
 ]
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 ROWS = 6
 """Rows of the register tile: with two vectors a row, its 12 sums fit the 16 registers of AVX and hide the latency."""
@@ -58,23 +52,6 @@ _VECTOR_BYTES = 64 if _CPU.get("avx512f") else 32 if _CPU.get("avx") else 16
 def panel_lanes(itemsize: int) -> int:
     """Columns of the register tile, the width that packed matrices are padded to."""
     return _VECTORS * _VECTOR_BYTES // itemsize
-
-
-def _options(*fastmath: str) -> dict[str, Any]:
-    # Nothing is allocated in these loops. Without reference counts (_nrt), a slice costs no atomic operation.
-    return {"nogil": True, "error_model": "numpy", "_nrt": False, "fastmath": {"contract", *fastmath}}
-
-
-def _kernel(function: Function) -> Function:
-    try:
-        return cast(Function, numba.njit(cache=True, **_options())(function))
-    except RuntimeError:
-        # Neither the package's folder nor the user's cache folder can be written to.
-        return cast(Function, numba.njit(**_options())(function))
-
-
-def _inner(*fastmath: str) -> Callable[[Function], Function]:
-    return cast(Callable[[Function], Function], numba.njit(**_options(*fastmath)))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -176,50 +153,7 @@ def _tile_product(
     return signature, generate
 
 
-@_kernel
-def to_channels_last(source: Any, target: Any, begin: int, end: int) -> None:
-    """``target[n, s, r] = source[n, r, s]``; an item is 32 values of s of one n.
-
-    Parameters
-    ----------
-    source : array [n, R, S]
-    target : array [n, >= S, R]
-    """
-    R, S = source.shape[1:]
-    strips = (S + 31) // 32
-    for item in range(begin, end):
-        n = item // strips
-        first = (item % strips) * 32
-        last = min(first + 32, S)
-        for r0 in range(0, R, 16):
-            for r in range(r0, min(r0 + 16, R)):
-                for s in range(first, last):
-                    target[n, s, r] = source[n, r, s]
-
-
-@_kernel
-def from_channels_last(source: Any, target: Any, c0: int, begin: int, end: int) -> None:
-    """``target[n, c0 + r, s] = source[n, s, r]``; an item is 32 values of s of one n.
-
-    Parameters
-    ----------
-    source : array [n, S + 1, width]
-    target : array [n, C, S]
-    """
-    width = source.shape[2]
-    S = target.shape[2]
-    strips = (S + 31) // 32
-    for item in range(begin, end):
-        n = item // strips
-        first = (item % strips) * 32
-        last = min(first + 32, S)
-        for r0 in range(0, width, 16):
-            for r in range(r0, min(r0 + 16, width)):
-                for s in range(first, last):
-                    target[n, c0 + r, s] = source[n, s, r]
-
-
-@_kernel
+@kernel
 def pack_weight(weight: Any, packed: Any, g0: int, c0: int, cw: int, og: int, begin: int, end: int) -> None:
     """``packed[g, panel, k*cw + c, lane] = weight[(g0+g)*og + o, c0 + c, k]`` with o = panel*lanes + lane.
 
@@ -243,7 +177,7 @@ def pack_weight(weight: Any, packed: Any, g0: int, c0: int, cw: int, og: int, be
                     packed[g, panel, k * cw + c, lane] = weight[(g0 + g) * og + o, c0 + c, k] if o < og else 0
 
 
-@_kernel
+@kernel
 def pack_weight_transposed(weight: Any, packed: Any, g0: int, c0: int, cw: int, begin: int, end: int) -> None:
     """``packed[g, panel, o, lane] = weight[(g0+g)*og + o, c0 + c, k]`` with k*cw + c = panel*lanes + lane.
 
@@ -268,7 +202,7 @@ def pack_weight_transposed(weight: Any, packed: Any, g0: int, c0: int, cw: int, 
                 packed[g, column // lanes, o, column % lanes] = weight[(g0 + g) * og + o, c0 + c, k]
 
 
-@_kernel
+@kernel
 def unpack_weight(gradient: Any, weight: Any, g0: int, c0: int, cw: int, og: int, begin: int, end: int) -> None:
     """``weight[(g0+g)*og + o, c0 + c, k] = gradient[g, o, k*cw + c]``; an item is one g and o.
 
@@ -286,7 +220,7 @@ def unpack_weight(gradient: Any, weight: Any, g0: int, c0: int, cw: int, og: int
                 weight[(g0 + g) * og + o, c0 + c, k] = gradient[g, o, k * cw + c]
 
 
-@_inner()
+@inner()
 def _locate(sizes: Any, offset: Any, d: int, i: int, j: int, n: int, p: int, a: int, b: int) -> Any:
     """Where tap (i, j) of group d samples for output pixel p = (a, b): inside the open box, NaN, y0, x0, ly, lx."""
     H, W, _, kh, kw, sh, sw, dh, dw, pad_top, pad_left, _ = sizes
@@ -301,7 +235,7 @@ def _locate(sizes: Any, offset: Any, d: int, i: int, j: int, n: int, p: int, a: 
     return False, py != py or px != px, 0, 0, real(0), real(0)
 
 
-@_inner()
+@inner()
 def _corners(sizes: Any, y: int, x: int) -> Any:
     """Pixels (y, x), (y, x+1), (y+1, x), (y+1, x+1); the zero pixel for those outside of the image."""
     H, W = sizes[:2]
@@ -317,7 +251,7 @@ def _corners(sizes: Any, y: int, x: int) -> Any:
     )
 
 
-@_inner()
+@inner()
 def _weighted(pixel: int, bilinear: Any, modulation: Any, zero: int) -> Any:
     """Pixel and weight of a corner; one of weight zero becomes the zero pixel, whatever its value was."""
     weight = bilinear * modulation
@@ -326,7 +260,7 @@ def _weighted(pixel: int, bilinear: Any, modulation: Any, zero: int) -> Any:
     return pixel, weight
 
 
-@_inner()
+@inner()
 def _weighted_corners(sizes: Any, mask: Any, d: int, k: int, n: int, p: int, y: int, x: int, ly: Any, lx: Any) -> Any:
     """The four corners with their weights, bilinear times mask."""
     real = mask.dtype.type
@@ -342,7 +276,7 @@ def _weighted_corners(sizes: Any, mask: Any, d: int, k: int, n: int, p: int, y: 
     return i00, i01, i10, i11, w00, w01, w10, w11
 
 
-@_inner()
+@inner()
 def _sample(sizes: Any, image: Any, offset: Any, mask: Any, columns: Any, c0: int, cw: int, first: int, q: int) -> None:
     """Fill the row of output pixel q, ``columns[:, q - first]``."""
     ow, kh, kw = sizes[2:5]
@@ -379,7 +313,7 @@ def _sample(sizes: Any, image: Any, offset: Any, mask: Any, columns: Any, c0: in
                         row[c] = w00 * x00[c] + w01 * x01[c] + w10 * x10[c] + w11 * x11[c]
 
 
-@_kernel
+@kernel
 def output_tile(
     sizes: Any,
     image: Any,
@@ -451,7 +385,7 @@ def output_tile(
                 q += count
 
 
-@_kernel
+@kernel
 def sample_columns(
     sizes: Any, image: Any, offset: Any, mask: Any, columns: Any, c0: int, cw: int, first: int, begin: int, end: int
 ) -> None:
@@ -460,7 +394,7 @@ def sample_columns(
         _sample(sizes, image, offset, mask, columns, c0, cw, first, q)
 
 
-@_kernel
+@kernel
 def column_gradients(
     grad_out: Any, packed: Any, gradients: Any, o0: int, first: int, last: int, tile: int, begin: int, end: int
 ) -> None:
@@ -492,7 +426,7 @@ def column_gradients(
                         )  # fmt: skip
 
 
-@_kernel
+@kernel
 def weight_gradient(
     grad_out: Any,
     columns: Any,
@@ -542,7 +476,7 @@ def weight_gradient(
         q += count
 
 
-@_inner("reassoc", "nsz")
+@inner("reassoc", "nsz")
 def _dot(a: Any, b: Any) -> Any:
     total = a.dtype.type(0)
     for i in range(a.shape[0]):
@@ -550,13 +484,13 @@ def _dot(a: Any, b: Any) -> Any:
     return total
 
 
-@_inner()
+@inner()
 def _term(factor: Any, value: Any) -> Any:
     """A product in which a zero factor wins over infinity and NaN."""
     return factor * value if factor != 0 else type(factor)(0)
 
 
-@_kernel
+@kernel
 def sampling_gradients(
     sizes: Any,
     image: Any,
@@ -634,13 +568,13 @@ def sampling_gradients(
                         )
 
 
-@_inner()
+@inner()
 def _add_scaled(target: Any, scale: Any, row: Any) -> None:
     for c in range(row.shape[0]):
         target[c] += scale * row[c]
 
 
-@_kernel
+@kernel
 def scatter_columns(
     sizes: Any,
     offset: Any,

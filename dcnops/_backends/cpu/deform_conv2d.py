@@ -1,37 +1,25 @@
 """Deformable convolution on NumPy arrays.
 
 Images are processed in blocks of channels: a block is copied to channels-last, and threads then take small tiles of
-output pixels from sampling to the finished matrix product, so that the sampled columns never leave the cache. Threads
-are the library's own: compiled loops without the GIL in a thread pool. That is safe to call from any number of
-threads and after a fork, leaves no busy-waiting threads behind for the caller's next operation, and no result depends
-on the number of threads.
+output pixels from sampling to the finished matrix product, so that the sampled columns never leave the cache.
 """
 
 from __future__ import annotations
 
-import math
-import os
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
-import numpy.typing as npt
 
-from dcnops._backends import _cpu_loops as loops
+from dcnops._backends.cpu import conv_loops as loops
+from dcnops._backends.cpu import layout_loops
+from dcnops._backends.cpu.arrays import Array, Staged, empty, plain, round_up, rounded, strips, sum_dtype
+from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, parallel
 from dcnops._geometry import DeformConvGeometry
 
 __all__ = ["deform_conv2d", "deform_conv2d_backward"]
 
-Array = npt.NDArray[Any]
-
-_THREADS: int = numba.config.NUMBA_NUM_THREADS
-_PIECES_PER_THREAD = 4
-
-_CACHE_LINE = 64
 _CHANNELS_PER_THREAD = 16
 
 # Tuned at 2 MB of L2 per core; half and twice of each change little.
@@ -43,68 +31,6 @@ _SPAN_BYTES = 2**23
 _PART_PIXELS = 2048
 
 _NO_MASK = {name: np.empty((0, 0, 0), name) for name in ("float32", "float64")}
-
-
-class _Pool:
-    """Threads that help the calling one; started on first use, and again in a forked child, which inherits none."""
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        self._executor: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
-
-    def run(self, work: Callable[[], None], helpers: int) -> None:
-        """Call `work` in this thread and, as far as threads are free, in `helpers` others; return when all are done."""
-        futures = []
-        if helpers:
-            with self._lock:
-                if self._executor is None:
-                    self._executor = ThreadPoolExecutor(_THREADS - 1, thread_name_prefix="dcnops")
-            try:
-                futures = [self._executor.submit(work) for _ in range(helpers)]
-            except RuntimeError:
-                # The interpreter is shutting down and starts no more threads: this one does it all.
-                futures = []
-        work()
-        for future in futures:
-            if not future.cancel():
-                future.result()
-
-
-_POOL = _Pool()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_POOL.forget)
-
-
-def _parallel(
-    kernel: Callable[..., None],
-    items: int,
-    *args: Any,
-    scratch: Callable[[], tuple[Array, ...]] = tuple,
-    pieces_per_thread: int = _PIECES_PER_THREAD,
-    least: int = 1,
-) -> None:
-    """Call ``kernel(*args, *scratch(), begin, end)`` for pieces of the items, at least `least` each, on all threads."""
-    size = max(least, -(-items // (_THREADS * pieces_per_thread)))
-    starts = iter(range(0, items, size))
-    lock = threading.Lock()
-
-    def work() -> None:
-        buffers: tuple[Array, ...] | None = None
-        while True:
-            with lock:
-                begin = next(starts, None)
-            if begin is None:
-                return
-            if buffers is None:
-                buffers = scratch()
-            kernel(*args, *buffers, begin, min(begin + size, items))
-
-    _POOL.run(work, min(_THREADS, -(-items // size)) - 1)
-    # A cancelled helper may stay in the pool's queue for a while: it must not keep the arrays.
-    args = ()
 
 
 @dataclass(frozen=True)
@@ -133,7 +59,7 @@ def _blocks(geometry: DeformConvGeometry, limit: int) -> Iterator[_Block]:
     og = geometry.O // geometry.G
     if channels > limit:
         parts = -(-channels // limit)
-        cw = _round_up(-(-channels // parts), _CHANNELS_PER_THREAD)
+        cw = round_up(-(-channels // parts), _CHANNELS_PER_THREAD)
         for g in range(geometry.G):
             for c in range(0, channels, cw):
                 width = min(cw, channels - c)
@@ -145,48 +71,9 @@ def _blocks(geometry: DeformConvGeometry, limit: int) -> Iterator[_Block]:
             yield _Block(g * channels, Gb * channels, g, Gb, 0, channels, g * og)
 
 
-def _plain(array: Array, dtype: np.dtype[Any], *shape: int) -> Array:
-    """The array as the compiled loops take it; a copy only where it is something else."""
-    return np.require(array, dtype, ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE", "ENSUREARRAY"]).reshape(shape)
-
-
-def _rounded(array: Array, dtype: np.dtype[Any]) -> Array:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return array.astype(dtype, copy=False)
-
-
-class _Staged:
-    """Part of a result in the dtype of computation: `array` is the part itself, or is rounded into it by `store`."""
-
-    def __init__(self, part: Array, dtype: np.dtype[Any]) -> None:
-        self._part = part
-        count, channels, *extents = part.shape
-        self.array = part.astype(dtype, copy=False).reshape(count, channels, math.prod(extents))
-
-    def store(self) -> None:
-        if self.array.dtype != self._part.dtype:
-            self._part[...] = _rounded(self.array, self._part.dtype).reshape(self._part.shape)
-
-
-def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Scratch that starts at a cache line: no vector straddles two, and threads that own channels share none."""
-    size = math.prod(shape) * dtype.itemsize
-    buffer = np.empty(size + _CACHE_LINE, np.uint8)
-    start = -buffer.ctypes.data % _CACHE_LINE
-    return buffer[start : start + size].view(dtype).reshape(shape)
-
-
-def _strips(count: int, values: int) -> int:
-    return count * -(-values // 32)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 def _tile(pixels: int, bytes_per_pixel: int) -> int:
     """Pixels of a tile: fits the cache, leaves work for every thread, and is a multiple of ROWS."""
-    share = -(-pixels // (_THREADS * _PIECES_PER_THREAD))
+    share = -(-pixels // (THREADS * PIECES_PER_THREAD))
     return max(1, min(_TILE_PIXELS, _TILE_BYTES // bytes_per_pixel, share) // loops.ROWS) * loops.ROWS
 
 
@@ -221,10 +108,10 @@ class _Part:
 def _channels_last(part: _Part, block: _Block) -> Array:
     """Channels-last copy of a block, [n, H*W + 1, width], with a zero pixel at the end of each image."""
     count, extent = len(part.input), part.geometry.H * part.geometry.W
-    source = _plain(part.input[:, block.c0 : block.c0 + block.width], part.dtype, count, block.width, extent)
-    image = _empty((count, extent + 1, block.width), part.dtype)
+    source = plain(part.input[:, block.c0 : block.c0 + block.width], part.dtype, count, block.width, extent)
+    image = empty((count, extent + 1, block.width), part.dtype)
     image[:, extent] = 0
-    _parallel(loops.to_channels_last, _strips(count, extent), source, image)
+    parallel(layout_loops.to_channels_last, strips(count, extent), source, image)
     return image
 
 
@@ -233,8 +120,8 @@ def _parts(
 ) -> Iterator[tuple[slice, _Part]]:
     """Images that are processed together: several of them if they are tiny."""
     g = geometry
-    dtype = np.dtype(np.float64 if input.dtype == np.float64 else np.float32)
-    plain_weight = _plain(weight, dtype, g.O, g.C // g.G, g.K)
+    dtype = sum_dtype(input)
+    plain_weight = plain(weight, dtype, g.O, g.C // g.G, g.K)
     together = max(1, _PART_PIXELS // max(g.pixels, g.H * g.W))
     for n in range(0, g.N, together):
         images = slice(n, min(n + together, g.N))
@@ -245,8 +132,8 @@ def _parts(
                 geometry,
                 dtype,
                 input[images],
-                _plain(offset[images], dtype, count, 2 * g.D * g.K, g.pixels),
-                _NO_MASK[dtype.name] if mask is None else _plain(mask[images], dtype, count, g.D * g.K, g.pixels),
+                plain(offset[images], dtype, count, 2 * g.D * g.K, g.pixels),
+                _NO_MASK[dtype.name] if mask is None else plain(mask[images], dtype, count, g.D * g.K, g.pixels),
                 plain_weight,
             ),
         )
@@ -266,8 +153,8 @@ def deform_conv2d(
     # Half the channels at most, where that is enough to vectorise: the copies stay small beside the image itself.
     limit = max(_LEAST_BLOCK_CHANNELS, min(_BLOCK_CHANNELS, g.C // 2))
     for images, part in _parts(geometry, input, offset, weight, mask):
-        plain_bias = np.zeros(g.O, part.dtype) if bias is None else _plain(bias, part.dtype, g.O)
-        target = _Staged(out[images], part.dtype)
+        plain_bias = np.zeros(g.O, part.dtype) if bias is None else plain(bias, part.dtype, g.O)
+        target = Staged(out[images], part.dtype)
         for block in _blocks(geometry, limit):
             _add_outputs(part, block, plain_bias, target.array)
         target.store()
@@ -282,14 +169,14 @@ def _add_outputs(part: _Part, block: _Block, bias: Array, out: Array) -> None:
     panels = -(-og // lanes)
     length = part.geometry.K * block.cw
     image = _channels_last(part, block)
-    packed = _empty((block.Gb, panels, length, lanes), dtype)
-    _parallel(loops.pack_weight, block.Gb * panels, part.weight, packed, block.g0, block.group_c0, block.cw, og)
+    packed = empty((block.Gb, panels, length, lanes), dtype)
+    parallel(loops.pack_weight, block.Gb * panels, part.weight, packed, block.g0, block.group_c0, block.cw, og)
     tile = _tile(part.pixels, block.Gb * (length + panels * lanes) * dtype.itemsize)
 
     def scratch() -> tuple[Array, ...]:
-        return _empty((block.Gb, tile, length), dtype), _empty((block.Gb, tile, panels * lanes), dtype)
+        return empty((block.Gb, tile, length), dtype), empty((block.Gb, tile, panels * lanes), dtype)
 
-    _parallel(
+    parallel(
         loops.output_tile, -(-part.pixels // tile),
         part.sizes, image, part.offset, part.mask, packed, bias, out,
         block.c0, block.cw, block.o0, og, block.group_c0 > 0, tile,
@@ -309,7 +196,7 @@ def deform_conv2d_backward(
     """Gradients of `deform_conv2d` by the name of the argument, those in `needs`."""
     g = geometry
     og = g.O // g.G
-    dtype = np.dtype(np.float64 if input.dtype == np.float64 else np.float32)
+    dtype = sum_dtype(input)
     lanes = loops.panel_lanes(dtype.itemsize)
     blocks = list(_blocks(geometry, _BLOCK_CHANNELS))
 
@@ -323,14 +210,14 @@ def deform_conv2d_backward(
     grad_bias = np.zeros(g.O, dtype)
     grad_weights: list[Array | None] = [None for _ in blocks]
     if "weight" in needs:
-        rows = _round_up(og, loops.ROWS)
-        grad_weights = [np.zeros((block.Gb, rows, _round_up(g.K * block.cw, lanes)), dtype) for block in blocks]
+        rows = round_up(og, loops.ROWS)
+        grad_weights = [np.zeros((block.Gb, rows, round_up(g.K * block.cw, lanes)), dtype) for block in blocks]
 
     for images, part in _parts(geometry, input, offset, weight, mask):
-        gradient = _plain(grad_out[images], dtype, len(part.input), g.O, g.pixels)
+        gradient = plain(grad_out[images], dtype, len(part.input), g.O, g.pixels)
         if "bias" in needs:
             grad_bias += gradient.sum(axis=(0, 2))
-        targets = {name: _Staged(result[images], dtype) for name, result in results.items()}
+        targets = {name: Staged(result[images], dtype) for name, result in results.items()}
         if targets or "weight" in needs:
             arrays = {name: target.array for name, target in targets.items()}
             _add_gradients(part, gradient, blocks, arrays, grad_weights)
@@ -338,14 +225,14 @@ def deform_conv2d_backward(
             target.store()
 
     if "bias" in needs:
-        results["bias"] = _rounded(grad_bias, input.dtype)
+        results["bias"] = rounded(grad_bias, input.dtype)
     if "weight" in needs:
         grad_weight = np.empty((g.O, g.C // g.G, g.K), dtype)
         for block, accumulated in zip(blocks, grad_weights):
-            _parallel(
+            parallel(
                 loops.unpack_weight, block.Gb * og, accumulated, grad_weight, block.g0, block.group_c0, block.cw, og
             )  # fmt: skip
-        results["weight"] = _rounded(grad_weight, input.dtype).reshape(weight.shape)
+        results["weight"] = rounded(grad_weight, input.dtype).reshape(weight.shape)
     return results
 
 
@@ -367,8 +254,8 @@ def _add_gradients(
     g, dtype = part.geometry, part.dtype
     grad_last = None
     if targets:
-        grad_last = _empty((len(grad_out), g.pixels, g.O), dtype)
-        _parallel(loops.to_channels_last, _strips(len(grad_out), g.pixels), grad_out, grad_last)
+        grad_last = empty((len(grad_out), g.pixels, g.O), dtype)
+        parallel(layout_loops.to_channels_last, strips(len(grad_out), g.pixels), grad_out, grad_last)
         grad_last = grad_last.reshape(part.pixels, g.O)
     if targets.keys() & {"offset", "mask"}:
         targets.setdefault("offset", np.zeros_like(part.offset))
@@ -389,24 +276,24 @@ def _add_block_gradients(
     g, dtype, sizes = part.geometry, part.dtype, part.sizes
     og = g.O // g.G
     lanes = loops.panel_lanes(dtype.itemsize)
-    padded = _round_up(g.K * block.cw, lanes)
+    padded = round_up(g.K * block.cw, lanes)
     panels = padded // lanes
     row_bytes = block.Gb * padded * dtype.itemsize
     tile = _tile(part.pixels, row_bytes)
-    span = min(_round_up(part.pixels, tile), max(1, _SPAN_BYTES // row_bytes // tile) * tile)
+    span = min(round_up(part.pixels, tile), max(1, _SPAN_BYTES // row_bytes // tile) * tile)
 
     image = packed = gradients = columns = grad_image = None
     if grad_weight is not None or "offset" in targets:
         image = _channels_last(part, block)
     if grad_weight is not None:
-        columns = _empty((block.Gb, span, padded), dtype)
+        columns = empty((block.Gb, span, padded), dtype)
     if grad_last is not None:
-        gradients = _empty((block.Gb, span, padded), dtype)
-        packed = _empty((block.Gb, panels, og, lanes), dtype)
-        _parallel(loops.pack_weight_transposed, block.Gb * og, part.weight, packed, block.g0, block.group_c0, block.cw)
+        gradients = empty((block.Gb, span, padded), dtype)
+        packed = empty((block.Gb, panels, og, lanes), dtype)
+        parallel(loops.pack_weight_transposed, block.Gb * og, part.weight, packed, block.g0, block.group_c0, block.cw)
     if "input" in targets:
-        grad_image = _empty((len(part.input), g.H * g.W + 1, block.width), dtype)
-        _parallel(lambda begin, end: grad_image[:, begin:end].fill(0), g.H * g.W + 1)
+        grad_image = empty((len(part.input), g.H * g.W + 1, block.width), dtype)
+        parallel(lambda begin, end: grad_image[:, begin:end].fill(0), g.H * g.W + 1)
 
     def fill_tiles(first: int, last: int, begin: int, end: int) -> None:
         low, high = begin * tile, min(end * tile, last - first)
@@ -422,19 +309,19 @@ def _add_block_gradients(
 
     for first in range(0, part.pixels, span):
         last = min(first + span, part.pixels)
-        _parallel(fill_tiles, -(-(last - first) // tile), first, last)
+        parallel(fill_tiles, -(-(last - first) // tile), first, last)
         if grad_image is not None:
-            _parallel(
+            parallel(
                 loops.scatter_columns, block.width,
                 sizes, part.offset, part.mask, gradients, grad_image, block.c0, block.cw, first, last,
                 pieces_per_thread=1, least=_CHANNELS_PER_THREAD,
             )  # fmt: skip
         if grad_weight is not None:
-            _parallel(
+            parallel(
                 loops.weight_gradient, block.Gb * panels,
                 grad_out, columns, grad_weight, block.o0, og, first, last,
-                scratch=lambda: (_empty((loops.DEPTH, lanes), dtype),),
+                scratch=lambda: (empty((loops.DEPTH, lanes), dtype),),
             )  # fmt: skip
     if grad_image is not None:
-        strips = _strips(len(part.input), g.H * g.W)
-        _parallel(loops.from_channels_last, strips, grad_image, targets["input"], block.c0)
+        items = strips(len(part.input), g.H * g.W)
+        parallel(layout_loops.from_channels_last, items, grad_image, targets["input"], block.c0)

@@ -1,0 +1,52 @@
+"""Between images [n, R, S] (S pixels) and channels-last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dcnops._backends.cpu.compiled import kernel
+
+__all__ = ["from_channels_last", "to_channels_last"]
+
+
+@kernel
+def to_channels_last(source: Any, target: Any, begin: int, end: int) -> None:
+    """``target[n, s, r] = source[n, r, s]``; an item is 32 values of s of one n.
+
+    Parameters
+    ----------
+    source : array [n, R, S]
+    target : array [n, >= S, R]
+    """
+    R, S = source.shape[1:]
+    strips = (S + 31) // 32
+    for item in range(begin, end):
+        n = item // strips
+        first = (item % strips) * 32
+        last = min(first + 32, S)
+        for r0 in range(0, R, 16):
+            for r in range(r0, min(r0 + 16, R)):
+                for s in range(first, last):
+                    target[n, s, r] = source[n, r, s]
+
+
+@kernel
+def from_channels_last(source: Any, target: Any, c0: int, begin: int, end: int) -> None:
+    """``target[n, c0 + r, s] = source[n, s, r]``; an item is 32 values of s of one n.
+
+    Parameters
+    ----------
+    source : array [n, S + 1, width]
+    target : array [n, C, S]
+    """
+    width = source.shape[2]
+    S = target.shape[2]
+    strips = (S + 31) // 32
+    for item in range(begin, end):
+        n = item // strips
+        first = (item % strips) * 32
+        last = min(first + 32, S)
+        for r0 in range(0, width, 16):
+            for r in range(r0, min(r0 + 16, width)):
+                for s in range(first, last):
+                    target[n, c0 + r, s] = source[n, s, r]
