@@ -9,21 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cases import ConvCase, assert_close, conv_cases, make_conv
+from tests.cases import DTYPES, Case, assert_close, conv_cases, make_conv, make_roi_pool, roi_pool_cases
 from tests.conftest import EmulatedRunner
 from tests.cuda_on_cpu import run_sanitized
 from tests.kernel_matrix import specialisations
 
 
-def assert_correct(runner: EmulatedRunner, case: ConvCase) -> None:
+def assert_correct(runner: EmulatedRunner, case: Case) -> None:
     assert_close(runner.forward(case), case.expected(), case.dtype)
     gradients, expected = runner.backward(case), case.expected_gradients()
     for name in case.needs:
         assert_close(gradients[name], expected[name], case.dtype, name)
 
 
-@given(case=conv_cases(dtypes=("float32",), max_batch=3), chunk_bytes=st.sampled_from([1, 500, 3000, 20_000]))
-def test_the_chunk_size_does_not_change_results(case: ConvCase, chunk_bytes: int):
+@given(
+    case=st.one_of(conv_cases(dtypes=("float32",), max_batch=3), roi_pool_cases()),
+    chunk_bytes=st.sampled_from([1, 500, 3000, 20_000]),
+)
+def test_the_chunk_size_does_not_change_results(case: Case, chunk_bytes: int):
     assert_correct(EmulatedRunner(chunk_bytes=chunk_bytes), case)
 
 
@@ -40,8 +43,9 @@ def test_the_chunk_size_does_not_change_results(case: ConvCase, chunk_bytes: int
 @pytest.mark.parametrize("dtype, G, D", [("float32", 1, 1), ("float16", 2, 1), ("float64", 1, 2), ("bfloat16", 3, 3)])
 def test_grids_and_schedules_do_not_change_results(options: dict[str, Any], dtype: str, G: int, D: int):
     """One block must do the work of all, and no thread may count on another having run before."""
-    case = make_conv(N=2, C=96, O=6, H=6, W=7, G=G, D=D, dtype=dtype, spread=0.8, seed=5)
-    assert_correct(EmulatedRunner(**options), case)
+    runner = EmulatedRunner(**options)
+    assert_correct(runner, make_conv(N=2, C=96, O=6, H=6, W=7, G=G, D=D, dtype=dtype, spread=0.8, seed=5))
+    assert_correct(runner, make_roi_pool(C=96 // D, R=7, dtype=dtype, sampling_ratio=0, seed=5))
 
 
 class Recorder(EmulatedRunner):
@@ -59,8 +63,8 @@ class Recorder(EmulatedRunner):
         self.engine.launch = record
 
 
-@given(case=conv_cases(dtypes=("float16", "bfloat16", "float32", "float64")))
-def test_launches_stay_within_the_limits_and_the_compiled_specialisations(case: ConvCase):
+@given(case=st.one_of(conv_cases(dtypes=tuple(DTYPES)), roi_pool_cases(dtypes=tuple(DTYPES))))
+def test_launches_stay_within_the_limits_and_the_compiled_specialisations(case: Case):
     runner = Recorder()
     runner.forward(case)
     runner.backward(case)
@@ -148,6 +152,8 @@ BROKEN_BOUNDS = {
     "no far border": ("y < A(H)", "true"),
     "rows beyond the last": ("min(tile_rows, range.rows - tile.first_row)", "tile_rows"),
     "a row too far": ("i & 2 ? size.W : 0", "i & 2 ? 3 * size.W : 0"),
+    "a clamp forgotten": ("min(at.low + 1, extent - 1)", "at.low + 1"),
+    "an image that does not exist": ("roi[0] < static_cast<Sum>(p.size.N)", "true"),
 }
 
 
@@ -167,6 +173,13 @@ def test_the_kernels_are_clean_under_the_sanitizers():
         "tests/test_deform_conv2d_backward.py::test_equals_the_reference[emulated]",
         "tests/test_deform_conv2d_extremes.py::test_any_offset_follows_the_reference[emulated]",
         "tests/test_deform_conv2d_extremes.py::test_images_of_a_pixel_or_two",
+        "tests/test_deform_roi_pool.py::test_equals_the_reference[emulated]",
+        "tests/test_deform_roi_pool.py::test_equals_the_reference_in_16_bits[emulated]",
+        "tests/test_deform_roi_pool.py::test_unusual_offsets",
+        "tests/test_deform_roi_pool.py::test_unusual_regions_pool_what_the_formula_says",
+        "tests/test_deform_roi_pool.py::test_a_region_that_is_not_finite_makes_nan",
+        "tests/test_deform_roi_pool.py::test_a_region_of_absurd_size_takes_no_time",
+        "tests/test_deform_roi_pool.py::test_regions_of_no_feature_map_are_nan_in_the_kernels",
         "tests/test_launch_plans.py::test_the_chunk_size_does_not_change_results",
     ]
     arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not cpu and not gpu"]
@@ -177,6 +190,8 @@ def test_the_kernels_are_clean_under_the_sanitizers():
 
 if __name__ == "__main__":
     runner = broken(*BROKEN_BOUNDS[sys.argv[1]])
-    bad = make_conv(C=8, H=5, W=5, spread=3.0, seed=9)
-    runner.forward(bad)
-    runner.backward(bad)
+    no_image = make_roi_pool(C=8, H=5, W=5, spread=9.0, seed=9)
+    no_image.rois[0, 0] = 7
+    for case in (make_conv(C=8, H=5, W=5, spread=3.0, seed=9), no_image):
+        runner.forward(case)
+        runner.backward(case)
