@@ -12,15 +12,18 @@ import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
-from importlib import import_module, util
+from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import environment
 
+if TYPE_CHECKING:
+    from benchmarks.contenders import Operation
+
 __all__ = ["OPERATIONS", "main"]
 
-OPERATIONS = ("benchmarks.deform_conv2d",)
+OPERATIONS = ("deform_conv2d", "deform_roi_pool")
 PARTS = ("forward", "backward", "memory", "first-call")
 _SECONDS = {"cpu": 15.0, "cuda": 2.0}
 _ROOT = Path(__file__).parents[1]
@@ -36,12 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from benchmarks import report, targets
+    from benchmarks.contenders import load
 
     torch.set_num_threads(options.threads)
     gpu_is_there = _gpu_is_there()
     if options.device == "cuda" and not gpu_is_there:
         print("--device cuda needs a CUDA GPU, and CuPy and torch that can use it", file=sys.stderr)
         return 1
+    operations = [load(name) for name in options.operations]
+    for shape in options.shapes or []:
+        if not any(len(shape) == len(operation.shapes[0]) for operation in operations):
+            print(f"--shapes: no operation has {len(shape)} sizes", file=sys.stderr)
+            return 1
     devices = {"all": ["cpu", "cuda"] if gpu_is_there else ["cpu"]}.get(options.device, [options.device])
 
     description = environment.describe(options.threads, gpu="cuda" in devices)
@@ -50,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures: list[str] = []
     for device in devices:
         try:
-            _run(device, options, rows, first_call, failures)
+            _run(device, operations, options, rows, first_call, failures)
         except Exception:
             # What was measured before is still reported.
             traceback.print_exc()
@@ -58,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     reached = targets.evaluate(rows, first_call)
     print(" ".join(f"{name} {value};" for name, value in description.items() if value is not None), end="\n\n")
-    print(report.tables(rows))
+    print(report.tables(rows, operations))
     if first_call:
         print(report.first_call_table(first_call), end="\n\n")
     for target in reached:
@@ -87,11 +96,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--device", choices=("all", "cpu", "cuda"), default="all", help="default: all that is there")
+    parser.add_argument("--operations", choices=OPERATIONS, nargs="+", default=OPERATIONS, help="default: all")
     parser.add_argument("--threads", type=int, default=environment.usable_cores(), help="default: all cores")
     parser.add_argument(
-        "--seconds", type=float, help="time for one row and direction, at least 5 rounds; default: CPU 15, GPU 2"
+        "--seconds", type=float, help="time for one row and direction, at least 3 rounds; default: CPU 15, GPU 2"
     )
-    parser.add_argument("--shapes", type=_shape, nargs="+", metavar="CxHxW", help="instead of the standard ones")
+    parser.add_argument(
+        "--shapes",
+        type=_shape,
+        nargs="+",
+        metavar="CxHxW",
+        help="instead of the standard ones, as in the tables: CxHxW for a convolution, CxHxWxRxP for a RoI pooling",
+    )
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS, help="what to measure; default: everything")
     destination = parser.add_mutually_exclusive_group()
     destination.add_argument("--output", type=Path, help="JSON file; default: out/benchmark.json")
@@ -100,11 +116,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _shape(text: str) -> tuple[int, int, int]:
-    sizes = [int(size) for size in text.split("x")]
-    if len(sizes) != 3 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"a shape is CxHxW, got {text!r}")
-    return sizes[0], sizes[1], sizes[2]
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(size) for size in text.split("x"))
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"sizes are positive, got {text!r}")
+    return sizes
 
 
 def _gpu_is_there() -> bool:
@@ -119,14 +135,15 @@ def _gpu_is_there() -> bool:
 
 def _run(
     device: str,
+    operations: Sequence[Operation],
     options: argparse.Namespace,
     rows: list[dict[str, Any]],
     first_call: dict[str, dict[str, dict[str, float]]],
     failures: list[str],
 ) -> None:
     """Measure on one device; what is found is appended as soon as it is known."""
+    from benchmarks import first_call as first
     from benchmarks.cpu import CpuMeter
-    from benchmarks.first_call import first_call_seconds
     from benchmarks.measure import DIRECTIONS, Meter, cases, measure
 
     seconds = options.seconds or _SECONDS[device]
@@ -138,13 +155,14 @@ def _run(
             stack.enter_context(cuda.stream())
             meter = cuda.CudaMeter()
         if set(options.parts) & set(DIRECTIONS):
-            for operation in (import_module(module).OPERATION for module in OPERATIONS):
-                for case in cases(device, options.shapes or operation.shapes):
+            for operation in operations:
+                shapes = [shape for shape in options.shapes or [] if len(shape) == len(operation.shapes[0])]
+                for case in cases(operation, device, shapes if options.shapes else operation.shapes):
                     print(f"{operation.name} {case.title}", file=sys.stderr)
                     rows.append(measure(operation, case, meter, options.parts, seconds, failures))
-    if "first-call" in options.parts:
+    if "first-call" in options.parts and first.OPERATION in options.operations:
         print(f"first calls, {device}", file=sys.stderr)
-        first_call[device] = first_call_seconds(device)
+        first_call[device] = first.first_call_seconds(device)
 
 
 if __name__ == "__main__":

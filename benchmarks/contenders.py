@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-__all__ = ["OURS", "PEER", "PLAIN", "Arrays", "Case", "Contender", "Operation"]
+__all__ = ["OURS", "PEER", "Arrays", "Case", "Contender", "Operation", "load"]
 
-OURS, PEER, PLAIN = "dcnops", "torchvision", "conv2d"
-"""Names that results are reported under: this library, the one it competes with, and the plain operation."""
+OURS, PEER = "dcnops", "torchvision"
+"""Names that results are reported under: this library, and the one it competes with."""
 
 Arrays = Mapping[str, np.ndarray]
 """Arguments or results by name. Inputs are float32 arrays of values that the dtype of their case can hold."""
@@ -23,13 +24,16 @@ class Case:
 
     device: str
     """cpu or cuda."""
-    C: int
-    H: int
-    W: int
+    shape: tuple[int, ...]
+    """Sizes, of which the operation says what they are."""
     N: int = 1
     dtype: str = "float32"
     tf32: bool = False
     """Whether the peers may use TF32 in float32 products."""
+
+    @property
+    def label(self) -> str:
+        return "x".join(map(str, self.shape))
 
     @property
     def precision(self) -> str:
@@ -37,10 +41,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        return f"{self.C}x{self.H}x{self.W}, batch {self.N}, {self.precision}, {self.device}"
-
-    def resized(self, C: int, H: int, W: int) -> Case:
-        return replace(self, C=C, H=H, W=W)
+        return f"{self.label}, batch {self.N}, {self.precision}, {self.device}"
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,7 @@ class Contender:
     ----------
     forward, backward : function of a case and its arrays
         Prepare one direction; what they return is called to be timed. A backward call does not repeat the forward
-        pass and returns the gradients by argument name.
-    to_numpy : function
-        Brings a result to the CPU, float32 or wider.
+        pass and returns the gradients by argument name. Results are NumPy or CuPy arrays or torch tensors.
     tolerance : float
         Largest accepted error, over the largest magnitude of the exact result.
     unchecked : names of results that the contender is known to compute in another way
@@ -66,37 +65,50 @@ class Contender:
     name: str
     forward: Callable[[Case, Arrays], Callable[[], Any]]
     backward: Callable[[Case, Arrays], Callable[[], Mapping[str, Any]]]
-    to_numpy: Callable[[Any], np.ndarray]
     tolerance: float
     unchecked: frozenset[str] = frozenset()
     sees: Callable[[Arrays], Arrays] = lambda arrays: arrays
     coordinates: str = "float32"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
-    """One operation and what it is measured with; a module of the benchmark holds it as `OPERATION`.
+    """One operation and what it is measured with; the module of the benchmark named like it holds it as `OPERATION`.
 
     Attributes
     ----------
-    module : str
-        Where it is, so that a fresh process finds it.
-    shapes : sequence of (C, H, W), smallest first
+    sizes : str
+        What the numbers of a shape are.
+    shapes : sequence of tuple, smallest first
+    variants : mapping
+        Device to what every shape is measured with: dtype, whether the peers may use TF32, batch.
     per_image : names of the arguments and results whose first axis is the batch
     inputs : function of a case
         Arguments and `grad_out`, always the same for the same case; a batch begins with the image of a batch of one.
     contenders : function of a case
     evaluate : function of the arrays of a batch of one and the dtype of sampling coordinates
         The output, as `output`, and the gradients in float64, by other means than any contender's.
+    columns : names of all contenders, in the order of the table
+    ratios : pairs of contenders whose times are compared
+    with_memory : names of the contenders whose peak extra memory is measured
     column_bytes : function of a case
-        Size of the buffer that explicit columns of one image need.
+        Size of the buffer that explicit columns of one image need, where the operation has columns.
     """
 
     name: str
-    module: str
-    shapes: Sequence[tuple[int, int, int]]
+    sizes: str
+    shapes: Sequence[tuple[int, ...]]
+    variants: Mapping[str, Sequence[tuple[str, bool, int]]]
     per_image: frozenset[str]
     inputs: Callable[[Case], Arrays]
     contenders: Callable[[Case], list[Contender]]
     evaluate: Callable[[Arrays, str], Arrays]
-    column_bytes: Callable[[Case], int]
+    columns: Sequence[str]
+    ratios: Sequence[tuple[str, str]]
+    with_memory: Sequence[str]
+    column_bytes: Callable[[Case], int | None] = lambda case: None
+
+
+def load(name: str) -> Operation:
+    operation: Operation = import_module(f"benchmarks.{name}").OPERATION
+    return operation

@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from benchmarks.contenders import Arrays, Case, Contender, Operation
+from benchmarks.libraries import to_numpy
 
 __all__ = ["check"]
 
@@ -42,7 +43,7 @@ def _image(operation: Operation, arrays: Arrays, n: int) -> Arrays:
 
 def _results(contender: Contender, case: Case, arrays: Arrays) -> dict[str, np.ndarray]:
     results = {"output": contender.forward(case, arrays)(), **contender.backward(case, arrays)()}
-    return {name: contender.to_numpy(array) for name, array in results.items() if name not in contender.unchecked}
+    return {name: to_numpy(array) for name, array in results.items() if name not in contender.unchecked}
 
 
 def _one_by_one(operation: Operation, case: Case, arrays: Arrays, contender: Contender) -> Arrays:

@@ -9,12 +9,12 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from importlib import import_module
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import Case, Operation
+from benchmarks.contenders import Case, Operation, load
 
 __all__ = ["CpuMeter"]
 
@@ -23,7 +23,7 @@ _PAUSE = 0.02
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
-_TINY = (4, 5, 6)
+_TINY = 5
 
 
 class CpuMeter:
@@ -50,8 +50,8 @@ class CpuMeter:
         """
         if not _CLEAR_REFS.exists():
             return None
-        shape = [str(size) for size in (case.C, case.H, case.W)]
-        command = [sys.executable, "-m", "benchmarks.cpu", operation.module, contender, direction, *shape]
+        command = [sys.executable, "-m", "benchmarks.cpu", operation.name, contender, direction]
+        command += map(str, case.shape)
         done = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, stdout=subprocess.PIPE, text=True)
         return int(json.loads(done.stdout))
 
@@ -59,13 +59,13 @@ class CpuMeter:
 def _peak_extra_bytes_here(operation: Operation, case: Case, name: str, direction: str) -> int:
     contender = next(c for c in operation.contenders(case) if c.name == name)
     prepare = contender.forward if direction == "forward" else contender.backward
-    tiny = case.resized(*_TINY)
+    tiny = replace(case, shape=tuple(min(size, _TINY) for size in case.shape))
     prepare(tiny, operation.inputs(tiny))()
     call = prepare(case, operation.inputs(case))
     before = _settled_bytes()
     results = call()
     peak = _status_bytes("VmHWM")
-    arrays = results.values() if isinstance(results, dict) else [results]
+    arrays = results.values() if isinstance(results, Mapping) else [results]
     return max(0, peak - before - sum(array.nbytes for array in arrays))
 
 
@@ -86,13 +86,13 @@ def _status_bytes(field: str) -> int:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description="Peak extra memory of one call.")
-    parser.add_argument("module")
+    parser.add_argument("operation")
     parser.add_argument("contender")
     parser.add_argument("direction", choices=("forward", "backward"))
-    parser.add_argument("shape", nargs=3, type=int)
+    parser.add_argument("shape", nargs="+", type=int)
     options = parser.parse_args()
-    case = Case("cpu", *options.shape)
-    operation = import_module(options.module).OPERATION
+    case = Case("cpu", tuple(options.shape))
+    operation = load(options.operation)
     print(json.dumps(_peak_extra_bytes_here(operation, case, options.contender, options.direction)))
 
 

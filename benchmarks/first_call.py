@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["first_call_seconds"]
+__all__ = ["OPERATION", "first_call_seconds"]
+
+OPERATION = "deform_conv2d"
 
 
 def first_call_seconds(device: str) -> dict[str, dict[str, float]]:
-    """Seconds of `import`, `forward` and `backward`, cold and warm, of deform_conv2d in float32."""
+    """Seconds of `import`, `forward` and `backward`, cold and warm, of the operation in float32."""
     with tempfile.TemporaryDirectory(prefix="dcnops-cache-") as cache:
         environment = {**os.environ, "NUMBA_CACHE_DIR": cache, "CUPY_CACHE_DIR": cache}
         return {state: _in_fresh_process(device, environment) for state in ("cold", "warm")}

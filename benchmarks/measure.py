@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import product
 from typing import Any, Protocol
 
-from benchmarks.contenders import OURS, PEER, PLAIN, Case, Operation
+from benchmarks.contenders import Case, Operation
 from benchmarks.correctness import check
 from benchmarks.timing import interleave
 
 __all__ = ["DIRECTIONS", "Meter", "cases", "measure"]
 
 DIRECTIONS = ("forward", "backward")
-_BATCHES = {"cpu": (1,), "cuda": (1, 16)}
-_PRECISIONS = {
-    "cpu": (("float32", False),),
-    "cuda": (("float32", False), ("float32", True), ("float16", False), ("bfloat16", False)),
-}
 
 
 class Meter(Protocol):
@@ -38,9 +32,10 @@ class Meter(Protocol):
         ...
 
 
-def cases(device: str, shapes: Iterable[tuple[int, int, int]]) -> Iterator[Case]:
-    for shape, (dtype, tf32), N in product(shapes, _PRECISIONS[device], _BATCHES[device]):
-        yield Case(device, *shape, N, dtype, tf32)
+def cases(operation: Operation, device: str, shapes: Iterable[tuple[int, ...]]) -> Iterator[Case]:
+    for shape in shapes:
+        for dtype, tf32, N in operation.variants[device]:
+            yield Case(device, shape, N, dtype, tf32)
 
 
 def measure(
@@ -70,16 +65,17 @@ def measure(
         timings[direction] = {
             name: timing.summary() for name, timing in interleave(calls, meter.clock, seconds).items()
         }
-        ratios[direction] = _ratios(timings[direction])
+        ratios[direction] = _ratios(operation, timings[direction])
         if "memory" in parts:
             memory[direction] = {
                 name: meter.peak_extra_bytes(operation, case, name, direction, call)
                 for name, call in calls.items()
-                if name != PLAIN
+                if name in operation.with_memory
             }
     return {
         "operation": operation.name,
         **asdict(case),
+        "shape": case.label,
         "precision": case.precision,
         "column_bytes": operation.column_bytes(case),
         "errors": errors,
@@ -89,9 +85,9 @@ def measure(
     }
 
 
-def _ratios(timings: dict[str, dict[str, float]]) -> dict[str, float]:
+def _ratios(operation: Operation, timings: dict[str, dict[str, float]]) -> dict[str, float]:
     return {
         f"{a}/{b}": timings[a]["median_ms"] / timings[b]["median_ms"]
-        for a, b in ((PEER, OURS), (OURS, PLAIN))
+        for a, b in operation.ratios
         if a in timings and b in timings
     }

@@ -8,21 +8,22 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import OURS, PEER, PLAIN
+from benchmarks.contenders import Operation
 
 __all__ = ["first_call_table", "tables", "write_json"]
 
 
-def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+def tables(rows: Sequence[Mapping[str, Any]], operations: Iterable[Operation]) -> str:
     """One table for each operation, device, batch and direction."""
     parts = []
-    ordered = sorted(rows, key=_table_of)
-    for (operation, device, N), group in groupby(ordered, key=_table_of):
-        members = list(group)
-        for direction in ("forward", "backward"):
-            if any(direction in row["timings"] for row in members):
-                title = f"{operation} {direction}, {device}, batch {N}: median ms, extra memory in MiB"
-                parts.append(f"{title}\n\n{_table(members, direction)}\n")
+    for operation in operations:
+        ordered = sorted((row for row in rows if row["operation"] == operation.name), key=_table_of)
+        for (device, N), group in groupby(ordered, key=_table_of):
+            members = list(group)
+            for direction in ("forward", "backward"):
+                if any(direction in row["timings"] for row in members):
+                    title = f"{operation.name} {direction}, {device}, batch {N}: median ms, extra memory in MiB"
+                    parts.append(f"{title}\n\n{_table(operation, members, direction)}\n")
     return "\n".join(parts)
 
 
@@ -39,22 +40,18 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _table_of(row: Mapping[str, Any]) -> tuple[str, str, int]:
-    return row["operation"], row["device"], row["N"]
+def _table_of(row: Mapping[str, Any]) -> tuple[str, int]:
+    return row["device"], row["N"]
 
 
-def _table(rows: Iterable[Mapping[str, Any]], direction: str) -> str:
+def _table(operation: Operation, rows: Iterable[Mapping[str, Any]], direction: str) -> str:
     lines = [
         [
-            "C=O x H x W",
+            operation.sizes,
             "data",
-            OURS,
-            PEER,
-            PLAIN,
-            f"{PEER} / {OURS}",
-            f"{OURS} / {PLAIN}",
-            f"{OURS} extra",
-            f"{PEER} extra",
+            *operation.columns,
+            *(f"{a} / {b}" for a, b in operation.ratios),
+            *(f"{name} extra" for name in operation.with_memory),
             "column buffer",
         ]
     ]
@@ -63,12 +60,11 @@ def _table(rows: Iterable[Mapping[str, Any]], direction: str) -> str:
         extra = row["peak_extra_bytes"].get(direction, {})
         lines.append(
             [
-                f"{row['C']}x{row['H']}x{row['W']}",
+                row["shape"],
                 row["precision"],
-                *(_number(timings.get(name, {}).get("median_ms")) for name in (OURS, PEER, PLAIN)),
-                _number(ratios.get(f"{PEER}/{OURS}")),
-                _number(ratios.get(f"{OURS}/{PLAIN}")),
-                *(_mebibytes(extra.get(name)) for name in (OURS, PEER)),
+                *(_number(timings.get(name, {}).get("median_ms")) for name in operation.columns),
+                *(_number(ratios.get(f"{a}/{b}")) for a, b in operation.ratios),
+                *(_mebibytes(extra.get(name)) for name in operation.with_memory),
                 _mebibytes(row["column_bytes"]),
             ]
         )

@@ -6,15 +6,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.contenders import OURS, PEER, PLAIN
+from benchmarks.contenders import OURS, PEER
+from benchmarks.deform_conv2d import PLAIN
 
 __all__ = ["Target", "evaluate"]
 
 Results = Sequence[Mapping[str, Any]]
 
-_SHAPES = {(64, 56, 56), (128, 100, 168), (256, 50, 84), (512, 50, 84)}
-_LARGER = _SHAPES - {(64, 56, 56)}
-_FASTER_FORWARD = {(128, 100, 168): 6.0}
+# By operation and shape: least torchvision / dcnops, forward and backward; most dcnops / conv2d, forward and backward;
+# most extra memory / column buffer, forward.
+_FASTER = {
+    "deform_conv2d": {
+        "64x56x56": (2.5, 7.0),
+        "128x100x168": (6.0, 7.0),
+        "256x50x84": (2.5, 7.0),
+        "512x50x84": (2.5, 7.0),
+    },
+    "deform_roi_pool": {
+        "256x50x84x512x7": (1.0, 2.0),
+        "256x50x84x512x14": (1.0, 2.0),
+        "1024x50x84x512x7": (1.0, 2.0),
+        "1024x50x84x512x14": (1.0, 2.0),
+    },
+}
+_BESIDE_PLAIN = {"deform_conv2d": dict.fromkeys(("128x100x168", "256x50x84", "512x50x84"), (2.0, 2.5))}
+_MEMORY = {"deform_conv2d": dict.fromkeys(_FASTER["deform_conv2d"], 1 / 8)}
 
 
 @dataclass(frozen=True)
@@ -59,19 +75,16 @@ def evaluate(results: Results, first_call: Mapping[str, Mapping[str, Mapping[str
 
 
 def _of_row(row: Mapping[str, Any]) -> Iterator[Target]:
-    shape = (row["C"], row["H"], row["W"])
-    measured = (row["operation"], row["device"], row["dtype"], row["N"])
-    if measured != ("deform_conv2d", "cpu", "float32", 1) or shape not in _SHAPES:
+    if (row["device"], row["dtype"], row["N"]) != ("cpu", "float32", 1):
         return
-    at = "x".join(map(str, shape))
-    faster = {"forward": _FASTER_FORWARD.get(shape, 2.5), "backward": 7.0}
-    for direction, plain_limit in (("forward", 2.0), ("backward", 2.5)):
+    operation, shape = row["operation"], row["shape"]
+    for i, direction in enumerate(("forward", "backward")):
         ratios = row["ratios"].get(direction, {})
-        if f"{PEER}/{OURS}" in ratios:
-            yield Target(f"{at} {direction}, {PEER} / {OURS}", ratios[f"{PEER}/{OURS}"], ">=", faster[direction])
-        if f"{OURS}/{PLAIN}" in ratios and shape in _LARGER:
-            yield Target(f"{at} {direction}, {OURS} / {PLAIN}", ratios[f"{OURS}/{PLAIN}"], "<=", plain_limit)
+        for a, b, relation, limits in ((PEER, OURS, ">=", _FASTER), (OURS, PLAIN, "<=", _BESIDE_PLAIN)):
+            limit = limits.get(operation, {}).get(shape)
+            if limit and f"{a}/{b}" in ratios:
+                yield Target(f"{shape} {direction}, {a} / {b}", ratios[f"{a}/{b}"], relation, limit[i])
+    most = _MEMORY.get(operation, {}).get(shape)
     extra = row["peak_extra_bytes"].get("forward", {}).get(OURS)
-    if extra is not None:
-        name = f"{at} forward, extra memory / column buffer"
-        yield Target(name, extra / row["column_bytes"], "<=", 1 / 8)
+    if most and extra is not None:
+        yield Target(f"{shape} forward, extra memory / column buffer", extra / row["column_bytes"], "<=", most)

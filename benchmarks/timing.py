@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 __all__ = ["Timing", "interleave"]
 
-_LEAST_ROUNDS = 5
+_LEAST_ROUNDS = 3
 _MOST_ROUNDS = 100
 
 
@@ -34,7 +34,7 @@ def interleave(
     clock: Callable[[Callable[[], object]], float],
     seconds: float,
 ) -> dict[str, Timing]:
-    """Rounds A B C A B C ... after one that does not count, at least 5, until `seconds` are spent."""
+    """Rounds A B C A B C ... after one that does not count, at least 3, until `seconds` are spent."""
     timings = {name: Timing() for name in calls}
     for call in calls.values():
         clock(call)

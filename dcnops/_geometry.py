@@ -24,6 +24,8 @@ __all__ = [
     "DeformRoIPoolSizes",
     "Padding",
     "Pair",
+    "expand_padding",
+    "expand_pair",
 ]
 
 Pair: TypeAlias = int | Sequence[int]
@@ -135,9 +137,9 @@ class DeformConvGeometry:
             raise ShapeError(f"input must be [N, C >= 1, H >= 1, W >= 1], got shape {input}")
         if min(O, channels_per_group, kh, kw) < 1:
             raise ShapeError(f"weight must be [O >= 1, C/G >= 1, kh >= 1, kw >= 1], got shape {weight}")
-        sh, sw = _pair("stride", stride, minimum=1)
-        dh, dw = _pair("dilation", dilation, minimum=1)
-        (pad_top, pad_bottom), (pad_left, pad_right) = _padding(padding)
+        sh, sw = expand_pair("stride", stride)
+        dh, dw = expand_pair("dilation", dilation)
+        (pad_top, pad_bottom), (pad_left, pad_right) = expand_padding(padding)
 
         if C % channels_per_group:
             raise ShapeError(f"weight must be [O, C/G, kh, kw] with C/G a divisor of input's C={C}, got shape {weight}")
@@ -266,7 +268,7 @@ class DeformRoIPoolGeometry:
         if len(rois) != 2 or rois[1] != 5:
             raise ShapeError(f"rois must be [R, 5] (image, x1, y1, x2, y2), got shape {rois}")
         R = rois[0]
-        P, Q = _pair("output_size", output_size, minimum=1)
+        P, Q = expand_pair("output_size", output_size)
         _check_pixels("output_size", "bins", P * Q)
         ratio = _integer(sampling_ratio)
         if ratio is None or not 0 <= ratio <= MAX_EXTENT:
@@ -335,7 +337,8 @@ def _sequence(value: object) -> list[object] | None:
     return list(value)
 
 
-def _pair(name: str, value: Pair, minimum: int) -> tuple[int, int]:
+def expand_pair(name: str, value: Pair, minimum: int = 1) -> tuple[int, int]:
+    """(vertical, horizontal) of an integer or a pair of them, from `minimum` on."""
     items = _sequence(value)
     numbers = [_integer(item) for item in ([value, value] if items is None else items)]
     if len(numbers) == 2:
@@ -349,13 +352,14 @@ def _pair(name: str, value: Pair, minimum: int) -> tuple[int, int]:
     raise ArgumentError(f"{name} must be an integer from {minimum} to {MAX_EXTENT} or a pair of them, got {value!r}")
 
 
-def _padding(value: Padding) -> tuple[tuple[int, int], tuple[int, int]]:
+def expand_padding(value: Padding) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((top, bottom), (left, right)) of any form of padding."""
     items = _sequence(value)
     try:
         if items is not None and len(items) == 2 and all(_sequence(item) is not None for item in items):
             vertical, horizontal = items
-            return _pair("padding", vertical, 0), _pair("padding", horizontal, 0)  # type: ignore[arg-type]
-        height, width = _pair("padding", value, 0)  # type: ignore[arg-type]
+            return expand_pair("padding", vertical, 0), expand_pair("padding", horizontal, 0)  # type: ignore[arg-type]
+        height, width = expand_pair("padding", value, 0)  # type: ignore[arg-type]
     except ArgumentError:
         raise ArgumentError(
             f"padding must be an integer from 0 to {MAX_EXTENT}, a pair (vertical, horizontal) "

@@ -1,0 +1,325 @@
+"""(Modulated) deformable convolution and deformable RoI pooling on JAX arrays.
+
+XLA calls back into the array functions with its own buffers: on the CPU they become NumPy arrays, on a GPU CuPy arrays
+(through DLPack) on XLA's stream, in both cases without a copy. Eager calls and compiled programs take this same path;
+only the result is copied once, from the array that the array functions return into the buffer that XLA has waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any, NoReturn, TypeAlias
+
+import jax
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental.buffer_callback import Buffer, ExecutionContext, buffer_callback
+
+from dcnops._dispatch import FLOAT_DTYPES, check_arrays, load_backend
+from dcnops._errors import DeviceError, DtypeError
+from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry, Padding, Pair
+
+__all__ = ["deform_conv2d", "deform_roi_pool"]
+
+Array: TypeAlias = "jax.Array | np.ndarray[Any, Any]"
+_Arrays: TypeAlias = dict[str, Any]
+"""Arrays, or what stands for them, by the name of the argument."""
+_Geometry: TypeAlias = DeformConvGeometry | DeformRoIPoolGeometry
+
+_DLPACK_CPU = 1
+
+
+def deform_conv2d(
+    input: Array,
+    offset: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Pair = 1,
+    padding: Padding = 0,
+    dilation: Pair = 1,
+    mask: Array | None = None,
+) -> jax.Array:
+    """Deformable convolution on JAX arrays; modulated (v2) when `mask` is given.
+
+    Works eagerly, under `jax.jit`, `jax.grad` and `jax.vmap`, on the CPU and on NVIDIA GPUs. The formula and the
+    gradients are those of `dcnops.deform_conv2d` and `dcnops.deform_conv2d_backward`.
+
+    Parameters
+    ----------
+    input : array [N, C, H, W], float16, bfloat16, float32 or float64
+        The images. N may be 0.
+    offset : array [N, 2*D*kh*kw, oh, ow], dtype of `input` (beside 16-bit data also float32), in pixels
+        Shift of each sampling point: vertical, then horizontal, tap by tap, for each of D deformable groups.
+    weight : array [O, C/G, kh, kw], dtype of `input`
+        The filters of G weight groups.
+    bias : array [O], dtype of `input`, optional
+    stride, dilation : int or (vertical, horizontal)
+        Python integers, also under `jax.jit`: they decide about shapes.
+    padding : int, (vertical, horizontal) or ((top, bottom), (left, right)), in pixels
+        Zero padding; Python integers.
+    mask : array [N, D*kh*kw, oh, ow], dtype of `offset`, optional
+        Factor of each sampling point.
+
+    Returns
+    -------
+    jax.Array [N, O, oh, ow], dtype of `input`
+
+    Raises
+    ------
+    ShapeError
+        An array has the wrong rank or size.
+    ArgumentError
+        `stride`, `padding` or `dilation` is not legal.
+    DtypeError
+        An argument is no JAX or NumPy array, or has the wrong dtype.
+    NotImplementedError
+        A second derivative is taken.
+
+    Notes
+    -----
+    Errors are raised while the call is traced. `jax.vmap` calls the operation once for each element of the new axis;
+    a larger N is faster. There are first derivatives in reverse mode only, and those that nobody asks for are not
+    computed.
+
+    On a GPU the work is done by CuPy, which needs memory of its own beside what JAX sets aside at its start
+    (``XLA_PYTHON_CLIENT_MEM_FRACTION``). A computation that is sharded over devices belongs in `jax.shard_map`:
+    otherwise every device computes all of it.
+
+    Examples
+    --------
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from dcnops.adapters.jax import deform_conv2d
+    >>> image = jnp.arange(16, dtype=jnp.float32).reshape(1, 1, 4, 4)
+    >>> weight = jnp.ones((1, 1, 1, 1), jnp.float32)
+    >>> offset = jnp.zeros((1, 2, 4, 4)).at[:, 1].set(0.5)  # every sampling point half a pixel to the right
+    >>> deform_conv2d(image, offset, weight)[0, 0, 0].tolist()
+    [0.5, 1.5, 2.5, 1.5]
+    >>> gradient = jax.jit(jax.grad(lambda offset: deform_conv2d(image, offset, weight).sum()))
+    >>> gradient(offset)[0, :, 1, 1].tolist()  # one pixel down adds 4, one pixel right adds 1
+    [4.0, 1.0]
+    """
+    optional = ("bias", "mask")
+    data = _arrays({"input": input, "weight": weight, "bias": bias}, optional)
+    sampling = _arrays({"offset": offset, "mask": mask}, optional)
+    check_arrays(_stand_ins(data), _stand_ins(sampling), optional=optional)
+    arrays = data | sampling
+    geometry = DeformConvGeometry.check(**_shapes(arrays), stride=stride, padding=padding, dilation=dilation)
+    return _operate("deform_conv2d", geometry, arrays)
+
+
+def deform_roi_pool(
+    input: Array,
+    rois: Array,
+    offset: Array | None = None,
+    mask: Array | None = None,
+    *,
+    output_size: Pair,
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 2,
+    gamma: float = 0.1,
+) -> jax.Array:
+    """Deformable RoI pooling on JAX arrays; modulated (v2) with `mask`, RoIAlign without `offset` and `mask`.
+
+    Works eagerly, under `jax.jit`, `jax.grad` and `jax.vmap`, on the CPU and on NVIDIA GPUs. The formula and the
+    gradients are those of `dcnops.deform_roi_pool` and `dcnops.deform_roi_pool_backward`.
+
+    Parameters
+    ----------
+    input : array [N, C, H, W], float16, bfloat16, float32 or float64
+        The feature maps.
+    rois : array [R, 5], float16, bfloat16, float32 or float64, in units of the image
+        Regions (index of the feature map, x1, y1, x2, y2). R may be 0. Their gradient is 0.
+    offset : array [R, 2, P, Q], dtype of `input` (beside 16-bit data also float32), optional
+        Shift of each bin, as a fraction of the region: ``offset[r, 0]`` horizontal, ``offset[r, 1]`` vertical.
+    mask : array [R, P, Q], dtype of `offset`, optional
+        Factor of each bin.
+    output_size : int or (P, Q)
+        Bins of a region, vertical and horizontal. This and what follows are Python numbers, also under `jax.jit`.
+    spatial_scale : float
+        Pixels of `input` per unit of `rois`, such as 1/16.
+    sampling_ratio : int
+        Samples of a bin along each axis; 0 for as many as the bin has pixels.
+    gamma : float
+        Factor of the offsets.
+
+    Returns
+    -------
+    jax.Array [R, C, P, Q], dtype of `input`
+
+    Raises
+    ------
+    ShapeError
+        An array has the wrong rank or size.
+    ArgumentError
+        A parameter is not legal.
+    DtypeError
+        An argument is no JAX or NumPy array, or has the wrong dtype.
+    NotImplementedError
+        A second derivative is taken.
+
+    Notes
+    -----
+    What is said of `deform_conv2d` holds here too. Whether `rois` name feature maps that exist is known only when the
+    operation runs: on the CPU JAX then raises its ``JaxRuntimeError`` with the message of the `ArgumentError`, on a
+    GPU the result is NaN.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from dcnops.adapters.jax import deform_roi_pool
+    >>> image = jnp.arange(16, dtype=jnp.float32).reshape(1, 1, 4, 4)
+    >>> rois = jnp.array([[0, 0, 0, 4, 4]], jnp.float32)
+    >>> deform_roi_pool(image, rois, output_size=2)[0, 0].tolist()
+    [[2.5, 4.5], [10.5, 12.5]]
+    """
+    optional = ("offset", "mask")
+    data, regions = _arrays({"input": input}), _arrays({"rois": rois})
+    sampling = _arrays({"offset": offset, "mask": mask}, optional)
+    check_arrays(_stand_ins(data), _stand_ins(sampling), _stand_ins(regions), optional)
+    arrays = data | regions | sampling
+    geometry = DeformRoIPoolGeometry.check(
+        **_shapes(arrays),
+        output_size=output_size,
+        spatial_scale=spatial_scale,
+        sampling_ratio=sampling_ratio,
+        gamma=gamma,
+    )
+    return _operate("deform_roi_pool", geometry, arrays)
+
+
+def _arrays(arguments: dict[str, Any], optional: Container[str] = ()) -> _Arrays:
+    """The arguments as JAX takes them; `DtypeError` for what is no array."""
+    return {
+        name: None if argument is None and name in optional else _array(name, argument)
+        for name, argument in arguments.items()
+    }
+
+
+def _array(name: str, argument: Any) -> Array:
+    array = argument
+    if not isinstance(argument, jax.Array | np.ndarray) and hasattr(argument, "__jax_array__"):
+        # The parameters of neural network libraries, which wrap an array.
+        array = argument.__jax_array__()
+    # Random keys are JAX arrays too, of a dtype that is none of NumPy's.
+    if isinstance(array, jax.Array | np.ndarray) and isinstance(array.dtype, np.dtype):
+        return array
+    kind = type(argument)
+    got = f"{kind.__module__}.{kind.__qualname__}" if kind.__module__ != "builtins" else kind.__qualname__
+    raise DtypeError(f"{name} must be a JAX or NumPy array of numbers, got {got}; pass jax.numpy.asarray(...) of it")
+
+
+def _stand_ins(arrays: _Arrays) -> _Arrays:
+    """Empty NumPy arrays of the dtypes that JAX will see, for the checks of the array functions."""
+    return {name: None if array is None else np.empty(0, _dtype(array)) for name, array in arrays.items()}
+
+
+def _dtype(array: Array) -> np.dtype[Any]:
+    # JAX makes float32 of NumPy's float64 unless it was told to know 64 bits.
+    if array.dtype.name in FLOAT_DTYPES and array.dtype.isnative:
+        return np.dtype(jax.dtypes.canonicalize_dtype(array.dtype))
+    return array.dtype
+
+
+def _shapes(arrays: _Arrays) -> dict[str, Any]:
+    return {name: None if array is None else tuple(array.shape) for name, array in arrays.items()}
+
+
+def _result(shape: tuple[int, ...], dtype: np.dtype[Any]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(operation: str, geometry: _Geometry, arrays: _Arrays) -> jax.Array:
+    results = {"output": _result(geometry.output_shape, arrays["input"].dtype)}
+    return _call(_Callback(operation, geometry), results, arrays)["output"]
+
+
+def _forward(
+    operation: str, geometry: _Geometry, primals: _Arrays
+) -> tuple[jax.Array, tuple[_Arrays, dict[str, None]]]:
+    arrays = {name: None if primal is None else primal.value for name, primal in primals.items()}
+    # The keys of a dictionary are part of its structure, not traced: backward knows them while it is compiled.
+    needs = {
+        name: None for name, primal in primals.items() if primal is not None and primal.perturbed and name != "rois"
+    }
+    return _differentiable(operation, geometry, arrays), (arrays, needs)
+
+
+def _backward(
+    operation: str, geometry: _Geometry, residuals: tuple[_Arrays, dict[str, None]], grad_out: jax.Array | SymbolicZero
+) -> tuple[_Arrays]:
+    arrays, needs = residuals
+    gradients: _Arrays = {}
+    if needs and not isinstance(grad_out, SymbolicZero):
+        results = {name: _result(arrays[name].shape, arrays[name].dtype) for name in needs}
+        arguments = {"grad_out": grad_out, **{name: array for name, array in arrays.items() if name != "bias"}}
+        gradients = _call(_Callback(operation, geometry, frozenset(needs)), results, arguments)
+    return ({name: gradients.get(name) for name in arrays},)
+
+
+_differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
+
+# Compiled for eager calls too: interpreting a function with its own derivative takes JAX far longer.
+_operate: Callable[[str, _Geometry, _Arrays], jax.Array] = jax.jit(_differentiable, static_argnums=(0, 1))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _call(callback: _Callback, results: _Arrays, arguments: _Arrays) -> dict[str, jax.Array]:
+    computed: dict[str, jax.Array] = buffer_callback(callback, results, vmap_method="sequential")(arguments)
+    return computed
+
+
+@_call.defjvp
+def _no_derivative(callback: _Callback, *_: object) -> NoReturn:
+    raise NotImplementedError(
+        f"{callback.operation} must be differentiated once, in reverse mode, got a second derivative; "
+        f"dcnops.adapters.torch has second derivatives"
+    )
+
+
+@dataclass(frozen=True)
+class _Callback:
+    """One direction of an operation, called by XLA. Those of equal calls are equal, and JAX compiles them once."""
+
+    operation: str
+    geometry: _Geometry
+    needs: frozenset[str] | None = None
+    """The gradients to compute; None for the forward pass."""
+
+    def __call__(
+        self, context: ExecutionContext, results: dict[str, Buffer], arguments: dict[str, Buffer | None]
+    ) -> None:
+        device_type, device = results[next(iter(results))].__dlpack_device__()
+        if device_type == _DLPACK_CPU:
+            self._compute(np, np.asarray, results, arguments)
+            return
+        try:
+            import cupy
+        except ImportError as error:
+            raise DeviceError(
+                "JAX arrays on a GPU must be computed by CuPy, got no CuPy; "
+                "pip install 'dcnops[cuda13]' (or 'dcnops[cuda12]' for a driver of CUDA 12)"
+            ) from error
+        with cupy.cuda.Device(device), cupy.cuda.ExternalStream(context.stream(), device):
+            self._compute(cupy, cupy.from_dlpack, results, arguments)
+
+    def _compute(
+        self,
+        library: ModuleType,
+        view: Callable[[Buffer], Any],
+        results: dict[str, Buffer],
+        arguments: dict[str, Buffer | None],
+    ) -> None:
+        backend = load_backend(library.__name__)
+        arrays = {name: None if buffer is None else view(buffer) for name, buffer in arguments.items()}
+        if self.needs is None:
+            computed = {"output": getattr(backend, self.operation)(self.geometry, **arrays)}
+        else:
+            backward = getattr(backend, f"{self.operation}_backward")
+            computed = backward(self.geometry, **arrays, needs=self.needs)
+        for name, array in computed.items():
+            library.copyto(view(results[name]), array)

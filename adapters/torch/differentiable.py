@@ -1,0 +1,130 @@
+"""The operations in plain torch operations, differentiable any number of times.
+
+Much slower than the kernels, and with memory of the size of the columns: this is the path of double backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
+
+__all__ = ["deform_conv2d", "deform_roi_pool"]
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+) -> Tensor:
+    """As `dcnops.deform_conv2d`; computed in float32 at least."""
+    g = DeformConvGeometry.check(
+        tuple(input.shape),
+        tuple(offset.shape),
+        tuple(weight.shape),
+        None if bias is None else tuple(bias.shape),
+        None if mask is None else tuple(mask.shape),
+        stride,
+        padding,
+        dilation,
+    )
+    real = _real(input)
+    shift = offset.to(real).reshape(g.N, g.D, g.K, 2, g.oh, g.ow)
+    taps_y = torch.arange(g.kh, device=input.device).repeat_interleave(g.kw) * g.dh - g.pad_top
+    taps_x = torch.arange(g.kw, device=input.device).repeat(g.kh) * g.dw - g.pad_left
+    rows = torch.arange(g.oh, device=input.device) * g.sh
+    columns = torch.arange(g.ow, device=input.device) * g.sw
+    y = (taps_y[:, None, None] + rows[:, None]).to(real) + shift[:, :, :, 0]
+    x = (taps_x[:, None, None] + columns).to(real) + shift[:, :, :, 1]
+
+    image = input.to(real).reshape(g.N * g.D, g.C // g.D, g.H * g.W)
+    points = (g.N * g.D, g.K * g.oh * g.ow)
+    inside = (y > -1) & (y < g.H) & (x > -1) & (x < g.W)
+    samples = _interpolate(image, y.reshape(points), x.reshape(points), inside.reshape(points), g.H, g.W)
+    samples = samples.reshape(g.N, g.D, g.C // g.D, g.K, g.oh, g.ow)
+    if mask is not None:
+        samples = samples * mask.to(real).reshape(g.N, g.D, 1, g.K, g.oh, g.ow)
+    columns_by_group = samples.reshape(g.N, g.G, g.C // g.G, g.K, g.oh, g.ow)
+    filters = weight.to(real).reshape(g.G, g.O // g.G, g.C // g.G, g.K)
+    output = torch.einsum("ngckab,gock->ngoab", columns_by_group, filters).reshape(g.output_shape)
+    if bias is not None:
+        output = output + bias.to(real)[:, None, None]
+    return output.to(input.dtype)
+
+
+def deform_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    output_size: Any,
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+) -> Tensor:
+    """As `dcnops.deform_roi_pool`; computed in float32 at least."""
+    g = DeformRoIPoolGeometry.check(
+        tuple(input.shape),
+        tuple(rois.shape),
+        None if offset is None else tuple(offset.shape),
+        None if mask is None else tuple(mask.shape),
+        output_size,
+        spatial_scale,
+        sampling_ratio,
+        gamma,
+    )
+    real = _real(input)
+    regions = rois.to(real)
+    shift = input.new_zeros((g.R, 2, g.P, g.Q), dtype=real) if offset is None else offset.to(real)
+    outputs = []
+    for r in range(g.R):
+        start = g.spatial_scale * regions[r, 1:] - 0.5
+        width, height = start[2] - start[0], start[3] - start[1]
+        bin_height, bin_width = height / g.P, width / g.Q
+        rows = g.sampling_ratio or max(int(bin_height.ceil()), 0)
+        columns = g.sampling_ratio or max(int(bin_width.ceil()), 0)
+        p = torch.arange(g.P, device=input.device)[:, None]
+        q = torch.arange(g.Q, device=input.device)
+        top = start[1] + p * bin_height + g.gamma * height * shift[r, 1]
+        left = start[0] + q * bin_width + g.gamma * width * shift[r, 0]
+        i = (torch.arange(rows, device=input.device).to(real) + 0.5) * bin_height / max(rows, 1)
+        j = (torch.arange(columns, device=input.device).to(real) + 0.5) * bin_width / max(columns, 1)
+        y = (top[:, :, None, None] + i[:, None]).expand(g.P, g.Q, rows, columns)
+        x = (left[:, :, None, None] + j).expand(g.P, g.Q, rows, columns)
+        inside = (y >= -1) & (y <= g.H) & (x >= -1) & (x <= g.W)
+        # Clamped as RoIAlign does it: what is clamped does not move.
+        y, x = y.clamp(0, g.H - 1), x.clamp(0, g.W - 1)
+        image = input.index_select(0, rois[r, :1].long()).to(real).reshape(1, g.C, g.H * g.W)
+        samples = _interpolate(image, y.reshape(1, -1), x.reshape(1, -1), inside.reshape(1, -1), g.H, g.W)
+        outputs.append(samples.reshape(g.C, g.P, g.Q, rows * columns).sum(-1) / max(rows * columns, 1))
+    output = torch.stack(outputs) if outputs else input.new_zeros(g.output_shape, dtype=real)
+    if mask is not None:
+        output = output * mask.to(real)[:, None]
+    return output.to(input.dtype)
+
+
+def _real(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _interpolate(image: Tensor, y: Tensor, x: Tensor, inside: Tensor, H: int, W: int) -> Tensor:
+    """Bilinear samples [B, C, points] of images [B, C, H*W] at positions [B, points]; 0 where not `inside`."""
+    y, x = torch.where(inside, y, y.new_zeros(())), torch.where(inside, x, x.new_zeros(()))
+    y0, x0 = y.detach().floor(), x.detach().floor()
+    ly, lx = y - y0, x - x0
+    total = image.new_zeros(())
+    for row, weight_y in ((y0, 1 - ly), (y0 + 1, ly)):
+        for column, weight_x in ((x0, 1 - lx), (x0 + 1, lx)):
+            is_pixel = inside & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+            index = (row.clamp(0, H - 1) * W + column.clamp(0, W - 1)).long()
+            pixels = image.gather(2, index[:, None].expand(-1, image.shape[1], -1))
+            total = total + torch.where(is_pixel, weight_y * weight_x, 0.0)[:, None] * pixels
+    return total

@@ -1,0 +1,398 @@
+"""The operations on tensors: values, first and second gradients, compilation, dtypes, errors."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.ops
+from dcnops.adapters.torch import deform_conv2d, deform_roi_pool
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dcnops
+from dcnops import ArgumentError, DeviceError, DtypeError, ShapeError
+from tests.cases import (
+    Case,
+    ConvCase,
+    RoIPoolCase,
+    assert_close,
+    away_from_kinks,
+    conv_cases,
+    make_conv,
+    make_roi_pool,
+    roi_pool_cases,
+)
+
+OPERATIONS = {"deform_conv2d": deform_conv2d, "deform_roi_pool": deform_roi_pool}
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def tensors_of(case: Case, requires_grad: bool = False) -> dict[str, Any]:
+    arguments = {k: to_tensor(v) if isinstance(v, np.ndarray) else v for k, v in case.arguments().items()}
+    for name in case.needs:
+        arguments[name].requires_grad_(requires_grad)
+    return arguments
+
+
+def call(case: Case, arguments: dict[str, Any]) -> torch.Tensor:
+    return OPERATIONS[case.operation](**arguments)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+@given(case=st.one_of(conv_cases(dtypes=DTYPES), roi_pool_cases(dtypes=DTYPES)))
+def test_output_and_gradients_are_those_of_the_arrays(case: Case):
+    arguments = tensors_of(case, requires_grad=True)
+    output = call(case, arguments)
+    arrays = getattr(dcnops, case.operation)(**case.arguments())
+    np.testing.assert_array_equal(to_numpy(output), arrays.astype(np.float64))
+    output.backward(to_tensor(case.grad_out))
+    expected = getattr(dcnops, f"{case.operation}_backward")(case.grad_out, **case.arguments())
+    for name in case.needs:
+        gradient = arguments[name].grad
+        assert (gradient.dtype, gradient.shape) == (arguments[name].dtype, arguments[name].shape)
+        np.testing.assert_array_equal(to_numpy(gradient), getattr(expected, name).astype(np.float64))
+
+
+@settings(max_examples=30)
+@given(case=conv_cases(dtypes=("float64",), symmetric=True), seed=st.integers(0, 2**32 - 1))
+def test_gradients_are_torchvisions(case: ConvCase, seed: int):
+    case = away_from_kinks(case, seed)
+    ours, theirs = tensors_of(case, requires_grad=True), tensors_of(case, requires_grad=True)
+    deform_conv2d(**ours).backward(to_tensor(case.grad_out))
+    if case.input.shape[0] == 0:
+        return  # torchvision's empty batch has no gradients
+    torchvision.ops.deform_conv2d(**theirs).backward(to_tensor(case.grad_out))
+    for name in case.needs:
+        assert_close(to_numpy(ours[name].grad), to_numpy(theirs[name].grad), "float64", name, slack=10)
+
+
+def differentiable_case(kind: str, **options: Any) -> Case:
+    if kind == "conv":
+        case = make_conv(N=2, C=4, H=4, W=3, O=2, G=2, D=2, stride=(1, 2), dtype="float64", **options)
+        return away_from_kinks(case, seed=1)
+    return make_roi_pool(N=2, C=2, H=6, W=5, R=3, dtype="float64", gamma=0.3, seed=3, **options)
+
+
+def as_function(case: Case, names: tuple[str, ...]) -> Any:
+    fixed = {name: value for name, value in tensors_of(case).items() if name not in names}
+    return lambda *values: call(case, {**fixed, **dict(zip(names, values))})
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["plain", "modulated"])
+@pytest.mark.parametrize("kind", ["conv", "roi"])
+def test_first_and_second_gradients(kind: str, mask: bool):
+    case = differentiable_case(kind, mask=mask)
+    inputs = [tensors_of(case, requires_grad=True)[name] for name in case.needs]
+    function = as_function(case, case.needs)
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_second_gradients_of_adaptive_pooling_across_the_border(sampling_ratio: int):
+    case = make_roi_pool(N=1, C=2, H=5, W=5, R=2, dtype="float64", sampling_ratio=sampling_ratio, seed=11)
+    inputs = [tensors_of(case, requires_grad=True)[name] for name in case.needs]
+    assert torch.autograd.gradgradcheck(as_function(case, case.needs), inputs)
+
+
+@settings(max_examples=25)
+@given(case=st.one_of(conv_cases(dtypes=("float64",)), roi_pool_cases(dtypes=("float64",))))
+def test_the_differentiable_path_computes_the_same(case: Case):
+    from dcnops.adapters.torch import differentiable
+
+    arguments = tensors_of(case)
+    if isinstance(case, ConvCase):
+        names = ("input", "offset", "weight", "bias", "mask", "stride", "padding", "dilation")
+    else:
+        names = (*case.arrays, *case.parameters)
+    output = getattr(differentiable, case.operation)(*(arguments[name] for name in names))
+    assert_close(to_numpy(output), case.expected(), "float64", slack=10)
+
+
+def operator_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
+    t = tensors_of(case, requires_grad)
+    if isinstance(case, ConvCase):
+        return (*(t[n] for n in ("input", "offset", "weight", "bias", "mask")), [1, 2], [1, 1, 1, 1], [1, 1])
+    return (*(t[n] for n in case.arrays), [3, 2], case.spatial_scale, case.sampling_ratio, case.gamma)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("kind", ["conv", "roi"])
+def test_opcheck(kind: str, requires_grad: bool):
+    case = differentiable_case(kind)
+    arguments = operator_arguments(case, requires_grad)
+    namespace = torch.ops.dcnops
+    torch.library.opcheck(getattr(namespace, case.operation).default, arguments)
+    needs = [True] * len(case.differentiable)
+    backward = (torch.from_numpy(case.grad_out), *arguments, needs)
+    torch.library.opcheck(getattr(namespace, f"{case.operation}_backward").default, backward)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", ["conv", "roi"])
+def test_compile_without_graph_breaks(kind: str, backend: str):
+    torch._dynamo.reset()
+    case = make_conv(N=2, D=2) if kind == "conv" else make_roi_pool()
+    function = torch.compile(lambda **kwargs: call(case, kwargs).relu() * 2, fullgraph=True, backend=backend)
+    compiled, eager = tensors_of(case, requires_grad=True), tensors_of(case, requires_grad=True)
+    function(**compiled).sum().backward()
+    (call(case, eager).relu() * 2).sum().backward()
+    for name in case.needs:
+        torch.testing.assert_close(compiled[name].grad, eager[name].grad)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_with_a_dynamic_batch(backend: str):
+    torch._dynamo.reset()
+    compilations = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        compilations.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    function = torch.compile(
+        lambda x, o, w, m: deform_conv2d(x, o, w, padding=1, mask=m) + 1, fullgraph=True, dynamic=True, backend=counting
+    )
+    for N in (2, 5, 7):
+        t = tensors_of(make_conv(N=N, bias=False, seed=N))
+        actual = function(t["input"], t["offset"], t["weight"], t["mask"])
+        torch.testing.assert_close(actual, deform_conv2d(**t) + 1)
+    assert len(compilations) == 1
+
+
+def test_export():
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor, o: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            return deform_conv2d(x, o, w, padding=1)
+
+    t = tensors_of(make_conv(bias=False, mask=False))
+    arguments = (t["input"], t["offset"], t["weight"])
+    program = torch.export.export(Layer(), arguments)
+    assert "dcnops.deform_conv2d" in str(program.graph)
+    torch.testing.assert_close(program.module()(*arguments), deform_conv2d(*arguments, padding=1))
+
+
+def test_functorch_gradients_say_that_they_do_not_work():
+    case = differentiable_case("conv")
+    function = as_function(case, case.needs)
+    values = [tensors_of(case)[name] for name in case.needs]
+    with pytest.raises(RuntimeError, match=r"use torch\.autograd\.grad or backward"):
+        torch.func.grad(lambda *v: function(*v).sum(), argnums=(0, 1, 2))(*values)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("kind", ["conv", "roi"])
+@pytest.mark.parametrize("batched", ["everything", "input only"])
+def test_vmap(kind: str, batched: str):
+    cases = [make_conv(seed=s) if kind == "conv" else make_roi_pool(seed=s) for s in range(3)]
+    names = cases[0].arrays if batched == "everything" else ("input",)
+    fixed = {k: v for k, v in tensors_of(cases[0]).items() if k not in names}
+    stacked = [torch.stack([tensors_of(case)[name] for case in cases]) for name in names]
+    mapped = torch.vmap(lambda *values: call(cases[0], {**fixed, **dict(zip(names, values))}))(*stacked)
+    one_by_one = [call(case, {**fixed, **{n: tensors_of(case)[n] for n in names}}) for case in cases]
+    torch.testing.assert_close(mapped, torch.stack(one_by_one))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["conv", "roi"])
+def test_autocast(kind: str, dtype: torch.dtype):
+    case = make_conv() if kind == "conv" else make_roi_pool()
+    arguments = tensors_of(case, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        output = call(case, arguments)
+    assert output.dtype == dtype
+    low = {
+        name: value.to(dtype) if name in ("input", "weight", "bias") and value is not None else value
+        for name, value in tensors_of(case).items()
+    }
+    torch.testing.assert_close(output, call(case, low))
+    output.float().sum().backward()
+    assert all(arguments[name].grad.dtype == torch.float32 for name in case.needs)
+
+
+def test_autocast_keeps_float64():
+    case = make_conv(dtype="float64")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert deform_conv2d(**tensors_of(case)).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("input", "weight", "offset", "mask", "output"),
+    [
+        ("float32", "float32", "float64", "float16", "float32"),
+        ("float16", "float32", "float16", "float16", "float32"),
+        ("float16", "bfloat16", "float32", "float32", "float32"),
+        ("float16", "float16", "float32", "float16", "float16"),
+        ("bfloat16", "bfloat16", "bfloat16", "bfloat16", "bfloat16"),
+        ("float32", "float64", "float32", "float32", "float64"),
+    ],
+)
+def test_mixed_dtypes_are_promoted(input: str, weight: str, offset: str, mask: str, output: str):
+    t = tensors_of(make_conv(bias=False))
+    types = {"input": input, "weight": weight, "offset": offset, "mask": mask}
+    mixed = {**t, **{name: t[name].to(getattr(torch, dtype)) for name, dtype in types.items()}}
+    for name in types:
+        mixed[name].requires_grad_()
+    result = deform_conv2d(**mixed)
+    assert result.dtype == getattr(torch, output)
+    result.sum().backward()
+    for name, dtype in types.items():
+        assert mixed[name].grad.dtype == getattr(torch, dtype)
+
+
+def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch):
+    asked: list[Any] = []
+    original = dcnops.deform_conv2d_backward
+    monkeypatch.setattr(
+        dcnops,
+        "deform_conv2d_backward",
+        lambda *a, needs, **k: asked.append(list(needs)) or original(*a, needs=needs, **k),
+    )
+    t = tensors_of(make_conv())
+    t["weight"].requires_grad_()
+    deform_conv2d(**t).sum().backward()
+    assert asked == [["weight"]]
+
+
+@pytest.mark.parametrize("change", ["channels_last", "transposed", "every other", "expanded", "negated view"])
+def test_strides_of_tensors_do_not_matter(change: str):
+    t = tensors_of(make_conv(N=2, C=4, H=6, W=6))
+    x = t["input"]
+    changed = {
+        "channels_last": lambda: x.to(memory_format=torch.channels_last),
+        "transposed": lambda: x.transpose(2, 3).contiguous().transpose(2, 3),
+        "every other": lambda: x.repeat_interleave(2, 3)[..., ::2],
+        "expanded": lambda: x[:1].expand(2, -1, -1, -1),
+        "negated view": lambda: torch.imag(torch.conj(torch.complex(torch.zeros_like(x), -x))),
+    }[change]()
+    plain = x[:1].repeat(2, 1, 1, 1) if change == "expanded" else x
+    torch.testing.assert_close(deform_conv2d(**{**t, "input": changed}), deform_conv2d(**{**t, "input": plain}))
+
+
+def test_cpu_tensors_are_handed_over_without_a_copy(monkeypatch: pytest.MonkeyPatch):
+    from dcnops._backends import cpu
+
+    case = make_conv()
+    t = tensors_of(case)
+    seen: list[Any] = []
+    original = cpu.deform_conv2d
+
+    def record(geometry: Any, *arrays: Any) -> Any:
+        output = original(geometry, *arrays)
+        seen.extend([*arrays, output])
+        return output
+
+    monkeypatch.setattr(cpu, "deform_conv2d", record)
+    output = deform_conv2d(**t)
+    tensors = [t[name] for name in ("input", "offset", "weight", "bias", "mask")]
+    assert [array.ctypes.data for array in seen] == [tensor.data_ptr() for tensor in (*tensors, output)]
+
+
+def test_outputs_outlive_their_inputs_and_may_be_changed_in_place():
+    t = tensors_of(make_conv(N=2))
+    output = deform_conv2d(**t)
+    copy = output.clone()
+    t.clear()
+    torch.testing.assert_close(output, copy)
+    output.add_(1)
+    torch.testing.assert_close(output, copy + 1)
+
+
+def bad_arguments(**changes: Any) -> dict[str, Any]:
+    return {**tensors_of(make_conv(N=2, D=2, G=2)), **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"offset": torch.zeros(2, 36, 4, 6)}, ShapeError, "offset must be [N=2, 2*D*3*3, oh=5, ow=6], got shape"),
+        ({"mask": torch.zeros(2, 9, 5, 6)}, ShapeError, "mask must be [N=2, D*kh*kw=2*3*3, oh=5, ow=6], got"),
+        ({"bias": torch.zeros(3)}, ShapeError, "bias must be [O=4], got shape (3,)"),
+        ({"stride": 0}, ArgumentError, "stride must be an integer from 1"),
+        ({"padding": -1}, ArgumentError, "padding must be an integer from 0"),
+        ({"dilation": "x"}, ArgumentError, "dilation must be an integer from 1"),
+        ({"input": np.zeros((2, 4, 5, 6), np.float32)}, DtypeError, "input must be a torch.Tensor, got numpy.ndarray"),
+        ({"weight": None}, DtypeError, "weight must be a torch.Tensor, got builtins.NoneType"),
+        (
+            {"mask": torch.zeros(2, 18, 5, 6, dtype=torch.int32)},
+            DtypeError,
+            "mask must be float16, bfloat16, float32 or",
+        ),
+        (
+            {"offset": torch.zeros(2, 36, 5, 6, device="meta")},
+            DeviceError,
+            "offset must be on cpu like input, got meta",
+        ),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str):
+    with pytest.raises(error) as raised:
+        deform_conv2d(**bad_arguments(**changes))
+    assert message in str(raised.value)
+
+
+def test_bad_regions():
+    case = make_roi_pool(N=2, R=3)
+    case.rois[1, 0] = 2
+    with pytest.raises(ArgumentError, match="rois must hold indices of feature maps from 0 to N-1=1"):
+        deform_roi_pool(**tensors_of(case))
+    with pytest.raises(DtypeError, match=r"rois must be a torch\.Tensor, got builtins\.list"):
+        deform_roi_pool(torch.zeros(1, 1, 2, 2), [[0, 0, 0, 1, 1]], output_size=1)
+
+
+def test_meta_tensors_give_the_shape():
+    t = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in tensors_of(make_conv(N=3)).items()}
+    output = deform_conv2d(**t)
+    assert (output.device.type, output.shape) == ("meta", (3, 4, 5, 6))
+
+
+def test_concurrent_threads():
+    cases = [make_conv(C=16, O=8, H=20, W=20, seed=seed) for seed in range(8)]
+    expected = [deform_conv2d(**tensors_of(case)) for case in cases]
+    failures: list[BaseException] = []
+
+    def work(case: Case, output: torch.Tensor) -> None:
+        try:
+            for _ in range(10):
+                torch.testing.assert_close(call(case, tensors_of(case)), output)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(cases, expected)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("case", [make_conv(N=0), make_roi_pool(R=0)], ids=["no images", "no regions"])
+def test_empty(case: Case):
+    arguments = tensors_of(case, requires_grad=True)
+    output = call(case, arguments)
+    assert output.numel() == 0
+    output.sum().backward()
+    assert all((arguments[name].grad == 0).all() for name in case.needs)
+
+
+def test_regions_need_no_gradient():
+    case: RoIPoolCase = make_roi_pool()
+    arguments = tensors_of(case, requires_grad=True)
+    arguments["rois"].requires_grad_()
+    call(case, arguments).sum().backward()
+    assert arguments["rois"].grad is None
+    assert arguments["offset"].grad is not None
