@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental.buffer_callback import Buffer, ExecutionContext, buffer_callback
 
 from dcnops._dispatch import FLOAT_DTYPES, check_arrays, load_backend
-from dcnops._errors import DeviceError, DtypeError
+from dcnops._errors import ArgumentError, DeviceError, DtypeError
 from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry, Padding, Pair
 
 __all__ = ["deform_conv2d", "deform_roi_pool"]
@@ -102,13 +102,14 @@ def deform_conv2d(
     >>> gradient(offset)[0, :, 1, 1].tolist()  # one pixel down adds 4, one pixel right adds 1
     [4.0, 1.0]
     """
+    _check_known(stride=stride, padding=padding, dilation=dilation)
     optional = ("bias", "mask")
     data = _arrays({"input": input, "weight": weight, "bias": bias}, optional)
     sampling = _arrays({"offset": offset, "mask": mask}, optional)
     check_arrays(_stand_ins(data), _stand_ins(sampling), optional=optional)
     arrays = data | sampling
     geometry = DeformConvGeometry.check(**_shapes(arrays), stride=stride, padding=padding, dilation=dilation)
-    return _operate("deform_conv2d", geometry, arrays)
+    return _operate("deform_conv2d", geometry, _equally_varying(arrays))
 
 
 def deform_roi_pool(
@@ -164,8 +165,8 @@ def deform_roi_pool(
     Notes
     -----
     What is said of `deform_conv2d` holds here too. Whether `rois` name feature maps that exist is known only when the
-    operation runs: on the CPU JAX then raises its ``JaxRuntimeError`` with the message of the `ArgumentError`, on a
-    GPU the result is NaN.
+    operation runs: on the CPU JAX then raises an error of its own with the message of the `ArgumentError`, on a GPU
+    the result is NaN.
 
     Examples
     --------
@@ -176,6 +177,7 @@ def deform_roi_pool(
     >>> deform_roi_pool(image, rois, output_size=2)[0, 0].tolist()
     [[2.5, 4.5], [10.5, 12.5]]
     """
+    _check_known(output_size=output_size, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio, gamma=gamma)
     optional = ("offset", "mask")
     data, regions = _arrays({"input": input}), _arrays({"rois": rois})
     sampling = _arrays({"offset": offset, "mask": mask}, optional)
@@ -188,7 +190,16 @@ def deform_roi_pool(
         sampling_ratio=sampling_ratio,
         gamma=gamma,
     )
-    return _operate("deform_roi_pool", geometry, arrays)
+    return _operate("deform_roi_pool", geometry, _equally_varying(arrays))
+
+
+def _check_known(**parameters: Any) -> None:
+    for name, parameter in parameters.items():
+        if any(isinstance(number, jax.core.Tracer) for number in jax.tree.leaves(parameter)):
+            raise ArgumentError(
+                f"{name} must be known while JAX traces the call, got {parameter!r}; "
+                f"list it in static_argnames of jax.jit, or use a constant"
+            )
 
 
 def _arrays(arguments: dict[str, Any], optional: Container[str] = ()) -> _Arrays:
@@ -228,6 +239,31 @@ def _shapes(arrays: _Arrays) -> dict[str, Any]:
     return {name: None if array is None else tuple(array.shape) for name, array in arrays.items()}
 
 
+def _varying_axes(array: Any) -> frozenset[str]:
+    """Axes of the mesh along which the devices of a `jax.shard_map` may hold different values."""
+    kind: Any = jax.typeof(array)
+    axes: frozenset[str] = kind.mat.varying if hasattr(kind, "mat") else kind.vma
+    return axes
+
+
+def _equally_varying(arrays: _Arrays, beside: _Arrays | None = None) -> _Arrays:
+    """The same arrays; each may differ between devices wherever any of them, or of those `beside` them, does.
+
+    JAX sums the gradient of what is the same everywhere, such as a weight, over the devices. It cannot know that the
+    results of a callback differ, nor that those of backward are still to be summed.
+    """
+    tracers = [array for array in (arrays | (beside or {})).values() if isinstance(array, jax.core.Tracer)]
+    axes = frozenset[str]().union(*map(_varying_axes, tracers))
+    if not axes:
+        return arrays
+    lax: Any = jax.lax
+    mark = partial(lax.pcast, to="varying") if hasattr(lax, "pcast") else lax.pvary
+    return {
+        name: None if array is None else mark(array, tuple(axes - _varying_axes(array)))
+        for name, array in arrays.items()
+    }
+
+
 def _result(shape: tuple[int, ...], dtype: np.dtype[Any]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
 
@@ -238,26 +274,25 @@ def _differentiable(operation: str, geometry: _Geometry, arrays: _Arrays) -> jax
     return _call(_Callback(operation, geometry), results, arrays)["output"]
 
 
-def _forward(
-    operation: str, geometry: _Geometry, primals: _Arrays
-) -> tuple[jax.Array, tuple[_Arrays, dict[str, None]]]:
+def _forward(operation: str, geometry: _Geometry, primals: _Arrays) -> tuple[jax.Array, tuple[_Arrays, _Arrays]]:
+    given = {name: primal for name, primal in primals.items() if primal is not None}
     arrays = {name: None if primal is None else primal.value for name, primal in primals.items()}
-    # The keys of a dictionary are part of its structure, not traced: backward knows them while it is compiled.
-    needs = {
-        name: None for name, primal in primals.items() if primal is not None and primal.perturbed and name != "rois"
-    }
+    # Backward has to know what is needed while it is traced. It sees the shapes of residuals, and their structure, but
+    # that is the same for all derivatives of a compiled function: one element for what is needed, none for what is not.
+    needs = {name: np.empty(int(primal.perturbed and name != "rois"), np.bool_) for name, primal in given.items()}
     return _differentiable(operation, geometry, arrays), (arrays, needs)
 
 
 def _backward(
-    operation: str, geometry: _Geometry, residuals: tuple[_Arrays, dict[str, None]], grad_out: jax.Array | SymbolicZero
+    operation: str, geometry: _Geometry, residuals: tuple[_Arrays, _Arrays], grad_out: jax.Array | SymbolicZero
 ) -> tuple[_Arrays]:
-    arrays, needs = residuals
+    arrays, sizes = residuals
+    needs = frozenset(name for name, size in sizes.items() if size.shape[0])
     gradients: _Arrays = {}
     if needs and not isinstance(grad_out, SymbolicZero):
         results = {name: _result(arrays[name].shape, arrays[name].dtype) for name in needs}
         arguments = {"grad_out": grad_out, **{name: array for name, array in arrays.items() if name != "bias"}}
-        gradients = _call(_Callback(operation, geometry, frozenset(needs)), results, arguments)
+        gradients = _call(_Callback(operation, geometry, needs), results, arguments)
     return ({name: gradients.get(name) for name in arrays},)
 
 
@@ -269,8 +304,8 @@ _operate: Callable[[str, _Geometry, _Arrays], jax.Array] = jax.jit(_differentiab
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _call(callback: _Callback, results: _Arrays, arguments: _Arrays) -> dict[str, jax.Array]:
-    computed: dict[str, jax.Array] = buffer_callback(callback, results, vmap_method="sequential")(arguments)
-    return computed
+    computed = buffer_callback(callback, results, vmap_method="sequential")(arguments)
+    return _equally_varying(computed, beside=arguments)
 
 
 @_call.defjvp

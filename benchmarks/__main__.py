@@ -25,7 +25,7 @@ __all__ = ["OPERATIONS", "main"]
 
 OPERATIONS = ("deform_conv2d", "deform_roi_pool")
 PARTS = ("forward", "backward", "memory", "first-call")
-_SECONDS = {"cpu": 15.0, "cuda": 2.0}
+_SECONDS = {"cpu": 8.0, "cuda": 2.0}
 _ROOT = Path(__file__).parents[1]
 
 
@@ -99,7 +99,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--operations", choices=OPERATIONS, nargs="+", default=OPERATIONS, help="default: all")
     parser.add_argument("--threads", type=int, default=environment.usable_cores(), help="default: all cores")
     parser.add_argument(
-        "--seconds", type=float, help="time for one row and direction, at least 3 rounds; default: CPU 15, GPU 2"
+        "--seconds", type=float, help="time for one row and direction, at least 3 rounds; default: CPU 8, GPU 2"
     )
     parser.add_argument(
         "--shapes",

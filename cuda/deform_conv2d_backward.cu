@@ -12,9 +12,14 @@ struct DeformConvBackwardParams {
   OffsetScalar* grad_offset;   // [N, 2*D*K, oh, ow], written, or null
   OffsetScalar* grad_mask;     // [N, D*K, oh, ow], written, or null
   Sum* grad_input;             // [N, H, W, C], added to
+  long long* keys;             // [rows, D*K, 4], written: the list that a neighbour belongs to, `lists` for none
+  Sum* weights;                // [rows, D*K, 4], written
+  const long long* order;      // the entries of keys, sorted by list
+  const long long* starts;     // [lists + 1]: where in `order` a list begins
   DeformConvSizes size;
   RowRange range;
-  int tile_rows;  // sampling points that a block prepares at once
+  long long lists;  // (pixel, deformable group) of the images from range.first_image on
+  int tile_rows;    // sampling points that a block prepares at once
 };
 
 struct SamplePlan {
@@ -159,5 +164,54 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       }
     }
     __syncthreads();
+  }
+}
+
+// The input's gradient without atomics, in an order that is always the same: first every sampling point writes down
+// which pixels it adds to, then each pixel collects. Grid: threads of sampling points.
+extern "C" __global__ void __launch_bounds__(256, 2)
+    DCN_KERNEL(deform_conv2d_list_neighbours)(const DeformConvBackwardParams p) {
+  const int group_taps = p.size.D * p.size.kh * p.size.kw, K = p.size.kh * p.size.kw;
+  const long long samples = static_cast<long long>(p.range.rows) * group_taps;
+  const long long first_pixel = first_neighbour(p.size, p.range.first_image, 0, 0);
+  const long long threads = static_cast<long long>(gridDim.x) * threads_of_block();
+  for (long long s = static_cast<long long>(blockIdx.x) * threads_of_block() + thread_of_block(); s < samples;
+       s += threads) {
+    const int group_tap = static_cast<int>(s % group_taps);
+    const SamplePlan plan = plan_sample(p, static_cast<int>(s / group_taps), group_tap);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Sum weight = modulated_weight(plan, i);
+      const long long pixel = neighbour(p.size, plan.first, i) - first_pixel;
+      p.keys[4 * s + i] = weight != Sum(0) ? pixel * p.size.D + group_tap / K : p.lists;
+      p.weights[4 * s + i] = weight;
+    }
+  }
+}
+
+// Block: x over the channel vectors of a deformable group, y over lists.
+extern "C" __global__ void __launch_bounds__(256, 2)
+    DCN_KERNEL(deform_conv2d_collect_input)(const DeformConvBackwardParams p) {
+  const int K = p.size.kh * p.size.kw, group_taps = p.size.D * K, channels = p.size.C / p.size.D;
+  const long long first_pixel = first_neighbour(p.size, p.range.first_image, 0, 0);
+  for (long long list = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y; list < p.lists;
+       list += static_cast<long long>(gridDim.x) * blockDim.y) {
+    const long long begin = p.starts[list], end = p.starts[list + 1];
+    if (begin == end) continue;
+    const int first_channel = static_cast<int>(list % p.size.D) * channels;
+    Sum* pixel = p.grad_input + (first_pixel + list / p.size.D) * p.size.C;
+    for (int v = threadIdx.x * DCN_VEC; v < channels; v += blockDim.x * DCN_VEC) {
+      const int c = first_channel + v;
+      Sum sums[DCN_VEC] = {};
+      for (long long at = begin; at < end; ++at) {
+        const long long entry = p.order[at], sample = entry / 4;
+        const int row = static_cast<int>(sample / group_taps), k = static_cast<int>(sample % group_taps) % K;
+        const auto grad = *reinterpret_cast<const ScalarVector*>(p.grad_columns + column_index(p.size, row, k, c));
+#pragma unroll
+        for (int e = 0; e < DCN_VEC; ++e) sums[e] += p.weights[entry] * widen(grad.at[e]);
+      }
+#pragma unroll
+      for (int e = 0; e < DCN_VEC; ++e) pixel[c + e] += sums[e];
+    }
   }
 }

@@ -214,3 +214,32 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     }
   }
 }
+
+// The input's gradient without atomics, in an order that is always the same: each pixel looks at every bin.
+// Block: x over the channel vectors of a pixel, y over pixels.
+extern "C" __global__ void __launch_bounds__(256, 2)
+    DCN_KERNEL(deform_roi_pool_collect_input)(const DeformRoIPoolParams p) {
+  const long long pixels = static_cast<long long>(p.size.N) * p.size.H * p.size.W;
+  for (long long pixel = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y; pixel < pixels;
+       pixel += static_cast<long long>(gridDim.x) * blockDim.y) {
+    for (int c = threadIdx.x * DCN_VEC; c < p.size.C; c += blockDim.x * DCN_VEC) {
+      Sum sums[DCN_VEC] = {};
+      for (int row = 0; row < p.range.rows; ++row) {
+        const Bin bin = find_bin(p, find_pixel(p.range, row, p.size.P * p.size.Q));
+        if (bin.image != pixel / (p.size.H * p.size.W)) continue;
+        Sum factor = Sum(0);
+        for_each_neighbour(p.size, bin, [&](long long neighbour, Sum weight, Sum, Sum) {
+          if (neighbour == pixel) factor += weighted(weight, bin.scale);
+        });
+        if (factor == Sum(0)) continue;
+        const auto grad =
+            *reinterpret_cast<const ScalarVector*>(p.grad_out + static_cast<long long>(row) * p.size.C + c);
+#pragma unroll
+        for (int e = 0; e < DCN_VEC; ++e) sums[e] += factor * widen(grad.at[e]);
+      }
+      Sum* target = p.grad_input + pixel * p.size.C + c;
+#pragma unroll
+      for (int e = 0; e < DCN_VEC; ++e) target[e] += sums[e];
+    }
+  }
+}

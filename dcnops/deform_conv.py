@@ -120,6 +120,7 @@ def deform_conv2d_backward(
     dilation: Pair = 1,
     mask: ArrayT | None = None,
     needs: Iterable[str] = DeformConv2dGradients._fields,
+    deterministic: bool = False,
 ) -> DeformConv2dGradients:
     """Gradients of `deform_conv2d` with respect to its arrays.
 
@@ -131,6 +132,9 @@ def deform_conv2d_backward(
         The arguments of the forward call.
     needs : iterable of "input", "offset", "weight", "bias", "mask"
         The gradients to compute. Those of arguments that were not given are `None` in any case.
+    deterministic : bool
+        Sum the input's gradient in an order that is always the same, more slowly, so that two runs agree to the last
+        bit. On NumPy arrays it always is.
 
     Returns
     -------
@@ -173,7 +177,9 @@ def deform_conv2d_backward(
     geometry = _geometry(input, offset, weight, bias, stride, padding, dilation, mask)
     geometry.check_grad_out(tuple(grad_out.shape))
     wanted = check_needs(needs, input=input, offset=offset, weight=weight, bias=bias, mask=mask)
-    gradients = load_backend(library).deform_conv2d_backward(geometry, grad_out, input, offset, weight, mask, wanted)
+    gradients = load_backend(library).deform_conv2d_backward(
+        geometry, grad_out, input, offset, weight, mask, wanted, deterministic
+    )
     return DeformConv2dGradients(*(gradients.get(name) for name in DeformConv2dGradients._fields))
 
 

@@ -127,6 +127,7 @@ def deform_roi_pool_backward(
     sampling_ratio: int = 2,
     gamma: float = 0.1,
     needs: Iterable[str] = DeformRoIPoolGradients._fields,
+    deterministic: bool = False,
 ) -> DeformRoIPoolGradients:
     """Gradients of `deform_roi_pool` with respect to its arrays.
 
@@ -138,6 +139,9 @@ def deform_roi_pool_backward(
         The arguments of the forward call.
     needs : iterable of "input", "offset", "mask"
         The gradients to compute. Those of arguments that were not given are `None` in any case.
+    deterministic : bool
+        Sum the input's gradient in an order that is always the same, more slowly, so that two runs agree to the last
+        bit. On NumPy arrays it always is.
 
     Returns
     -------
@@ -181,7 +185,7 @@ def deform_roi_pool_backward(
     geometry.check_grad_out(tuple(grad_out.shape))
     wanted = check_needs(needs, input=input, offset=offset, mask=mask)
     backend = load_backend(library)
-    gradients = backend.deform_roi_pool_backward(geometry, grad_out, input, rois, offset, mask, wanted)
+    gradients = backend.deform_roi_pool_backward(geometry, grad_out, input, rois, offset, mask, wanted, deterministic)
     return DeformRoIPoolGradients(*(gradients.get(name) for name in DeformRoIPoolGradients._fields))
 
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 
 import dcnops
 from dcnops._backends import launch_plans
+from dcnops._backends.launch_plans.layout import is_channels_last
 from tests.cases import Case
 from tests.cuda_on_cpu import host_engine
 
@@ -48,9 +49,10 @@ class CpuRunner:
 class EmulatedRunner:
     """The launch plans and kernels of the CUDA backend, executed on the CPU."""
 
-    def __init__(self, chunk_bytes: int = 2**20, **engine_options: Any) -> None:
+    def __init__(self, chunk_bytes: int = 2**20, deterministic: bool = False, **engine_options: Any) -> None:
         self.engine = host_engine(**engine_options)
         self.chunk_bytes = chunk_bytes
+        self.deterministic = deterministic
 
     def forward(self, case: Case) -> np.ndarray:
         plan = getattr(launch_plans, case.operation)
@@ -58,14 +60,15 @@ class EmulatedRunner:
 
     def backward(self, case: Case, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
         plan = getattr(launch_plans, f"{case.operation}_backward")
-        arrays = [_contiguous(case.grad_out), *self._arrays(case, without="bias")]
+        arrays = [_images(case.grad_out), *self._arrays(case, without="bias")]
         wanted = frozenset(needs or case.needs)
-        return plan(self.engine, case.geometry(), *arrays, wanted, chunk_bytes=self.chunk_bytes)
+        return plan(self.engine, case.geometry(), *arrays, wanted, self.deterministic, self.chunk_bytes)
 
     @staticmethod
     def _arrays(case: Case, without: str = "") -> list[np.ndarray | None]:
         """As the CUDA backend hands them over."""
         arrays = {name: _contiguous(getattr(case, name)) for name in case.arrays if name != without}
+        arrays["input"] = _images(case.input)
         if "rois" in arrays:
             arrays["rois"] = arrays["rois"].astype(np.float64 if case.dtype == "float64" else np.float32)
         return list(arrays.values())
@@ -94,6 +97,10 @@ class GpuRunner:
             name: cupy.asarray(value) if isinstance(value, np.ndarray) else value
             for name, value in case.arguments().items()
         }
+
+
+def _images(array: np.ndarray) -> np.ndarray:
+    return array if is_channels_last(array) else np.ascontiguousarray(array)
 
 
 def _contiguous(array: np.ndarray | None) -> np.ndarray | None:

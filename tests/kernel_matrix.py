@@ -21,11 +21,21 @@ UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {
     "deform_conv2d_forward": (DeformConvForwardParams, ("deform_conv2d_columns",)),
     "deform_conv2d_backward": (
         DeformConvBackwardParams,
-        ("deform_conv2d_grad_samples", "deform_conv2d_grad_input"),
+        (
+            "deform_conv2d_grad_samples",
+            "deform_conv2d_grad_input",
+            "deform_conv2d_list_neighbours",
+            "deform_conv2d_collect_input",
+        ),
     ),
     "deform_roi_pool": (
         DeformRoIPoolParams,
-        ("deform_roi_pool_forward", "deform_roi_pool_grad_bins", "deform_roi_pool_grad_input"),
+        (
+            "deform_roi_pool_forward",
+            "deform_roi_pool_grad_bins",
+            "deform_roi_pool_grad_input",
+            "deform_roi_pool_collect_input",
+        ),
     ),
 }
 

@@ -305,9 +305,9 @@ def test_errors_of_roi_pooling(name: str) -> None:
 
 def test_parameters_must_not_be_traced() -> None:
     case = make_conv()
-    with pytest.raises(ArgumentError, match="stride must be an integer from 1 to 16777216 or a pair of them, got "):
-        jax.jit(lambda stride: call(case, stride=stride))(1)
-    with pytest.raises(ArgumentError, match="gamma must be a finite number, got "):
+    with pytest.raises(ArgumentError, match=r"stride must be known while JAX traces the call, got .*static_argnames"):
+        jax.jit(lambda stride: call(case, stride=(stride, 1)))(1)
+    with pytest.raises(ArgumentError, match="gamma must be known while JAX traces the call, got "):
         jax.jit(lambda gamma: call(make_roi_pool(), gamma=gamma))(0.1)
     compiled = jax.jit(deform_conv2d, static_argnames=("stride", "padding", "dilation"))
     np.testing.assert_array_equal(compiled(**case.arguments()), call(case))
@@ -340,20 +340,13 @@ def test_parameters_of_neural_network_libraries() -> None:
     np.testing.assert_array_equal(call(case, weight=Parameter(case.weight), bias=Parameter(case.bias)), call(case))
 
 
-def test_numpy_arrays_may_change_after_the_call() -> None:
-    case = make_conv(C=32, H=64, W=64, O=32)
-    expected = np.asarray(call(case))
-    input = case.input.copy()
-    output = call(case, input=input)
-    input[:] = np.nan
-    np.testing.assert_array_equal(output, expected)
-
-
 def test_a_region_of_a_feature_map_that_does_not_exist() -> None:
     case = make_roi_pool(N=2)
     rois = case.rois.copy()
     rois[3, 0] = 2
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"ArgumentError: rois must hold indices .* got 2\.0 in row 3"):
+    # Which class it is depends on whether JAX has seen such a call before.
+    errors = (jax.errors.JaxRuntimeError, ValueError)
+    with pytest.raises(errors, match=r"ArgumentError: rois must hold indices .* got 2\.0 in row 3"):
         call(case, rois=rois).block_until_ready()
     assert np.isfinite(call(case)).all()
 
@@ -429,7 +422,8 @@ loss = lambda *arrays: (sharded(*arrays) ** 2).sum()
 np.testing.assert_allclose(jax.grad(loss, 3)(*batch, *rest), wanted, rtol=1e-4, atol=1e-4)
 
 try:
-    deform_conv2d(jax.device_put(case.input, jax.devices()[0]), jax.device_put(case.offset, jax.devices()[1]), case.weight, padding=1)
+    input, offset = (jax.device_put(x, device) for x, device in zip((case.input, case.offset), jax.devices()))
+    deform_conv2d(input, offset, case.weight, padding=1)
 except ValueError as error:
     assert "incompatible devices" in str(error), error
 else:
@@ -487,6 +481,8 @@ class FakeGpu:
 
 def test_a_gpu_is_used_on_the_stream_of_xla(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: the order of steps only. The test marked `gpu` below runs it."""
+    expected = call(case)
+    expected_gradients = getattr(dcnops, f"{case.operation}_backward")(case.grad_out, **case.arguments())
     cupy = FakeGpu()
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     load_backend = adapter.load_backend
@@ -496,16 +492,15 @@ def test_a_gpu_is_used_on_the_stream_of_xla(case: Case, monkeypatch: pytest.Monk
     output = np.full(case.grad_out.shape, np.nan, np.float32)
     arguments = {name: cupy.buffer(getattr(case, name)) for name in case.arrays}
     adapter._Callback(case.operation, case.geometry())(context, {"output": cupy.buffer(output)}, arguments)
-    np.testing.assert_array_equal(output, call(case))
+    np.testing.assert_array_equal(output, expected)
 
     gradients = {name: np.full_like(getattr(case, name), np.nan) for name in case.needs}
     arguments = {"grad_out": cupy.buffer(case.grad_out), **arguments}
     arguments.pop("bias", None)
     results = {name: cupy.buffer(array) for name, array in gradients.items()}
     adapter._Callback(case.operation, case.geometry(), frozenset(case.needs))(context, results, arguments)
-    expected = getattr(dcnops, f"{case.operation}_backward")(case.grad_out, **case.arguments())
     for name, gradient in gradients.items():
-        np.testing.assert_array_equal(gradient, getattr(expected, name), err_msg=name)
+        np.testing.assert_array_equal(gradient, getattr(expected_gradients, name), err_msg=name)
     assert cupy.entered == []
 
 
@@ -543,7 +538,8 @@ def test_on_a_gpu(case: Case, dtype: str) -> None:
 
 
 def test_docstring_examples() -> None:
-    result = doctest.testmod(adapter)
+    with jax.enable_x64(False):
+        result = doctest.testmod(adapter)
     assert result.attempted > 0 and result.failed == 0
 
 

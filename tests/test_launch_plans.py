@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cases import DTYPES, Case, assert_close, conv_cases, make_conv, make_roi_pool, roi_pool_cases
+from dcnops._backends.launch_plans.layout import is_channels_last
+from tests.cases import DTYPES, Case, RoIPoolCase, assert_close, conv_cases, make_conv, make_roi_pool, roi_pool_cases
 from tests.conftest import EmulatedRunner
 from tests.cuda_on_cpu import run_sanitized
 from tests.kernel_matrix import specialisations
@@ -48,16 +50,82 @@ def test_grids_and_schedules_do_not_change_results(options: dict[str, Any], dtyp
     assert_correct(runner, make_roi_pool(C=96 // D, R=7, dtype=dtype, sampling_ratio=0, seed=5))
 
 
+@given(
+    case=st.one_of(conv_cases(dtypes=tuple(DTYPES), max_batch=3), roi_pool_cases(dtypes=tuple(DTYPES))),
+    chunk_bytes=st.sampled_from([500, 2**20]),
+)
+def test_the_deterministic_path_is_right(case: Case, chunk_bytes: int):
+    assert_correct(EmulatedRunner(chunk_bytes=chunk_bytes, deterministic=True), case)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_deterministic_path_gives_the_same_bits_under_any_schedule(dtype: str):
+    """Atomic additions of several threads do not, as the second part shows."""
+    cases = [
+        make_conv(N=2, C=16, H=8, W=8, D=2, dtype=dtype, spread=3.0, seed=6),
+        make_roi_pool(C=8, R=20, dtype=dtype, seed=6),
+    ]
+    for case in cases:
+        gradients = {
+            deterministic: [
+                EmulatedRunner(deterministic=deterministic, schedule="random", seed=seed).backward(case, ("input",))[
+                    "input"
+                ]
+                for seed in range(4)
+            ]
+            for deterministic in (True, False)
+        }
+        for other in gradients[True][1:]:
+            np.testing.assert_array_equal(other, gradients[True][0])
+        if dtype == "float32":
+            assert any((other != gradients[False][0]).any() for other in gradients[False][1:])
+
+
+def channels_last(images: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+
+
+@given(
+    case=st.one_of(conv_cases(dtypes=tuple(DTYPES), max_batch=3), roi_pool_cases(dtypes=tuple(DTYPES))),
+    which=st.sampled_from([("input",), ("grad_out",), ("input", "grad_out")]),
+    chunk_bytes=st.sampled_from([500, 2**20]),
+)
+def test_channels_last_images_give_the_same_in_their_memory_order(case: Case, which: tuple[str, ...], chunk_bytes: int):
+    runner = EmulatedRunner(chunk_bytes=chunk_bytes)
+    case = case.with_arrays(**{name: channels_last(getattr(case, name)) for name in which})
+    assert_correct(runner, case)
+    if is_channels_last(case.input):
+        output = runner.forward(case)
+        assert isinstance(case, RoIPoolCase) or output.flags.c_contiguous or is_channels_last(output)
+        gradient = runner.backward(case, ("input",))["input"]
+        assert gradient.strides == case.input.strides or gradient.size == 0
+
+
+def test_channels_last_images_are_not_transposed():
+    case = make_conv(C=8, O=8)
+    case = case.with_arrays(input=channels_last(case.input), grad_out=channels_last(case.grad_out))
+    runner = Recorder()
+    output = runner.forward(case)
+    runner.backward(case, ("input", "offset", "mask"))
+    assert is_channels_last(output)
+    moved = [(kernel, params.P) for (_, kernel, *_), params in zip(runner.launches, runner.params) if "rows" in kernel]
+    K = 9
+    # Only the weights are; what goes out is rounded in place, a row being an image of one pixel.
+    assert set(moved) == {("pixels_to_rows", K), ("rows_to_pixels", 1)}
+
+
 class Recorder(EmulatedRunner):
     """Notes every launch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: list[tuple[Any, ...]] = []
+        self.params: list[Any] = []
         launch = self.engine.launch
 
         def record(unit, kernel, macros, grid, block, params, shared_bytes=0):
             self.launches.append((unit, kernel, dict(macros), grid, block, shared_bytes))
+            self.params.append(params)
             launch(unit, kernel, macros, grid, block, params, shared_bytes)
 
         self.engine.launch = record
@@ -181,6 +249,8 @@ def test_the_kernels_are_clean_under_the_sanitizers():
         "tests/test_deform_roi_pool.py::test_a_region_of_absurd_size_takes_no_time",
         "tests/test_deform_roi_pool.py::test_regions_of_no_feature_map_are_nan_in_the_kernels",
         "tests/test_launch_plans.py::test_the_chunk_size_does_not_change_results",
+        "tests/test_launch_plans.py::test_the_deterministic_path_is_right",
+        "tests/test_launch_plans.py::test_channels_last_images_give_the_same_in_their_memory_order",
     ]
     arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not cpu and not gpu"]
     result = run_sanitized([*arguments, "--hypothesis-profile=brief", *selection], timeout=900)

@@ -81,9 +81,9 @@ def test_gradients_are_torchvisions(case: ConvCase, seed: int):
 
 def differentiable_case(kind: str, **options: Any) -> Case:
     if kind == "conv":
-        case = make_conv(N=2, C=4, H=4, W=3, O=2, G=2, D=2, stride=(1, 2), dtype="float64", **options)
+        case = make_conv(N=2, C=2, H=3, W=2, O=2, kernel=(2, 2), G=2, D=2, dtype="float64", **options)
         return away_from_kinks(case, seed=1)
-    return make_roi_pool(N=2, C=2, H=6, W=5, R=3, dtype="float64", gamma=0.3, seed=3, **options)
+    return make_roi_pool(N=2, C=1, H=5, W=4, R=2, output_size=(2, 1), dtype="float64", gamma=0.3, seed=3, **options)
 
 
 def as_function(case: Case, names: tuple[str, ...]) -> Any:
@@ -103,7 +103,9 @@ def test_first_and_second_gradients(kind: str, mask: bool):
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 def test_second_gradients_of_adaptive_pooling_across_the_border(sampling_ratio: int):
-    case = make_roi_pool(N=1, C=2, H=5, W=5, R=2, dtype="float64", sampling_ratio=sampling_ratio, seed=11)
+    case = make_roi_pool(
+        N=1, C=1, H=4, W=4, R=2, output_size=(2, 1), dtype="float64", sampling_ratio=sampling_ratio, seed=11
+    )
     inputs = [tensors_of(case, requires_grad=True)[name] for name in case.needs]
     assert torch.autograd.gradgradcheck(as_function(case, case.needs), inputs)
 
@@ -125,8 +127,8 @@ def test_the_differentiable_path_computes_the_same(case: Case):
 def operator_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
     t = tensors_of(case, requires_grad)
     if isinstance(case, ConvCase):
-        return (*(t[n] for n in ("input", "offset", "weight", "bias", "mask")), [1, 2], [1, 1, 1, 1], [1, 1])
-    return (*(t[n] for n in case.arrays), [3, 2], case.spatial_scale, case.sampling_ratio, case.gamma)
+        return (*(t[n] for n in ("input", "offset", "weight", "bias", "mask")), [1, 1], [1, 1, 1, 1], [1, 1])
+    return (*(t[n] for n in case.arrays), [2, 1], case.spatial_scale, case.sampling_ratio, case.gamma)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -267,6 +269,26 @@ def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch):
     assert asked == [["weight"]]
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("kind", ["conv", "roi"])
+def test_torchs_switch_selects_the_deterministic_path(kind: str, enabled: bool, monkeypatch: pytest.MonkeyPatch):
+    case = make_conv() if kind == "conv" else make_roi_pool()
+    name = f"{case.operation}_backward"
+    original, chosen = getattr(dcnops, name), []
+
+    def record(*args: Any, deterministic: bool, **kwargs: Any) -> Any:
+        chosen.append(deterministic)
+        return original(*args, deterministic=deterministic, **kwargs)
+
+    monkeypatch.setattr(dcnops, name, record)
+    torch.use_deterministic_algorithms(enabled)
+    try:
+        call(case, tensors_of(case, requires_grad=True)).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert chosen == [enabled]
+
+
 @pytest.mark.parametrize("change", ["channels_last", "transposed", "every other", "expanded", "negated view"])
 def test_strides_of_tensors_do_not_matter(change: str):
     t = tensors_of(make_conv(N=2, C=4, H=6, W=6))
@@ -280,6 +302,25 @@ def test_strides_of_tensors_do_not_matter(change: str):
     }[change]()
     plain = x[:1].repeat(2, 1, 1, 1) if change == "expanded" else x
     torch.testing.assert_close(deform_conv2d(**{**t, "input": changed}), deform_conv2d(**{**t, "input": plain}))
+
+
+def test_channels_last_in_gives_channels_last_out():
+    case = make_conv(N=2, C=4, O=3, H=6, W=5)
+    t = tensors_of(case, requires_grad=True)
+    plain = deform_conv2d(**t)
+    x = t["input"].detach().to(memory_format=torch.channels_last).requires_grad_()
+    output = deform_conv2d(**{**t, "input": x})
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(output, plain)
+    output.backward(to_tensor(case.grad_out))
+    plain.backward(to_tensor(case.grad_out))
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(x.grad, t["input"].grad)
+    with torch.no_grad():
+        arguments = (x, *(t[n].detach() for n in ("offset", "weight", "bias", "mask")), [1, 1], [1, 1, 1, 1], [1, 1])
+    torch.library.opcheck(
+        torch.ops.dcnops.deform_conv2d.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_cpu_tensors_are_handed_over_without_a_copy(monkeypatch: pytest.MonkeyPatch):

@@ -65,8 +65,8 @@ def deform_conv2d(
     data unless both have the type of the data. Coordinates and sums are float32 at least in any case.
 
     `torch.compile`, `torch.export` and `torch.func.vmap` (one call after the other) work; `torch.func.grad` does not:
-    use `torch.autograd.grad`. Second gradients take a path through plain torch operations, which is much slower and needs memory of the size of
-    the columns.
+    use `torch.autograd.grad`. Second gradients take a path through plain torch operations, which is much slower and
+    needs memory of the size of the columns. An input in the channels_last format gives an output in that format.
 
     Examples
     --------

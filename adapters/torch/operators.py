@@ -59,8 +59,16 @@ def _needed(names: Sequence[str], needs: Sequence[bool]) -> list[str]:
     return [name for name, need in zip(names, needs) if need]
 
 
-def _gradients(gradients: Sequence[Any], like: Tensor) -> list[Tensor]:
-    return [like.new_empty(0) if array is None else as_tensor(array) for array in gradients]
+def _gradients(gradients: Sequence[Any], input: Tensor) -> list[Tensor]:
+    tensors = [input.new_empty(0) if array is None else as_tensor(array) for array in gradients]
+    return [_in_format_of(input, tensors[0]), *tensors[1:]]
+
+
+def _in_format_of(input: Tensor, images: Tensor) -> Tensor:
+    """The images channels-last if `input` is, as the CUDA kernels give them already."""
+    if input.is_contiguous() or not input.is_contiguous(memory_format=torch.channels_last) or images.ndim != 4:
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _conv_forward_kernel(
@@ -68,18 +76,17 @@ def _conv_forward_kernel(
     stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
     with on_device_of(input):
-        return as_tensor(
-            dcnops.deform_conv2d(
-                as_array(input),
-                as_array(offset),
-                as_array(weight),
-                as_array(bias),
-                stride,
-                _sides(padding),
-                dilation,
-                as_array(mask),
-            )
+        output = dcnops.deform_conv2d(
+            as_array(input),
+            as_array(offset),
+            as_array(weight),
+            as_array(bias),
+            stride,
+            _sides(padding),
+            dilation,
+            as_array(mask),
         )
+        return _in_format_of(input, as_tensor(output))
 
 
 def _conv_backward_kernel(
@@ -98,6 +105,7 @@ def _conv_backward_kernel(
             dilation,
             as_array(mask),
             needs=_needed(_CONV, needs),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return _gradients(gradients, input)
 
@@ -122,7 +130,7 @@ def _roi_backward_kernel(
         gradients = dcnops.deform_roi_pool_backward(
             *map(as_array, (grad_out, input, rois, offset, mask)),
             output_size=output_size, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio, gamma=gamma,
-            needs=_needed(_ROI_POOL, needs),
+            needs=_needed(_ROI_POOL, needs), deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         return _gradients(gradients, input)
 
@@ -138,8 +146,7 @@ def _conv_geometry(*args: Any) -> DeformConvGeometry:
 
 
 def _conv_forward_shape(*args: Any) -> Tensor:
-    output: Tensor = args[0].new_empty(_conv_geometry(*args).output_shape)
-    return output
+    return _in_format_of(args[0], args[0].new_empty(_conv_geometry(*args).output_shape))
 
 
 def _conv_backward_shape(grad_out: Tensor, *args: Any) -> list[Tensor]:
@@ -166,10 +173,11 @@ def _roi_backward_shape(grad_out: Tensor, *args: Any) -> list[Tensor]:
 def _gradient_shapes(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     first = tensors[0]
     assert first is not None
-    return [
+    shapes = [
         tensor.new_empty(tensor.shape) if tensor is not None and need else first.new_empty(0)
         for tensor, need in zip(tensors, needs)
     ]
+    return [_in_format_of(first, shapes[0]), *shapes[1:]]
 
 
 def _save(ctx: Any, tensors: Sequence[Tensor | None], numbers: Sequence[Any]) -> None:

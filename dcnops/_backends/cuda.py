@@ -13,6 +13,7 @@ from cupy_backends.cuda.api import runtime
 from cupy_backends.cuda.libs import cublas
 
 from dcnops._backends import launch_plans
+from dcnops._backends.launch_plans.layout import is_channels_last
 from dcnops._errors import KernelCompileError
 from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
 from dcnops._kernels import Engine, Launcher
@@ -40,7 +41,7 @@ def deform_conv2d(
         return launch_plans.deform_conv2d(
             ENGINE,
             geometry,
-            _contiguous(input),
+            _images(input),
             _contiguous(offset),
             _contiguous(weight),
             _contiguous(bias),
@@ -56,18 +57,20 @@ def deform_conv2d_backward(
     weight: cupy.ndarray,
     mask: cupy.ndarray | None,
     needs: frozenset[str],
+    deterministic: bool,
 ) -> dict[str, cupy.ndarray]:
     """See `dcnops.deform_conv2d_backward`; the arguments have been checked."""
     with input.device:
         return launch_plans.deform_conv2d_backward(
             ENGINE,
             geometry,
-            _contiguous(grad_out),
-            _contiguous(input),
+            _images(grad_out),
+            _images(input),
             _contiguous(offset),
             _contiguous(weight),
             _contiguous(mask),
             needs,
+            deterministic,
         )
 
 
@@ -83,7 +86,7 @@ def deform_roi_pool(
         return launch_plans.deform_roi_pool(
             ENGINE,
             geometry,
-            _contiguous(input),
+            _images(input),
             _coordinates(rois, input),
             _contiguous(offset),
             _contiguous(mask),
@@ -98,18 +101,20 @@ def deform_roi_pool_backward(
     offset: cupy.ndarray | None,
     mask: cupy.ndarray | None,
     needs: frozenset[str],
+    deterministic: bool,
 ) -> dict[str, cupy.ndarray]:
     """See `dcnops.deform_roi_pool_backward`; the arguments have been checked."""
     with input.device:
         return launch_plans.deform_roi_pool_backward(
             ENGINE,
             geometry,
-            _contiguous(grad_out),
-            _contiguous(input),
+            _images(grad_out),
+            _images(input),
             _coordinates(rois, input),
             _contiguous(offset),
             _contiguous(mask),
             needs,
+            deterministic,
         )
 
 
@@ -120,6 +125,10 @@ def _coordinates(rois: cupy.ndarray, input: cupy.ndarray) -> cupy.ndarray:
         rois = (cupy.ascontiguousarray(rois.view(numpy.uint16)).astype(numpy.uint32) << 16).view(numpy.float32)
     dtype = numpy.float64 if input.dtype.name == "float64" else numpy.float32
     return cupy.ascontiguousarray(rois, dtype)
+
+
+def _images(array: cupy.ndarray) -> cupy.ndarray:
+    return array if is_channels_last(array) else _contiguous(array)
 
 
 def _contiguous(array: cupy.ndarray | None) -> cupy.ndarray | None:

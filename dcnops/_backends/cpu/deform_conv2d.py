@@ -192,8 +192,9 @@ def deform_conv2d_backward(
     weight: Array,
     mask: Array | None,
     needs: frozenset[str],
+    deterministic: bool = True,
 ) -> dict[str, Array]:
-    """Gradients of `deform_conv2d` by the name of the argument, those in `needs`."""
+    """Gradients of `deform_conv2d` by the name of the argument, those in `needs`; always deterministic."""
     g = geometry
     og = g.O // g.G
     dtype = sum_dtype(input)

@@ -81,8 +81,9 @@ def deform_roi_pool_backward(
     offset: Array | None,
     mask: Array | None,
     needs: frozenset[str],
+    deterministic: bool = True,
 ) -> dict[str, Array]:
-    """Gradients of `deform_roi_pool` by the name of the argument, those in `needs`."""
+    """Gradients of `deform_roi_pool` by the name of the argument, those in `needs`; always deterministic."""
     g = geometry
     call = _call(geometry, input, rois, offset, mask)
     nothing = np.empty(0, call.dtype)

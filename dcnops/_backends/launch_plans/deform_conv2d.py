@@ -21,9 +21,11 @@ from dcnops._backends.launch_plans.layout import (
     channel_lanes,
     channel_sums,
     data_macros,
+    empty_images,
+    put_rows,
     row_ranges,
     sum_dtype,
-    transpose,
+    take_rows,
 )
 from dcnops._geometry import DeformConvGeometry, DeformConvSizes
 from dcnops._kernels import Engine
@@ -69,8 +71,13 @@ class DeformConvBackwardParams(ctypes.Structure):
         ("grad_offset", _pointer),
         ("grad_mask", _pointer),
         ("grad_input", _pointer),
+        ("keys", _pointer),
+        ("weights", _pointer),
+        ("order", _pointer),
+        ("starts", _pointer),
         ("size", DeformConvSizes),
         ("range", RowRange),
+        ("lists", ctypes.c_longlong),
         ("tile_rows", _int),
     ]
 
@@ -85,10 +92,10 @@ def deform_conv2d(
     mask: Any | None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Any:
-    """The output [N, O, oh, ow] of contiguous arrays in NCHW order."""
+    """The output [N, O, oh, ow] of contiguous arrays; `input` may be channels-last, and then the output is."""
     g = geometry
     dtype = str(input.dtype.name)
-    output = engine.empty(g.output_shape, input.dtype)
+    output = empty_images(engine, g.output_shape, input.dtype, input)
     input_rows = all_rows(engine, input, g.N, g.C, g.H * g.W)
     filters = _filter_rows(engine, g, weight)
     samples = _SampleLaunch(engine, g, dtype, offset)
@@ -112,7 +119,7 @@ def deform_conv2d(
             rows.rows,
         )
         _multiply_columns(engine, columns[: rows.rows], filters, output_rows[: rows.rows])
-        transpose(engine, "rows_to_pixels", output_rows, output, g.N, g.O, g.pixels, rows, bias)
+        put_rows(engine, output_rows, output, g.O, g.pixels, rows, bias)
     return output
 
 
@@ -125,9 +132,14 @@ def deform_conv2d_backward(
     weight: Any,
     mask: Any | None,
     needs: frozenset[str],
+    deterministic: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> dict[str, Any]:
-    """The gradients named in `needs`, each like its argument, of contiguous arrays in NCHW order."""
+    """The gradients named in `needs`, each like its argument, of contiguous arrays.
+
+    `input` and `grad_out` may be channels-last; the input's gradient has the memory order of the input.
+    `deterministic` takes the input's gradient without atomic additions, by sorting.
+    """
     g = geometry
     dtype = str(input.dtype.name)
     sums = sum_dtype(engine, input.dtype)
@@ -157,22 +169,25 @@ def deform_conv2d_backward(
     grad_columns = engine.empty(shape, input.dtype) if needs_grad_columns else None
     columns = engine.empty(shape, input.dtype) if "weight" in needs else None
     for rows in row_ranges(g.N, g.pixels, chunk):
-        transpose(engine, "pixels_to_rows", grad_out, grad_out_rows, g.N, g.O, g.pixels, rows)
-        by_group = grad_out_rows[: rows.rows].reshape(rows.rows, g.G, g.O // g.G).transpose(1, 0, 2)
+        by_group = (
+            take_rows(engine, grad_out, g.O, g.pixels, rows, grad_out_rows)
+            .reshape(rows.rows, g.G, g.O // g.G)
+            .transpose(1, 0, 2)
+        )
         if grad_columns is not None:
             engine.matmul(by_group, filters, grad_columns[: rows.rows].transpose(1, 0, 2))
         params = DeformConvBackwardParams(
-            engine.pointer(input_rows),
-            engine.pointer(offset),
-            engine.pointer(mask),
-            engine.pointer(grad_columns),
-            engine.pointer(columns),
-            engine.pointer(gradients.get("offset")),
-            engine.pointer(gradients.get("mask")),
-            engine.pointer(grad_input),
-            g.params(),
-            rows,
-            samples.tile_rows,
+            input=engine.pointer(input_rows),
+            offset=engine.pointer(offset),
+            mask=engine.pointer(mask),
+            grad_columns=engine.pointer(grad_columns),
+            columns=engine.pointer(columns),
+            grad_offset=engine.pointer(gradients.get("offset")),
+            grad_mask=engine.pointer(gradients.get("mask")),
+            grad_input=engine.pointer(grad_input),
+            size=g.params(),
+            range=rows,
+            tile_rows=samples.tile_rows,
         )
         if sampled:
             samples.launch("deform_conv2d_backward", "deform_conv2d_grad_samples", params, rows.rows)
@@ -185,7 +200,9 @@ def deform_conv2d_backward(
                 ),
                 rows.rows,
             )
-        if grad_input is not None:
+        if grad_input is not None and deterministic:
+            samples.launch_collection(params)
+        elif grad_input is not None:
             samples.launch("deform_conv2d_backward", "deform_conv2d_grad_input", params, rows.rows)
         if grad_filters is not None:
             assert columns is not None
@@ -212,6 +229,7 @@ class _SampleLaunch:
         lanes = channel_lanes(vectors)
         self._engine = engine
         self._geometry = g
+        self._sums = engine.xp.dtype("float64" if dtype == "float64" else "float32")
         self._block = (lanes, THREADS // lanes)
         self._macros = {
             **data_macros(dtype),
@@ -233,6 +251,25 @@ class _SampleLaunch:
             params,
             self.tile_rows * SAMPLE_BYTES,
         )
+
+    def launch_collection(self, params: DeformConvBackwardParams) -> None:
+        """Add a chunk's share of the input's gradient in an order that is always the same."""
+        g, engine, rows = self._geometry, self._engine, params.range
+        samples = rows.rows * g.D * g.K
+        images = (rows.first_pixel + rows.rows - 1) // g.pixels + 1
+        params.lists = images * g.H * g.W * g.D
+        keys = engine.empty((4 * samples,), engine.xp.int64)
+        weights = engine.empty((4 * samples,), self._sums)
+        params.keys, params.weights = engine.pointer(keys), engine.pointer(weights)
+        unit, block = "deform_conv2d_backward", self._block
+        grid = min(ceil_div(samples, THREADS), MAX_BLOCKS)
+        engine.launch(unit, "deform_conv2d_list_neighbours", self._macros, grid, (THREADS, 1), params)
+
+        order = engine.xp.argsort(keys, kind="stable")
+        starts = engine.xp.searchsorted(keys[order], engine.xp.arange(params.lists + 1))
+        params.order, params.starts = engine.pointer(order), engine.pointer(starts)
+        grid = min(ceil_div(params.lists, block[1]), MAX_BLOCKS)
+        engine.launch(unit, "deform_conv2d_collect_input", self._macros, grid, block, params)
 
 
 def _chunk_rows(geometry: DeformConvGeometry, elements: int) -> int:

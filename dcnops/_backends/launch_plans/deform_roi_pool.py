@@ -19,9 +19,10 @@ from dcnops._backends.launch_plans.layout import (
     ceil_div,
     channel_lanes,
     data_macros,
+    put_rows,
     row_ranges,
     sum_dtype,
-    transpose,
+    take_rows,
 )
 from dcnops._geometry import DeformRoIPoolGeometry, DeformRoIPoolSizes
 from dcnops._kernels import Engine
@@ -59,7 +60,10 @@ def deform_roi_pool(
     mask: Any | None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Any:
-    """The output [R, C, P, Q] of contiguous arrays; `rois` have the dtype of coordinates."""
+    """The output [R, C, P, Q] of contiguous arrays.
+
+    `input` may be channels-last; `rois` have the dtype of coordinates.
+    """
     g = geometry
     output = engine.empty(g.output_shape, input.dtype)
     sums_dtype = sum_dtype(engine, input.dtype)
@@ -77,7 +81,7 @@ def deform_roi_pool(
     for rows in row_ranges(g.R, g.bins, chunk):
         params.range = rows
         _launch(engine, g, "deform_roi_pool_forward", input, _offset_like(input, offset, mask), params)
-        transpose(engine, "rows_to_pixels", bins, output, g.R, g.C, g.bins, rows)
+        put_rows(engine, bins, output, g.C, g.bins, rows)
     return output
 
 
@@ -90,9 +94,14 @@ def deform_roi_pool_backward(
     offset: Any | None,
     mask: Any | None,
     needs: frozenset[str],
+    deterministic: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> dict[str, Any]:
-    """The gradients named in `needs`, each like its argument, of contiguous arrays."""
+    """The gradients named in `needs`, each like its argument, of contiguous arrays.
+
+    `input` and `grad_out` may be channels-last; the input's gradient has the memory order of the input.
+    `deterministic` takes the input's gradient without atomic additions, much more slowly.
+    """
     g = geometry
     gradients = {}
     if "offset" in needs:
@@ -115,7 +124,6 @@ def deform_roi_pool_backward(
         rois=engine.pointer(rois),
         offset=engine.pointer(offset),
         mask=engine.pointer(mask),
-        grad_out=engine.pointer(grad_bins),
         grad_offset=engine.pointer(gradients.get("offset")),
         grad_mask=engine.pointer(gradients.get("mask")),
         grad_input=engine.pointer(grad_input),
@@ -124,10 +132,14 @@ def deform_roi_pool_backward(
     sampling = _offset_like(input, offset, mask)
     for rows in row_ranges(g.R, g.bins, chunk):
         params.range = rows
-        transpose(engine, "pixels_to_rows", grad_out, grad_bins, g.R, g.C, g.bins, rows)
+        part = take_rows(engine, grad_out, g.C, g.bins, rows, grad_bins, copy=True)
+        params.grad_out = engine.pointer(part)
         if gradients:
             _launch(engine, g, "deform_roi_pool_grad_bins", input, sampling, params)
-        if grad_input is not None:
+        if grad_input is not None and deterministic:
+            pixels = g.N * g.H * g.W
+            _launch(engine, g, "deform_roi_pool_collect_input", input, sampling, params, pixels)
+        elif grad_input is not None:
             _launch(engine, g, "deform_roi_pool_grad_input", input, sampling, params)
     if grad_input is not None:
         gradients["input"] = all_pixels(engine, grad_input, input, g.N, g.C, g.H * g.W)
@@ -140,12 +152,19 @@ def _offset_like(input: Any, offset: Any | None, mask: Any | None) -> Any:
 
 
 def _launch(
-    engine: Engine, geometry: DeformRoIPoolGeometry, kernel: str, input: Any, sampling: Any, params: DeformRoIPoolParams
+    engine: Engine,
+    geometry: DeformRoIPoolGeometry,
+    kernel: str,
+    input: Any,
+    sampling: Any,
+    params: DeformRoIPoolParams,
+    items: int | None = None,
 ) -> None:
-    """The x dimension of a block runs over the channel vectors of a bin, y over bins."""
+    """The x dimension of a block runs over channel vectors, y over items: the bins, if no other number is given."""
     dtype = str(input.dtype.name)
     vector = gcd(geometry.C, VECTOR_BYTES // ITEMSIZE[dtype])
     lanes = channel_lanes(geometry.C // vector)
     block = (lanes, THREADS // lanes)
     macros = {**data_macros(dtype), "DCN_OFFSET_SCALAR": SCALAR[str(sampling.dtype.name)], "DCN_VEC": vector}
-    engine.launch(_UNIT, kernel, macros, min(ceil_div(params.range.rows, block[1]), MAX_BLOCKS), block, params)
+    grid = min(ceil_div(params.range.rows if items is None else items, block[1]), MAX_BLOCKS)
+    engine.launch(_UNIT, kernel, macros, grid, block, params)

@@ -27,9 +27,12 @@ __all__ = [
     "channel_lanes",
     "channel_sums",
     "data_macros",
+    "empty_images",
+    "is_channels_last",
+    "put_rows",
     "row_ranges",
     "sum_dtype",
-    "transpose",
+    "take_rows",
 ]
 
 CHUNK_BYTES = 16 * 2**20
@@ -47,6 +50,7 @@ MAX_BLOCKS = 2**20
 
 _TRANSPOSE_TILE = 32
 _MAX_ROWS = 2**30
+_MAX_ONES = 2**20
 
 
 class RowRange(ctypes.Structure):
@@ -94,37 +98,79 @@ def row_ranges(images: int, pixels: int, chunk: int) -> Iterator[RowRange]:
         yield RowRange(first // pixels, first % pixels, min(chunk, images * pixels - first))
 
 
+def is_channels_last(images: Any) -> bool:
+    """Whether images [N, C, H, W] lie in memory as [N, H, W, C] (and not, as they are, in both orders at once)."""
+    return not images.flags.c_contiguous and bool(images.transpose(0, 2, 3, 1).flags.c_contiguous)
+
+
+def empty_images(engine: Engine, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+    """New images [N, C, H, W] in the memory order of `like`."""
+    N, C, H, W = shape
+    if is_channels_last(like):
+        return engine.empty((N, H, W, C), dtype).transpose(0, 3, 1, 2)
+    return engine.empty((N, C, H, W), dtype)
+
+
 def all_rows(engine: Engine, images: Any, N: int, C: int, P: int) -> Any:
-    """New rows [N*P, C] of images [N, C, P]."""
+    """Rows [N*P, C] of images [N, C, P]: the images themselves where they are channels-last, else a new array."""
+    if is_channels_last(images) and (engine.pointer(images) or 0) % VECTOR_BYTES == 0:
+        return _flat(images, C)
     rows_array = engine.empty((N * P, C), images.dtype)
     for rows in row_ranges(N, P, _MAX_ROWS):
-        first = rows.first_image * P + rows.first_pixel
-        transpose(engine, "pixels_to_rows", images, rows_array[first:], N, C, P, rows)
+        take_rows(engine, images, C, P, rows, rows_array[_first(rows, P) :], copy=True)
     return rows_array
 
 
 def all_pixels(engine: Engine, sums: Any, like: Any, N: int, C: int, P: int) -> Any:
-    """New images [N, C, P], of the shape and dtype of `like`, of sums [N*P, C]."""
-    images = engine.empty(like.shape, like.dtype)
+    """New images of the shape, dtype and memory order of `like`, of sums [N*P, C]."""
+    images = empty_images(engine, like.shape, like.dtype, like)
     for rows in row_ranges(N, P, _MAX_ROWS):
-        first = rows.first_image * P + rows.first_pixel
-        transpose(engine, "rows_to_pixels", sums.reshape(N * P, C)[first:], images, N, C, P, rows)
+        put_rows(engine, sums.reshape(N * P, C)[_first(rows, P) :], images, C, P, rows)
     return images
 
 
-def transpose(
+def take_rows(engine: Engine, images: Any, C: int, P: int, rows: RowRange, scratch: Any, copy: bool = False) -> Any:
+    """`rows` of images [N, C, P]: a view where they are channels-last, unless it is to be a `copy`; else in `scratch`."""
+    if not is_channels_last(images):
+        _transpose(engine, "pixels_to_rows", images, scratch, images, C, P, rows)
+        return scratch[: rows.rows]
+    first = _first(rows, P)
+    view = _flat(images, C)[first : first + rows.rows]
+    if not copy:
+        return view
+    _transpose(engine, "pixels_to_rows", view, scratch, images, C, 1, RowRange(0, 0, rows.rows))
+    return scratch[: rows.rows]
+
+
+def put_rows(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange, bias: Any | None = None) -> None:
+    """Round sums, an array that begins with `rows`, into images [N, C, P], plus `bias` [C]."""
+    if is_channels_last(images):
+        # Channels-last images are images of one pixel, one for each row.
+        target = _flat(images, C)[_first(rows, P) :]
+        _transpose(engine, "rows_to_pixels", sums, target, images, C, 1, RowRange(0, 0, rows.rows), bias)
+    else:
+        _transpose(engine, "rows_to_pixels", sums, images, images, C, P, rows, bias)
+
+
+def _flat(images: Any, C: int) -> Any:
+    return images.transpose(0, 2, 3, 1).reshape(-1, C)
+
+
+def _first(rows: RowRange, P: int) -> int:
+    return int(rows.first_image * P + rows.first_pixel)
+
+
+def _transpose(
     engine: Engine,
     kernel: str,
     source: Any,
     target: Any,
-    N: int,
+    images: Any,
     C: int,
     P: int,
     rows: RowRange,
     bias: Any | None = None,
 ) -> None:
-    """Move `rows` between images [N, C, P] and an array that begins with them."""
-    images = target if kernel == "rows_to_pixels" else source
     tiles = ceil_div(rows.rows, _TRANSPOSE_TILE) * ceil_div(C, _TRANSPOSE_TILE)
     engine.launch(
         "layout",
@@ -132,7 +178,7 @@ def transpose(
         data_macros(str(images.dtype.name)),
         min(tiles, MAX_BLOCKS),
         (_TRANSPOSE_TILE, THREADS // _TRANSPOSE_TILE),
-        LayoutParams(engine.pointer(source), engine.pointer(bias), engine.pointer(target), N, C, P, rows),
+        LayoutParams(engine.pointer(source), engine.pointer(bias), engine.pointer(target), 0, C, P, rows),
         _TRANSPOSE_TILE * (_TRANSPOSE_TILE + 1) * 8,
     )
 
@@ -140,7 +186,23 @@ def transpose(
 def channel_sums(engine: Engine, images: Any, N: int, C: int, P: int) -> Any:
     """Sums [C] of images [N, C, P]."""
     result = engine.empty((C,), images.dtype)
-    params = LayoutParams(engine.pointer(images), None, engine.pointer(result), N, C, P, RowRange(0, 0, 0))
-    macros = data_macros(str(images.dtype.name))
-    engine.launch("layout", "channel_sums", macros, min(C, MAX_BLOCKS), (THREADS, 1), params, THREADS * 8)
+    if not is_channels_last(images):
+        params = LayoutParams(engine.pointer(images), None, engine.pointer(result), N, C, P, RowRange(0, 0, 0))
+        macros = data_macros(str(images.dtype.name))
+        engine.launch("layout", "channel_sums", macros, min(C, MAX_BLOCKS), (THREADS, 1), params, THREADS * 8)
+        return result
+    sums = engine.zeros((1, 1, C), sum_dtype(engine, images.dtype))
+    rows_array = _flat(images, C)
+    for first in range(0, N * P, _MAX_ONES):
+        part = rows_array[first : first + _MAX_ONES]
+        engine.matmul(_ones(engine, len(part), images.dtype), part[None], sums, accumulate=True)
+    _transpose(engine, "rows_to_pixels", sums, result, images, C, 1, RowRange(0, 0, 1))
     return result
+
+
+def _ones(engine: Engine, count: int, dtype: Any) -> Any:
+    """Ones [1, 1, count]; those of 16 bits by their bits, which need no arithmetic in that type."""
+    bits = {"float16": 0x3C00, "bfloat16": 0x3F80}.get(dtype.name)
+    if bits is None:
+        return engine.xp.ones((1, 1, count), dtype)
+    return engine.xp.full((1, 1, count), bits, engine.xp.uint16).view(dtype)

@@ -1,0 +1,324 @@
+"""Deformable convolution as layers: with offsets from outside, and with a branch that makes them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dcnops._errors import ArgumentError
+from dcnops._geometry import Pair, expand_pair
+from .functional import deform_conv2d
+
+__all__ = ["DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2dPack"]
+
+
+class _DeformConv(nn.Module):
+    """The parameters that every deformable convolution has, made and initialised as `torch.nn.Conv2d` does."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        groups: int,
+        bias: bool,
+    ) -> None:
+        super().__init__()
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            _check_divisible(name, channels, "groups", groups)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = expand_pair("kernel_size", kernel_size)
+        self.stride = expand_pair("stride", stride)
+        self.padding = expand_pair("padding", padding, minimum=0)
+        self.dilation = expand_pair("dilation", dilation)
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_channels))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew, uniformly in ±1/sqrt(fan_in)."""
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        if self.padding != (0, 0):
+            text += f", padding={self.padding}"
+        if self.dilation != (1, 1):
+            text += f", dilation={self.dilation}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        if self.bias is None:
+            text += ", bias=False"
+        return text
+
+
+class DeformConv2d(_DeformConv):
+    """Deformable convolution with offsets, and masks if any, given to `forward`.
+
+    Constructor, initialisation and state dict are those of ``torchvision.ops.DeformConv2d``.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        C and O.
+    kernel_size, stride, dilation : int or (vertical, horizontal)
+    padding : int or (vertical, horizontal), in pixels
+    groups : int
+        G, the number of weight groups; divides C and O.
+    bias : bool
+        Whether there is a bias.
+
+    Attributes
+    ----------
+    weight : Parameter [O, C/G, kh, kw]
+    bias : Parameter [O] or None
+
+    Raises
+    ------
+    ArgumentError
+        A parameter is not legal.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dcnops.adapters.torch import DeformConv2d
+    >>> layer = DeformConv2d(4, 8, kernel_size=3, padding=1)
+    >>> offset = torch.zeros(2, 2 * 3 * 3, 5, 6)  # one deformable group
+    >>> layer(torch.randn(2, 4, 5, 6), offset).shape
+    torch.Size([2, 8, 5, 6])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Convolve.
+
+        Parameters
+        ----------
+        input : Tensor [N, C, H, W]
+        offset : Tensor [N, 2*D*kh*kw, oh, ow], in pixels
+        mask : Tensor [N, D*kh*kw, oh, ow], optional
+
+        Returns
+        -------
+        Tensor [N, O, oh, ow]
+
+        Raises
+        ------
+        ShapeError, ArgumentError, DtypeError, DeviceError
+            As in `deform_conv2d`.
+        """
+        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+
+
+class OffsetConv2d(nn.Conv2d):
+    """The branch of a deformable convolution; starts at zero, also when a framework calls `reset_parameters`."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class OffsetBranchConv(_DeformConv):
+    """A deformable convolution with its own branch `conv_offset`."""
+
+    channels_per_tap: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        _check_divisible("in_channels", in_channels, "deform_groups", deform_groups)
+        self.deform_groups = deform_groups
+        self.conv_offset = OffsetConv2d(
+            in_channels,
+            self.channels_per_tap * self.sampling_points,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+
+    @property
+    def sampling_points(self) -> int:
+        """D*K, the sampling points of an output pixel."""
+        return self.deform_groups * math.prod(self.kernel_size)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.deform_groups == 1 else f"{text}, deform_groups={self.deform_groups}"
+
+
+class DeformConv2dPack(OffsetBranchConv):
+    """Deformable convolution (v1) that makes its own offsets; a `torch.nn.Conv2d` at the start.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        C and O.
+    kernel_size, stride, dilation : int or (vertical, horizontal)
+    padding : int or (vertical, horizontal), in pixels
+    groups : int
+        G, the number of weight groups; divides C and O.
+    deform_groups : int
+        D, the number of deformable groups; divides C.
+    bias : bool
+        Whether the convolution has a bias. Its branch always has one.
+
+    Attributes
+    ----------
+    weight : Parameter [O, C/G, kh, kw]
+    bias : Parameter [O] or None
+    conv_offset : torch.nn.Conv2d, C to 2*D*kh*kw channels
+        The branch: kernel size, stride, padding and dilation of the layer. Weight and bias start at zero.
+
+    Raises
+    ------
+    ArgumentError
+        A parameter is not legal.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dcnops.adapters.torch import DeformConv2dPack
+    >>> layer = DeformConv2dPack(4, 8, kernel_size=3, stride=2, padding=1)
+    >>> layer(torch.randn(2, 4, 6, 6)).shape
+    torch.Size([2, 8, 3, 3])
+    >>> layer.conv_offset.weight.shape
+    torch.Size([18, 4, 3, 3])
+    """
+
+    channels_per_tap = 2
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve `input` [N, C, H, W], giving [N, O, oh, ow].
+
+        Raises
+        ------
+        ShapeError, DtypeError, DeviceError
+            As in `deform_conv2d`.
+        """
+        return deform_conv2d(
+            input, self.conv_offset(input), self.weight, self.bias, self.stride, self.padding, self.dilation
+        )
+
+
+class ModulatedDeformConv2dPack(OffsetBranchConv):
+    """Modulated deformable convolution (v2) that makes its own offsets and masks.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        C and O.
+    kernel_size, stride, dilation : int or (vertical, horizontal)
+    padding : int or (vertical, horizontal), in pixels
+    groups : int
+        G, the number of weight groups; divides C and O.
+    deform_groups : int
+        D, the number of deformable groups; divides C.
+    bias : bool
+        Whether the convolution has a bias. Its branch always has one.
+    mask_scale : float
+        The masks are ``mask_scale * sigmoid(logits)``. With 1, as in the paper, they start at 1/2 and the layer's
+        output, bias aside, at half that of a `torch.nn.Conv2d`; with 2 they start at 1 and the outputs are equal.
+
+    Attributes
+    ----------
+    weight : Parameter [O, C/G, kh, kw]
+    bias : Parameter [O] or None
+    conv_offset : torch.nn.Conv2d, C to 3*D*kh*kw channels
+        The branch: kernel size, stride, padding and dilation of the layer. The first 2*D*kh*kw channels are the
+        offsets (dy, dx of the first tap, dy, dx of the second, ...), the others the logits of the masks. Weight and
+        bias start at zero.
+
+    Raises
+    ------
+    ArgumentError
+        A parameter is not legal.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dcnops.adapters.torch import ModulatedDeformConv2dPack
+    >>> layer = ModulatedDeformConv2dPack(4, 8, kernel_size=3, padding=1, mask_scale=2.0)
+    >>> image = torch.randn(2, 4, 6, 6)
+    >>> plain = torch.nn.functional.conv2d(image, layer.weight, layer.bias, padding=1)
+    >>> torch.allclose(layer(image), plain, atol=1e-5)
+    True
+    """
+
+    channels_per_tap = 3
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool = True,
+        *,
+        mask_scale: float = 1.0,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias)
+        self.mask_scale = mask_scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve `input` [N, C, H, W], giving [N, O, oh, ow].
+
+        Raises
+        ------
+        ShapeError, DtypeError, DeviceError
+            As in `deform_conv2d`.
+        """
+        points = self.sampling_points
+        offset, logits = self.conv_offset(input).split((2 * points, points), dim=1)
+        mask = self.mask_scale * torch.sigmoid(logits)
+        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mask_scale={self.mask_scale}"
+
+
+def _check_divisible(name: str, channels: int, divisor_name: str, divisor: int) -> None:
+    if channels < 1 or divisor < 1 or channels % divisor:
+        raise ArgumentError(f"{name} must be a positive multiple of {divisor_name}={divisor}, got {channels}")

@@ -1,0 +1,195 @@
+"""Deformable layers in existing models, and their learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from dcnops._errors import ArgumentError
+from .conv_modules import (
+    DeformConv2dPack,
+    ModulatedDeformConv2dPack,
+    OffsetBranchConv,
+    OffsetConv2d,
+)
+
+__all__ = ["convert_to_deformable", "param_groups"]
+
+Where: TypeAlias = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
+
+
+def convert_to_deformable(
+    model: nn.Module,
+    where: Where,
+    modulated: bool = True,
+    deform_groups: int = 1,
+    mask_scale: float = 1.0,
+) -> list[str]:
+    """Replace convolutions of a model by deformable ones, in place.
+
+    The new layers hold the very parameters of the old ones, so that state dicts of the plain model still load, with
+    exactly the ``conv_offset`` keys missing. Their branches start at zero and are trainable, also where the
+    convolution is frozen; no random number is drawn.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    where : str, sequence of str, or function (name, convolution) -> bool
+        Which convolutions. Strings are patterns of shell style for the names in ``model.named_modules()``; ``*``
+        matches dots too. A function is asked about every `torch.nn.Conv2d`.
+    modulated : bool
+        `ModulatedDeformConv2dPack` layers (v2), else `DeformConv2dPack` (v1).
+    deform_groups : int
+        D, the number of deformable groups of each layer.
+    mask_scale : float
+        As in `ModulatedDeformConv2dPack`: 1, or 2 for a model that at first computes what it computed before.
+
+    Returns
+    -------
+    list of str
+        The names of the new layers.
+
+    Raises
+    ------
+    ArgumentError
+        A pattern or the function matches nothing, or something that cannot be replaced: what is no plain
+        `torch.nn.Conv2d` or has hooks, or a convolution with other than zero padding, or that pads one side more. The
+        model is then as it was.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dcnops.adapters.torch import convert_to_deformable
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, padding=1))
+    >>> convert_to_deformable(model, lambda name, conv: conv.kernel_size == (3, 3))
+    ['2']
+    >>> model(torch.randn(1, 3, 6, 6)).shape
+    torch.Size([1, 8, 6, 6])
+
+    The ResNets of torchvision, as in Deformable ConvNets v2::
+
+        convert_to_deformable(resnet, ["layer2.*.conv2", "layer3.*.conv2", "layer4.*.conv2"])
+    """
+    matches = _matches(model, where)
+    # A convolution that is used in several places has several names and stays one layer.
+    layers = {conv: _deformable(name, conv, modulated, deform_groups, mask_scale) for conv, name in matches.items()}
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module in layers]
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, child, layers[getattr(owner, child)])
+    return names
+
+
+def param_groups(
+    model: nn.Module, lr: float, offset_lr_mult: float = 0.1, weight_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimiser: slower offset branches of convolutions, everything else as usual.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    lr : float
+        The learning rate. The branches of deformable RoI pooling have it too.
+    offset_lr_mult : float
+        Factor of the learning rate of the ``conv_offset`` branches; 0.1 in the papers.
+    weight_decay : float, optional
+        Weight decay of both groups; by default what the optimiser is given.
+
+    Returns
+    -------
+    list of dict
+        The groups, those without parameters left out, and in them the parameters that require a gradient.
+
+    Raises
+    ------
+    ArgumentError
+        `lr` or `offset_lr_mult` is negative.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dcnops.adapters.torch import DeformConv2dPack, param_groups
+    >>> model = torch.nn.Sequential(DeformConv2dPack(3, 8, 3), torch.nn.Conv2d(8, 8, 1))
+    >>> optimiser = torch.optim.SGD(param_groups(model, lr=0.02), momentum=0.9)
+    >>> [(len(group["params"]), group["lr"]) for group in optimiser.param_groups]
+    [(4, 0.02), (2, 0.002)]
+    """
+    for name, value in (("lr", lr), ("offset_lr_mult", offset_lr_mult)):
+        if value < 0:
+            raise ArgumentError(f"{name} must not be negative, got {value}")
+    branches = [module.conv_offset for module in model.modules() if isinstance(module, OffsetBranchConv)]
+    in_branch = {parameter for branch in branches for parameter in branch.parameters()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    common = {} if weight_decay is None else {"weight_decay": weight_decay}
+    groups = [
+        {"params": [parameter for parameter in trainable if parameter not in in_branch], "lr": lr, **common},
+        {
+            "params": [parameter for parameter in trainable if parameter in in_branch],
+            "lr": lr * offset_lr_mult,
+            **common,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _matches(model: nn.Module, where: Where) -> dict[nn.Module, str]:
+    """The modules to replace, each with one of its names."""
+    modules = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    found: dict[nn.Module, str] = {}
+    if callable(where):
+        for name, module in modules:
+            if isinstance(module, nn.Conv2d) and not isinstance(module, OffsetConv2d) and where(name, module):
+                found[module] = name
+        if not found:
+            raise ArgumentError("where must match a convolution of the model, but the function is true for none")
+        return found
+    for pattern in [where] if isinstance(where, str) else where:
+        matches = {module: name for name, module in modules if fnmatchcase(name, pattern)}
+        if not matches:
+            raise ArgumentError(f"where must match a convolution of the model, but nothing is named {pattern!r}")
+        found.update(matches)
+    return found
+
+
+def _deformable(
+    name: str, conv: nn.Module, modulated: bool, deform_groups: int, mask_scale: float
+) -> DeformConv2dPack | ModulatedDeformConv2dPack:
+    if type(conv) is not nn.Conv2d:
+        kind = f"{type(conv).__module__}.{type(conv).__qualname__}"
+        raise ArgumentError(f"where must match plain torch.nn.Conv2d layers, but {name} is a {kind}")
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+        raise ArgumentError(f"where must match layers without hooks, which would be lost, but {name} has some")
+    if conv.padding_mode != "zeros":
+        raise ArgumentError(f"where must match layers with padding_mode='zeros', but {name} has {conv.padding_mode!r}")
+    geometry = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, _padding(name, conv), conv.dilation)
+    bias = conv.bias is not None
+    layer: DeformConv2dPack | ModulatedDeformConv2dPack
+    # Built without memory and without random numbers: its own weight is not needed and its branch is zero.
+    with torch.device("meta"):
+        if modulated:
+            layer = ModulatedDeformConv2dPack(*geometry, conv.groups, deform_groups, bias, mask_scale=mask_scale)
+        else:
+            layer = DeformConv2dPack(*geometry, conv.groups, deform_groups, bias)
+    layer.weight, layer.bias = conv.weight, conv.bias
+    layer.conv_offset.to_empty(device=conv.weight.device).to(conv.weight.dtype).reset_parameters()
+    return layer.train(conv.training)
+
+
+def _padding(name: str, conv: nn.Conv2d) -> tuple[int, int]:
+    """Pixels of padding on both sides, for "same" and "valid" too."""
+    if conv.padding == "valid":
+        return 0, 0
+    if conv.padding == "same":
+        vertical, horizontal = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size))
+        if vertical % 2 or horizontal % 2:
+            raise ArgumentError(
+                f"where must match layers that pad both sides alike, but {name} has padding='same' "
+                f"with kernel_size={conv.kernel_size}"
+            )
+        return vertical // 2, horizontal // 2
+    return conv.padding  # type: ignore[return-value]

@@ -1,0 +1,458 @@
+"""Deformable RoI pooling as layers: of one feature map, and of the levels of a pyramid."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dcnops._errors import ArgumentError, ShapeError
+from dcnops._geometry import Pair, expand_pair
+from .functional import deform_roi_pool
+
+__all__ = ["DeformRoIPool", "DeformRoIPoolPack", "ModulatedDeformRoIPoolPack", "MultiScaleDeformRoIPool"]
+
+
+class _RoIPool(nn.Module):
+    """The numbers that every deformable RoI pooling has."""
+
+    def __init__(self, output_size: Pair, spatial_scale: float, sampling_ratio: int, gamma: float) -> None:
+        super().__init__()
+        self.output_size = expand_pair("output_size", output_size)
+        self.spatial_scale = spatial_scale
+        self.sampling_ratio = sampling_ratio
+        self.gamma = gamma
+
+    def _pool(self, input: Tensor, rois: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        return deform_roi_pool(
+            input,
+            rois,
+            offset,
+            mask,
+            output_size=self.output_size,
+            spatial_scale=self.spatial_scale,
+            sampling_ratio=self.sampling_ratio,
+            gamma=self.gamma,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
+            f"sampling_ratio={self.sampling_ratio}, gamma={self.gamma}"
+        )
+
+
+class DeformRoIPool(_RoIPool):
+    """Deformable RoI pooling with offsets and masks given to `forward`; RoIAlign (``aligned=True``) without them.
+
+    Parameters
+    ----------
+    output_size : int or (P, Q)
+        Bins of a region, vertical and horizontal.
+    spatial_scale : float
+        Pixels of the feature map per unit of the regions, such as 1/16.
+    sampling_ratio : int
+        Samples of a bin along each axis; 0 for as many as the bin has pixels.
+    gamma : float
+        Factor of the offsets.
+
+    Raises
+    ------
+    ArgumentError
+        `output_size` is not legal.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dcnops.adapters.torch import DeformRoIPool
+    >>> pool = DeformRoIPool(7, spatial_scale=1 / 16)
+    >>> rois = torch.tensor([[0, 32.0, 16.0, 320.0, 240.0]])  # image, x1, y1, x2, y2
+    >>> pool(torch.randn(1, 4, 25, 40), rois).shape
+    torch.Size([1, 4, 7, 7])
+    """
+
+    def __init__(
+        self, output_size: Pair, spatial_scale: float = 1.0, sampling_ratio: int = 2, gamma: float = 0.1
+    ) -> None:
+        super().__init__(output_size, spatial_scale, sampling_ratio, gamma)
+
+    def forward(self, input: Tensor, rois: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Pool.
+
+        Parameters
+        ----------
+        input : Tensor [N, C, H, W]
+        rois : Tensor [R, 5]
+            Regions (index of the feature map, x1, y1, x2, y2).
+        offset : Tensor [R, 2, P, Q], optional
+            Horizontal shifts first, as fractions of the region.
+        mask : Tensor [R, P, Q], optional
+
+        Returns
+        -------
+        Tensor [R, C, P, Q]
+
+        Raises
+        ------
+        ShapeError, ArgumentError, DtypeError, DeviceError
+            As in `deform_roi_pool`.
+        """
+        return self._pool(input, rois, offset, mask)
+
+
+class HiddenLinear(nn.Linear):
+    """A hidden layer of a branch: weights from N(0, 0.01), bias zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.zeros_(self.bias)
+
+
+class LastLinear(nn.Linear):
+    """The last layer of a branch: all zero, so that pooling starts as RoIAlign."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class _PackedRoIPool(_RoIPool):
+    """A pooling whose branch `offset_fc` looks at the regions' RoIAlign features."""
+
+    values_per_bin: int
+
+    def __init__(
+        self,
+        output_size: Pair,
+        output_channels: int,
+        deform_fc_channels: int,
+        spatial_scale: float,
+        sampling_ratio: int,
+        gamma: float,
+        num_fcs: int,
+    ) -> None:
+        super().__init__(output_size, spatial_scale, sampling_ratio, gamma)
+        sizes = {"output_channels": output_channels, "deform_fc_channels": deform_fc_channels, "num_fcs": num_fcs}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ArgumentError(f"{name} must be at least 1, got {size}")
+        self.output_channels = output_channels
+        self.deform_fc_channels = deform_fc_channels
+        bins = math.prod(self.output_size)
+        layers: list[nn.Module] = []
+        features = output_channels * bins
+        for _ in range(num_fcs - 1):
+            layers += [HiddenLinear(features, deform_fc_channels), nn.ReLU(inplace=True)]
+            features = deform_fc_channels
+        layers.append(LastLinear(features, self.values_per_bin * bins))
+        self.offset_fc = nn.Sequential(*layers)
+
+    def _branch(self, input: Tensor, rois: Tensor) -> Tensor:
+        """The branch's values of each bin [R, values_per_bin, P, Q]."""
+        if input.ndim == 4 and input.shape[1] != self.output_channels:
+            raise ShapeError(f"input must be [N, C={self.output_channels}, H, W], got shape {tuple(input.shape)}")
+        values: Tensor = self.offset_fc(self._pool(input, rois).flatten(1))
+        return values.unflatten(1, (self.values_per_bin, *self.output_size))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, output_channels={self.output_channels}"
+
+
+class DeformRoIPoolPack(_PackedRoIPool):
+    """Deformable RoI pooling (v1) that makes its own offsets; RoIAlign (``aligned=True``) at the start.
+
+    The regions are pooled by RoIAlign, fully connected layers turn these features into offsets, and the regions are
+    pooled again with the offsets.
+
+    Parameters
+    ----------
+    output_size : int or (P, Q)
+        Bins of a region, vertical and horizontal.
+    output_channels : int
+        C, the channels of the feature map.
+    deform_fc_channels : int
+        Width of the hidden layers, if there are any.
+    spatial_scale : float
+        Pixels of the feature map per unit of the regions, such as 1/16.
+    sampling_ratio : int
+        Samples of a bin along each axis; 0 for as many as the bin has pixels.
+    gamma : float
+        Factor of the offsets.
+    num_fcs : int
+        Fully connected layers of the branch; the paper has one, mmcv three.
+
+    Attributes
+    ----------
+    offset_fc : torch.nn.Sequential, C*P*Q to 2*P*Q features
+        The branch. The weights of hidden layers start as N(0, 0.01), the last layer at zero.
+
+    Raises
+    ------
+    ArgumentError
+        A parameter is not legal.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dcnops.adapters.torch import DeformRoIPoolPack
+    >>> pool = DeformRoIPoolPack(7, 4, spatial_scale=1 / 16)
+    >>> rois = torch.tensor([[0, 32.0, 16.0, 320.0, 240.0]])  # image, x1, y1, x2, y2
+    >>> pool(torch.randn(1, 4, 25, 40), rois).shape
+    torch.Size([1, 4, 7, 7])
+    >>> pool.offset_fc[-1].weight.shape
+    torch.Size([98, 196])
+    """
+
+    values_per_bin = 2
+
+    def __init__(
+        self,
+        output_size: Pair,
+        output_channels: int,
+        deform_fc_channels: int = 1024,
+        spatial_scale: float = 1.0,
+        sampling_ratio: int = 2,
+        gamma: float = 0.1,
+        *,
+        num_fcs: int = 1,
+    ) -> None:
+        super().__init__(
+            output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma, num_fcs
+        )
+
+    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
+        """Pool `rois` [R, 5] from `input` [N, C, H, W], giving [R, C, P, Q].
+
+        Raises
+        ------
+        ShapeError, ArgumentError, DtypeError, DeviceError
+            As in `deform_roi_pool`.
+        """
+        return self._pool(input, rois, self._branch(input, rois))
+
+
+class ModulatedDeformRoIPoolPack(_PackedRoIPool):
+    """Modulated deformable RoI pooling (v2) that makes its own offsets and masks; half of RoIAlign at the start.
+
+    The regions are pooled by RoIAlign, fully connected layers turn these features into offsets and masks, and the
+    regions are pooled again with them.
+
+    Parameters
+    ----------
+    output_size : int or (P, Q)
+        Bins of a region, vertical and horizontal.
+    output_channels : int
+        C, the channels of the feature map.
+    deform_fc_channels : int
+        Width of the hidden layers.
+    spatial_scale : float
+        Pixels of the feature map per unit of the regions, such as 1/16.
+    sampling_ratio : int
+        Samples of a bin along each axis; 0 for as many as the bin has pixels.
+    gamma : float
+        Factor of the offsets.
+    num_fcs : int
+        Fully connected layers of the branch.
+    mask_scale : float
+        The masks are ``mask_scale * sigmoid(logits)``: 1 as in the paper, 2 to start as RoIAlign.
+
+    Attributes
+    ----------
+    offset_fc : torch.nn.Sequential, C*P*Q to 3*P*Q features
+        The branch: the offsets of all bins, first horizontal then vertical, and the logits of their masks. The weights
+        of hidden layers start as N(0, 0.01), the last layer at zero.
+
+    Raises
+    ------
+    ArgumentError
+        A parameter is not legal.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dcnops.adapters.torch import ModulatedDeformRoIPoolPack
+    >>> pool = ModulatedDeformRoIPoolPack(7, 4, spatial_scale=1 / 16)
+    >>> rois = torch.tensor([[0, 32.0, 16.0, 320.0, 240.0]])  # image, x1, y1, x2, y2
+    >>> pool(torch.randn(1, 4, 25, 40), rois).shape
+    torch.Size([1, 4, 7, 7])
+    >>> [layer.out_features for layer in pool.offset_fc[::2]]
+    [1024, 1024, 147]
+    """
+
+    values_per_bin = 3
+
+    def __init__(
+        self,
+        output_size: Pair,
+        output_channels: int,
+        deform_fc_channels: int = 1024,
+        spatial_scale: float = 1.0,
+        sampling_ratio: int = 2,
+        gamma: float = 0.1,
+        *,
+        num_fcs: int = 3,
+        mask_scale: float = 1.0,
+    ) -> None:
+        super().__init__(
+            output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma, num_fcs
+        )
+        self.mask_scale = mask_scale
+
+    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
+        """Pool `rois` [R, 5] from `input` [N, C, H, W], giving [R, C, P, Q].
+
+        Raises
+        ------
+        ShapeError, ArgumentError, DtypeError, DeviceError
+            As in `deform_roi_pool`.
+        """
+        values = self._branch(input, rois)
+        return self._pool(input, rois, values[:, :2], self.mask_scale * torch.sigmoid(values[:, 2]))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mask_scale={self.mask_scale}"
+
+
+class MultiScaleDeformRoIPool(nn.Module):
+    """Pools each box from the level of a feature pyramid that suits its size.
+
+    It is called like ``torchvision.ops.MultiScaleRoIAlign`` and picks levels by the same rule, equation 1 of the
+    Feature Pyramid Network paper. Unlike there, regions are shifted by half a pixel (``aligned=True``).
+
+    Parameters
+    ----------
+    featmap_names : sequence of str
+        The feature maps to use, fine to coarse; each half as large as the one before.
+    pool : DeformRoIPool, DeformRoIPoolPack or ModulatedDeformRoIPoolPack
+        What pools from a level, with `spatial_scale` 1.
+    share_branch : bool
+        Whether all levels use `pool` itself and with it one offset branch, as in the paper, or each a copy of its own.
+    canonical_scale : int
+        Size of a box, in pixels of the image, that is pooled from `canonical_level`.
+    canonical_level : int
+        Level as a power of two of the stride: 4 is stride 16.
+
+    Attributes
+    ----------
+    pools : torch.nn.ModuleList
+        `pool` alone where the branch is shared, else one for each of `featmap_names`.
+    output_size : (P, Q)
+
+    Raises
+    ------
+    ArgumentError
+        There are no `featmap_names`, or the scale of `pool` is not 1.
+
+    Notes
+    -----
+    Torchvision's detectors accept it by assignment after construction:
+    ``detector.roi_heads.box_roi_pool = MultiScaleDeformRoIPool(...)``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dcnops.adapters.torch import ModulatedDeformRoIPoolPack, MultiScaleDeformRoIPool
+    >>> pool = MultiScaleDeformRoIPool(["0", "1"], ModulatedDeformRoIPoolPack(7, 4))
+    >>> features = {"0": torch.randn(1, 4, 64, 64), "1": torch.randn(1, 4, 32, 32)}
+    >>> boxes = torch.tensor([[0.0, 0, 40, 30], [10, 0, 250, 200]])  # x1, y1, x2, y2
+    >>> pool(features, [boxes], [(256, 256)]).shape
+    torch.Size([2, 4, 7, 7])
+    """
+
+    def __init__(
+        self,
+        featmap_names: Sequence[str],
+        pool: DeformRoIPool | DeformRoIPoolPack | ModulatedDeformRoIPoolPack,
+        share_branch: bool = True,
+        *,
+        canonical_scale: int = 224,
+        canonical_level: int = 4,
+    ) -> None:
+        super().__init__()
+        if not featmap_names:
+            raise ArgumentError("featmap_names must name at least one feature map")
+        if pool.spatial_scale != 1:
+            raise ArgumentError(f"pool must have spatial_scale=1, levels bring their own, got {pool.spatial_scale}")
+        self.featmap_names = list(featmap_names)
+        self.output_size = pool.output_size
+        self.canonical_scale = canonical_scale
+        self.canonical_level = canonical_level
+        copies = [] if share_branch else [copy.deepcopy(pool) for _ in self.featmap_names[1:]]
+        self.pools = nn.ModuleList([pool, *copies])
+
+    def forward(
+        self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Pool the boxes of all images.
+
+        Parameters
+        ----------
+        features : mapping of str to Tensor [N, C, H, W]
+            The feature maps; those not in `featmap_names` are left alone.
+        boxes : sequence of N Tensors [R_n, 4], in pixels of the image
+            Boxes (x1, y1, x2, y2) of each image.
+        image_shapes : sequence of N (height, width)
+            Sizes of the images before they were padded to a batch. The scale of a level is its height over the largest
+            of the images, to the nearest power of two.
+
+        Returns
+        -------
+        Tensor [R_0 + R_1 + ..., C, P, Q]
+
+        Raises
+        ------
+        ArgumentError
+            A feature map is missing or of another size, or there are not as many images as lists of boxes.
+        ShapeError, DtypeError, DeviceError
+            As in `deform_roi_pool`.
+        """
+        missing = [name for name in self.featmap_names if name not in features]
+        if missing:
+            raise ArgumentError(f"features must hold {missing}, got {list(features)}")
+        if not boxes or len(boxes) != len(image_shapes):
+            raise ArgumentError(
+                f"boxes and image_shapes must have one entry for each image, got {len(boxes)} and {len(image_shapes)}"
+            )
+        maps = [features[name] for name in self.featmap_names]
+        image_height = max(height for height, _ in image_shapes)
+        rois = _as_rois(boxes)
+        # Levels as powers of two of their stride.
+        exponents = [round(math.log2(image_height / level.shape[-2])) for level in maps]
+        if exponents != list(range(exponents[0], exponents[0] + len(exponents))):
+            sizes = [tuple(level.shape[-2:]) for level in maps]
+            raise ArgumentError(
+                f"features must halve in size from each of {self.featmap_names} to the next, got {sizes}"
+            )
+        level_of = self._levels(rois[:, 1:], exponents)
+
+        pooled, order = [], []
+        for index, (level, exponent) in enumerate(zip(maps, exponents)):
+            pool = self.pools[index if len(self.pools) > 1 else 0]
+            rows = torch.where(level_of == index)[0]
+            # A power of two: the division is exact.
+            scale = rois.new_tensor([1, *[2.0**-exponent] * 4])
+            # Levels without boxes too, so that every parameter has a gradient, which data-parallel training expects.
+            pooled.append(pool(level, rois[rows] * scale))
+            order.append(rows)
+        return torch.cat(pooled)[torch.argsort(torch.cat(order))]
+
+    def _levels(self, boxes: Tensor, exponents: Sequence[int]) -> Tensor:
+        """Index into `featmap_names` for each of `boxes` [R, 4]."""
+        # The area of a box overflows float16.
+        x1, y1, x2, y2 = boxes.to(torch.promote_types(boxes.dtype, torch.float32)).unbind(1)
+        size = torch.sqrt((x2 - x1) * (y2 - y1))
+        level = torch.floor(self.canonical_level + torch.log2(size / self.canonical_scale) + 1e-6)
+        # Inverted and NaN boxes have no size; they go to the finest level.
+        level = level.nan_to_num(nan=exponents[0]).clamp(exponents[0], exponents[-1])
+        return level.to(torch.int64) - exponents[0]
+
+    def extra_repr(self) -> str:
+        return f"featmap_names={self.featmap_names}, share_branch={len(self.pools) == 1}"
+
+
+def _as_rois(boxes: Sequence[Tensor]) -> Tensor:
+    """Boxes of each image [R_n, 4] as regions [R, 5]."""
+    return torch.cat([nn.functional.pad(item, (1, 0), value=image) for image, item in enumerate(boxes)])
