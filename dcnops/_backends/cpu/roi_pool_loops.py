@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from dcnops._backends.cpu.compiled import inner, kernel
+from dcnops._backends.cpu.compiled import exact, inner, kernel
 
 __all__ = ["pool_bins", "region_costs", "scatter_bins", "slope_bins"]
 
@@ -62,7 +62,7 @@ def _samples_near(start: Any, length: Any, samples: int, extent: int) -> Any:
     return int(min(max(min(a, b) - 2, 0), samples)), int(min(max(max(a, b) + 2, 0), samples))
 
 
-@inner()
+@exact
 def _axis(
     low: Any, high: Any, scale: Any, gamma: Any, offset: Any, bin: int, bins: int, ratio: int, extent: int,
     weights: Any, slopes: Any,
