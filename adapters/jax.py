@@ -242,6 +242,7 @@ def _shapes(arrays: _Arrays) -> dict[str, Any]:
 def _varying_axes(array: Any) -> frozenset[str]:
     """Axes of the mesh along which the devices of a `jax.shard_map` may hold different values."""
     kind: Any = jax.typeof(array)
+    # Versions of JAX differ in where they keep this.
     axes: frozenset[str] = kind.mat.varying if hasattr(kind, "mat") else kind.vma
     return axes
 
@@ -256,10 +257,8 @@ def _equally_varying(arrays: _Arrays, beside: _Arrays | None = None) -> _Arrays:
     axes = frozenset[str]().union(*map(_varying_axes, tracers))
     if not axes:
         return arrays
-    lax: Any = jax.lax
-    mark = partial(lax.pcast, to="varying") if hasattr(lax, "pcast") else lax.pvary
     return {
-        name: None if array is None else mark(array, tuple(axes - _varying_axes(array)))
+        name: None if array is None else jax.lax.pcast(array, tuple(axes - _varying_axes(array)), to="varying")
         for name, array in arrays.items()
     }
 
@@ -274,25 +273,25 @@ def _differentiable(operation: str, geometry: _Geometry, arrays: _Arrays) -> jax
     return _call(_Callback(operation, geometry), results, arrays)["output"]
 
 
-def _forward(operation: str, geometry: _Geometry, primals: _Arrays) -> tuple[jax.Array, tuple[_Arrays, _Arrays]]:
-    given = {name: primal for name, primal in primals.items() if primal is not None}
+def _forward(
+    operation: str, geometry: _Geometry, primals: _Arrays
+) -> tuple[jax.Array, tuple[_Arrays, dict[str, None]]]:
     arrays = {name: None if primal is None else primal.value for name, primal in primals.items()}
-    # Backward has to know what is needed while it is traced. It sees the shapes of residuals, and their structure, but
-    # that is the same for all derivatives of a compiled function: one element for what is needed, none for what is not.
-    needs = {name: np.empty(int(primal.perturbed and name != "rois"), np.bool_) for name, primal in given.items()}
+    perturbed = {name for name, primal in primals.items() if primal is not None and primal.perturbed}
+    # The keys of a dictionary are structure, not values: backward knows them while it is traced.
+    needs = dict.fromkeys(sorted(perturbed - {"rois"}))
     return _differentiable(operation, geometry, arrays), (arrays, needs)
 
 
 def _backward(
-    operation: str, geometry: _Geometry, residuals: tuple[_Arrays, _Arrays], grad_out: jax.Array | SymbolicZero
+    operation: str, geometry: _Geometry, residuals: tuple[_Arrays, dict[str, None]], grad_out: jax.Array | SymbolicZero
 ) -> tuple[_Arrays]:
-    arrays, sizes = residuals
-    needs = frozenset(name for name, size in sizes.items() if size.shape[0])
+    arrays, needs = residuals
     gradients: _Arrays = {}
     if needs and not isinstance(grad_out, SymbolicZero):
         results = {name: _result(arrays[name].shape, arrays[name].dtype) for name in needs}
         arguments = {"grad_out": grad_out, **{name: array for name, array in arrays.items() if name != "bias"}}
-        gradients = _call(_Callback(operation, geometry, needs), results, arguments)
+        gradients = _call(_Callback(operation, geometry, frozenset(needs)), results, arguments)
     return ({name: gradients.get(name) for name in arrays},)
 
 

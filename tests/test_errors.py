@@ -313,6 +313,13 @@ def test_a_failure_leaves_the_inputs_untouched():
         np.testing.assert_array_equal(good[name], array)
 
 
+@pytest.mark.parametrize("stride", [np.array(1), np.int64(1), np.array([1, 1]), [1, 1], (np.int32(1), 1)], ids=repr)
+def test_numbers_of_numpy_are_numbers(stride: Any):
+    legal = {k: v for k, v in arguments().items() if k != "grad_out"}
+    expected = dcnops.deform_conv2d(**legal)
+    np.testing.assert_array_equal(dcnops.deform_conv2d(**{**legal, "stride": stride}), expected)
+
+
 def test_a_single_need_may_be_a_plain_string():
     gradients = dcnops.deform_conv2d_backward(**arguments(needs="weight"))
     assert gradients.weight is not None and gradients.input is None

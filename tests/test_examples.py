@@ -30,6 +30,20 @@ def test_quickstart_numpy() -> None:
     assert float(after) < float(before)
 
 
+def test_quickstart_torch() -> None:
+    done = run_example("quickstart_torch.py")
+    assert done.returncode == 0, done.stderr
+    error = float(done.stdout.splitlines()[4].split("error ")[1].split(",")[0])
+    assert error < 0.01
+    assert "layer output (4, 8, 48, 48)" in done.stdout
+
+
+def test_quickstart_jax() -> None:
+    done = run_example("quickstart_jax.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
 def test_quickstart_cupy_without_a_gpu_says_what_is_missing() -> None:
     done = run_example("quickstart_cupy.py")
     assert done.returncode == 1

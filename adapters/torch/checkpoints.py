@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from dcnops._errors import ArgumentError
+
 from .conv_modules import OffsetBranchConv
 
 __all__ = ["rename_state_dict"]
@@ -67,7 +68,7 @@ def rename_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> Ord
             found = sorted({name, *foreign} & state_dict.keys())
             if len(found) > 1:
                 raise ArgumentError(f"state_dict must have the branch of a layer under one name, got {found}")
-            new_names.update({key: name for key in found})
+            new_names.update(dict.fromkeys(found, name))
     renamed = OrderedDict((new_names.get(key, key), tensor) for key, tensor in state_dict.items())
     if hasattr(state_dict, "_metadata"):  # the versions of the modules, by which some adapt old checkpoints
         renamed._metadata = state_dict._metadata  # type: ignore[attr-defined]

@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 from dcnops._errors import ArgumentError
 from dcnops._geometry import Pair, expand_pair
+
 from .functional import deform_conv2d
 
 __all__ = ["DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2dPack"]
 
 
-class _DeformConv(nn.Module):
+class DeformConvBase(nn.Module):
     """The parameters that every deformable convolution has, made and initialised as `torch.nn.Conv2d` does."""
 
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -32,7 +34,7 @@ class _DeformConv(nn.Module):
     ) -> None:
         super().__init__()
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            _check_divisible(name, channels, "groups", groups)
+            check_divisible(name, channels, "groups", groups)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = expand_pair("kernel_size", kernel_size)
@@ -67,7 +69,7 @@ class _DeformConv(nn.Module):
         return text
 
 
-class DeformConv2d(_DeformConv):
+class DeformConv2d(DeformConvBase):
     """Deformable convolution with offsets, and masks if any, given to `forward`.
 
     Constructor, initialisation and state dict are those of ``torchvision.ops.DeformConv2d``.
@@ -146,7 +148,7 @@ class OffsetConv2d(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
 
-class OffsetBranchConv(_DeformConv):
+class OffsetBranchConv(DeformConvBase):
     """A deformable convolution with its own branch `conv_offset`."""
 
     channels_per_tap: int
@@ -164,7 +166,7 @@ class OffsetBranchConv(_DeformConv):
         bias: bool = True,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        _check_divisible("in_channels", in_channels, "deform_groups", deform_groups)
+        check_divisible("in_channels", in_channels, "deform_groups", deform_groups)
         self.deform_groups = deform_groups
         self.conv_offset = OffsetConv2d(
             in_channels,
@@ -319,6 +321,6 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
         return f"{super().extra_repr()}, mask_scale={self.mask_scale}"
 
 
-def _check_divisible(name: str, channels: int, divisor_name: str, divisor: int) -> None:
+def check_divisible(name: str, channels: int, divisor_name: str, divisor: int) -> None:
     if channels < 1 or divisor < 1 or channels % divisor:
         raise ArgumentError(f"{name} must be a positive multiple of {divisor_name}={divisor}, got {channels}")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dcnops._errors import ArgumentError
+
 from .conv_modules import (
     DeformConv2dPack,
     ModulatedDeformConv2dPack,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dcnops._errors import ArgumentError, ShapeError
+from dcnops._errors import ArgumentError, DcnError, ShapeError
 
 from . import operators
 
@@ -57,9 +57,10 @@ def export(
     Raises
     ------
     ArgumentError
-        `opset_version` is too old.
-    torch.onnx.errors.OnnxExporterError
-        The model cannot be exported; where it is because of an operation of dcnops, the message says what to do.
+        `opset_version` is too old, or the model pools with offsets and an adaptive number of samples
+        (``sampling_ratio=0``). `torch.onnx.export` itself wraps such errors in its own.
+    torch.onnx.OnnxExporterError
+        The model cannot be exported for another reason.
 
     Notes
     -----
@@ -69,9 +70,10 @@ def export(
     - A NaN offset of a convolution makes our sample NaN; onnxruntime (1.32) makes it 0.
     - A NaN or infinite pixel whose weight is zero takes no part in ours; elsewhere it gives NaN.
     - ``DeformConv`` has one type. float16 data beside float32 offsets, and bfloat16 data, are computed in float32 and
-      cast back, which is what our operation does inside. All float16 stays float16.
-    - Regions: ``RoiAlign`` (no offset) refuses in onnxruntime what is not finite, where ours makes NaN. With offsets,
-      the index of a feature map is not checked beyond what ``Gather`` does: a negative one counts from the end.
+      cast back, which is what our operation does inside. All float16 stays float16; onnxruntime has float32
+      coordinates and sums there too, which ONNX does not ask for.
+    - Regions without offsets, ``RoiAlign``: onnxruntime refuses what is not finite, where ours makes NaN. With
+      offsets, the index of a feature map is checked by ``Gather`` only: a negative one counts from the end.
     - Offsets of RoI pooling need ``sampling_ratio > 0``, for memory of the size of
       ``R * P * Q * sampling_ratio**2 * C`` values: for the usual 1000 regions, 7 * 7 bins, 256 channels and
       sampling ratio 2 that is 200 MB.
@@ -79,7 +81,7 @@ def export(
     onnxruntime runs ``DeformConv`` from 1.25 on; its CPU provider in float16, float32 and float64. onnx's reference
     evaluator samples in float32 and fails for NaN and infinite offsets and for images one pixel high or wide.
 
-    Sizes that shall change need `dynamic_shapes`: the batch, the number of regions, height and width.
+    Batch, number of regions, height and width may change from run to run if `dynamic_shapes` names them; channels not.
 
     Examples
     --------
@@ -89,25 +91,37 @@ def export(
     ...     def forward(self, x, offset, weight):
     ...         return deform_conv2d(x, offset, weight, padding=1)
     >>> inputs = torch.rand(2, 4, 8, 8), torch.zeros(2, 18, 8, 8), torch.rand(6, 4, 3, 3)
-    >>> program = onnx.export(Layer(), inputs, verbose=False)
+    >>> program = onnx.export(Layer().eval(), inputs, verbose=False)
     >>> [node.op_type for node in program.model.graph]
     ['DeformConv']
     """
     if opset_version < _LOWEST_OPSET:
-        raise ArgumentError(
-            f"opset_version must be at least {_LOWEST_OPSET}, the first with DeformConv, got {opset_version}"
+        raise _too_old(opset_version)
+    try:
+        program = torch.onnx.export(
+            model,
+            args,
+            f,
+            dynamo=True,
+            opset_version=opset_version,
+            custom_translation_table={**translation_table(), **(custom_translation_table or {})},
+            **kwargs,
         )
-    program = torch.onnx.export(
-        model,
-        args,
-        f,
-        dynamo=True,
-        opset_version=opset_version,
-        custom_translation_table={**translation_table(), **(custom_translation_table or {})},
-        **kwargs,
-    )
+    except torch.onnx.OnnxExporterError as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise reason from None
     assert program is not None
     return program
+
+
+def _reason(error: BaseException) -> DcnError | None:
+    """The exception of dcnops that the exporter has wrapped in its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, DcnError):
+        cause = cause.__cause__
+    return cause
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -128,7 +142,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     >>> inputs = torch.rand(2, 4, 8, 8), torch.tensor([[0.0, 8, 8, 80, 96]])
     >>> table = onnx.translation_table()
     >>> program = torch.onnx.export(
-    ...     Pool(), inputs, dynamo=True, opset_version=19, custom_translation_table=table, verbose=False
+    ...     Pool().eval(), inputs, dynamo=True, opset_version=19, custom_translation_table=table, verbose=False
     ... )
     >>> "RoiAlign" in [node.op_type for node in program.model.graph]
     True
@@ -137,10 +151,23 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _opset() -> Any:
-    # Not a dependency of the adapter: whoever gets here has it, because torch's exporter needs it.
+    """The operators. Only a translation may ask: torch's exporter, which calls it, has imported onnxscript then."""
     import onnxscript
 
     return onnxscript.opset19
+
+
+def _check_opset() -> None:
+    """The exporter would write operators of a newer opset into the model without a word."""
+    from onnxscript import evaluator
+
+    asked = getattr(evaluator.default(), "opset", None)
+    if asked is not None and asked.version < _LOWEST_OPSET:
+        raise _too_old(asked.version)
+
+
+def _too_old(version: int) -> ArgumentError:
+    return ArgumentError(f"opset_version must be at least {_LOWEST_OPSET}, the first with DeformConv, got {version}")
 
 
 def _types() -> Any:
@@ -163,6 +190,7 @@ def _deform_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Any:
+    _check_opset()
     channels = _fixed("input's channels", input.shape[1])
     per_group, kh, kw = (_fixed("weight", size) for size in weight.shape[1:])
     top, bottom, left, right = padding if len(padding) == 4 else (padding[0], padding[0], padding[1], padding[1])
@@ -197,6 +225,7 @@ def _deform_roi_pool(
     sampling_ratio: int,
     gamma: float,
 ) -> Any:
+    _check_opset()
     op, types = _opset(), _types()
     real = types.DOUBLE if input.dtype == types.DOUBLE else types.FLOAT
     rois = _cast(rois, real)
@@ -221,11 +250,11 @@ def _roi_align(
 ) -> Any:
     """Output [R, C, P, Q] of type `real`."""
     op = _opset()
-    maps, low, high = op.Split(rois, op.Constant(value_ints=[1, 2, 2]), axis=1)
+    maps, regions = op.Slice(rois, [0], [1], [1]), op.Slice(rois, [1], [5], [1])
     if sampling_ratio == 0:
         # Inverted regions have no samples, as empty ones; onnxruntime fails for them.
-        high = op.Max(high, low)
-    regions = op.Concat(low, high, axis=1)
+        low, high = op.Split(regions, num_outputs=2, axis=1)
+        regions = op.Concat(low, op.Max(low, high), axis=1)
     if real == _types().DOUBLE:
         # The attribute has single precision.
         regions, spatial_scale = regions * _constant(spatial_scale, real), 1.0

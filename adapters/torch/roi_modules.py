@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from dcnops._errors import ArgumentError, ShapeError
 from dcnops._geometry import Pair, expand_pair
+
 from .functional import deform_roi_pool
 
 __all__ = ["DeformRoIPool", "DeformRoIPoolPack", "ModulatedDeformRoIPoolPack", "MultiScaleDeformRoIPool"]
 
 
-class _RoIPool(nn.Module):
+class RoIPoolBase(nn.Module):
     """The numbers that every deformable RoI pooling has."""
 
     def __init__(self, output_size: Pair, spatial_scale: float, sampling_ratio: int, gamma: float) -> None:
@@ -26,7 +27,7 @@ class _RoIPool(nn.Module):
         self.sampling_ratio = sampling_ratio
         self.gamma = gamma
 
-    def _pool(self, input: Tensor, rois: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def pool(self, input: Tensor, rois: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         return deform_roi_pool(
             input,
             rois,
@@ -45,7 +46,7 @@ class _RoIPool(nn.Module):
         )
 
 
-class DeformRoIPool(_RoIPool):
+class DeformRoIPool(RoIPoolBase):
     """Deformable RoI pooling with offsets and masks given to `forward`; RoIAlign (``aligned=True``) without them.
 
     Parameters
@@ -100,7 +101,7 @@ class DeformRoIPool(_RoIPool):
         ShapeError, ArgumentError, DtypeError, DeviceError
             As in `deform_roi_pool`.
         """
-        return self._pool(input, rois, offset, mask)
+        return self.pool(input, rois, offset, mask)
 
 
 class HiddenLinear(nn.Linear):
@@ -119,7 +120,7 @@ class LastLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-class _PackedRoIPool(_RoIPool):
+class _PackedRoIPool(RoIPoolBase):
     """A pooling whose branch `offset_fc` looks at the regions' RoIAlign features."""
 
     values_per_bin: int
@@ -154,8 +155,8 @@ class _PackedRoIPool(_RoIPool):
         """The branch's values of each bin [R, values_per_bin, P, Q]."""
         if input.ndim == 4 and input.shape[1] != self.output_channels:
             raise ShapeError(f"input must be [N, C={self.output_channels}, H, W], got shape {tuple(input.shape)}")
-        values: Tensor = self.offset_fc(self._pool(input, rois).flatten(1))
-        return values.unflatten(1, (self.values_per_bin, *self.output_size))
+        values: Tensor = self.offset_fc(self.pool(input, rois).flatten(1))
+        return values.reshape(-1, self.values_per_bin, *self.output_size)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, output_channels={self.output_channels}"
@@ -231,7 +232,7 @@ class DeformRoIPoolPack(_PackedRoIPool):
         ShapeError, ArgumentError, DtypeError, DeviceError
             As in `deform_roi_pool`.
         """
-        return self._pool(input, rois, self._branch(input, rois))
+        return self.pool(input, rois, self._branch(input, rois))
 
 
 class ModulatedDeformRoIPoolPack(_PackedRoIPool):
@@ -310,7 +311,7 @@ class ModulatedDeformRoIPoolPack(_PackedRoIPool):
             As in `deform_roi_pool`.
         """
         values = self._branch(input, rois)
-        return self._pool(input, rois, values[:, :2], self.mask_scale * torch.sigmoid(values[:, 2]))
+        return self.pool(input, rois, values[:, :2], self.mask_scale * torch.sigmoid(values[:, 2]))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask_scale={self.mask_scale}"
@@ -365,7 +366,7 @@ class MultiScaleDeformRoIPool(nn.Module):
     def __init__(
         self,
         featmap_names: Sequence[str],
-        pool: DeformRoIPool | DeformRoIPoolPack | ModulatedDeformRoIPoolPack,
+        pool: RoIPoolBase,
         share_branch: bool = True,
         *,
         canonical_scale: int = 224,
@@ -395,8 +396,8 @@ class MultiScaleDeformRoIPool(nn.Module):
         boxes : sequence of N Tensors [R_n, 4], in pixels of the image
             Boxes (x1, y1, x2, y2) of each image.
         image_shapes : sequence of N (height, width)
-            Sizes of the images before they were padded to a batch. The scale of a level is its height over the largest
-            of the images, to the nearest power of two.
+            Sizes of the images before they were padded to a batch. The scale of a level is its longer side over that
+            of the largest image, to the nearest power of two.
 
         Returns
         -------
@@ -417,10 +418,11 @@ class MultiScaleDeformRoIPool(nn.Module):
                 f"boxes and image_shapes must have one entry for each image, got {len(boxes)} and {len(image_shapes)}"
             )
         maps = [features[name] for name in self.featmap_names]
-        image_height = max(height for height, _ in image_shapes)
         rois = _as_rois(boxes)
-        # Levels as powers of two of their stride.
-        exponents = [round(math.log2(image_height / level.shape[-2])) for level in maps]
+        height, width = (max(sizes) for sizes in zip(*image_shapes))
+        # The padding of a batch matters least along the longer side.
+        extent, axis = max((height, -2), (width, -1))
+        exponents = [round(math.log2(extent / level.shape[axis])) for level in maps]
         if exponents != list(range(exponents[0], exponents[0] + len(exponents))):
             sizes = [tuple(level.shape[-2:]) for level in maps]
             raise ArgumentError(
@@ -440,7 +442,7 @@ class MultiScaleDeformRoIPool(nn.Module):
         return torch.cat(pooled)[torch.argsort(torch.cat(order))]
 
     def _levels(self, boxes: Tensor, exponents: Sequence[int]) -> Tensor:
-        """Index into `featmap_names` for each of `boxes` [R, 4]."""
+        """Index into `featmap_names` for each of `boxes` [R, 4]; level k has a stride of ``2**exponents[k]``."""
         # The area of a box overflows float16.
         x1, y1, x2, y2 = boxes.to(torch.promote_types(boxes.dtype, torch.float32)).unbind(1)
         size = torch.sqrt((x2 - x1) * (y2 - y1))

@@ -7,7 +7,7 @@ writable (one compiled variant per dtype), float32 or float64, and of one dtype 
 Layouts used by all kernels. A block is a range of ``width = Gb*cw`` channels: `Gb` whole weight groups, or `cw`
 channels of one group. ``image [n, H*W + 1, width]`` is channels-last, the extra pixel at its end is zero: corners
 that must not take part point there, which keeps the inner loops free of branches. Output pixels of a chunk of images
-have one running index q. ``columns [Gb, q, K*cw rounded up to a panel]`` is what a matrix product sees.
+have one running index q. A matrix product sees columns or their gradients as ``[Gb, q, K*cw or more]``.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from dcnops._backends.cpu.compiled import inner, kernel
 __all__ = [
     "DEPTH",
     "ROWS",
+    "STRIP",
     "column_gradients",
     "output_tile",
     "pack_weight",
     "pack_weight_transposed",
     "panel_lanes",
-    "sample_columns",
     "sampling_gradients",
     "scatter_columns",
     "unpack_weight",
@@ -40,6 +40,9 @@ __all__ = [
 
 ROWS = 6
 """Rows of the register tile: with two vectors a row, its 12 sums fit the 16 registers of AVX and hide the latency."""
+
+STRIP = 32
+"""Output pixels whose sampling is planned at once; they lie in one row."""
 
 DEPTH = 192
 """Length of the sums that a register tile takes at once: that much of a panel stays in the first-level cache."""
@@ -221,96 +224,133 @@ def unpack_weight(gradient: Any, weight: Any, g0: int, c0: int, cw: int, og: int
 
 
 @inner()
-def _locate(sizes: Any, offset: Any, d: int, i: int, j: int, n: int, p: int, a: int, b: int) -> Any:
-    """Where tap (i, j) of group d samples for output pixel p = (a, b): inside the open box, NaN, y0, x0, ly, lx."""
-    H, W, _, kh, kw, sh, sw, dh, dw, pad_top, pad_left, _ = sizes
+def _strip(sizes: Any, p: int, last: int) -> Any:
+    """How many output pixels from p on, all before `last`, are one strip."""
+    return min(STRIP, last - p, sizes[2] - p % sizes[2])
+
+
+@inner()
+def _weight(valid: bool, bilinear: Any, modulation: Any) -> Any:
+    """Weight of a corner: exactly 0, whatever the mask is, for one that must not take part."""
+    return bilinear * modulation if valid & (bilinear != 0) else type(bilinear)(0)
+
+
+@inner()
+def _plan(sizes: Any, offset: Any, mask: Any, plan: Any, k0: int, k1: int, d: int, n: int, p: int, count: int) -> None:
+    """Plan where taps ``k0 <= k < k1`` of group d sample for a strip of output pixels.
+
+    One pixel at a time, this would take as long as the loops over channels do: the loop over pixels must vectorise.
+    The compiler sees that only if the stores into one array are constant distances apart.
+
+    Parameters
+    ----------
+    plan : tuple of array
+        corners [K, 4*STRIP] int32: pixels (y, x), (y, x+1), (y+1, x), (y+1, x+1) of the image; the zero pixel for
+        those outside of it and for samples outside of the open box.
+        weights [K, 7*STRIP]: the weights of the corners, bilinear times mask; ly, lx and the mask, which is 1 outside
+        of the open box. NaN coordinates make the first six NaN.
+    """
+    H, W, ow, kh, kw, sh, sw, dh, dw, pad_top, pad_left, _ = sizes
+    corners, weights = plan
     real = offset.dtype.type
-    channel = 2 * ((d * kh + i) * kw + j)
-    py = real(a * sh - pad_top + i * dh) + offset[n, channel, p]
-    px = real(b * sw - pad_left + j * dw) + offset[n, channel + 1, p]
-    if py > real(-1) and py < real(H) and px > real(-1) and px < real(W):
-        fy = np.floor(py)
-        fx = np.floor(px)
-        return True, False, int(fy), int(fx), py - fy, px - fx
-    return False, py != py or px != px, 0, 0, real(0), real(0)
-
-
-@inner()
-def _corners(sizes: Any, y: int, x: int) -> Any:
-    """Pixels (y, x), (y, x+1), (y+1, x), (y+1, x+1); the zero pixel for those outside of the image."""
-    H, W = sizes[:2]
+    one = real(1)
     zero = H * W
-    i = y * W + x
-    top, bottom = y >= 0, y < H - 1
-    left, right = x >= 0, x < W - 1
-    return (
-        i if top and left else zero,
-        i + 1 if top and right else zero,
-        i + W if bottom and left else zero,
-        i + W + 1 if bottom and right else zero,
-    )
-
-
-@inner()
-def _weighted(pixel: int, bilinear: Any, modulation: Any, zero: int) -> Any:
-    """Pixel and weight of a corner; one of weight zero becomes the zero pixel, whatever its value was."""
-    weight = bilinear * modulation
-    if bilinear == 0 or weight == 0 or pixel == zero:
-        return zero, type(weight)(0)
-    return pixel, weight
-
-
-@inner()
-def _weighted_corners(sizes: Any, mask: Any, d: int, k: int, n: int, p: int, y: int, x: int, ly: Any, lx: Any) -> Any:
-    """The four corners with their weights, bilinear times mask."""
-    real = mask.dtype.type
-    modulation = mask[n, d * sizes[3] * sizes[4] + k, p] if mask.size else real(1)
-    zero = sizes[0] * sizes[1]
-    hy = real(1) - ly
-    hx = real(1) - lx
-    i00, i01, i10, i11 = _corners(sizes, y, x)
-    i00, w00 = _weighted(i00, hy * hx, modulation, zero)
-    i01, w01 = _weighted(i01, hy * lx, modulation, zero)
-    i10, w10 = _weighted(i10, ly * hx, modulation, zero)
-    i11, w11 = _weighted(i11, ly * lx, modulation, zero)
-    return i00, i01, i10, i11, w00, w01, w10, w11
-
-
-@inner()
-def _sample(sizes: Any, image: Any, offset: Any, mask: Any, columns: Any, c0: int, cw: int, first: int, q: int) -> None:
-    """Fill the row of output pixel q, ``columns[:, q - first]``."""
-    ow, kh, kw = sizes[2:5]
-    cd = sizes[11]
-    real = image.dtype.type
-    width = image.shape[2]
-    zero = image.shape[1] - 1
-    n = q // offset.shape[2]
-    p = q - n * offset.shape[2]
     a = p // ow
     b = p - a * ow
-    for d in range(c0 // cd, (c0 + width - 1) // cd + 1):
-        begin = max(0, d * cd - c0)
-        end = min(width, (d + 1) * cd - c0)
-        first_g = begin // cw
-        last_g = (end - 1) // cw
-        for i in range(kh):
-            for j in range(kw):
-                k = i * kw + j
-                inside, nan, y, x, ly, lx = _locate(sizes, offset, d, i, j, n, p, a, b)
-                i00 = i01 = i10 = i11 = zero
-                w00 = w01 = w10 = w11 = real(math.nan if nan else 0)
-                if inside:
-                    i00, i01, i10, i11, w00, w01, w10, w11 = _weighted_corners(sizes, mask, d, k, n, p, y, x, ly, lx)
-                for g in range(first_g, last_g + 1):
-                    low = max(begin, g * cw)
-                    high = min(end, (g + 1) * cw)
-                    x00 = image[n, i00, low:high]
-                    x01 = image[n, i01, low:high]
-                    x10 = image[n, i10, low:high]
-                    x11 = image[n, i11, low:high]
-                    row = columns[g, q - first, k * cw + low - g * cw : k * cw + high - g * cw]
-                    for c in range(high - low):
-                        row[c] = w00 * x00[c] + w01 * x01[c] + w10 * x10[c] + w11 * x11[c]
+    for k in range(k0, k1):
+        i = k // kw
+        j = k - i * kw
+        channel = 2 * (d * kh * kw + k)
+        ys = offset[n, channel, p : p + count]
+        xs = offset[n, channel + 1, p : p + count]
+        ms = mask[n, channel // 2, p : p + count] if mask.size else ys
+        base_y = real(a * sh - pad_top + i * dh)
+        base_x = b * sw - pad_left + j * dw
+        for t in range(count):
+            py = base_y + ys[t]
+            px = real(base_x + t * sw) + xs[t]
+            inside = (py > -one) & (py < real(H)) & (px > -one) & (px < real(W))
+            nan = (py != py) | (px != px)
+            fy = np.floor(py) if inside else real(0)
+            fx = np.floor(px) if inside else real(0)
+            lost = real(math.nan) if nan else real(0)
+            ly = py - fy if inside else lost
+            lx = px - fx if inside else lost
+            hy = one - ly
+            hx = one - lx
+            y = np.int32(fy)
+            x = np.int32(fx)
+            top = inside & (y >= 0)
+            bottom = inside & (y < H - 1)
+            left = x >= 0
+            right = x < W - 1
+            pixel = y * W + x
+            corners[k, t] = pixel if top & left else zero
+            corners[k, STRIP + t] = pixel + 1 if top & right else zero
+            corners[k, 2 * STRIP + t] = pixel + W if bottom & left else zero
+            corners[k, 3 * STRIP + t] = pixel + W + 1 if bottom & right else zero
+            modulation = ms[t] if inside & (mask.size > 0) else one
+            weights[k, t] = _weight((top & left) | nan, hy * hx, modulation)
+            weights[k, STRIP + t] = _weight((top & right) | nan, hy * lx, modulation)
+            weights[k, 2 * STRIP + t] = _weight((bottom & left) | nan, ly * hx, modulation)
+            weights[k, 3 * STRIP + t] = _weight((bottom & right) | nan, ly * lx, modulation)
+            weights[k, 4 * STRIP + t] = ly
+            weights[k, 5 * STRIP + t] = lx
+            weights[k, 6 * STRIP + t] = modulation
+
+
+@inner()
+def _sample(
+    sizes: Any,
+    image: Any,
+    offset: Any,
+    mask: Any,
+    plan: Any,
+    columns: Any,
+    row: int,
+    c0: int,
+    cw: int,
+    n: int,
+    p: int,
+    count: int,
+    g0: int,
+    g1: int,
+    first: int,
+    last: int,
+) -> None:
+    """``columns[g - g0, row + t, column - first]`` of a strip, for ``g0 <= g < g1`` and ``first <= column < last``."""
+    corners, weights = plan
+    cd = sizes[11]
+    zero = image.shape[1] - 1
+    k0 = first // cw
+    k1 = (last - 1) // cw + 1
+    for d in range((c0 + g0 * cw) // cd, (c0 + g1 * cw - 1) // cd + 1):
+        _plan(sizes, offset, mask, plan, k0, k1, d, n, p, count)
+        begin = max(g0 * cw, d * cd - c0)
+        end = min(g1 * cw, (d + 1) * cd - c0)
+        for t in range(count):
+            for k in range(k0, k1):
+                w00 = weights[k, t]
+                w01 = weights[k, STRIP + t]
+                w10 = weights[k, 2 * STRIP + t]
+                w11 = weights[k, 3 * STRIP + t]
+                # What has no weight is not read: infinity and NaN there have no effect.
+                i00 = corners[k, t] if w00 != 0 else zero
+                i01 = corners[k, STRIP + t] if w01 != 0 else zero
+                i10 = corners[k, 2 * STRIP + t] if w10 != 0 else zero
+                i11 = corners[k, 3 * STRIP + t] if w11 != 0 else zero
+                for g in range(begin // cw, (end - 1) // cw + 1):
+                    shift = (k - g) * cw
+                    low = max(begin, g * cw, first - shift)
+                    high = min(end, (g + 1) * cw, last - shift)
+                    if low < high:
+                        x00 = image[n, i00, low:high]
+                        x01 = image[n, i01, low:high]
+                        x10 = image[n, i10, low:high]
+                        x11 = image[n, i11, low:high]
+                        target = columns[g - g0, row + t, low + shift - first : high + shift - first]
+                        for c in range(high - low):
+                            target[c] = w00 * x00[c] + w01 * x01[c] + w10 * x10[c] + w11 * x11[c]
 
 
 @kernel
@@ -328,6 +368,7 @@ def output_tile(
     og: int,
     add: bool,
     tile: int,
+    plan: Any,
     columns: Any,
     products: Any,
     begin: int,
@@ -348,18 +389,24 @@ def output_tile(
     out : array [n, O, oh*ow]
     c0, o0 : int
         First channel and first output of the block.
+    plan : tuple of array
+        Scratch of this thread, see `_plan`; so are `columns` and `products`.
     columns : array [Gb, tile, K*cw]
-        Scratch of this thread; tile is a multiple of ROWS.
+        The tile is a multiple of ROWS.
     products : array [Gb, tile, panels*lanes]
-        Scratch of this thread.
     """
     pixels = out.shape[2]
     Gb, panels, length, lanes = packed.shape
     for item in range(begin, end):
         first = item * tile
         last = min(first + tile, out.shape[0] * pixels)
-        for q in range(first, last):
-            _sample(sizes, image, offset, mask, columns, c0, cw, first, q)
+        q = first
+        while q < last:
+            n = q // pixels
+            p = q - n * pixels
+            count = _strip(sizes, p, p + last - q)
+            _sample(sizes, image, offset, mask, plan, columns, q - first, c0, cw, n, p, count, 0, Gb, 0, length)
+            q += count
         for g in range(Gb):
             for k in range(0, length, DEPTH):
                 for panel in range(panels):
@@ -383,15 +430,6 @@ def output_tile(
                         for i in range(count):
                             row[i] += products[g, q - first + i, o]
                 q += count
-
-
-@kernel
-def sample_columns(
-    sizes: Any, image: Any, offset: Any, mask: Any, columns: Any, c0: int, cw: int, first: int, begin: int, end: int
-) -> None:
-    """``columns[:, q - first]`` of the output pixels ``first + begin <= q < first + end``: an item is a pixel."""
-    for q in range(first + begin, first + end):
-        _sample(sizes, image, offset, mask, columns, c0, cw, first, q)
 
 
 @kernel
@@ -428,66 +466,140 @@ def column_gradients(
 
 @kernel
 def weight_gradient(
+    sizes: Any,
+    image: Any,
+    offset: Any,
+    mask: Any,
     grad_out: Any,
-    columns: Any,
     gradient: Any,
+    c0: int,
+    cw: int,
     o0: int,
     og: int,
-    first: int,
-    last: int,
-    panel_rows: Any,
+    plan: Any,
+    columns: Any,
     begin: int,
     end: int,
 ) -> None:
-    """Add the share of output pixels ``first <= q < last`` to the weight gradient; an item is one g and panel.
+    """Add the share of some images to the weight gradient of one block; an item is one g and some panels.
+
+    Each thread samples the columns that it multiplies: they stay in its cache.
 
     Parameters
     ----------
     grad_out : array [n, O, oh*ow]
-    columns : array [Gb, >= last - first, panels*lanes]
     gradient : array [Gb, og rounded up to ROWS, panels*lanes]
-    panel_rows : array [DEPTH, lanes]
+    plan : tuple of array
+        Scratch of this thread, see `_plan`.
+    columns : array [1, DEPTH, panels of an item * lanes]
         Scratch of this thread.
     """
-    O, pixels = grad_out.shape[1:]
-    padded = columns.shape[2]
-    depth, lanes = panel_rows.shape
-    rows = gradient.shape[1]
-    panels = padded // lanes
-    q = first
-    while q < last:
-        n = q // pixels
-        p = q - n * pixels
-        count = min(depth, last - q, pixels - p)
-        for item in range(begin, end):
-            g = item // panels
-            panel = item - g * panels
-            # Rows of `columns` lie a fixed stride apart and would fall into few sets of the first-level cache.
-            for row in range(count):
-                for lane in range(lanes):
-                    panel_rows[row, lane] = columns[g, q - first + row, panel * lanes + lane]
-            for o in range(0, og, ROWS):
-                _tile_product(
-                    grad_out, (n * O + o0 + g * og + o) * pixels + p, pixels, 1, og - o,
-                    panel_rows, 0, lanes,
-                    gradient, (g * rows + o) * padded + panel * lanes, padded,
-                    count, True,
-                )  # fmt: skip
-        q += count
+    images, O, pixels = grad_out.shape
+    _, rows, padded = gradient.shape
+    _, depth, wide = columns.shape
+    K = plan[0].shape[0]
+    lanes = _VECTORS * _VECTOR_BYTES // image.itemsize
+    pieces = (padded + wide - 1) // wide
+    for item in range(begin, end):
+        g = item // pieces
+        first_column = (item - g * pieces) * wide
+        last_column = min(first_column + wide, K * cw)
+        for n in range(images):
+            for p0 in range(0, pixels, depth):
+                number = min(depth, pixels - p0)
+                p = p0
+                while p < p0 + number:
+                    count = _strip(sizes, p, p0 + number)
+                    _sample(
+                        sizes, image, offset, mask, plan, columns, p - p0, c0, cw, n, p, count,
+                        g, g + 1, first_column, last_column,
+                    )  # fmt: skip
+                    p += count
+                for column in range(first_column, last_column, lanes):
+                    for o in range(0, og, ROWS):
+                        _tile_product(
+                            grad_out, (n * O + o0 + g * og + o) * pixels + p0, pixels, 1, og - o,
+                            columns, column - first_column, wide,
+                            gradient, (g * rows + o) * padded + column, padded,
+                            number, True,
+                        )  # fmt: skip
 
 
 @inner("reassoc", "nsz")
-def _dot(a: Any, b: Any) -> Any:
-    total = a.dtype.type(0)
+def _dots(a: Any, b0: Any, b1: Any, b2: Any, b3: Any) -> Any:
+    s0 = s1 = s2 = s3 = a.dtype.type(0)
     for i in range(a.shape[0]):
-        total += a[i] * b[i]
-    return total
+        s0 += a[i] * b0[i]
+        s1 += a[i] * b1[i]
+        s2 += a[i] * b2[i]
+        s3 += a[i] * b3[i]
+    return s0, s1, s2, s3
 
 
 @inner()
 def _term(factor: Any, value: Any) -> Any:
     """A product in which a zero factor wins over infinity and NaN."""
     return factor * value if factor != 0 else type(factor)(0)
+
+
+@inner()
+def _differentiate(
+    sizes: Any,
+    image: Any,
+    plan: Any,
+    gradients: Any,
+    row: int,
+    grad_offset: Any,
+    grad_mask: Any,
+    c0: int,
+    cw: int,
+    d: int,
+    n: int,
+    p: int,
+    t: int,
+) -> None:
+    """Add the offset and mask gradients of group d from ``gradients[:, row]`` and pixel t, (n, p), of the plan."""
+    corners, weights = plan
+    K = corners.shape[0]
+    cd = sizes[11]
+    real = image.dtype.type
+    zero = image.shape[1] - 1
+    begin = max(0, d * cd - c0)
+    end = min(image.shape[2], (d + 1) * cd - c0)
+    for k in range(K):
+        i00 = corners[k, t]
+        i01 = corners[k, STRIP + t]
+        i10 = corners[k, 2 * STRIP + t]
+        i11 = corners[k, 3 * STRIP + t]
+        s00 = s01 = s10 = s11 = real(0)
+        for g in range(begin // cw, (end - 1) // cw + 1):
+            low = max(begin, g * cw)
+            high = min(end, (g + 1) * cw)
+            r00, r01, r10, r11 = _dots(
+                gradients[g, row, k * cw + low - g * cw : k * cw + high - g * cw],
+                image[n, i00, low:high],
+                image[n, i01, low:high],
+                image[n, i10, low:high],
+                image[n, i11, low:high],
+            )
+            # An infinite gradient times the zero pixel is no NaN.
+            s00 += r00 if i00 != zero else real(0)
+            s01 += r01 if i01 != zero else real(0)
+            s10 += r10 if i10 != zero else real(0)
+            s11 += r11 if i11 != zero else real(0)
+        ly = weights[k, 4 * STRIP + t]
+        lx = weights[k, 5 * STRIP + t]
+        modulation = weights[k, 6 * STRIP + t]
+        hy = real(1) - ly
+        hx = real(1) - lx
+        dy = _term(hx, s10 - s00) + _term(lx, s11 - s01)
+        dx = _term(hy, s01 - s00) + _term(ly, s11 - s10)
+        grad_offset[n, 2 * (d * K + k), p] += _term(modulation, dy)
+        grad_offset[n, 2 * (d * K + k) + 1, p] += _term(modulation, dx)
+        if grad_mask.size:
+            grad_mask[n, d * K + k, p] += (
+                _term(hy * hx, s00) + _term(hy * lx, s01) + _term(ly * hx, s10) + _term(ly * lx, s11)
+            )
 
 
 @kernel
@@ -502,6 +614,7 @@ def sampling_gradients(
     c0: int,
     cw: int,
     first: int,
+    plan: Any,
     begin: int,
     end: int,
 ) -> None:
@@ -509,63 +622,27 @@ def sampling_gradients(
 
     Parameters
     ----------
-    gradients : array [Gb, >= end - begin, >= K*cw]
+    gradients : array [Gb, >= end, >= K*cw]
         From `column_gradients`.
     grad_offset : array [n, 2*D*K, oh*ow]
     grad_mask : array [n, D*K, oh*ow], or of size 0 for none
+    plan : tuple of array
+        Scratch of this thread, see `_plan`.
     """
-    ow, kh, kw = sizes[2:5]
-    K = kh * kw
+    pixels = offset.shape[2]
     cd = sizes[11]
-    real = image.dtype.type
-    width = image.shape[2]
-    zero = image.shape[1] - 1
-    for q in range(first + begin, first + end):
-        n = q // offset.shape[2]
-        p = q - n * offset.shape[2]
-        a = p // ow
-        b = p - a * ow
-        for d in range(c0 // cd, (c0 + width - 1) // cd + 1):
-            low_channel = max(0, d * cd - c0)
-            high_channel = min(width, (d + 1) * cd - c0)
-            first_g = low_channel // cw
-            last_g = (high_channel - 1) // cw
-            for i in range(kh):
-                for j in range(kw):
-                    k = i * kw + j
-                    inside, nan, y, x, ly, lx = _locate(sizes, offset, d, i, j, n, p, a, b)
-                    if nan:
-                        grad_offset[n, 2 * (d * K + k), p] = real(math.nan)
-                        grad_offset[n, 2 * (d * K + k) + 1, p] = real(math.nan)
-                        if grad_mask.size:
-                            grad_mask[n, d * K + k, p] = real(math.nan)
-                    if not inside:
-                        continue
-                    i00, i01, i10, i11 = _corners(sizes, y, x)
-                    s00 = s01 = s10 = s11 = real(0)
-                    for g in range(first_g, last_g + 1):
-                        low = max(low_channel, g * cw)
-                        high = min(high_channel, (g + 1) * cw)
-                        row = gradients[g, q - first, k * cw + low - g * cw : k * cw + high - g * cw]
-                        if i00 != zero:
-                            s00 += _dot(row, image[n, i00, low:high])
-                        if i01 != zero:
-                            s01 += _dot(row, image[n, i01, low:high])
-                        if i10 != zero:
-                            s10 += _dot(row, image[n, i10, low:high])
-                        if i11 != zero:
-                            s11 += _dot(row, image[n, i11, low:high])
-                    hy = real(1) - ly
-                    hx = real(1) - lx
-                    modulation = mask[n, d * K + k, p] if mask.size else real(1)
-                    dy = _term(hx, s10 - s00) + _term(lx, s11 - s01)
-                    dx = _term(hy, s01 - s00) + _term(ly, s11 - s10)
-                    grad_offset[n, 2 * (d * K + k), p] += _term(modulation, dy)
-                    grad_offset[n, 2 * (d * K + k) + 1, p] += _term(modulation, dx)
-                    if grad_mask.size:
-                        grad_mask[n, d * K + k, p] += (
-                            _term(hy * hx, s00) + _term(hy * lx, s01) + _term(ly * hx, s10) + _term(ly * lx, s11)
-                        )
+    q = first + begin
+    while q < first + end:
+        n = q // pixels
+        p = q - n * pixels
+        count = _strip(sizes, p, p + first + end - q)
+        for d in range(c0 // cd, (c0 + image.shape[2] - 1) // cd + 1):
+            _plan(sizes, offset, mask, plan, 0, plan[0].shape[0], d, n, p, count)
+            for t in range(count):
+                _differentiate(
+                    sizes, image, plan, gradients, q - first + t, grad_offset, grad_mask, c0, cw, d, n, p + t, t
+                )  # fmt: skip
+        q += count
 
 
 @inner()
@@ -585,6 +662,7 @@ def scatter_columns(
     cw: int,
     first: int,
     last: int,
+    plan: Any,
     begin: int,
     end: int,
 ) -> None:
@@ -597,37 +675,29 @@ def scatter_columns(
     gradients : array [Gb, >= last - first, >= K*cw]
         From `column_gradients`.
     grad_image : array [n, H*W + 1, width]
-        Its last pixel stays zero.
+        Its last pixel is undefined.
+    plan : tuple of array
+        Scratch of this thread, see `_plan`.
     """
-    ow, kh, kw = sizes[2:5]
+    corners, weights = plan
+    pixels = offset.shape[2]
     cd = sizes[11]
-    zero = grad_image.shape[1] - 1
-    for q in range(first, last):
-        n = q // offset.shape[2]
-        p = q - n * offset.shape[2]
-        a = p // ow
-        b = p - a * ow
+    q = first
+    while q < last:
+        n = q // pixels
+        p = q - n * pixels
+        count = _strip(sizes, p, p + last - q)
         for d in range((c0 + begin) // cd, (c0 + end - 1) // cd + 1):
             low_channel = max(begin, d * cd - c0)
             high_channel = min(end, (d + 1) * cd - c0)
-            first_g = low_channel // cw
-            last_g = (high_channel - 1) // cw
-            for i in range(kh):
-                for j in range(kw):
-                    k = i * kw + j
-                    inside, _, y, x, ly, lx = _locate(sizes, offset, d, i, j, n, p, a, b)
-                    if not inside:
-                        continue
-                    i00, i01, i10, i11, w00, w01, w10, w11 = _weighted_corners(sizes, mask, d, k, n, p, y, x, ly, lx)
-                    for g in range(first_g, last_g + 1):
+            _plan(sizes, offset, mask, plan, 0, plan[0].shape[0], d, n, p, count)
+            for t in range(count):
+                for k in range(corners.shape[0]):
+                    for g in range(low_channel // cw, (high_channel - 1) // cw + 1):
                         low = max(low_channel, g * cw)
                         high = min(high_channel, (g + 1) * cw)
-                        row = gradients[g, q - first, k * cw + low - g * cw : k * cw + high - g * cw]
-                        if i00 != zero:
-                            _add_scaled(grad_image[n, i00, low:high], w00, row)
-                        if i01 != zero:
-                            _add_scaled(grad_image[n, i01, low:high], w01, row)
-                        if i10 != zero:
-                            _add_scaled(grad_image[n, i10, low:high], w10, row)
-                        if i11 != zero:
-                            _add_scaled(grad_image[n, i11, low:high], w11, row)
+                        row = gradients[g, q - first + t, k * cw + low - g * cw : k * cw + high - g * cw]
+                        for corner in range(t, 4 * STRIP, STRIP):
+                            if weights[k, corner] != 0:
+                                _add_scaled(grad_image[n, corners[k, corner], low:high], weights[k, corner], row)
+        q += count

@@ -29,6 +29,7 @@ _TILE_PIXELS = 16 * loops.ROWS
 _TILE_BYTES = 2**19
 _SPAN_BYTES = 2**23
 _PART_PIXELS = 2048
+_PANELS_TOGETHER = 5
 
 _NO_MASK = {name: np.empty((0, 0, 0), name) for name in ("float32", "float64")}
 
@@ -105,6 +106,12 @@ class _Part:
         return (g.H, g.W, g.ow, g.kh, g.kw, g.sh, g.sw, g.dh, g.dw, g.pad_top, g.pad_left, g.C // g.D)
 
 
+def _plan(part: _Part) -> tuple[Array, Array]:
+    """Scratch for a plan of the compiled loops."""
+    K = part.geometry.K
+    return empty((K, 4 * loops.STRIP), np.dtype(np.int32)), empty((K, 7 * loops.STRIP), part.dtype)
+
+
 def _channels_last(part: _Part, block: _Block) -> Array:
     """Channels-last copy of a block, [n, H*W + 1, width], with a zero pixel at the end of each image."""
     count, extent = len(part.input), part.geometry.H * part.geometry.W
@@ -173,8 +180,8 @@ def _add_outputs(part: _Part, block: _Block, bias: Array, out: Array) -> None:
     parallel(loops.pack_weight, block.Gb * panels, part.weight, packed, block.g0, block.group_c0, block.cw, og)
     tile = _tile(part.pixels, block.Gb * (length + panels * lanes) * dtype.itemsize)
 
-    def scratch() -> tuple[Array, ...]:
-        return empty((block.Gb, tile, length), dtype), empty((block.Gb, tile, panels * lanes), dtype)
+    def scratch() -> tuple[Any, ...]:
+        return _plan(part), empty((block.Gb, tile, length), dtype), empty((block.Gb, tile, panels * lanes), dtype)
 
     parallel(
         loops.output_tile, -(-part.pixels // tile),
@@ -283,11 +290,9 @@ def _add_block_gradients(
     tile = _tile(part.pixels, row_bytes)
     span = min(round_up(part.pixels, tile), max(1, _SPAN_BYTES // row_bytes // tile) * tile)
 
-    image = packed = gradients = columns = grad_image = None
+    image = packed = gradients = grad_image = None
     if grad_weight is not None or "offset" in targets:
         image = _channels_last(part, block)
-    if grad_weight is not None:
-        columns = empty((block.Gb, span, padded), dtype)
     if grad_last is not None:
         gradients = empty((block.Gb, span, padded), dtype)
         packed = empty((block.Gb, panels, og, lanes), dtype)
@@ -296,33 +301,31 @@ def _add_block_gradients(
         grad_image = empty((len(part.input), g.H * g.W + 1, block.width), dtype)
         parallel(lambda begin, end: grad_image[:, begin:end].fill(0), g.H * g.W + 1)
 
-    def fill_tiles(first: int, last: int, begin: int, end: int) -> None:
-        low, high = begin * tile, min(end * tile, last - first)
-        if grad_last is not None:
-            loops.column_gradients(grad_last, packed, gradients, block.o0, first, last, tile, begin, end)
+    def fill_tiles(first: int, last: int, plan: tuple[Array, Array], begin: int, end: int) -> None:
+        loops.column_gradients(grad_last, packed, gradients, block.o0, first, last, tile, begin, end)
         if "offset" in targets:
             loops.sampling_gradients(
                 sizes, image, part.offset, part.mask, gradients, targets["offset"], targets["mask"],
-                block.c0, block.cw, first, low, high,
+                block.c0, block.cw, first, plan, begin * tile, min(end * tile, last - first),
             )  # fmt: skip
-        if grad_weight is not None:
-            loops.sample_columns(sizes, image, part.offset, part.mask, columns, block.c0, block.cw, first, low, high)
 
-    for first in range(0, part.pixels, span):
+    for first in range(0, part.pixels if targets else 0, span):
         last = min(first + span, part.pixels)
-        parallel(fill_tiles, -(-(last - first) // tile), first, last)
+        parallel(fill_tiles, -(-(last - first) // tile), first, last, scratch=lambda: (_plan(part),))
         if grad_image is not None:
             parallel(
                 loops.scatter_columns, block.width,
                 sizes, part.offset, part.mask, gradients, grad_image, block.c0, block.cw, first, last,
-                pieces_per_thread=1, least=_CHANNELS_PER_THREAD,
+                scratch=lambda: (_plan(part),), pieces_per_thread=1, least=_CHANNELS_PER_THREAD,
             )  # fmt: skip
-        if grad_weight is not None:
-            parallel(
-                loops.weight_gradient, block.Gb * panels,
-                grad_out, columns, grad_weight, block.o0, og, first, last,
-                scratch=lambda: (empty((loops.DEPTH, lanes), dtype),),
-            )  # fmt: skip
+    if grad_weight is not None:
+        # An odd number, lest rows of the columns fall into few sets of the first-level cache.
+        together = min(_PANELS_TOGETHER, block.Gb * panels // THREADS) | 1
+        parallel(
+            loops.weight_gradient, block.Gb * -(-panels // together),
+            sizes, image, part.offset, part.mask, grad_out, grad_weight, block.c0, block.cw, block.o0, og,
+            scratch=lambda: (_plan(part), empty((1, loops.DEPTH, together * lanes), dtype)),
+        )  # fmt: skip
     if grad_image is not None:
         items = strips(len(part.input), g.H * g.W)
         parallel(layout_loops.from_channels_last, items, grad_image, targets["input"], block.c0)

@@ -130,7 +130,7 @@ def all_pixels(engine: Engine, sums: Any, like: Any, N: int, C: int, P: int) -> 
 
 
 def take_rows(engine: Engine, images: Any, C: int, P: int, rows: RowRange, scratch: Any, copy: bool = False) -> Any:
-    """`rows` of images [N, C, P]: a view where they are channels-last, unless it is to be a `copy`; else in `scratch`."""
+    """`rows` of images [N, C, P]: a view where they are channels-last and no `copy` is asked for, else `scratch`."""
     if not is_channels_last(images):
         _transpose(engine, "pixels_to_rows", images, scratch, images, C, P, rows)
         return scratch[: rows.rows]

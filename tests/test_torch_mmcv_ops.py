@@ -1,0 +1,149 @@
+"""The names and signatures of mmcv.ops."""
+
+from __future__ import annotations
+
+import inspect
+
+import dcnops.adapters.torch as ours
+import pytest
+import torch
+from dcnops.adapters.torch import mmcv_ops
+from torch import nn
+
+from dcnops import ArgumentError, ShapeError
+
+NUMBERS = "stride=1 padding=0 dilation=1 groups=1 deform_groups=1"
+CONV = f"in_channels out_channels kernel_size {NUMBERS}"
+ROI = "output_size output_channels deform_fc_channels=1024 spatial_scale=1.0 sampling_ratio=0 gamma=0.1"
+# Arguments and defaults as they stand in mmcv 2.
+SIGNATURES = {
+    "deform_conv2d": f"input offset weight {NUMBERS} bias=False im2col_step=32",
+    "modulated_deform_conv2d": f"input offset mask weight bias=None {NUMBERS}",
+    "deform_roi_pool": "input rois offset output_size spatial_scale=1.0 sampling_ratio=0 gamma=0.1",
+    "DeformConv2d": f"{CONV} bias=False im2col_step=32",
+    "DeformConv2dPack": f"{CONV} bias=False im2col_step=32",
+    "ModulatedDeformConv2d": f"{CONV} bias=True",
+    "ModulatedDeformConv2dPack": f"{CONV} bias=True",
+    "DeformRoIPool": "output_size spatial_scale=1.0 sampling_ratio=0 gamma=0.1",
+    "DeformRoIPoolPack": ROI,
+    "ModulatedDeformRoIPoolPack": ROI,
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", mmcv_ops.__all__)
+def test_signatures(name: str):
+    parameters = inspect.signature(getattr(mmcv_ops, name)).parameters.values()
+    positional = [parameter for parameter in parameters if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
+    written = [
+        parameter.name if parameter.default is inspect.Parameter.empty else f"{parameter.name}={parameter.default}"
+        for parameter in positional
+    ]
+    assert " ".join(written) == SIGNATURES[name]
+
+
+def conv_arrays(deform_groups: int = 2):
+    x, weight = torch.randn(2, 4, 7, 6), torch.randn(6, 2, 3, 3)
+    return x, torch.randn(2, 18 * deform_groups, 7, 6), torch.rand(2, 9 * deform_groups, 7, 6), weight
+
+
+def test_functions():
+    x, offset, mask, weight = conv_arrays()
+    bias = torch.randn(6)
+    torch.testing.assert_close(
+        mmcv_ops.deform_conv2d(x, offset, weight, 1, 1, 1, 2, 2, False, 64),
+        ours.deform_conv2d(x, offset, weight, padding=1),
+    )
+    torch.testing.assert_close(
+        mmcv_ops.modulated_deform_conv2d(x, offset, mask, weight, bias, 1, 1, 1, 2, 2),
+        ours.deform_conv2d(x, offset, weight, bias, padding=1, mask=mask),
+    )
+    rois, shift = torch.tensor([[1, 0.0, 1.0, 9.0, 8.0]]), torch.randn(1, 2, 3, 3)
+    for offset in (shift, None):
+        torch.testing.assert_close(
+            mmcv_ops.deform_roi_pool(x, rois, offset, (3, 3), 0.5, 0, 0.2),
+            ours.deform_roi_pool(x, rois, offset, output_size=3, spatial_scale=0.5, sampling_ratio=0, gamma=0.2),
+        )
+
+
+def test_functions_refuse():
+    x, offset, mask, weight = conv_arrays()
+    with pytest.raises(ArgumentError, match="bias must be False"):
+        mmcv_ops.deform_conv2d(x, offset, weight, 1, 1, 1, 2, 2, True)
+    with pytest.raises(ShapeError, match=r"input must be \[N, C=2, H, W\] for groups=1 .* got shape \(2, 4, 7, 6\)"):
+        mmcv_ops.deform_conv2d(x, offset, weight, 1, 1)
+    with pytest.raises(ShapeError, match=r"offset must be \[N, 18, oh, ow\] for deform_groups=1 .* got shape \(2, 36"):
+        mmcv_ops.modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1, 1, 2, 1)
+    with pytest.raises(ShapeError, match="input must have 4 dimensions"):
+        mmcv_ops.deform_conv2d(x[0], offset, weight)
+    with pytest.raises(ArgumentError, match="multiple of deform_groups=3"):
+        mmcv_ops.DeformConv2d(4, 6, 3, deform_groups=3)
+    with pytest.raises(ShapeError, match="for deform_groups=1"):
+        mmcv_ops.DeformConv2d(4, 6, 3, padding=1)(x, offset)
+
+
+def test_convolutions():
+    x, offset, mask, _ = conv_arrays()
+    layer = mmcv_ops.DeformConv2d(4, 6, 3, 1, 1, 1, 2, 2)
+    expected = ours.deform_conv2d(x, offset, layer.weight, padding=1)
+    torch.testing.assert_close(layer(x, offset), expected)
+    layer = mmcv_ops.ModulatedDeformConv2d(4, 6, 3, 1, 1, 1, 2, 2)
+    expected = ours.deform_conv2d(x, offset, layer.weight, layer.bias, padding=1, mask=mask)
+    torch.testing.assert_close(layer(x, offset, mask), expected)
+
+
+def test_initial_weights():
+    """Kaiming's for v1, 1/sqrt(C*K) without regard to groups for v2; biases and branches zero."""
+    v1 = mmcv_ops.DeformConv2dPack(32, 64, 3, groups=2)
+    v2 = mmcv_ops.ModulatedDeformConv2dPack(32, 64, 3, groups=2)
+    for layer, bound in ((v1, (6 / (16 * 9)) ** 0.5), (v2, 1 / (32 * 9) ** 0.5)):
+        largest = layer.weight.abs().max().item()
+        assert 0.98 * bound < largest <= bound
+        assert not layer.conv_offset.weight.any() and not layer.conv_offset.bias.any()
+    assert v1.bias is None and not v2.bias.any()
+
+
+def test_state_dict_keys():
+    keys = {"weight", "conv_offset.weight", "conv_offset.bias"}
+    assert set(mmcv_ops.DeformConv2dPack(4, 4, 3).state_dict()) == keys
+    assert set(mmcv_ops.ModulatedDeformConv2dPack(4, 4, 3).state_dict()) == keys | {"bias"}
+    shapes = {
+        key: tuple(value.shape) for key, value in mmcv_ops.ModulatedDeformRoIPoolPack(3, 4, 8).state_dict().items()
+    }
+    assert shapes == {
+        "offset_fc.0.weight": (8, 36),
+        "offset_fc.0.bias": (8,),
+        "offset_fc.2.weight": (8, 8),
+        "offset_fc.2.bias": (8,),
+        "offset_fc.4.weight": (18, 8),
+        "offset_fc.4.bias": (18,),
+        "mask_fc.0.weight": (8, 36),
+        "mask_fc.0.bias": (8,),
+        "mask_fc.2.weight": (9, 8),
+        "mask_fc.2.bias": (9,),
+    }
+
+
+@pytest.mark.parametrize("kind", [mmcv_ops.DeformRoIPoolPack, mmcv_ops.ModulatedDeformRoIPoolPack])
+def test_roi_pooling(kind: type[nn.Module]):
+    x, rois = torch.randn(2, 4, 8, 8), torch.tensor([[1, 0.0, 1.0, 9.0, 8.0], [0, 2.0, 2.0, 7.0, 5.0]])
+    pool = kind(3, 4, 8, spatial_scale=0.5, gamma=0.2)
+    plain = mmcv_ops.DeformRoIPool(3, 0.5)(x, rois)
+    modulated = kind is mmcv_ops.ModulatedDeformRoIPoolPack
+    torch.testing.assert_close(pool(x, rois), plain / 2 if modulated else plain)
+    with torch.no_grad():
+        for parameter in pool.parameters():
+            parameter.uniform_(-0.5, 0.5)
+    features = plain.flatten(1)
+    # The mask after the pooling, as mmcv writes it.
+    mask = pool.mask_fc(features).sigmoid().reshape(2, 1, 3, 3) if modulated else 1
+    offset = pool.offset_fc(features).reshape(2, 2, 3, 3)
+    expected = mmcv_ops.deform_roi_pool(x, rois, offset, 3, 0.5, 0, 0.2) * mask
+    output = pool(x, rois)
+    torch.testing.assert_close(output, expected)
+    output.square().sum().backward()
+    assert all(parameter.grad.any() for parameter in pool.parameters())
