@@ -2,7 +2,7 @@
 # make lint    ruff, mypy, clang-format
 # make demo    deformable convolution of a photograph; pictures in out/
 # make bench   time the operations beside their peers; table, and out/benchmark.json
-# make gpu     on a machine with a GPU and the packages installed: GPU tests, then the benchmark
+# make gpu     on a machine with a GPU and the packages installed: GPU tests, then the benchmark (no .venv is made)
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -37,8 +37,9 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
-	PYTHONPATH=. $(PYTHON) -m benchmarks --device cuda
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --no-index --editable .
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m benchmarks --device cuda
 
 clean:
 	rm -rf .venv build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

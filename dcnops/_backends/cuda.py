@@ -142,8 +142,8 @@ def _contiguous(array: cupy.ndarray | None) -> cupy.ndarray | None:
 
 def _compile(source: str, kernel: str, options: tuple[str, ...]) -> Launcher:
     try:
-        function = cupy.RawModule(code=source, options=options).get_function(kernel)
-        function.compile()
+        # The function of this device: the engine keeps one launcher for each.
+        function = cupy.RawModule(code=source, options=options).get_function(kernel).kernel
     except cupy.cuda.compiler.CompileException as error:
         raise KernelCompileError(f"{kernel} must compile, got from NVRTC:\n{error}") from error
 
