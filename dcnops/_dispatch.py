@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Container
 from types import ModuleType
@@ -107,11 +108,18 @@ def _library(name: str, array: object) -> str:
 
 
 def _dtype(name: str, array: Any) -> str:
-    if not array.dtype.isnative:
+    dtype = _native_name(array.dtype)
+    if dtype is None:
         raise DtypeError(
             f"{name} must be in native byte order, got {array.dtype!r}; pass {name}.astype({array.dtype.name!r})"
         )
-    return str(array.dtype.name)
+    return dtype
+
+
+@functools.lru_cache(maxsize=64)
+def _native_name(dtype: Any) -> str | None:
+    """The name of a dtype in native byte order; NumPy makes it up anew each time it is asked."""
+    return str(dtype.name) if dtype.isnative else None
 
 
 def _check_devices(arrays: dict[str, Any]) -> None:

@@ -339,6 +339,8 @@ def _sequence(value: object) -> list[object] | None:
 
 def expand_pair(name: str, value: Pair, minimum: int = 1) -> tuple[int, int]:
     """(vertical, horizontal) of an integer or a pair of them, from `minimum` on."""
+    if type(value) is int and minimum <= value <= MAX_EXTENT:
+        return value, value
     items = _sequence(value)
     numbers = [_integer(item) for item in ([value, value] if items is None else items)]
     if len(numbers) == 2:

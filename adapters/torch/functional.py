@@ -201,6 +201,9 @@ def _promote(data: Sequence[Tensor | None], sampling: Sequence[Tensor | None]) -
     same = all(tensor is None or tensor.dtype == dtype for tensor in sampling)
     sampling_dtype = torch.float32 if dtype in _SIXTEEN_BIT and not same else dtype
     return (
-        [None if tensor is None else tensor.to(dtype) for tensor in data],
-        [None if tensor is None else tensor.to(sampling_dtype) for tensor in sampling],
+        [tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in data],
+        [
+            tensor if tensor is None or tensor.dtype == sampling_dtype else tensor.to(sampling_dtype)
+            for tensor in sampling
+        ],
     )

@@ -15,7 +15,7 @@ import numpy as np
 from dcnops._backends.cpu import conv_loops as loops
 from dcnops._backends.cpu import layout_loops
 from dcnops._backends.cpu.arrays import Array, Staged, empty, plain, round_up, rounded, strips, sum_dtype
-from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, parallel
+from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, alone_below, parallel
 from dcnops._geometry import DeformConvGeometry
 
 __all__ = ["deform_conv2d", "deform_conv2d_backward"]
@@ -159,13 +159,19 @@ def deform_conv2d(
     out = np.empty(g.output_shape, input.dtype)
     # Half the channels at most, where that is enough to vectorise: the copies stay small beside the image itself.
     limit = max(_LEAST_BLOCK_CHANNELS, min(_BLOCK_CHANNELS, g.C // 2))
-    for images, part in _parts(geometry, input, offset, weight, mask):
-        plain_bias = np.zeros(g.O, part.dtype) if bias is None else plain(bias, part.dtype, g.O)
-        target = Staged(out[images], part.dtype)
-        for block in _blocks(geometry, limit):
-            _add_outputs(part, block, plain_bias, target.array)
-        target.store()
+    with alone_below(_multiply_adds(g)):
+        for images, part in _parts(geometry, input, offset, weight, mask):
+            plain_bias = np.zeros(g.O, part.dtype) if bias is None else plain(bias, part.dtype, g.O)
+            target = Staged(out[images], part.dtype)
+            for block in _blocks(geometry, limit):
+                _add_outputs(part, block, plain_bias, target.array)
+            target.store()
     return out
+
+
+def _multiply_adds(geometry: DeformConvGeometry) -> int:
+    g = geometry
+    return g.N * g.pixels * g.O * g.K * g.C // g.G
 
 
 def _add_outputs(part: _Part, block: _Block, bias: Array, out: Array) -> None:
@@ -221,16 +227,17 @@ def deform_conv2d_backward(
         rows = round_up(og, loops.ROWS)
         grad_weights = [np.zeros((block.Gb, rows, round_up(g.K * block.cw, lanes)), dtype) for block in blocks]
 
-    for images, part in _parts(geometry, input, offset, weight, mask):
-        gradient = plain(grad_out[images], dtype, len(part.input), g.O, g.pixels)
-        if "bias" in needs:
-            grad_bias += gradient.sum(axis=(0, 2))
-        targets = {name: Staged(result[images], dtype) for name, result in results.items()}
-        if targets or "weight" in needs:
-            arrays = {name: target.array for name, target in targets.items()}
-            _add_gradients(part, gradient, blocks, arrays, grad_weights)
-        for target in targets.values():
-            target.store()
+    with alone_below(2 * _multiply_adds(g)):
+        for images, part in _parts(geometry, input, offset, weight, mask):
+            gradient = plain(grad_out[images], dtype, len(part.input), g.O, g.pixels)
+            if "bias" in needs:
+                grad_bias += gradient.sum(axis=(0, 2))
+            targets = {name: Staged(result[images], dtype) for name, result in results.items()}
+            if targets or "weight" in needs:
+                arrays = {name: target.array for name, target in targets.items()}
+                _add_gradients(part, gradient, blocks, arrays, grad_weights)
+            for target in targets.values():
+                target.store()
 
     if "bias" in needs:
         results["bias"] = rounded(grad_bias, input.dtype)

@@ -7,15 +7,16 @@ threading layer ends the process when two threads enter it at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
 
-__all__ = ["PIECES_PER_THREAD", "THREADS", "parallel"]
+__all__ = ["PIECES_PER_THREAD", "THREADS", "alone_below", "parallel"]
 
 THREADS: int = numba.config.NUMBA_NUM_THREADS
 """As many as there are cores, or what the environment variable NUMBA_NUM_THREADS says."""
@@ -56,6 +57,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_POOL.forget)
 
 
+_LOCAL = threading.local()
+_WORTH_A_THREAD = 2**18
+"""Multiply-adds: some tens of microseconds, what it takes to wake a thread."""
+
+
+@contextlib.contextmanager
+def alone_below(work: int) -> Iterator[None]:
+    """Keep a call of so few multiply-adds that no other thread is worth waking in this one."""
+    _LOCAL.alone = work < _WORTH_A_THREAD
+    try:
+        yield
+    finally:
+        _LOCAL.alone = False
+
+
 def parallel(
     kernel: Callable[..., None],
     items: int,
@@ -80,6 +96,7 @@ def parallel(
                 buffers = scratch()
             kernel(*args, *buffers, begin, min(begin + size, items))
 
-    _POOL.run(work, min(THREADS, -(-items // size)) - 1)
+    alone = getattr(_LOCAL, "alone", False)
+    _POOL.run(work, 0 if alone else min(THREADS, -(-items // size)) - 1)
     # A cancelled helper may stay in the pool's queue for a while: it must not keep the arrays.
     args = ()
