@@ -22,6 +22,8 @@ from dcnops._dispatch import FLOAT_DTYPES, check_arrays, load_backend
 from dcnops._errors import ArgumentError, DeviceError, DtypeError
 from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry, Padding, Pair
 
+from .cuda_stream import CudaStream
+
 __all__ = ["deform_conv2d", "deform_roi_pool"]
 
 Array: TypeAlias = "jax.Array | np.ndarray[Any, Any]"
@@ -338,7 +340,7 @@ class _Callback:
                 "JAX arrays on a GPU must be computed by CuPy, got no CuPy; "
                 "pip install 'dcnops[cuda13]' (or 'dcnops[cuda12]' for a driver of CUDA 12)"
             ) from error
-        with cupy.cuda.Device(device), cupy.cuda.ExternalStream(context.stream(), device):
+        with cupy.cuda.Device(device), cupy.cuda.Stream.from_external(CudaStream(context.stream())):
             self._compute(cupy, cupy.from_dlpack, results, arguments)
 
     def _compute(
@@ -354,6 +356,6 @@ class _Callback:
             computed = {"output": getattr(backend, self.operation)(self.geometry, **arrays)}
         else:
             backward = getattr(backend, f"{self.operation}_backward")
-            computed = backward(self.geometry, **arrays, needs=self.needs)
+            computed = backward(self.geometry, **arrays, needs=self.needs, deterministic=False)
         for name, array in computed.items():
             library.copyto(view(results[name]), array)

@@ -51,7 +51,7 @@ struct Bin {
 constexpr int kMostSamples = 1 << 24;
 
 __device__ __forceinline__ Sum sample_position(const BinAxis& axis, int i) {
-  return axis.start + (static_cast<Sum>(i) + Sum(0.5)) * axis.length / static_cast<Sum>(axis.samples);
+  return axis.start + rounded_product(static_cast<Sum>(i) + Sum(0.5), axis.length) / static_cast<Sum>(axis.samples);
 }
 
 // Samples that are clearly outside of the image need not be looked at: a region may be far larger than it.
@@ -70,11 +70,12 @@ __device__ __forceinline__ void limit_samples(BinAxis& axis, int extent) {
 __device__ __forceinline__ BinAxis bin_axis(const DeformRoIPoolSizes& size, Sum from, Sum to, Sum offset, int bin,
                                             int bins, int extent) {
   const Sum scale = static_cast<Sum>(size.spatial_scale);
-  const Sum start = scale * from - Sum(0.5), end = scale * to - Sum(0.5);
+  const Sum start = rounded_product(scale, from) - Sum(0.5), end = rounded_product(scale, to) - Sum(0.5);
   BinAxis axis;
   axis.region = end - start;
   axis.length = axis.region / static_cast<Sum>(bins);
-  axis.start = start + static_cast<Sum>(bin) * axis.length + static_cast<Sum>(size.gamma) * axis.region * offset;
+  const Sum shift = rounded_product(rounded_product(static_cast<Sum>(size.gamma), axis.region), offset);
+  axis.start = start + rounded_product(static_cast<Sum>(bin), axis.length) + shift;
   axis.samples = size.sampling_ratio;
   if (axis.samples == 0) {
     const Sum pixels = ceil(axis.length);
@@ -225,8 +226,9 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     for (int c = threadIdx.x * DCN_VEC; c < p.size.C; c += blockDim.x * DCN_VEC) {
       Sum sums[DCN_VEC] = {};
       for (int row = 0; row < p.range.rows; ++row) {
-        const Bin bin = find_bin(p, find_pixel(p.range, row, p.size.P * p.size.Q));
-        if (bin.image != pixel / (p.size.H * p.size.W)) continue;
+        const ImagePixel at = find_pixel(p.range, row, p.size.P * p.size.Q);
+        if (p.rois[5LL * at.image] != static_cast<Sum>(pixel / (p.size.H * p.size.W))) continue;
+        const Bin bin = find_bin(p, at);
         Sum factor = Sum(0);
         for_each_neighbour(p.size, bin, [&](long long neighbour, Sum weight, Sum, Sum) {
           if (neighbour == pixel) factor += weighted(weight, bin.scale);

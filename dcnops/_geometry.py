@@ -24,6 +24,7 @@ __all__ = [
     "DeformRoIPoolSizes",
     "Padding",
     "Pair",
+    "check_sampling",
     "expand_padding",
     "expand_pair",
 ]
@@ -270,15 +271,7 @@ class DeformRoIPoolGeometry:
         R = rois[0]
         P, Q = expand_pair("output_size", output_size)
         _check_pixels("output_size", "bins", P * Q)
-        ratio = _integer(sampling_ratio)
-        if ratio is None or not 0 <= ratio <= MAX_EXTENT:
-            raise ArgumentError(f"sampling_ratio must be an integer from 0 to {MAX_EXTENT}, got {sampling_ratio!r}")
-        scale = _number(spatial_scale)
-        if scale is None or scale <= 0:
-            raise ArgumentError(f"spatial_scale must be a positive finite number, got {spatial_scale!r}")
-        factor = _number(gamma)
-        if factor is None:
-            raise ArgumentError(f"gamma must be a finite number, got {gamma!r}")
+        ratio, scale, factor = check_sampling(sampling_ratio, spatial_scale, gamma)
         if offset is not None and offset != (R, 2, P, Q):
             raise ShapeError(f"offset must be [R={R}, 2, P={P}, Q={Q}], got shape {offset}")
         if mask is not None and mask != (R, P, Q):
@@ -296,6 +289,24 @@ class DeformRoIPoolGeometry:
         if grad_out != self.output_shape:
             R, C, P, Q = self.output_shape
             raise ShapeError(f"grad_out must be [R={R}, C={C}, P={P}, Q={Q}], got shape {grad_out}")
+
+
+def check_sampling(sampling_ratio: int, spatial_scale: float, gamma: float) -> tuple[int, float, float]:
+    """The numbers of a RoI pooling as plain Python numbers.
+
+    Raises
+    ------
+    ArgumentError
+        When one of them is not a legal value.
+    """
+    ratio, scale, factor = _integer(sampling_ratio), _number(spatial_scale), _number(gamma)
+    if ratio is None or not 0 <= ratio <= MAX_EXTENT:
+        raise ArgumentError(f"sampling_ratio must be an integer from 0 to {MAX_EXTENT}, got {sampling_ratio!r}")
+    if scale is None or scale <= 0:
+        raise ArgumentError(f"spatial_scale must be a positive finite number, got {spatial_scale!r}")
+    if factor is None:
+        raise ArgumentError(f"gamma must be a finite number, got {gamma!r}")
+    return ratio, scale, factor
 
 
 def _check_pixels(argument: str, what: str, number: int) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import dcnops
 from dcnops import ArgumentError, DcnError, DeviceError, DtypeError, ShapeError
-from tests.cases import ConvCase, conv_cases, make_conv
+from tests.cases import ConvCase, conv_cases, make_conv, make_roi_pool
 
 
 class FakeDevice:
@@ -231,6 +231,96 @@ BACKWARD_ERRORS: dict[str, tuple[dict[str, Any], type[DcnError], str]] = {
     "needs is nothing": ({"needs": None}, ArgumentError, "needs must be names among input, offset, weight, bias, mask"),
     "needs unhashable": ({"needs": [["input"]]}, ArgumentError, "needs must be names among"),
 }
+
+
+def roi_arguments(**changes: Any) -> dict[str, Any]:
+    """Legal arguments of RoI pooling with 5 regions and 3x2 bins; `changes` of them."""
+    case = make_roi_pool(N=2, R=5, output_size=(3, 2))
+    legal = {**case.arguments(), "grad_out": case.grad_out}
+    return {**legal, **{k: v(legal[k]) if inspect.isfunction(v) else v for k, v in changes.items()}}
+
+
+ROI_ERRORS: dict[str, tuple[dict[str, Any], type[DcnError], str]] = {
+    "input rank": ({"input": zeros(4, 8, 9)}, ShapeError, "input must have 4 dimensions [N, C, H, W], got"),
+    "no width": ({"input": zeros(2, 4, 8, 0)}, ShapeError, "input must be [N, C >= 1, H >= 1, W >= 1], got"),
+    "rois rank": ({"rois": zeros(5)}, ShapeError, "rois must be [R, 5] (image, x1, y1, x2, y2), got shape (5,)"),
+    "rois without image": ({"rois": zeros(5, 4)}, ShapeError, "rois must be [R, 5] (image, x1, y1, x2, y2), got"),
+    "offset order": ({"offset": zeros(5, 3, 2, 2)}, ShapeError, "offset must be [R=5, 2, P=3, Q=2], got shape"),
+    "offset regions": ({"offset": zeros(4, 2, 3, 2)}, ShapeError, "offset must be [R=5, 2, P=3, Q=2], got"),
+    "mask rank": ({"mask": zeros(5, 1, 3, 2)}, ShapeError, "mask must be [R=5, P=3, Q=2], got shape (5, 1, 3, 2)"),
+    "output size 0": (
+        {"output_size": 0},
+        ArgumentError,
+        "output_size must be an integer from 1 to 16777216 or a pair of them, got 0",
+    ),
+    "output size text": ({"output_size": "7"}, ArgumentError, "output_size must be an integer from 1 to"),
+    "output size of three": ({"output_size": (3, 2, 1)}, ArgumentError, "output_size must be an integer from 1 to"),
+    "negative sampling ratio": (
+        {"sampling_ratio": -1},
+        ArgumentError,
+        "sampling_ratio must be an integer from 0 to 16777216, got -1",
+    ),
+    "fractional sampling ratio": ({"sampling_ratio": 1.5}, ArgumentError, "sampling_ratio must be an integer from 0"),
+    "zero scale": ({"spatial_scale": 0}, ArgumentError, "spatial_scale must be a positive finite number, got 0"),
+    "NaN scale": ({"spatial_scale": float("nan")}, ArgumentError, "spatial_scale must be a positive finite number"),
+    "infinite gamma": ({"gamma": float("inf")}, ArgumentError, "gamma must be a finite number, got inf"),
+    "gamma text": ({"gamma": "0.1"}, ArgumentError, "gamma must be a finite number, got '0.1'"),
+    "image index": (
+        {"rois": lambda r: np.concatenate([r[:, :1] + 2, r[:, 1:]], 1)},
+        ArgumentError,
+        "rois must hold indices of feature maps from 0 to N-1=1 in column 0, got",
+    ),
+    "integer rois": (
+        {"rois": lambda r: r.astype(np.int64)},
+        DtypeError,
+        "rois must be float16, bfloat16, float32 or float64, got int64",
+    ),
+    "offset dtype": (
+        {"offset": lambda o: o.astype(np.float64)},
+        DtypeError,
+        "offset must be float32 beside float32 input, got float64",
+    ),
+    "mask alone": (
+        {"offset": None, "mask": lambda m: m.astype(np.float16)},
+        DtypeError,
+        "mask must be float32 beside float32 input, got float16",
+    ),
+    "list of boxes": ({"rois": [zeros(3, 4), zeros(2, 4)]}, DtypeError, "rois must be a NumPy or CuPy array, got list"),
+    "torch rois": ({"rois": lambda r: torch.from_numpy(r)}, DtypeError, "rois must be a NumPy or CuPy array, got"),
+    "rois elsewhere": (
+        {"rois": lambda r: fake_cupy(r)},
+        DeviceError,
+        "rois must be a numpy array like input, got a cupy array",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROI_ERRORS)
+def test_roi_pooling_refuses(name: str):
+    changes, error, message = ROI_ERRORS[name]
+    bad = roi_arguments(**changes)
+    with pytest.raises(error) as raised:
+        dcnops.deform_roi_pool_backward(**bad)
+    assert message in str(raised.value)
+    bad.pop("grad_out")
+    with pytest.raises(error) as raised:
+        dcnops.deform_roi_pool(**bad)
+    assert message in str(raised.value)
+
+
+def test_roi_pooling_backward_refuses():
+    with pytest.raises(ShapeError, match=r"grad_out must be \[R=5, C=4, P=3, Q=2\], got shape \(5, 4, 2, 3\)"):
+        dcnops.deform_roi_pool_backward(**roi_arguments(grad_out=zeros(5, 4, 2, 3)))
+    with pytest.raises(ArgumentError, match="needs must be names among input, offset, mask, got 'rois'"):
+        dcnops.deform_roi_pool_backward(**roi_arguments(), needs="rois")
+
+
+def test_backends_take_the_same_arguments():
+    from dcnops._backends import cpu, cuda
+
+    for name in ("deform_conv2d", "deform_conv2d_backward", "deform_roi_pool", "deform_roi_pool_backward"):
+        ours, theirs = (inspect.signature(getattr(backend, name)).parameters for backend in (cpu, cuda))
+        assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
 
 
 @pytest.mark.parametrize("name", FORWARD_ERRORS)

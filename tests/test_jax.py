@@ -453,7 +453,7 @@ class FakeGpu:
         self.entered: list[str] = []
         self.cuda = SimpleNamespace(
             Device=lambda device: self._recorder(f"device {device}"),
-            ExternalStream=lambda stream, device: self._recorder(f"stream {stream} of device {device}"),
+            Stream=SimpleNamespace(from_external=self._stream),
         )
         self.copyto = np.copyto
         self.__name__ = "cupy"
@@ -469,6 +469,9 @@ class FakeGpu:
                 entered.remove(name)
 
         return Recorder()
+
+    def _stream(self, stream: Any) -> Any:
+        return self._recorder(f"stream {stream.__cuda_stream__()[1]} of {self.entered[-1]}")
 
     def from_dlpack(self, buffer: Any) -> np.ndarray:
         assert self.entered == ["device 1", "stream 1234 of device 1"]

@@ -26,6 +26,8 @@ from tests.cases import (
     make_roi_pool,
     roi_pool_cases,
 )
+from tests.test_errors import FORWARD_ERRORS, ROI_ERRORS, roi_arguments
+from tests.test_errors import arguments as array_arguments
 
 OPERATIONS = {"deform_conv2d": deform_conv2d, "deform_roi_pool": deform_roi_pool}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -193,6 +195,70 @@ def test_functorch_gradients_say_that_they_do_not_work():
     values = [tensors_of(case)[name] for name in case.needs]
     with pytest.raises(RuntimeError, match=r"use torch\.autograd\.grad or backward"):
         torch.func.grad(lambda *v: function(*v).sum(), argnums=(0, 1, 2))(*values)
+
+
+@pytest.mark.parametrize("kind", ["conv", "roi"])
+def test_forward_mode_says_that_it_does_not_work(kind: str):
+    case = differentiable_case(kind)
+    function = as_function(case, ("input",))
+    image = tensors_of(case)["input"]
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(function, (image,), (torch.ones_like(image),))
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jacfwd(function)(image)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(image, torch.ones_like(image))
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            function(dual)
+        function(image)  # without a tangent it is a call like any other
+
+
+def test_the_differentiable_path_follows_the_nan_policy():
+    from dcnops.adapters.torch import differentiable
+
+    case = make_conv(dtype="float64")
+    case.offset[0, 8, 2, 2], case.offset[0, 3, 1, 1], case.offset[0, 4, 0, 0] = np.nan, np.inf, -np.inf
+    t = tensors_of(case)
+    names = ("input", "offset", "weight", "bias", "mask", "stride", "padding", "dilation")
+    assert_close(to_numpy(differentiable.deform_conv2d(*(t[n] for n in names))), case.expected(), "float64", slack=10)
+    pool = make_roi_pool(R=2, dtype="float64", sampling_ratio=0, inside=True)
+    pool.rois[0, 3] = np.nan
+    t = tensors_of(pool)
+    arguments = (t[name] for name in (*pool.arrays, *pool.parameters))
+    assert_close(to_numpy(differentiable.deform_roi_pool(*arguments)), pool.expected(), "float64", slack=10)
+
+
+def test_the_differentiable_path_reaches_every_pixel_of_a_large_image():
+    """Beyond 2**24 pixels, where float32 does not hold every index."""
+    from dcnops.adapters.torch import differentiable
+
+    side = 4200
+    image = torch.arange(side * side).remainder(251).float().reshape(1, 1, side, side)
+    offset = torch.full((1, 2, 1, 1), side - 2.0)
+    offset[0, 1] = side - 3.0
+    weight = torch.ones(1, 1, 1, 1)
+    arguments = (image, offset, weight, None, None, [side, side], 0, 1)
+    assert differentiable.deform_conv2d(*arguments).item() == image[0, 0, -2, -3].item()
+
+
+@pytest.mark.parametrize("name", [n for n, (_, e, _) in FORWARD_ERRORS.items() if e in (ShapeError, ArgumentError)])
+def test_wrong_sizes_and_parameters_are_the_errors_of_the_arrays(name: str):
+    changes, error, message = FORWARD_ERRORS[name]
+    bad = {k: to_tensor(v) if isinstance(v, np.ndarray) else v for k, v in array_arguments(**changes).items()}
+    del bad["grad_out"]
+    with pytest.raises(error) as raised:
+        deform_conv2d(**bad)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("name", [n for n, (_, e, _) in ROI_ERRORS.items() if e in (ShapeError, ArgumentError)])
+def test_wrong_regions_are_the_errors_of_the_arrays(name: str):
+    changes, error, message = ROI_ERRORS[name]
+    bad = {k: to_tensor(v) if isinstance(v, np.ndarray) else v for k, v in roi_arguments(**changes).items()}
+    del bad["grad_out"]
+    with pytest.raises(error) as raised:
+        deform_roi_pool(**bad)
+    assert message in str(raised.value)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -11,6 +11,8 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from ..cuda_stream import CudaStream
+
 __all__ = ["as_array", "as_tensor", "on_device_of"]
 
 
@@ -18,12 +20,12 @@ def as_array(tensor: Tensor | None) -> Any:
     """A NumPy or CuPy array that shares the tensor's memory; None for None."""
     if tensor is None:
         return None
-    if tensor.device.type == "cpu":
-        if tensor.dtype == torch.bfloat16:
-            import ml_dtypes
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
 
-            # NumPy takes bfloat16 neither from DLPack nor from the buffer protocol.
-            return tensor.detach().view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)
+        # As integers: NumPy takes bfloat16 neither from DLPack nor from the buffer protocol, nor does every CuPy.
+        return as_array(tensor.detach().view(torch.int16)).view(ml_dtypes.bfloat16)
+    if tensor.device.type == "cpu":
         return tensor.numpy(force=True)
     import cupy
 
@@ -31,10 +33,10 @@ def as_array(tensor: Tensor | None) -> Any:
 
 
 def as_tensor(array: Any) -> Tensor:
-    """A tensor that shares the memory of a C-contiguous array; the array's memory lives as long as the tensor."""
+    """A tensor that shares the memory of an array without negative strides, and keeps it alive."""
+    if array.dtype.name == "bfloat16":
+        return as_tensor(array.view("int16")).view(torch.bfloat16)
     if type(array).__module__.startswith("numpy"):
-        if array.dtype.name == "bfloat16":
-            return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
         return torch.from_numpy(array)
     return torch.utils.dlpack.from_dlpack(array)
 
@@ -48,19 +50,14 @@ def on_device_of(tensor: Tensor) -> Iterator[None]:
     import cupy
 
     index = tensor.device.index
-    stream = cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream(index).cuda_stream))
-    with torch.cuda.device(index), cupy.cuda.Device(index), cupy.cuda.using_allocator(_torch_memory()), stream:
+    # In this order: a stream belongs to the device that is current where it is made.
+    with (
+        torch.cuda.device(index),
+        cupy.cuda.Device(index),
+        cupy.cuda.using_allocator(_torch_memory()),
+        cupy.cuda.Stream.from_external(CudaStream(torch.cuda.current_stream(index).cuda_stream)),
+    ):
         yield
-
-
-class _Stream:
-    """A stream by CUDA's protocol, which not every torch has."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._handle
 
 
 @cache

@@ -70,7 +70,11 @@ def deform_roi_pool(
     sampling_ratio: int,
     gamma: float,
 ) -> Tensor:
-    """As `dcnops.deform_roi_pool`; computed in float32 at least."""
+    """As `dcnops.deform_roi_pool`; computed in float32 at least.
+
+    Every sample is looked at, also those outside of the image: with `sampling_ratio` 0, time and memory grow with the
+    area of the regions.
+    """
     g = DeformRoIPoolGeometry.check(
         tuple(input.shape),
         tuple(rois.shape),
@@ -89,8 +93,8 @@ def deform_roi_pool(
         start = g.spatial_scale * regions[r, 1:] - 0.5
         width, height = start[2] - start[0], start[3] - start[1]
         bin_height, bin_width = height / g.P, width / g.Q
-        rows = g.sampling_ratio or max(int(bin_height.ceil()), 0)
-        columns = g.sampling_ratio or max(int(bin_width.ceil()), 0)
+        rows = g.sampling_ratio or _adaptive_samples(bin_height)
+        columns = g.sampling_ratio or _adaptive_samples(bin_width)
         p = torch.arange(g.P, device=input.device)[:, None]
         q = torch.arange(g.Q, device=input.device)
         top = start[1] + p * bin_height + g.gamma * height * shift[r, 1]
@@ -115,8 +119,15 @@ def _real(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def _adaptive_samples(length: Tensor) -> int:
+    """One for each pixel of a bin; one, which is NaN, in a region that is not finite."""
+    return max(int(length.ceil()), 0) if bool(torch.isfinite(length)) else 1
+
+
 def _interpolate(image: Tensor, y: Tensor, x: Tensor, inside: Tensor, H: int, W: int) -> Tensor:
     """Bilinear samples [B, C, points] of images [B, C, H*W] at positions [B, points]; 0 where not `inside`."""
+    # 0 for a number, NaN for NaN: a sample whose position is NaN is NaN.
+    taint = (0 * torch.where(torch.isnan(y + x), y + x, 0.0))[:, None]
     y, x = torch.where(inside, y, y.new_zeros(())), torch.where(inside, x, x.new_zeros(()))
     y0, x0 = y.detach().floor(), x.detach().floor()
     ly, lx = y - y0, x - x0
@@ -124,7 +135,7 @@ def _interpolate(image: Tensor, y: Tensor, x: Tensor, inside: Tensor, H: int, W:
     for row, weight_y in ((y0, 1 - ly), (y0 + 1, ly)):
         for column, weight_x in ((x0, 1 - lx), (x0 + 1, lx)):
             is_pixel = inside & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-            index = (row.clamp(0, H - 1) * W + column.clamp(0, W - 1)).long()
+            index = row.clamp(0, H - 1).long() * W + column.clamp(0, W - 1).long()
             pixels = image.gather(2, index[:, None].expand(-1, image.shape[1], -1))
             total = total + torch.where(is_pixel, weight_y * weight_x, 0.0)[:, None] * pixels
-    return total
+    return total + taint

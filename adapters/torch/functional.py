@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dcnops._errors import DeviceError, DtypeError
-from dcnops._geometry import Padding, Pair, expand_padding, expand_pair
+from dcnops._geometry import Padding, Pair, check_sampling, expand_padding, expand_pair
 
 from . import operators
 
@@ -151,10 +152,18 @@ def deform_roi_pool(
     _check_tensors({"input": input, "rois": rois}, {"offset": offset, "mask": mask})
     (input,), (offset, mask) = _promote((input,), (offset, mask))
     size = expand_pair("output_size", output_size)
-    return _call(operators.deform_roi_pool, input, rois, offset, mask, size, spatial_scale, sampling_ratio, gamma)
+    ratio, scale, factor = check_sampling(sampling_ratio, spatial_scale, gamma)
+    return _call(operators.deform_roi_pool, input, rois, offset, mask, size, scale, ratio, factor)
 
 
 def _call(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    if forward_ad._current_level >= 0 and any(
+        isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None for argument in arguments
+    ):
+        raise RuntimeError(
+            "the operations of dcnops have no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); "
+            "use torch.autograd.grad or backward()"
+        )
     try:
         return operator(*arguments)
     except RuntimeError as error:

@@ -16,6 +16,9 @@ __device__ __forceinline__ unsigned short float_to_half(float value) {
   return bits;
 }
 
+__device__ __forceinline__ float rounded_product(float a, float b) { return a * b; }
+__device__ __forceinline__ double rounded_product(double a, double b) { return a * b; }
+
 __device__ __forceinline__ void add_4(float* to, float a, float b, float c, float d) {
   if (reinterpret_cast<unsigned long long>(to) % 16) cuda_on_cpu::fail("add_4: address not 16-byte aligned");
   atomicAdd(to, a);
@@ -39,6 +42,10 @@ __device__ __forceinline__ unsigned short float_to_half(float value) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
 }
+
+// A product that the compiler does not fuse with an addition: coordinates are rounded alike everywhere.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
 // Atomic addition of four consecutive floats at a 16-byte aligned address of global memory.
 __device__ __forceinline__ void add_4(float* to, float a, float b, float c, float d) {

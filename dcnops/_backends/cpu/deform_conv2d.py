@@ -205,7 +205,7 @@ def deform_conv2d_backward(
     weight: Array,
     mask: Array | None,
     needs: frozenset[str],
-    deterministic: bool = True,
+    deterministic: bool,
 ) -> dict[str, Array]:
     """Gradients of `deform_conv2d` by the name of the argument, those in `needs`; always deterministic."""
     g = geometry

@@ -81,7 +81,7 @@ def deform_roi_pool_backward(
     offset: Array | None,
     mask: Array | None,
     needs: frozenset[str],
-    deterministic: bool = True,
+    deterministic: bool,
 ) -> dict[str, Array]:
     """Gradients of `deform_roi_pool` by the name of the argument, those in `needs`; always deterministic."""
     g = geometry
