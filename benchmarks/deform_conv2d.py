@@ -25,7 +25,7 @@ _PLAIN_ARGUMENTS = ("input", "weight", "bias")
 _PER_IMAGE = frozenset({"input", "offset", "mask", "grad_out", "output"})
 _K = 9
 
-# Errors of float32 stay below 1e-6 here, those of a wrong implementation are of order 1. Some roundings of the type
+# Errors of float32 stay below 1e-5 here, those of a wrong implementation are of order 1. Some roundings of the type
 # for 16 bits. Float32 convolutions may be Winograd's; torchvision adds up float16 in float16.
 _TOLERANCE = {"float32": 2e-5, "float16": 6e-3, "bfloat16": 2e-2}
 _PLAIN_TOLERANCE = {**_TOLERANCE, "float32": 2e-4}

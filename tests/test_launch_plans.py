@@ -96,7 +96,9 @@ def test_channels_last_images_give_the_same_in_their_memory_order(case: Case, wh
     assert_correct(runner, case)
     if is_channels_last(case.input):
         output = runner.forward(case)
-        assert isinstance(case, RoIPoolCase) or output.flags.c_contiguous or is_channels_last(output)
+        _, O, oh, ow = output.shape
+        both_orders = output.size == 0 or O == 1 or oh * ow == 1
+        assert isinstance(case, RoIPoolCase) or both_orders or is_channels_last(output)
         gradient = runner.backward(case, ("input",))["input"]
         assert gradient.strides == case.input.strides or gradient.size == 0
 
