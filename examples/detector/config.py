@@ -1,0 +1,243 @@
+"""Every number of the detector and of its training, with the paper's values as defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from .errors import UserError
+from .presets import PRESETS
+
+__all__ = ["Config", "NetworkConfig", "TrainingConfig", "describe_options"]
+
+T = TypeVar("T")
+
+
+def option(default: T, help: str, minimum: float | None = None, maximum: float | None = None) -> T:
+    """A field with what ``--help`` says about it and the range that is legal."""
+    value: T = field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum})
+    return value
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What is built; a checkpoint carries it."""
+
+    preset: str = option("dcnv2", "row of Table 1: which layers are deformable")
+    detector: Literal["faster", "mask"] = option("faster", "Faster R-CNN on conv4 and conv5, or Mask R-CNN with FPN")
+    backbone: Literal["resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d", "small"] = option(
+        "resnet50", "small: 8 narrow blocks with GroupNorm, for CPUs, without pretrained weights"
+    )
+    stride_style: Literal["torchvision", "caffe"] = option(
+        "torchvision", "the stride of a stage is in its first 3x3 convolution, or (caffe) in the 1x1 before it"
+    )
+    frozen_stages: int = option(-1, "stages that stay as they are: 2 is conv1 and conv2; -1: 2, or 0 for small", -1, 5)
+    mask_scale: float = option(
+        1.0, "masks are mask_scale * sigmoid: 1 in the paper, 2 starts as the regular network", 0
+    )
+    gamma: float = option(0.1, "factor of the offsets of RoI pooling")
+    deform_groups: int = option(1, "deformable groups of a convolution", 1)
+    share_branch: bool = option(True, "one offset branch for the RoI pooling of all pyramid levels, or one for each")
+    deform_mask_pool: bool = option(False, "the 14x14 pooling of the mask head is deformable too, with its own branch")
+    sampling_ratio: int = option(2, "samples of a RoI bin along each axis", 0)
+    neck_channels: int = option(0, "channels that RoIs are pooled from; 0: 256, or 64 for small", 0)
+    head_channels: int = option(0, "width of the fully connected layers; 0: 1024, or 256 for small", 0)
+    min_size: int = option(800, "shorter side of the network's image, pixels", 1)
+    max_size: int = option(1333, "bound of the longer side, pixels", 1)
+    anchor_sizes: tuple[float, ...] = option(
+        (32, 64, 128, 256, 512), "sides of the anchors, pixels; five with FPN, one for each level", 1
+    )
+    anchor_ratios: tuple[float, ...] = option((0.5, 1, 2), "heights of the anchors over their widths", 0.01)
+    rpn_batch: int = option(256, "anchors of an image in the loss of the RPN", 1)
+    rpn_positive_fraction: float = option(0.5, "largest share of positives among them", 0, 1)
+    rpn_positive_iou: float = option(0.7, "an anchor with this overlap is positive", 0, 1)
+    rpn_negative_iou: float = option(0.3, "an anchor with less overlap is negative", 0, 1)
+    rpn_nms: float = option(0.7, "overlap at which the worse of two proposals goes", 0, 1)
+    rpn_candidates_train: int = option(0, "proposals before NMS; 0: 12000, or 2000 for each level with FPN", 0)
+    rpn_candidates_test: int = option(0, "the same in testing; 0: 6000, or 1000 for each level with FPN", 0)
+    proposals_train: int = option(2000, "proposals after NMS", 1)
+    proposals_test: int = option(1000, "the same in testing", 1)
+    roi_batch: int = option(512, "RoIs of an image in the loss of the head", 1)
+    roi_positive_fraction: float = option(0.25, "largest share of positives among them", 0, 1)
+    roi_positive_iou: float = option(0.5, "a RoI with this overlap is positive, others are background", 0, 1)
+    score_threshold: float = option(0.05, "detections with less are dropped", 0, 1)
+    detection_nms: float = option(0.5, "overlap at which the worse of two detections of a class goes", 0, 1)
+    max_detections: int = option(100, "detections of an image", 1)
+
+    def resolve(self) -> NetworkConfig:
+        """A copy in which the numbers that depend on the backbone and the detector stand in the place of 0 and -1."""
+        small, levels = self.backbone == "small", self.detector == "mask"
+        return dataclasses.replace(
+            self,
+            frozen_stages=(0 if small else 2) if self.frozen_stages < 0 else self.frozen_stages,
+            neck_channels=self.neck_channels or (64 if small else 256),
+            head_channels=self.head_channels or (256 if small else 1024),
+            rpn_candidates_train=self.rpn_candidates_train or (2000 if levels else 12000),
+            rpn_candidates_test=self.rpn_candidates_test or (1000 if levels else 6000),
+        )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How it is trained: section 5.1 of the paper, and Detectron's defaults, which it follows."""
+
+    epochs: int = option(16, "passes over the data", 1)
+    batch_size: int = option(2, "images of each process in one iteration", 1)
+    lr: float = option(0.02, "learning rate for `lr_batch` images in all processes; scaled in proportion", 0)
+    lr_batch: int = option(16, "the number of images that `lr` is meant for", 1)
+    lr_steps: tuple[float, ...] = option((10, 14), "epochs after which the learning rate is divided by 10", 0)
+    warmup_iterations: int = option(500, "iterations over which the learning rate rises", 0)
+    warmup_factor: float = option(1 / 3, "share of the learning rate that it starts at", 0, 1)
+    momentum: float = option(0.9, "momentum of SGD", 0, 1)
+    weight_decay: float = option(1e-4, "weight decay of all parameters", 0)
+    offset_lr_mult: float = option(0.1, "factor of the learning rate of offset convolutions", 0)
+    roi_offset_lr_mult: float = option(1.0, "factor of the learning rate of the branches of RoI pooling", 0)
+    clip_norm: float = option(0.0, "largest norm of the gradient; 0: unbounded", 0)
+    flip: float = option(0.5, "share of images that are mirrored", 0, 1)
+    amp: Literal["none", "float16", "bfloat16"] = option("none", "autocast to a 16-bit type")
+    group_aspect_ratios: bool = option(True, "batches hold wide images or tall ones")
+    workers: int = option(2, "processes that read images", 0)
+    seed: int = option(0, "of everything random", 0)
+    save_every: int = option(500, "iterations between checkpoints; one is written at the end of each epoch too", 1)
+    evaluate_every: int = option(1, "epochs between evaluations; 0: only after the last", 0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A detector and its training."""
+
+    network: NetworkConfig = NetworkConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    def set(self, assignments: Iterable[str]) -> Config:
+        """A copy with assignments such as ``network.gamma=1`` or ``training.lr_steps=6,8`` applied.
+
+        Raises
+        ------
+        UserError
+            An assignment has no such form, or names no option, or a value that is not legal.
+        """
+        values = self.to_dict()
+        for assignment in assignments:
+            name, equals, text = assignment.partition("=")
+            section, _, key = name.strip().partition(".")
+            if not equals:
+                raise UserError(f"--set needs section.option=value, got {assignment!r}")
+            if key not in values.get(section, {}):
+                raise UserError(f"--set {name}: there is no such option (the help of `train` lists all)")
+            values[section][key] = _parse(text.strip(), name, _types(SECTIONS[section])[key])
+        return Config.from_dict(values)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain numbers, strings and lists, for json and checkpoints."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
+        """The configuration that `to_dict` described.
+
+        Raises
+        ------
+        UserError
+            Something is unknown or not legal.
+        """
+        if not isinstance(values, Mapping) or set(values) - set(SECTIONS):
+            raise UserError(f"a configuration must have the sections {', '.join(SECTIONS)}, got {values!r:.80}")
+        made = {}
+        for section, kind in SECTIONS.items():
+            given = dict(values.get(section, {}))
+            known = _types(kind)
+            for key, value in given.items():
+                if key not in known:
+                    raise UserError(f"{section}.{key}: there is no such option")
+                given[key] = _check(value, f"{section}.{key}", known[key], _field(kind, key))
+            made[section] = kind(**given)
+        config = Config(**made)
+        network = config.network
+        if network.preset not in PRESETS:
+            raise UserError(f"network.preset must be one of {', '.join(PRESETS)}, got {network.preset!r}")
+        if network.detector == "mask" and len(network.anchor_sizes) != 5:
+            raise UserError(f"network.anchor_sizes must be 5 numbers with FPN, got {len(network.anchor_sizes)}")
+        if network.max_size < network.min_size:
+            raise UserError(f"network.max_size must be at least min_size={network.min_size}, got {network.max_size}")
+        return config
+
+
+SECTIONS: dict[str, Any] = {"network": NetworkConfig, "training": TrainingConfig}
+
+
+def describe_options() -> str:
+    """One line for each option: name, default, meaning."""
+    lines = []
+    for section, kind in SECTIONS.items():
+        for item in dataclasses.fields(kind):
+            name, choices = f"{section}.{item.name}", _types(kind)[item.name]
+            default = _text(item.default)
+            if typing.get_origin(choices) is Literal:
+                default += " of " + "|".join(typing.get_args(choices))
+            lines.append(f"  {name}={default}\n      {item.metadata['help']}")
+    return "\n".join(lines)
+
+
+def _types(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _field(kind: Any, key: str) -> Mapping[str, Any]:
+    metadata: types.MappingProxyType[str, Any] = kind.__dataclass_fields__[key].metadata
+    return metadata
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(_text(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _parse(text: str, name: str, kind: Any) -> Any:
+    """The value that `text` from the command line stands for."""
+    if typing.get_origin(kind) is tuple:
+        return [_parse(item, name, float) for item in text.split(",") if item]
+    if kind is bool:
+        words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+        return words.get(text.lower(), text)
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            raise UserError(f"{name} must be {_kind_name(kind)}, got {text!r}") from None
+    return text
+
+
+def _check(value: Any, name: str, kind: Any, metadata: Mapping[str, Any]) -> Any:
+    """`value` as the type of its field, or an error."""
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise UserError(f"{name} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
+        return value
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{name} must be numbers with commas between them, got {value!r}")
+        if not value and name != "training.lr_steps":
+            raise UserError(f"{name} must have at least one number")
+        return tuple(_check(item, name, float, metadata) for item in value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and kind is float) and not (isinstance(value, kind) and number == (kind is int)):
+        raise UserError(f"{name} must be {_kind_name(kind)}, got {value!r}")
+    low, high = metadata["minimum"], metadata["maximum"]
+    if number and not math.isfinite(value):
+        raise UserError(f"{name} must be finite, got {value!r}")
+    if number and not ((low is None or value >= low) and (high is None or value <= high)):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UserError(f"{name} must be {bounds}, got {value!r}")
+    return kind(value)
+
+
+def _kind_name(kind: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[kind]
