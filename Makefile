@@ -1,6 +1,6 @@
 # make test    set up .venv, then run the tests (no GPU needed)
 # make lint    ruff, mypy, clang-format
-# make demo    deformable convolution of a photograph; pictures in out/
+# make demo    train a small DCNv2 detector on synthetic images, evaluate it, draw what it finds; out/detector/
 # make bench   time the operations beside their peers; table, and out/benchmark.json
 # make gpu     on a machine with a GPU and the packages installed: GPU tests, then the benchmark (no .venv is made)
 
@@ -31,7 +31,7 @@ format: setup
 	$(BIN)/clang-format -i cuda/*.cu cuda/dcn/*.cuh
 
 demo: setup
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.detector demo
 
 bench: setup
 	$(BIN)/python -m benchmarks

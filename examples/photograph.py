@@ -1,4 +1,4 @@
-"""What deformable convolution does, shown on photographs: `python examples/demo.py` writes five pictures.
+"""What deformable convolution does, shown on photographs: `python examples/photograph.py` writes five pictures.
 
 1. Which channel of offset and mask belongs to which sampling point.
 2. Where a 3x3 convolution takes its samples: on a regular grid, on a grid moved by offsets, weighted by a mask.
@@ -28,7 +28,7 @@ try:
     from matplotlib.figure import Figure
     from skimage import data
 except ImportError as error:
-    sys.exit(f"The demo needs scikit-image and matplotlib ({error}): pip install scikit-image matplotlib")
+    sys.exit(f"This example needs scikit-image and matplotlib ({error}): pip install scikit-image matplotlib")
 
 CUP = (100.0, 283.0)
 """Row and column of the middle of the cup in the photograph."""
@@ -307,7 +307,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    default = Path(__file__).parents[1] / "out"
+    default = Path(__file__).parents[1] / "out" / "photograph"
     parser.add_argument("--out", type=Path, default=default, help="folder for the pictures; default: %(default)s")
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)

@@ -57,19 +57,19 @@ def test_quickstart_cupy_runs_or_says_what_is_missing() -> None:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folder and printed text of one run of the demo."""
-    out = tmp_path_factory.mktemp("demo") / "pictures"
-    done = run_example("demo.py", "--out", str(out))
+def photograph(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder and printed text of one run of the example."""
+    out = tmp_path_factory.mktemp("photograph") / "pictures"
+    done = run_example("photograph.py", "--out", str(out))
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_demo_pictures(demo: tuple[Path, str], name: str) -> None:
+def test_pictures_of_the_photograph(photograph: tuple[Path, str], name: str) -> None:
     from PIL import Image
 
-    out, text = demo
+    out, text = photograph
     path = out / f"{name}.png"
     assert str(path) in text
     assert path.stat().st_size < 600_000
@@ -82,7 +82,7 @@ def test_demo_pictures(demo: tuple[Path, str], name: str) -> None:
         assert band.std() > 20
 
 
-def test_demo_finds_the_swirl(demo: tuple[Path, str]) -> None:
-    _, text = demo
+def test_the_swirl_is_found(photograph: tuple[Path, str]) -> None:
+    _, text = photograph
     found = float(text.split("found ")[1].split(";")[0])
     assert found == pytest.approx(2.5, abs=0.02)
