@@ -151,7 +151,10 @@ class Config:
             raise UserError(f"a configuration must have the sections {', '.join(SECTIONS)}, got {values!r:.80}")
         made = {}
         for section, kind in SECTIONS.items():
-            given = dict(values.get(section, {}))
+            given = values.get(section, {})
+            if not isinstance(given, Mapping):
+                raise UserError(f"a configuration must have options in {section}, got {given!r:.80}")
+            given = dict(given)
             known = _types(kind)
             for key, value in given.items():
                 if key not in known:

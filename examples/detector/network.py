@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -130,4 +130,18 @@ def _roi_heads(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbo
         heads.mask_roi_pool = build_mask_pool(network, backbone.roi_maps)
         heads.mask_head = MaskRCNNHeads(channels, [channels] * 4, dilation=1)
         heads.mask_predictor = PreciseMaskPredictor(channels, channels, num_classes)
+    _initialise(heads)
     return heads
+
+
+def _initialise(heads: RoIHeads) -> None:
+    """Detectron's initial weights, with which scores start alike and boxes and masks near zero."""
+    for layer in (heads.box_head.fc6, heads.box_head.fc7):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    last = [(heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001)]
+    if heads.has_mask():
+        last.append((heads.mask_predictor.mask_fcn_logits, 0.001))
+    for layer, deviation in last:
+        nn.init.normal_(layer.weight, std=deviation)
+        nn.init.zeros_(layer.bias)

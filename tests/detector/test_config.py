@@ -1,0 +1,112 @@
+"""Options: parsing, ranges, and the way through a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from examples.detector.config import Config, NetworkConfig, describe_options
+from examples.detector.errors import UserError
+
+
+def test_the_papers_numbers() -> None:
+    network, training = Config().network.resolve(), Config().training
+    assert (network.min_size, network.max_size) == (800, 1333)
+    assert (network.rpn_batch, network.rpn_positive_fraction, network.rpn_nms) == (256, 0.5, 0.7)
+    assert (network.proposals_train, network.proposals_test) == (2000, 1000)
+    assert (network.roi_batch, network.roi_positive_fraction) == (512, 0.25)
+    assert (network.score_threshold, network.detection_nms, network.max_detections) == (0.05, 0.5, 100)
+    assert (network.gamma, network.mask_scale, network.deform_groups, network.share_branch) == (0.1, 1.0, 1, True)
+    assert (network.frozen_stages, network.neck_channels, network.head_channels) == (2, 256, 1024)
+    assert (training.lr, training.lr_batch, training.momentum, training.weight_decay) == (0.02, 16, 0.9, 1e-4)
+    assert (training.epochs, training.lr_steps) == (16, (10, 14))
+    assert (training.offset_lr_mult, training.roi_offset_lr_mult) == (0.1, 1.0)
+
+
+def test_what_follows_from_backbone_and_detector() -> None:
+    small = Config().set(["network.backbone=small"]).network.resolve()
+    assert (small.frozen_stages, small.neck_channels, small.head_channels) == (0, 64, 256)
+    assert (small.rpn_candidates_train, small.rpn_candidates_test) == (12000, 6000)
+    pyramid = Config().set(["network.detector=mask", "network.frozen_stages=0"]).network.resolve()
+    assert (pyramid.rpn_candidates_train, pyramid.rpn_candidates_test, pyramid.frozen_stages) == (2000, 1000, 0)
+    assert pyramid.resolve() == pyramid
+
+
+def test_assignments() -> None:
+    assignments = "network.gamma=1 network.share_branch=no training.lr_steps=2,3.5 network.backbone=small"
+    config = Config().set([*assignments.split(), "training.epochs = 4"])
+    assert config.network.gamma == 1.0 and isinstance(config.network.gamma, float)
+    assert config.network.share_branch is False
+    assert config.training.lr_steps == (2.0, 3.5)
+    assert config.training.epochs == 4
+    assert Config().set(["training.lr_steps="]).training.lr_steps == ()
+    assert Config() == Config().set([])
+
+
+@pytest.mark.parametrize(
+    "assignment, message",
+    [
+        ("gamma", "--set needs section.option=value, got 'gamma'"),
+        ("gamma=1", "--set gamma: there is no such option"),
+        ("network.gama=1", "--set network.gama: there is no such option"),
+        ("network.gamma=wide", "network.gamma must be a number, got 'wide'"),
+        ("network.gamma=nan", "network.gamma must be finite, got nan"),
+        ("network.deform_groups=1.5", "network.deform_groups must be a whole number, got '1.5'"),
+        ("network.deform_groups=0", "network.deform_groups must be at least 1, got 0"),
+        ("network.rpn_nms=1.5", "network.rpn_nms must be between 0 and 1, got 1.5"),
+        ("network.share_branch=perhaps", "network.share_branch must be true or false, got 'perhaps'"),
+        ("network.preset=dcnv3", "network.preset must be one of regular-roipool, regular, dconv-c5"),
+        ("network.backbone=vgg16", "network.backbone must be one of resnet50, resnet101"),
+        ("network.anchor_sizes=", "network.anchor_sizes must have at least one number"),
+        ("network.anchor_sizes=32,x", "network.anchor_sizes must be a number, got 'x'"),
+        ("network.anchor_sizes=0", "network.anchor_sizes must be at least 1, got 0"),
+        ("network.max_size=500", "network.max_size must be at least min_size=800, got 500"),
+        ("training.lr=-1", "training.lr must be at least 0, got -1"),
+        ("training.amp=half", "training.amp must be one of none, float16, bfloat16, got 'half'"),
+    ],
+)
+def test_wrong_assignments(assignment: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Config().set([assignment])
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pyramid_needs_five_anchor_sizes() -> None:
+    with pytest.raises(UserError, match="anchor_sizes must be 5 numbers with FPN, got 3"):
+        Config().set(["network.detector=mask", "network.anchor_sizes=8,16,32"])
+    Config().set(["network.anchor_sizes=8,16,32"])
+
+
+def test_through_json_and_back() -> None:
+    config = Config().set(["network.anchor_sizes=8,16", "training.lr_steps=1", "network.share_branch=false"])
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        {"network": {}, "other": {}},
+        {"network": {"color": 1}},
+        {"network": {"gamma": "1"}},
+        {"network": {"gamma": True}},
+        {"network": {"share_branch": 1}},
+        {"training": {"epochs": 2.0}},
+        {"network": {"anchor_sizes": 3}},
+        {"network": {"preset": ["dcnv2"]}},
+        {"network": 3},
+    ],
+)
+def test_wrong_dictionaries(values: object) -> None:
+    with pytest.raises(UserError):
+        Config.from_dict(values)  # type: ignore[arg-type]
+
+
+def test_every_option_is_described() -> None:
+    text = describe_options()
+    for item in dataclasses.fields(NetworkConfig):
+        assert f"network.{item.name}=" in text
+    assert "training.lr_steps=10,14" in text and "faster|mask" in text
