@@ -202,7 +202,14 @@ def test_param_groups():
     fast = [names[parameter] for parameter in rest["params"]]
     assert sum("pool.offset_fc" in name for name in fast) == 6
     assert sorted(fast + slow) == sorted(name for name in names.values() if "stem" not in name)
-    for group in param_groups(model, 0.02, offset_lr_mult=0.5, weight_decay=1e-4):
+    *others, poolings = param_groups(model, 0.02, roi_offset_lr_mult=0.25)
+    assert len(others) == 2 and poolings["lr"] == pytest.approx(0.005)
+    assert {names[parameter] for parameter in poolings["params"]} == {name for name in fast if "offset_fc" in name}
+    assert [len(group["params"]) for group in others] == [len(fast) - 6, 6]
+    mmcv_pool = mmcv_ops.ModulatedDeformRoIPoolPack(3, 4, 8)
+    (group,) = param_groups(mmcv_pool, 0.02, roi_offset_lr_mult=0)
+    assert group["lr"] == 0 and group["params"] == list(mmcv_pool.parameters())
+    for group in param_groups(model, 0.02, offset_lr_mult=0.5, weight_decay=1e-4, roi_offset_lr_mult=2):
         assert group["weight_decay"] == 1e-4
     optimiser = torch.optim.SGD(param_groups(model, 0.02), momentum=0.9, weight_decay=1e-4)
     assert [group["weight_decay"] for group in optimiser.param_groups] == [1e-4, 1e-4]
@@ -213,7 +220,8 @@ def test_param_groups_without_branches():
     assert len(group["params"]) == len(list(net().parameters()))
     for wrong, message in (
         ({"lr": -1}, "lr must not be"),
-        ({"lr": 1, "offset_lr_mult": -1}, "offset_lr_mult must not be"),
+        ({"lr": 1, "offset_lr_mult": -1}, "^offset_lr_mult must not be"),
+        ({"lr": 1, "roi_offset_lr_mult": -1}, "^roi_offset_lr_mult must not be"),
     ):
         with pytest.raises(ArgumentError, match=message):
             param_groups(net(), **wrong)

@@ -17,6 +17,7 @@ from .conv_modules import (
     OffsetBranchConv,
     OffsetConv2d,
 )
+from .roi_modules import RoIPoolBase
 
 __all__ = ["convert_to_deformable", "param_groups"]
 
@@ -87,7 +88,12 @@ def convert_to_deformable(
 
 
 def param_groups(
-    model: nn.Module, lr: float, offset_lr_mult: float = 0.1, weight_decay: float | None = None
+    model: nn.Module,
+    lr: float,
+    offset_lr_mult: float = 0.1,
+    weight_decay: float | None = None,
+    *,
+    roi_offset_lr_mult: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimiser: slower offset branches of convolutions, everything else as usual.
 
@@ -95,21 +101,25 @@ def param_groups(
     ----------
     model : torch.nn.Module
     lr : float
-        The learning rate. The branches of deformable RoI pooling have it too.
+        The learning rate.
     offset_lr_mult : float
         Factor of the learning rate of the ``conv_offset`` branches; 0.1 in the papers.
     weight_decay : float, optional
-        Weight decay of both groups; by default what the optimiser is given.
+        Weight decay of all groups; by default what the optimiser is given.
+    roi_offset_lr_mult : float
+        Factor of the learning rate of the branches of deformable RoI pooling; 1 in the papers. Only another one makes
+        them a group of their own.
 
     Returns
     -------
     list of dict
-        The groups, those without parameters left out, and in them the parameters that require a gradient.
+        The groups, in the order everything else, convolutions' branches, RoI pooling's branches, those without
+        parameters left out, and in them the parameters that require a gradient.
 
     Raises
     ------
     ArgumentError
-        `lr` or `offset_lr_mult` is negative.
+        `lr` or a factor is negative.
 
     Examples
     --------
@@ -120,21 +130,26 @@ def param_groups(
     >>> [(len(group["params"]), group["lr"]) for group in optimiser.param_groups]
     [(4, 0.02), (2, 0.002)]
     """
-    for name, value in (("lr", lr), ("offset_lr_mult", offset_lr_mult)):
+    factors = {"lr": lr, "offset_lr_mult": offset_lr_mult, "roi_offset_lr_mult": roi_offset_lr_mult}
+    for name, value in factors.items():
         if value < 0:
             raise ArgumentError(f"{name} must not be negative, got {value}")
     branches = [module.conv_offset for module in model.modules() if isinstance(module, OffsetBranchConv)]
-    in_branch = {parameter for branch in branches for parameter in branch.parameters()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    common = {} if weight_decay is None else {"weight_decay": weight_decay}
-    groups = [
-        {"params": [parameter for parameter in trainable if parameter not in in_branch], "lr": lr, **common},
-        {
-            "params": [parameter for parameter in trainable if parameter in in_branch],
-            "lr": lr * offset_lr_mult,
-            **common,
-        },
+    # A pooling has no parameters but those of its branches.
+    poolings = [module for module in model.modules() if isinstance(module, RoIPoolBase) and roi_offset_lr_mult != 1]
+    of_convolutions, of_poolings = (
+        {parameter for module in modules for parameter in module.parameters()} for modules in (branches, poolings)
+    )
+    groups: list[dict[str, Any]] = [
+        {"params": [], "lr": lr * factor} for factor in (1, offset_lr_mult, roi_offset_lr_mult)
     ]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            index = 1 if parameter in of_convolutions else 2 if parameter in of_poolings else 0
+            groups[index]["params"].append(parameter)
+    if weight_decay is not None:
+        for group in groups:
+            group["weight_decay"] = weight_decay
     return [group for group in groups if group["params"]]
 
 

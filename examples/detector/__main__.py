@@ -1,0 +1,314 @@
+"""The command line: ``python -m examples.detector COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import torch
+
+from .checkpoint import load_detector
+from .coco import Category, CocoDataset, find_data
+from .config import Config, describe_options
+from .demo import run_demo
+from .distributed import is_main, session, world_size
+from .errors import UserError
+from .evaluation import Kind, coco_metrics, detect, load_results, metrics_table, write_results
+from .flops import cost_rows, cost_table
+from .images import find_images
+from .interruption import Interrupted
+from .network import build_detector
+from .prediction import predict, write_predictions
+from .presets import PRESETS
+from .synth import write_synthetic
+from .training import train
+from .weights import load_backbone
+
+DTYPES = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help tells more)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns
+    -------
+    int
+        The exit code: 0; 2 for a mistake of the user, which is named in one line on stderr; 128 + the number of the
+        signal that ended a training.
+    """
+    try:
+        options = _parser().parse_args(arguments)
+        options.run(options)
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' in process {rank}'}: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        return interruption.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever reads the output has enough of it; nothing may be flushed into the pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def run_train(options: argparse.Namespace) -> None:
+    config = _config(options)
+    if PRESETS[config.network.preset].mimic:
+        raise UserError(f"--preset {config.network.preset}: feature mimicking cannot be trained by this version")
+    masks = config.network.detector == "mask"
+    train_annotations, train_images = _data(options, "train")
+    train_set = CocoDataset(train_annotations, train_images, masks=masks, keep_empty=False)
+    val_set = None
+    if options.val_annotations or options.data:
+        val_annotations, val_images = _data(options, "val")
+        val_set = CocoDataset(val_annotations, val_images, masks=masks, keep_empty=True)
+        _same_categories(train_set.categories, val_set.categories, val_annotations)
+    with session(options.device) as device:
+        _warn(train_set, train_annotations)
+        if val_set:
+            _warn(val_set, val_annotations)
+        torch.manual_seed(config.training.seed)
+        model = build_detector(config.network, len(train_set.categories))
+        weights = options.weights or ("none" if config.network.backbone == "small" else "imagenet")
+        if weights != "none" and not options.resume:
+            load_backbone(model, weights, config.network.backbone)
+        train(model.to(device), config, train_set, val_set, options.out, device, resume=options.resume)
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    if options.results:
+        annotations = options.annotations or _data(options, options.split)[0]
+        truth = CocoDataset(annotations, None, masks=False, keep_empty=True)
+        results, kinds = load_results(options.results, truth.coco)
+        if "segm" in kinds:
+            truth = CocoDataset(annotations, None, masks=True, keep_empty=True)
+        _report(truth, results, kinds, options.out)
+        return
+    annotations, images = _data(options, options.split)
+    with session(options.device) as device:
+        model, config, categories = load_detector(options.checkpoint, device, options.set)
+        masks = config.network.detector == "mask"
+        dataset = CocoDataset(annotations, images, masks=masks, keep_empty=True)
+        _same_categories(categories, dataset.categories, annotations)
+        _warn(dataset, annotations)
+        results = detect(
+            model,
+            dataset,
+            device,
+            batch_size=options.batch_size,
+            workers=config.training.workers,
+            amp_dtype=DTYPES[options.amp],
+        )
+        if is_main():
+            _report(dataset, results, ("bbox", "segm") if masks else ("bbox",), options.out)
+
+
+def run_predict(options: argparse.Namespace) -> None:
+    paths = find_images(options.images)
+    with session(options.device) as device:
+        if world_size() > 1:
+            raise UserError("predict runs in one process, not under torchrun")
+        model, _, categories = load_detector(options.checkpoint, device, options.set)
+        found = predict(model, paths, device, threshold=options.threshold, amp_dtype=DTYPES[options.amp])
+        number = write_predictions(found, options.out, categories, inputs=paths)
+    print(f"{number} detections in {len(paths)} images: pictures and predictions.json in {options.out}")
+
+
+def run_flops(options: argparse.Namespace) -> None:
+    networks = [
+        Config().set([*options.set, f"network.backbone={options.backbone}", f"network.detector={detector}"]).network
+        for detector in ("faster", "mask")
+    ]
+    if options.json:
+        print(json.dumps([row for network in networks for row in cost_rows(network)], indent=1))
+    else:
+        print("\n\n".join(cost_table(network) for network in networks))
+
+
+def run_synth(options: argparse.Namespace) -> None:
+    write_synthetic(
+        options.folder,
+        train=options.train,
+        val=options.val,
+        size=options.size,
+        deformation=options.deformation,
+        seed=options.seed,
+    )
+    print(f"{options.train} + {options.val} images in {options.folder}; train with --data {options.folder}")
+
+
+def _config(options: argparse.Namespace) -> Config:
+    named = [
+        f"network.{name}={value}"
+        for name in ("preset", "detector", "backbone")
+        if (value := getattr(options, name)) is not None
+    ]
+    return Config().set([*named, *options.set])
+
+
+def _data(options: argparse.Namespace, split: Literal["train", "val"]) -> tuple[Path, Path]:
+    """The json and the folder of images of a split, from ``--data`` or named one by one."""
+    prefix = f"{split}_" if hasattr(options, f"{split}_annotations") else ""
+    annotations, images = getattr(options, f"{prefix}annotations"), getattr(options, f"{prefix}images")
+    option = f"--{prefix}".replace("_", "-")
+    if annotations and images:
+        return annotations, images
+    if annotations or images:
+        missing = "images" if annotations else "annotations"
+        raise UserError(f"{option}annotations and {option}images go together, {option}{missing} is missing")
+    if options.data is None:
+        raise UserError(f"the data are missing: --data FOLDER, or {option}annotations and {option}images")
+    return find_data(options.data, split)
+
+
+def _same_categories(trained: list[Category], found: list[Category], path: Path) -> None:
+    if trained != found:
+        raise UserError(
+            f"{path} must have the detector's {len(trained)} categories {_names(trained)}, "
+            f"got {len(found)}: {_names(found)}"
+        )
+
+
+def _warn(dataset: CocoDataset, annotations: Path) -> None:
+    for line in dataset.report if is_main() else ():
+        print(f"{annotations}: {line}", file=sys.stderr)
+
+
+def _names(categories: list[Category]) -> str:
+    shown = ", ".join(f"{category.id} {category.name}" for category in categories[:4])
+    return f"({shown}{', ...' * (len(categories) > 4)})"
+
+
+def _report(dataset: CocoDataset, results: list[dict[str, object]], kinds: tuple[Kind, ...], out: Path | None) -> None:
+    metrics = coco_metrics(dataset.coco, results, dataset.image_ids, kinds)
+    print(metrics_table(metrics, dataset.categories))
+    if out:
+        write_results(out, results, metrics, dataset.categories)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m examples.detector",
+        description="Faster and Mask R-CNN with deformable convolution and RoI pooling (Deformable ConvNets v2).",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+
+    command = commands.add_parser(
+        "train",
+        help="train a detector on a COCO data set",
+        description="Train a detector on a COCO data set. Several processes: torchrun -m examples.detector train ...",
+        epilog=f"options for --set, with their defaults:\n{describe_options()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run_train)
+    _add_data(command, "train", "val")
+    command.add_argument("--out", type=Path, required=True, help="folder for checkpoints, metrics and TensorBoard")
+    command.add_argument("--preset", metavar="PRESET", help=f"network.preset: {', '.join(PRESETS)}")
+    command.add_argument("--detector", metavar="KIND", help="network.detector: faster or mask")
+    command.add_argument("--backbone", metavar="NAME", help="network.backbone, such as resnet50 or small")
+    command.add_argument(
+        "--weights",
+        help="for the backbone: imagenet (the default but for small), a name of torchvision's weights, a .pth, "
+        ".safetensors or .npz file with torchvision's parameter names, or none",
+    )
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    _add_set(command)
+    _add_device(command)
+
+    command = commands.add_parser("evaluate", help="COCO's average precision of a checkpoint or of a results json")
+    command.set_defaults(run=run_evaluate)
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", type=Path, help="what `train` wrote")
+    what.add_argument("--results", type=Path, help="json of detections in COCO's results format")
+    _add_data(command, "")
+    command.add_argument("--split", choices=("train", "val"), default="val", help="of --data; default: %(default)s")
+    command.add_argument("--out", type=Path, help="folder for metrics.json and the detections")
+    command.add_argument("--batch-size", type=_positive, default=1, help="images at a time; default: %(default)s")
+    _add_set(command)
+    _add_amp(command)
+    _add_device(command)
+
+    command = commands.add_parser("predict", help="detect in images; pictures and a json")
+    command.set_defaults(run=run_predict)
+    command.add_argument("images", nargs="+", help="files, folders or globs")
+    command.add_argument("--checkpoint", type=Path, required=True, help="what `train` wrote")
+    command.add_argument("--out", type=Path, required=True, help="folder for the pictures and predictions.json")
+    command.add_argument("--threshold", type=float, default=0.5, help="least score; default: %(default)s")
+    _add_set(command)
+    _add_amp(command)
+    _add_device(command)
+
+    command = commands.add_parser("flops", help="parameters and multiply-adds of all presets beside the paper's")
+    command.set_defaults(run=run_flops)
+    command.add_argument("--backbone", default="resnet50", help="default: %(default)s, the paper's")
+    command.add_argument("--json", action="store_true", help="exact numbers for machines")
+    _add_set(command)
+
+    command = commands.add_parser("synth", help="write a COCO data set of deformed shapes")
+    command.set_defaults(run=run_synth)
+    command.add_argument("folder", type=Path)
+    command.add_argument("--train", type=int, default=1000, help="images to train on; default: %(default)s")
+    command.add_argument("--val", type=int, default=200, help="images to evaluate on; default: %(default)s")
+    command.add_argument("--size", type=int, default=160, help="sides of an image, pixels; default: %(default)s")
+    command.add_argument("--deformation", type=float, default=1.0, help="0: all upright; default: %(default)s")
+    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+    command = commands.add_parser("demo", help="all of it on a small synthetic set, in minutes on a CPU")
+    command.set_defaults(run=lambda options: run_demo(options.out, options.device))
+    command.add_argument("--out", type=Path, default=Path("out/detector"), help="default: %(default)s")
+    _add_device(command)
+    return parser
+
+
+def _add_data(command: argparse.ArgumentParser, *splits: str) -> None:
+    command.add_argument(
+        "--data",
+        type=Path,
+        help="folder with annotations/instances_train.json, instances_val.json and images/, or COCO's own layout",
+    )
+    for split in splits:
+        prefix = f"--{split}-" if split else "--"
+        of = {"train": " to train on", "val": " to evaluate on", "": ""}[split]
+        command.add_argument(f"{prefix}annotations", type=Path, help=f"COCO json{of}, instead of --data")
+        command.add_argument(f"{prefix}images", type=Path, help="folder of its images")
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="OPTION=VALUE", help="such as network.gamma=1"
+    )
+
+
+def _add_amp(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--amp", choices=tuple(DTYPES), default="none", help="autocast; default: %(default)s")
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: the GPU if there is one")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,368 @@
+"""Detections of a data set, and their average precision by the standard packages."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pycocotools.coco
+import pycocotools.cocoeval
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from .coco import Category, CocoDataset
+from .coco import _encode as encode_segmentation
+from .distributed import gather_lists, is_main, rank, world_size
+from .errors import UserError
+from .inference import RLE, coco_results, evaluating, infer
+
+__all__ = ["Kind", "Metrics", "Scores", "coco_metrics", "detect", "load_results", "metrics_table", "write_results"]
+
+Kind = Literal["bbox", "segm"]
+Package = Literal["auto", "pycocotools", "faster-coco-eval"]
+
+FIELDS: dict[Kind, str] = {"bbox": "bbox", "segm": "segmentation"}
+SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+TITLES: dict[Kind, str] = {"bbox": "box", "segm": "mask"}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Average precision in 0..1 as COCO defines it; NaN where there is no ground truth.
+
+    Attributes
+    ----------
+    AP
+        Mean over the overlaps 0.50, 0.55, ..., 0.95; `AP50` and `AP75` are at one overlap.
+    APs, APm, APl
+        Of objects of less than 32^2 pixels, of up to 96^2, and larger ones.
+    per_category
+        AP by category id.
+    """
+
+    AP: float
+    AP50: float
+    AP75: float
+    APs: float
+    APm: float
+    APl: float
+    per_category: dict[int, float]
+
+
+Metrics = dict[Kind, Scores]
+
+
+def detect(
+    model: nn.Module,
+    dataset: CocoDataset,
+    device: torch.device,
+    *,
+    batch_size: int = 1,
+    workers: int = 0,
+    progress: bool = True,
+    amp_dtype: torch.dtype | None = None,
+) -> list[dict[str, Any]]:
+    """Detections in all images of a data set.
+
+    Under `torchrun` each process takes a share of the images and gets the results of all.
+
+    Returns
+    -------
+    Entries of a COCO results json in the order of the images, each image's best first: ``image_id``, ``category_id``,
+    ``bbox`` (x, y, width, height), ``score`` and, from a network with masks, ``segmentation`` (run lengths).
+    """
+    share = range(rank(), len(dataset), world_size())
+    loader: DataLoader[tuple[Tensor, dict[str, Any]]] = DataLoader(
+        Subset(dataset, share),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        pin_memory=device.type == "cuda",
+    )
+    results = []
+    quiet = not (progress and is_main())
+    bar = tqdm(total=len(share), desc="detecting", unit="image", leave=False, disable=quiet)
+    with evaluating(model), bar:
+        for batch in loader:
+            images = [image.to(device, non_blocking=True) for image, _ in batch]
+            sizes = [(image.shape[2], image.shape[1]) for image in images]
+            for found, (_, target) in zip(infer(model, images, sizes, amp_dtype=amp_dtype), batch):
+                results += coco_results(found, int(target["image_id"]), dataset.categories)
+            bar.update(len(batch))
+    position = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
+    return sorted(gather_lists(results), key=lambda result: position[result["image_id"]])
+
+
+def coco_metrics(
+    coco: pycocotools.coco.COCO,
+    results: Sequence[dict[str, Any]],
+    image_ids: Iterable[int],
+    kinds: Sequence[Kind] = ("bbox",),
+    *,
+    package: Package = "auto",
+) -> Metrics:
+    """Average precision of detections.
+
+    Parameters
+    ----------
+    coco
+        The ground truth, which stays as it is. Annotations without ``area`` get that of their mask, or else box;
+        those without ``iscrowd`` are no crowd; those without a box, or a mask when masks are compared, do not count.
+    results
+        Entries of a COCO results json.
+    image_ids
+        The images to count; results in others are ignored.
+    kinds
+        What to compare: boxes, masks or both. The area of a detection is that of its box or its mask accordingly.
+    package
+        ``auto`` takes faster-coco-eval when it is installed. Both give the same numbers.
+
+    Raises
+    ------
+    UserError
+        Masks are to be compared, but no annotation has one, or not all detections do.
+    """
+    chosen = sorted(set(image_ids))
+    return {kind: _evaluate(_ground_truth(coco, chosen, kind), results, kind, package) for kind in kinds}
+
+
+def metrics_table(metrics: Metrics, categories: Sequence[Category]) -> str:
+    """The numbers as text: a line for boxes, one for masks, then one for each category."""
+    overall = [["", *SUMMARY]]
+    for kind, scores in metrics.items():
+        overall.append([TITLES[kind], *(_number(getattr(scores, name)) for name in SUMMARY)])
+    by_category = [["AP by category", *(TITLES[kind] for kind in metrics)]]
+    by_category += [
+        [category.name, *(_number(scores.per_category[category.id]) for scores in metrics.values())]
+        for category in categories
+    ]
+    width = max(len(row[0]) for row in overall + by_category)
+    return "\n\n".join(
+        "\n".join(row[0].ljust(width) + "".join(cell.rjust(8) for cell in row[1:]) for row in table)
+        for table in (overall, by_category)
+    )
+
+
+def write_results(
+    folder: Path, results: Sequence[dict[str, Any]], metrics: Metrics, categories: Sequence[Category]
+) -> None:
+    """Write ``metrics.json`` and, for each kind compared, ``detections_bbox.json`` or ``detections_segm.json``.
+
+    The latter are COCO results files, as other programs and `load_results` read them. Numbers without a value are
+    null. A file is replaced only when it has been written completely.
+
+    Raises
+    ------
+    UserError
+        The folder cannot be written to.
+    """
+    values: dict[str, Any] = {}
+    for kind, scores in metrics.items():
+        per_category = [
+            {"id": category.id, "name": category.name, "AP": _null(scores.per_category[category.id])}
+            for category in categories
+        ]
+        values[kind] = {name: _null(getattr(scores, name)) for name in SUMMARY}
+        values[kind]["per_category"] = per_category
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in metrics:
+            _write_json(folder / f"detections_{kind}.json", _of_kind(results, kind))
+        _write_json(folder / "metrics.json", values, indent=2)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror})") from None
+
+
+def load_results(path: Path, coco: pycocotools.coco.COCO) -> tuple[list[dict[str, Any]], tuple[Kind, ...]]:
+    """Read a COCO results json.
+
+    Returns
+    -------
+    Its entries, and what all of them have: boxes, masks or both. An empty list counts as boxes.
+
+    Raises
+    ------
+    UserError
+        The file is missing or no such json, or does not fit the ground truth; the message says where.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is not json ({error})") from None
+    if not isinstance(results, list):
+        raise UserError(f"{path}: must hold a list of detections, as COCO's results files do, got {_name(results)}")
+    fields: set[str] = set(FIELDS.values())
+    for index, result in enumerate(results):
+        if problem := _problem(result, coco):
+            raise UserError(f"{path}: detection number {index + 1} {problem}")
+        fields &= set(result)
+        if not fields:
+            raise UserError(f"{path}: some detections have no bbox and others no segmentation; all need the same")
+    return results, tuple(kind for kind, field in FIELDS.items() if field in fields and (results or kind == "bbox"))
+
+
+def _evaluate(truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: Kind, package: Package) -> Scores:
+    """Run the standard package on a data set of its own, which it may change."""
+    COCO, COCOeval = _classes(package)
+    ids = {image["id"] for image in truth["images"]}
+    found = _of_kind((result for result in results if result["image_id"] in ids), kind)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        if found:
+            detections = coco.loadRes(found)
+        else:  # which pycocotools cannot load
+            detections = COCO()
+            detections.dataset = {**truth, "annotations": []}
+            detections.createIndex()
+        evaluation = COCOeval(coco, detections, kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    # the axes of precision: overlaps, recalls, categories, areas (the first: all), most detections (the last: 100)
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    per_category = {
+        int(category): float(np.mean(values[values > -1])) if (values > -1).any() else math.nan
+        for category, values in zip(evaluation.params.catIds, np.moveaxis(precision, 2, 0))
+    }
+    summary = {name: float(value) if value > -1 else math.nan for name, value in zip(SUMMARY, evaluation.stats)}
+    return Scores(**summary, per_category=per_category)
+
+
+def _classes(package: Package) -> tuple[Any, Any]:
+    if package != "pycocotools":
+        try:
+            import faster_coco_eval
+
+            return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+        except ImportError:
+            if package != "auto":
+                raise
+    return pycocotools.coco.COCO, pycocotools.cocoeval.COCOeval
+
+
+def _ground_truth(coco: pycocotools.coco.COCO, image_ids: list[int], kind: Kind) -> dict[str, Any]:
+    """The part of the data set that counts, completed, in objects of its own."""
+    images = [coco.imgs[image_id] for image_id in image_ids]
+    annotations: list[dict[str, Any]] = []
+    given = 0
+    for image in images:
+        for annotation in coco.imgToAnns.get(image["id"], []):
+            given += 1
+            completed = _complete(annotation, image, kind)
+            if completed is not None:
+                completed["id"] = len(annotations) + 1  # the packages take number 0 for no match
+                annotations.append(completed)
+    if kind == "segm" and given and not annotations:
+        raise UserError("the mask AP cannot be evaluated: none of the annotations has a mask")
+    return {
+        "images": [{"id": image["id"], "height": image.get("height"), "width": image.get("width")} for image in images],
+        "categories": [dict(category) for category in coco.cats.values()],
+        "annotations": annotations,
+    }
+
+
+def _complete(annotation: dict[str, Any], image: dict[str, Any], kind: Kind) -> dict[str, Any] | None:
+    """An annotation with all that the packages read, or None if it does not count."""
+    box: Any = annotation.get("bbox")
+    area: Any = annotation.get("area")
+    has_box, has_area = _is_box(box), _is_finite(area)
+    mask = None if kind == "bbox" and has_box and has_area else _mask(annotation.get("segmentation"), image)
+    if mask is None and (kind == "segm" or not has_box):
+        return None
+    if not has_box:
+        box = coco_mask.toBbox(mask).tolist()
+    if not has_area:
+        area = box[2] * box[3] if mask is None else float(coco_mask.area(mask))
+    completed = {
+        "image_id": image["id"],
+        "category_id": annotation["category_id"],
+        "bbox": box,
+        "area": area,
+        "iscrowd": int(bool(annotation.get("iscrowd", 0))),
+    }
+    return completed if kind == "bbox" else {**completed, "segmentation": mask}
+
+
+def _mask(segmentation: object, image: dict[str, Any]) -> RLE | None:
+    """Polygons or run lengths as compressed run lengths, if they are any of the image's size."""
+    height, width = image.get("height"), image.get("width")
+    if not (isinstance(height, int) and isinstance(width, int)):
+        return None
+    return encode_segmentation(segmentation, height, width)
+
+
+def _of_kind(results: Iterable[dict[str, Any]], kind: Kind) -> list[dict[str, Any]]:
+    """Entries with the box or the mask alone: the packages take the area from the box where there are both."""
+    keys = ("image_id", "category_id", FIELDS[kind], "score")
+    try:
+        return [{key: result[key] for key in keys} for result in results]
+    except KeyError:
+        raise UserError(f"the {TITLES[kind]} AP cannot be evaluated: some detections have no {FIELDS[kind]}") from None
+
+
+def _problem(result: Any, coco: pycocotools.coco.COCO) -> str | None:
+    """What is wrong with an entry of a results json."""
+    if not isinstance(result, dict):
+        return f"must be an object, got {_name(result)}"
+    for key in ("image_id", "category_id", "score"):
+        if key not in result:
+            return f"has no {key}"
+    for key, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
+        if not isinstance(result[key], int) or result[key] not in known:
+            return f"has the {key} {_short(result[key])}, which is not in the annotations"
+    if not _is_finite(result["score"]):
+        return f"has the score {_short(result['score'])}, which is no number"
+    if not set(FIELDS.values()) & set(result):
+        return "has neither bbox nor segmentation"
+    if "bbox" in result and not _is_box(result["bbox"]):
+        return f"has the bbox {_short(result['bbox'])}, which is not [x, y, width, height]"
+    if "segmentation" in result:
+        image = coco.imgs[result["image_id"]]
+        if _mask(result["segmentation"], image) is None:
+            return f"has a segmentation that is no mask of {image.get('width')}x{image.get('height')} pixels"
+    return None
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_box(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_finite, value)) and min(value[2:]) >= 0
+
+
+def _short(value: object) -> str:
+    return repr(value)[:60]
+
+
+def _name(value: object) -> str:
+    return {dict: "an object", str: "a string", type(None): "null"}.get(type(value), "something else")
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _null(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
