@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from .errors import UserError
 from .presets import PRESETS
 
-__all__ = ["Config", "NetworkConfig", "TrainingConfig", "describe_options"]
+__all__ = ["Config", "MimickingConfig", "NetworkConfig", "TrainingConfig", "describe_options"]
 
 T = TypeVar("T")
 
@@ -109,11 +109,35 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class MimickingConfig:
+    """R-CNN feature mimicking: section 3.3 of the paper. It adds work to the training and none to the detector."""
+
+    regions: Literal["auto", "fg", "bg", "all", "none"] = option(
+        "auto", "RoIs that learn from their crops: objects, background, all or none; auto: fg for dcnv2-mimic"
+    )
+    boxes: int = option(32, "such RoIs of an image, at most", 1)
+    weight: float = option(0.1, "weight of the loss of equation 3", 0)
+    classifier_weight: float = option(0.1, "weight of the cross-entropy of the crops", 0)
+    reduction: Literal["sum", "mean"] = option("sum", "over the RoIs of an image")
+    features: Literal["after", "before"] = option("after", "the ReLU of the second fully connected layer")
+    detach: bool = option(False, "the features of the crops do not learn from those of the image")
+    chunk: int = option(8, "crops at a time: activations of more are not kept", 1)
+
+
+@dataclass(frozen=True)
 class Config:
     """A detector and its training."""
 
     network: NetworkConfig = NetworkConfig()
     training: TrainingConfig = TrainingConfig()
+    mimicking: MimickingConfig = MimickingConfig()
+
+    def mimics(self) -> MimickingConfig | None:
+        """How features are mimicked, `regions` being resolved; None if they are not."""
+        regions = self.mimicking.regions
+        if regions == "auto":
+            regions = "fg" if PRESETS[self.network.preset].mimic else "none"
+        return None if regions == "none" else dataclasses.replace(self.mimicking, regions=regions)
 
     def set(self, assignments: Iterable[str]) -> Config:
         """A copy with assignments such as ``network.gamma=1`` or ``training.lr_steps=6,8`` applied.
@@ -172,7 +196,7 @@ class Config:
         return config
 
 
-SECTIONS: dict[str, Any] = {"network": NetworkConfig, "training": TrainingConfig}
+SECTIONS: dict[str, Any] = {"network": NetworkConfig, "training": TrainingConfig, "mimicking": MimickingConfig}
 
 
 def describe_options() -> str:

@@ -21,27 +21,25 @@ Array = npt.NDArray[np.float64]
 
 
 class Layout(NamedTuple):
-    """Where along the body, -1..1, the parts of a category are."""
+    """The parts of a category: arms from its centre, or a ring instead, and balls on the tips of the first arms."""
 
-    balls: tuple[float, ...]
-    bars: tuple[float, ...]
+    arms: int
+    balls: int
 
 
 CATEGORIES = {
-    "club": Layout(balls=(1,), bars=()),
-    "bead": Layout(balls=(0,), bars=()),
-    "dumbbell": Layout(balls=(-1, 1), bars=()),
-    "tee": Layout(balls=(), bars=(1,)),
-    "cross": Layout(balls=(), bars=(0,)),
-    "beam": Layout(balls=(), bars=(-1, 1)),
+    "club": Layout(arms=2, balls=1),
+    "dumbbell": Layout(arms=2, balls=2),
+    "tripod": Layout(arms=3, balls=0),
+    "cross": Layout(arms=4, balls=0),
+    "ring": Layout(arms=0, balls=0),
 }
 
-# In units of half the body's length
-TUBE, BALL, BAR = 0.17, 0.38, 0.6
+TUBE, BALL, RING = 0.22, 0.45, 0.68  # radii, in units of an arm's length
 
 MIN_SIDE = 32  # pixels of an image: below, the smallest objects are a few pixels
-LARGEST, SMALLEST = 0.3, 0.1  # half the body's length over the image's shorter side
-MIN_INSIDE, MIN_VISIBLE = 0.9, 0.6  # of an object's area: within the image; within it and not covered
+LARGEST, SMALLEST = 0.255, 0.085  # an arm over the image's shorter side
+MIN_INSIDE, MIN_VISIBLE = 0.9, 0.75  # of an object's area: within the image; within it and not covered
 SUPERSAMPLING = 2
 
 COLOURS = (
@@ -224,9 +222,9 @@ class _Scene:
         """A loose part, small and pale."""
         rng = self._rng
         scale = rng.uniform(0.04, 0.085) * self._side
-        body = _tube(np.zeros(2), rng.uniform(0, 2 * math.pi), 1.0, rng.normal(0, 0.6, 2), TUBE * 1.6)
+        arm = _arm(rng.uniform(0, 2 * math.pi), 1.6, rng.normal(0, 1), 0.27)
         ball = Stroke(np.zeros((1, 2)), np.array([0.45]), np.zeros(1))
-        sprite = _draw([ball if rng.random() < 0.4 else body], np.eye(2) * scale, *self._paint())
+        sprite = _draw([ball if rng.random() < 0.4 else arm], np.eye(2) * scale, *self._paint())
         y, x = (int(rng.integers(-4, n)) for n in (self._height, self._width))
         paper, patch = _overlap(self._canvas.shape, sprite.cover.shape, y, x)
         cover = 0.55 * sprite.cover[patch][..., None]
@@ -248,20 +246,17 @@ class _Scene:
         turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
         matrix = scale * turn @ np.array([[aspect, shear], [0, 1 / aspect]])
 
-        bend = strength * np.array([rng.uniform(-1.2, 1.2), rng.uniform(-0.6, 0.6)])
-        upright = -math.pi / 2
-        body = _tube(np.zeros(2), upright, 1.0, bend, TUBE)
-        strokes = [body]
-        for where in layout.balls:
-            at = _nearest(body, where)
-            radius = BALL * (1 + strength * rng.uniform(-0.15, 0.15))
-            strokes.append(Stroke(body.points[at : at + 1], np.array([radius]), body.along[at : at + 1]))
-        for where in layout.bars:
-            at = _nearest(body, where)
-            before, after = body.points[max(at - 1, 0)], body.points[min(at + 1, len(body.points) - 1)]
-            across = math.atan2(*(after - before)[::-1]) + math.pi / 2
-            length = BAR * (1 + strength * rng.uniform(-0.15, 0.15))
-            strokes.append(_tube(body.points[at], across, length, strength * rng.normal(0, 0.25, 2), TUBE))
+        if not layout.arms:
+            return _draw([_ring(strength * rng.normal(0, 0.12, 2))], matrix, *self._paint())
+        strokes = []
+        for index in range(layout.arms):
+            to = math.pi * (2 * index / layout.arms - 0.5) + strength * rng.uniform(-0.25, 0.25)
+            length = 1 + strength * rng.uniform(-0.15, 0.15)
+            arm = _arm(to, length, strength * rng.uniform(-1.2, 1.2), TUBE)
+            strokes.append(arm)
+            if index < layout.balls:
+                radius = BALL * (1 + strength * rng.uniform(-0.15, 0.15))
+                strokes.append(Stroke(arm.points[-1:], np.array([radius]), arm.along[-1:]))
         return _draw(strokes, matrix, *self._paint())
 
     def _place(self, sprite: Sprite, label: int) -> bool:
@@ -297,19 +292,21 @@ class _Scene:
         self._canvas[paper] *= 1 - 0.5 / 255 * np.asarray(dark, np.float64)[patch][..., None]
 
 
-def _tube(centre: Array, angle: float, half: float, bend: Array, radius: float) -> Stroke:
-    """A tube of length ``2 * half`` through `centre`, where it points to `angle`; `bend`: C and S part, radians."""
-    along = np.linspace(-half, half, 25)
-    s = along / half
-    angles = angle + bend[0] * s + bend[1] * (np.cos(math.pi * s) - 1)
-    steps = np.stack([np.cos(angles), np.sin(angles)], 1) * (along[1] - along[0])
+def _arm(angle: float, length: float, bend: float, radius: float) -> Stroke:
+    """A tube from (0, 0) to the direction `angle`, which turns by `bend` up to its tip; radians."""
+    along = np.linspace(0, length, 13)
+    angles = angle + bend * along / length
+    steps = np.stack([np.cos(angles), np.sin(angles)], 1) * along[1]
     points = np.cumsum((steps[:-1] + steps[1:]) / 2, 0)
-    points = np.concatenate([np.zeros((1, 2)), points])
-    return Stroke(points - points[12] + centre, np.full(25, radius), along)
+    return Stroke(np.concatenate([np.zeros((1, 2)), points]), np.full(13, radius), along)
 
 
-def _nearest(stroke: Stroke, along: float) -> int:
-    return int(np.abs(stroke.along - along).argmin())
+def _ring(dents: Array) -> Stroke:
+    """A closed tube around (0, 0); `dents` are the strengths of its oval and of its three-cornered part."""
+    around = np.linspace(0, 2 * math.pi, 33)
+    distance = RING * (1 + dents[0] * np.cos(2 * around) + dents[1] * np.cos(3 * around))
+    points = distance[:, None] * np.stack([np.cos(around), np.sin(around)], 1)
+    return Stroke(points, np.full(33, TUBE), np.abs(around - math.pi) * RING)
 
 
 def _draw(strokes: list[Stroke], matrix: Array, first: Array, second: Array, texture: int) -> Sprite:

@@ -25,6 +25,7 @@ from .distributed import gather_lists, is_main, rank, world_size
 from .errors import UserError
 from .evaluation import Kind, Metrics, coco_metrics, detect, metrics_table, write_results
 from .interruption import Interrupted, StopRequests
+from .mimicking import MimickingDetector
 from .progress import Progress
 
 __all__ = ["CHECKPOINT", "MODEL", "Interrupted", "learning_rate_factor", "train"]
@@ -96,9 +97,11 @@ def train(
     total = options.epochs * len(batches)
     run = {"images": len(train_set), "processes": world_size()}
     first = 0
-    trainer = Trainer(model.to(device), options, device, len(batches))
+    model.to(device)
+    mimics = config.mimics()
+    trainer = Trainer(MimickingDetector(model, mimics) if mimics else model, options, device, len(batches))
     if resume:
-        first = _resume(out / CHECKPOINT, trainer, config, train_set, run)
+        first = _resume(out / CHECKPOINT, model, trainer, config, train_set, run)
         if first > total:
             raise UserError(
                 f"{out / CHECKPOINT} is of iteration {first}, beyond the {total} of training.epochs={options.epochs}"
@@ -242,12 +245,17 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the model."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        if isinstance(self.model, MimickingDetector):
+            state["crop_classifier"] = self.model.classifier.state_dict()
+        return state
 
     def load_state(self, content: dict[str, Any]) -> None:
         """Take over what `state` gave."""
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
+        if isinstance(self.model, MimickingDetector):
+            self.model.classifier.load_state_dict(content["crop_classifier"])
 
 
 def _start(out: Path) -> None:
@@ -261,7 +269,9 @@ def _start(out: Path) -> None:
         raise UserError(f"{out}: cannot be made a folder ({error.strerror})") from None
 
 
-def _resume(path: Path, trainer: Trainer, config: Config, train_set: CocoDataset, run: dict[str, int]) -> int:
+def _resume(
+    path: Path, model: nn.Module, trainer: Trainer, config: Config, train_set: CocoDataset, run: dict[str, int]
+) -> int:
     """Load what a checkpoint holds, and give the number of iterations done."""
     content = load_checkpoint(path)
     now, then = config.to_dict(), content["config"]
@@ -280,7 +290,7 @@ def _resume(path: Path, trainer: Trainer, config: Config, train_set: CocoDataset
     for name, number in run.items():
         if content.get(name) != number:
             raise UserError(f"{path}: cannot be resumed with {number} {name}, as it had {content.get(name)}")
-    restore_model(trainer.model, content["model"], path)
+    restore_model(model, content["model"], path)
     try:
         trainer.load_state(content)
     except (KeyError, TypeError, ValueError, RuntimeError):

@@ -190,10 +190,6 @@ def test_wrong_classes_in_a_checkpoint(fails: Callable[..., str], run: Path, dat
     assert "must have the detector's 2 categories (1 cat, 2 dog)" in message
 
 
-def test_feature_mimicking_is_not_left_out_silently(fails: Callable[..., str], data: Path, tmp_path: Path) -> None:
-    assert "mimicking" in fails("train", "--data", data, "--out", tmp_path / "out", "--preset", "dcnv2-mimic")
-
-
 def test_as_a_program(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "examples.detector", "predict", str(tmp_path), "--checkpoint", "x", "--out", "y"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
