@@ -23,36 +23,41 @@ from .training import MODEL, train
 
 __all__ = ["demo_config", "run_demo"]
 
-TRAIN_IMAGES, VAL_IMAGES, SIZE = 300, 60, 160
+TRAIN_IMAGES, VAL_IMAGES, SIZE = 400, 80, 128
 SHOWN = 8  # pictures on the sheet
 
 
 def demo_config() -> Config:
     """The preset `dcnv2` with the small backbone, and a schedule of minutes on two cores."""
-    return Config().set(
-        [
-            "network.preset=dcnv2",
-            "network.detector=mask",
-            "network.backbone=small",
-            f"network.min_size={SIZE}",
-            f"network.max_size={SIZE}",
-            "network.anchor_sizes=16,32,64,96,128",
-            "network.rpn_candidates_train=500",
-            "network.rpn_candidates_test=300",
-            "network.proposals_train=300",
-            "network.proposals_test=100",
-            "network.roi_batch=64",
-            "network.max_detections=20",
-            "training.epochs=6",
-            "training.lr_steps=4,5.5",
-            "training.batch_size=4",
-            "training.lr=0.08",
-            "training.warmup_iterations=50",
-            "training.clip_norm=10",
-            "training.evaluate_every=0",
-            "training.workers=0",
-        ]
-    )
+    network = {
+        "preset": "dcnv2",
+        "detector": "mask",
+        "backbone": "small",
+        "mask_scale": 2,
+        "min_size": SIZE,
+        "max_size": SIZE,
+        "anchor_sizes": "16,32,64,96,128",
+        "rpn_candidates_train": 300,
+        "rpn_candidates_test": 300,
+        "proposals_train": 300,
+        "proposals_test": 100,
+        "roi_batch": 32,
+        "max_detections": 20,
+    }
+    training = {
+        "optimizer": "adamw",
+        "epochs": 10,
+        "batch_size": 4,
+        "lr": 0.002,
+        "lr_batch": 4,
+        "lr_steps": "7,9",
+        "warmup_iterations": 50,
+        "clip_norm": 10,
+        "evaluate_every": 0,
+        "workers": 0,
+    }
+    sections = {"network": network, "training": training}
+    return Config().set(f"{name}.{key}={value}" for name, items in sections.items() for key, value in items.items())
 
 
 def run_demo(out: Path, device_name: str) -> None:

@@ -35,11 +35,12 @@ CATEGORIES = {
     "ring": Layout(arms=0, balls=0),
 }
 
-TUBE, BALL, RING = 0.22, 0.45, 0.68  # radii, in units of an arm's length
+TUBE, BALL, RING = 0.25, 0.5, 0.7  # radii, in units of an arm's length
 
 MIN_SIDE = 32  # pixels of an image: below, the smallest objects are a few pixels
 LARGEST, SMALLEST = 0.255, 0.085  # an arm over the image's shorter side
 MIN_INSIDE, MIN_VISIBLE = 0.9, 0.75  # of an object's area: within the image; within it and not covered
+MIN_PIXELS = 16  # of an object, before others cover it
 SUPERSAMPLING = 2
 
 COLOURS = (
@@ -87,10 +88,11 @@ def write_synthetic(
 ) -> None:
     """Write a COCO data set: ``annotations/instances_{train,val}.json`` and ``images/*.jpg``.
 
-    The objects are bent glossy tubes with balls or bars on them. Colours, textures and the parts are the same in all
-    categories: only where the parts are along the body tells them, and loose parts lie in the background. Each object
-    is rotated, scaled, sheared, stretched and bent at random, and may be partly covered by another. Annotations are of
-    the visible pixels: masks as compressed run-length codes, boxes tight around them.
+    The objects are put together from glossy tubes and balls. Colours, textures and parts are the same in all
+    categories: only how many parts there are and how they are joined tells them, and loose parts lie in the background.
+    Each object is rotated, scaled, sheared and stretched at random, each of its arms is bent, and another object may
+    cover up to a quarter of it. Annotations are of the visible pixels: masks as compressed run-length codes, boxes
+    tight around them.
 
     The same arguments give the same files, and a longer set begins with the shorter one.
 
@@ -103,11 +105,11 @@ def write_synthetic(
     size : int or (int, int)
         Width and height of the images in pixels, at least 32; one number for square ones. The objects grow with it.
     objects : (int, int)
-        Least and largest number of objects drawn for an image. One that finds no place where enough of all would be
-        visible is left out; the first always finds one.
+        Least and largest number of objects for an image. One that finds no place where enough of all objects would be
+        visible is left out, but every image has at least one.
     deformation : float
-        Strength of the geometric variation: 0 is upright objects of one size; 1 is all angles, a threefold
-        range of sizes and bends up to half a circle; at most 2.
+        Strength of the geometric variation: 0 is upright objects of one size and shape; 1 is all angles, a threefold
+        range of sizes, and arms that turn by up to 50 degrees; at most 2.
     seed : int
         Of everything random.
 
@@ -151,11 +153,11 @@ def write_synthetic(
 
 
 class Stroke(NamedTuple):
-    """A tube of varying radius along a line."""
+    """A tube around a line, or a ball around a point."""
 
     points: Array  # [k, 2]
-    radii: Array  # [k]
-    along: Array  # [k], distance from the stroke's origin, for the texture
+    along: Array  # [k], position along the line, for the texture
+    radius: float
 
 
 class Sprite(NamedTuple):
@@ -176,11 +178,13 @@ class _Scene:
         self._labels: list[int] = []
         self._areas: list[int] = []  # of the objects when nothing hides them
         self._canvas = self._background()
-        for _ in range(rng.integers(3, 8)):
+        for _ in range(rng.integers(2, 6)):
             self._clutter()
 
     def fill(self, objects: tuple[int, int]) -> None:
-        for _ in range(self._rng.integers(objects[0], objects[1] + 1)):
+        left = int(self._rng.integers(objects[0], objects[1] + 1))
+        while left > 0 or not self._labels:
+            left -= 1
             label = int(self._rng.integers(len(CATEGORIES)))
             sprite = self._object(list(CATEGORIES.values())[label])
             for _ in range(30):
@@ -223,17 +227,18 @@ class _Scene:
         rng = self._rng
         scale = rng.uniform(0.04, 0.085) * self._side
         arm = _arm(rng.uniform(0, 2 * math.pi), 1.6, rng.normal(0, 1), 0.27)
-        ball = Stroke(np.zeros((1, 2)), np.array([0.45]), np.zeros(1))
+        ball = Stroke(np.zeros((1, 2)), np.zeros(1), 0.45)
         sprite = _draw([ball if rng.random() < 0.4 else arm], np.eye(2) * scale, *self._paint())
         y, x = (int(rng.integers(-4, n)) for n in (self._height, self._width))
         paper, patch = _overlap(self._canvas.shape, sprite.cover.shape, y, x)
-        cover = 0.55 * sprite.cover[patch][..., None]
-        self._canvas[paper] += 0.55 * sprite.colour[patch] - cover * self._canvas[paper]
+        cover = 0.45 * sprite.cover[patch][..., None]
+        self._canvas[paper] += 0.45 * sprite.colour[patch] - cover * self._canvas[paper]
 
     def _paint(self) -> tuple[Array, Array, int]:
         """Two colours and the texture: none, bands, or from one to the other."""
         rng = self._rng
-        first, second = COLOURS[rng.permutation(len(COLOURS))[:2]] * rng.uniform(0.85, 1.05, (2, 1))
+        hue = rng.integers(len(COLOURS))
+        first, second = COLOURS[[hue, (hue + rng.choice([-1, 1])) % len(COLOURS)]] * rng.uniform(0.85, 1.05, (2, 1))
         return first, second, int(rng.integers(3))
 
     def _object(self, layout: Layout) -> Sprite:
@@ -242,7 +247,7 @@ class _Scene:
         scale = self._side * math.sqrt(LARGEST * SMALLEST) * (LARGEST / SMALLEST) ** (spread / 2)
         scale = min(scale, 0.45 * self._side)
         angle = min(strength, 1) * rng.uniform(-math.pi, math.pi)
-        shear, aspect = strength * rng.uniform(-0.4, 0.4), math.exp(strength * rng.uniform(-0.3, 0.3))
+        shear, aspect = strength * rng.uniform(-0.35, 0.35), math.exp(strength * rng.uniform(-0.2, 0.2))
         turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
         matrix = scale * turn @ np.array([[aspect, shear], [0, 1 / aspect]])
 
@@ -250,13 +255,13 @@ class _Scene:
             return _draw([_ring(strength * rng.normal(0, 0.12, 2))], matrix, *self._paint())
         strokes = []
         for index in range(layout.arms):
-            to = math.pi * (2 * index / layout.arms - 0.5) + strength * rng.uniform(-0.25, 0.25)
+            to = math.pi * (2 * index / layout.arms - 0.5) + strength * rng.uniform(-0.2, 0.2)
             length = 1 + strength * rng.uniform(-0.15, 0.15)
-            arm = _arm(to, length, strength * rng.uniform(-1.2, 1.2), TUBE)
+            arm = _arm(to, length, strength * rng.uniform(-0.9, 0.9), TUBE)
             strokes.append(arm)
             if index < layout.balls:
                 radius = BALL * (1 + strength * rng.uniform(-0.15, 0.15))
-                strokes.append(Stroke(arm.points[-1:], np.array([radius]), arm.along[-1:]))
+                strokes.append(Stroke(arm.points[-1:], arm.along[-1:], radius))
         return _draw(strokes, matrix, *self._paint())
 
     def _place(self, sprite: Sprite, label: int) -> bool:
@@ -268,7 +273,7 @@ class _Scene:
         paper, patch = _overlap(self._canvas.shape, sprite.cover.shape, y, x)
         solid = sprite.cover >= 0.5
         inside = solid[patch]
-        if inside.sum() < MIN_INSIDE * solid.sum():
+        if inside.sum() < max(MIN_INSIDE * solid.sum(), MIN_PIXELS):
             return False
         owner = self._owner.copy()
         owner[paper][inside] = len(self._labels)
@@ -298,7 +303,7 @@ def _arm(angle: float, length: float, bend: float, radius: float) -> Stroke:
     angles = angle + bend * along / length
     steps = np.stack([np.cos(angles), np.sin(angles)], 1) * along[1]
     points = np.cumsum((steps[:-1] + steps[1:]) / 2, 0)
-    return Stroke(np.concatenate([np.zeros((1, 2)), points]), np.full(13, radius), along)
+    return Stroke(np.concatenate([np.zeros((1, 2)), points]), along, radius)
 
 
 def _ring(dents: Array) -> Stroke:
@@ -306,15 +311,15 @@ def _ring(dents: Array) -> Stroke:
     around = np.linspace(0, 2 * math.pi, 33)
     distance = RING * (1 + dents[0] * np.cos(2 * around) + dents[1] * np.cos(3 * around))
     points = distance[:, None] * np.stack([np.cos(around), np.sin(around)], 1)
-    return Stroke(points, np.full(33, TUBE), np.abs(around - math.pi) * RING)
+    return Stroke(points, np.abs(around - math.pi) * RING, TUBE)
 
 
 def _draw(strokes: list[Stroke], matrix: Array, first: Array, second: Array, texture: int) -> Sprite:
     """Solid strokes under a lamp; `matrix` [2, 2] takes their coordinates to pixels."""
     fine = matrix * SUPERSAMPLING
     reach = np.linalg.norm(fine, axis=1)  # half the box around a circle of radius 1
-    low = np.min([(s.points @ fine.T - s.radii[:, None] * reach).min(0) for s in strokes], axis=0)
-    high = np.max([(s.points @ fine.T + s.radii[:, None] * reach).max(0) for s in strokes], axis=0)
+    low = np.min([(s.points @ fine.T - s.radius * reach).min(0) for s in strokes], axis=0)
+    high = np.max([(s.points @ fine.T + s.radius * reach).max(0) for s in strokes], axis=0)
     origin = np.floor(low) - SUPERSAMPLING
     cells = np.ceil((high - origin) / SUPERSAMPLING).astype(int) + 1
     shape = (cells[1] * SUPERSAMPLING, cells[0] * SUPERSAMPLING)
@@ -326,23 +331,20 @@ def _draw(strokes: list[Stroke], matrix: Array, first: Array, second: Array, tex
     rise = np.zeros(shape, np.float32)  # squared height of the solid above the paper
     along = np.zeros(shape, np.float32)
     for stroke in strokes:
-        ends = range(max(len(stroke.points) - 1, 1))
-        for i in ends:
-            j = min(i + 1, len(stroke.points) - 1)
-            a, b = stroke.points[i], stroke.points[j]
-            corners = np.stack([a, b]) @ fine.T - origin
-            extent = stroke.radii[[i, j]].max() * reach
-            x0, y0 = np.maximum(np.floor(corners.min(0) - extent), 0).astype(int)
-            x1, y1 = np.ceil(corners.max(0) + extent).astype(int) + 1
+        points, position = stroke.points.astype(np.float32), stroke.along.astype(np.float32)
+        for i in range(max(len(points) - 1, 1)):
+            j = min(i + 1, len(points) - 1)
+            ends = points[[i, j]] @ fine.T - origin
+            x0, y0 = np.floor(ends.min(0) - stroke.radius * reach).astype(int)
+            x1, y1 = np.ceil(ends.max(0) + stroke.radius * reach).astype(int) + 1
             window = np.s_[y0:y1, x0:x1]
-            dx, dy = x[window] - a[0], y[window] - a[1]
-            step = b - a
-            share = ((dx * step[0] + dy * step[1]) / max(step @ step, 1e-12)).clip(0, 1)
-            radius = stroke.radii[i] + share * (stroke.radii[j] - stroke.radii[i])
-            new = radius**2 - (dx - share * step[0]) ** 2 - (dy - share * step[1]) ** 2
+            dx, dy = x[window] - points[i, 0], y[window] - points[i, 1]
+            step = points[j] - points[i]
+            share = ((dx * step[0] + dy * step[1]) / max(step @ step, np.float32(1e-12))).clip(0, 1)
+            new = np.float32(stroke.radius**2) - (dx - share * step[0]) ** 2 - (dy - share * step[1]) ** 2
             higher = new > rise[window]
             np.copyto(rise[window], new, where=higher)
-            np.copyto(along[window], stroke.along[i] + share * (stroke.along[j] - stroke.along[i]), where=higher)
+            np.copyto(along[window], position[i] + share * (position[j] - position[i]), where=higher)
 
     inside = rise > 0
     slope_y, slope_x = np.gradient(np.sqrt(rise) * math.sqrt(abs(np.linalg.det(fine))))
@@ -351,8 +353,8 @@ def _draw(strokes: list[Stroke], matrix: Array, first: Array, second: Array, tex
     half = LIGHT + np.array([0, 0, np.linalg.norm(LIGHT)])
     half /= np.linalg.norm(half)
     shine = ((half[2] - slope_x * half[0] - slope_y * half[1]) / norm).clip(0, None) ** 30
-    share = [np.zeros(shape), (0.5 + 3 * np.sin(9 * along)).clip(0, 1), (0.5 + 0.5 * along).clip(0, 1)][texture]
-    colour = first + share[..., None] * (second - first)
+    mix = [np.zeros(shape), (0.5 + 3 * np.sin(9 * along)).clip(0, 1), (0.5 + 0.5 * along).clip(0, 1)][texture]
+    colour = first + mix[..., None] * (second - first)
     colour = colour * (0.42 + 0.66 * lit)[..., None] + 0.45 * shine[..., None]
     colour = np.minimum(colour, 1) * inside[..., None]
     tiles = (cells[1], SUPERSAMPLING, cells[0], SUPERSAMPLING)

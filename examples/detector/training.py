@@ -191,7 +191,7 @@ class Trainer:
         groups = param_groups(model, self.lr, config.offset_lr_mult, roi_offset_lr_mult=config.roi_offset_lr_mult)
         self.lrs = [group["lr"] for group in groups]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+        self.optimizer = _optimizer(groups, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
         # The buffers are constants, those of frozen BatchNorm.
         self.parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
@@ -256,6 +256,12 @@ class Trainer:
         self.scaler.load_state_dict(content["scaler"])
         if isinstance(self.model, MimickingDetector):
             self.model.classifier.load_state_dict(content["crop_classifier"])
+
+
+def _optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
+    return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 def _start(out: Path) -> None:

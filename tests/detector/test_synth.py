@@ -115,20 +115,33 @@ def test_the_number_of_objects(tmp_path: Path) -> None:
     assert max(numbers) >= 6 and min(numbers) >= 4
 
 
-def boxes(folder: Path, deformation: float) -> np.ndarray:
-    write_synthetic(folder, train=40, val=0, size=64, objects=(1, 1), deformation=deformation)
-    return np.concatenate([target["boxes"].numpy() for _, target in load(folder)])
+def extents(folder: Path, deformation: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Label, sqrt(width * height) and width / height of all boxes."""
+    write_synthetic(folder, train=40, val=0, size=96, objects=(1, 1), deformation=deformation)
+    targets = [target for _, target in load(folder)]
+    boxes = np.concatenate([target["boxes"].numpy() for target in targets])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    return np.concatenate([target["labels"] for target in targets]), np.sqrt(width * height), width / height
 
 
 def test_deformation(tmp_path: Path) -> None:
-    upright, deformed = boxes(tmp_path / "0", 0), boxes(tmp_path / "1", 1)
-    sizes, deformed_sizes = (np.sqrt(np.prod(b[:, 2:] - b[:, :2], axis=1)) for b in (upright, deformed))
-    ratios = (upright[:, 2] - upright[:, 0]) / (upright[:, 3] - upright[:, 1])
-    assert ratios.max() < 0.8  # taller than wide
-    assert sizes.max() < 2 * sizes.min()
-    assert deformed_sizes.max() > 2.5 * deformed_sizes.min()
-    ratios = (deformed[:, 2] - deformed[:, 0]) / (deformed[:, 3] - deformed[:, 1])
-    assert ratios.min() < 0.7 and ratios.max() > 1.4
+    labels, sizes, ratios = extents(tmp_path / "0", 0)
+    assert set(labels) == {1, 2, 3, 4, 5}
+    for label in set(labels):
+        # a tenth may be outside of the image
+        assert sizes[labels == label].max() < 1.25 * sizes[labels == label].min()
+        assert ratios[labels == label].max() < 1.35 * ratios[labels == label].min()
+    assert ratios[labels == 1 + list(CATEGORIES).index("dumbbell")].max() < 0.6
+    _, sizes, ratios = extents(tmp_path / "1", 1)
+    assert sizes.max() > 2.5 * sizes.min()
+    assert ratios.min() < 0.6 and ratios.max() > 1.6
+
+
+@pytest.mark.parametrize("deformation", [0, 2])
+def test_the_smallest_images_at_the_ends_of_the_range(tmp_path: Path, deformation: float) -> None:
+    write_synthetic(tmp_path, train=30, val=0, size=32, deformation=deformation)
+    data = load(tmp_path)
+    assert data.report == [] and all(len(target["boxes"]) for _, target in data)
 
 
 @pytest.mark.parametrize(
