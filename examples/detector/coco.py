@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from .errors import UserError
 
-__all__ = ["Category", "CocoDataset", "find_data"]
+__all__ = ["Category", "CocoDataset", "Sample", "encode_segmentation", "find_data"]
 
 MIN_SIDE = 0.01  # pixels; float32 still tells the two sides of such a box apart after resizing
 MAX_COORDINATE = 1e5  # pixels; pycocotools allocates memory in proportion to a polygon's length
@@ -34,7 +34,10 @@ class Category(NamedTuple):
     name: str
 
 
-class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
+Sample = tuple[Tensor, dict[str, Any]]  # image and target
+
+
+class CocoDataset(Dataset[Sample]):
     """Images and targets of a COCO json.
 
     A sample is ``(image, target)``: `image` float32 [3, H, W], RGB in 0..1; `target` holds ``boxes`` float32 [n, 4]
@@ -162,7 +165,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+    def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
         image = _read_image(self.path(index))
         width, height = self.sizes[index]
@@ -348,7 +351,7 @@ def _normalise(annotation: dict[str, Any], width: int, height: int, masks: bool)
     if box is not None and not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))):
         return "annotations whose bbox is not four finite numbers"
     if masks or box is None:
-        code = _encode(segmentation, height, width)
+        code = encode_segmentation(segmentation, height, width)
         if code is None:
             return "annotations without a usable " + ("segmentation" if masks else "bbox or segmentation")
         if rle_tools.area(code) == 0:
@@ -366,7 +369,7 @@ def _normalise(annotation: dict[str, Any], width: int, height: int, masks: bool)
     return None
 
 
-def _encode(segmentation: object, height: int, width: int) -> dict[str, Any] | None:
+def encode_segmentation(segmentation: object, height: int, width: int) -> dict[str, Any] | None:
     """The compressed run-length code of a segmentation; None where it is not one, or not of this size."""
     code: dict[str, Any]
     if isinstance(segmentation, list):

@@ -17,12 +17,11 @@ import pycocotools.coco
 import pycocotools.cocoeval
 import torch
 from pycocotools import mask as coco_mask
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .coco import Category, CocoDataset
-from .coco import _encode as encode_segmentation
+from .coco import Category, CocoDataset, Sample, encode_segmentation
 from .distributed import gather_lists, is_main, rank, world_size
 from .errors import UserError
 from .inference import RLE, coco_results, evaluating, infer
@@ -83,8 +82,8 @@ def detect(
     ``bbox`` (x, y, width, height), ``score`` and, from a network with masks, ``segmentation`` (run lengths).
     """
     share = range(rank(), len(dataset), world_size())
-    loader: DataLoader[tuple[Tensor, dict[str, Any]]] = DataLoader(
-        Subset(dataset, share),
+    loader: DataLoader[Sample | UserError] = DataLoader(
+        _Share(dataset, share),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=list,
@@ -95,6 +94,9 @@ def detect(
     bar = tqdm(total=len(share), desc="detecting", unit="image", leave=False, disable=quiet)
     with evaluating(model), bar:
         for batch in loader:
+            for sample in batch:
+                if isinstance(sample, UserError):
+                    raise sample
             images = [image.to(device, non_blocking=True) for image, _ in batch]
             sizes = [(image.shape[2], image.shape[1]) for image in images]
             for found, (_, target) in zip(infer(model, images, sizes, amp_dtype=amp_dtype), batch):
@@ -102,6 +104,23 @@ def detect(
             bar.update(len(batch))
     position = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
     return sorted(gather_lists(results), key=lambda result: position[result["image_id"]])
+
+
+class _Share(Dataset[Sample | UserError]):
+    """Some samples of a data set, or the error that reading one raised: a DataLoader would make it a traceback."""
+
+    def __init__(self, dataset: CocoDataset, indices: Sequence[int]) -> None:
+        self.dataset = dataset
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Sample | UserError:
+        try:
+            return self.dataset[self.indices[position]]
+        except UserError as error:
+            return error
 
 
 def coco_metrics(

@@ -114,6 +114,22 @@ def test_mirroring_is_a_function_of_the_seed_the_epoch_and_the_image():
     assert not any(drawn(0, 0, flip=0)) and all(drawn(0, 0, flip=1))
 
 
+@pytest.mark.parametrize("size", [(3, 1000), (1000, 3)])
+def test_elongated_images_are_padded(size):
+    """Or a side would have no pixel left after resizing."""
+    dataset = Images([size])
+    image, target = dataset[0]
+    _, padded, padded_target = MirroredImages(dataset, flip=0, seed=0)[0, 0]
+    assert min(padded.shape[1:]) == 32 and max(padded.shape[1:]) == 1000
+    assert torch.equal(padded[:, : size[1], : size[0]], image)
+    assert torch.equal(padded[:, -1, -1], image[:, -1, -1])
+    masks = padded_target["masks"]
+    assert masks.shape[1:] == padded.shape[1:]
+    assert torch.equal(masks[:, : size[1], : size[0]], target["masks"])
+    assert masks.sum() == target["masks"].sum()
+    assert torch.equal(padded_target["boxes"], target["boxes"])
+
+
 def load(dataset: Images, first: int, **options):
     config = Config().set([f"training.{name}={value}" for name, value in {"epochs": 2, **options}.items()]).training
     (batches,) = make(dataset.sizes)

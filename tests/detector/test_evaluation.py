@@ -23,10 +23,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from examples.detector import distributed
-from examples.detector.coco import CocoDataset
+from examples.detector.coco import CocoDataset, find_data
 from examples.detector.errors import UserError
 from examples.detector.evaluation import Kind, coco_metrics, detect, load_results, metrics_table, write_results
 from examples.detector.inference import decode_rle, encode_rle
+from examples.detector.synth import write_synthetic
 
 CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 7, "name": "bar"}, {"id": 9, "name": "never seen"}]
 SIZE = 200
@@ -354,3 +355,15 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("meta", "gpu", "cuda:99"):
         with pytest.raises(UserError, match=f"--device.*{name}"), distributed.session(name):
             pass
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_named_in_one_sentence(tmp_path: Path, workers: int) -> None:
+    write_synthetic(tmp_path, train=2, val=0, size=64)
+    dataset = CocoDataset(*find_data(tmp_path, "train"), masks=False, keep_empty=True)
+    picture = dataset.path(1)
+    picture.write_bytes(picture.read_bytes()[:600])
+    with pytest.raises(UserError) as caught:
+        detect(Spots(), dataset, torch.device("cpu"), workers=workers, progress=False)
+    assert str(caught.value).startswith(f"{picture} cannot be read")
+    assert "\n" not in str(caught.value)

@@ -225,6 +225,15 @@ def test_the_gradient_is_clipped():
         torch.testing.assert_close(before - trainer.model.layer.weight, torch.full((1, 3), 0.5 * expected))
 
 
+def test_adamw():
+    """Its first step is as long as the learning rate in each parameter."""
+    trainer = line_trainer("training.optimizer=adamw", "training.momentum=0.8", "training.weight_decay=0")
+    assert trainer.optimizer.param_groups[0]["betas"] == (0.8, 0.999)
+    before = trainer.model.layer.weight.detach().clone()
+    trainer.step(line_batch(2.0), 0)
+    torch.testing.assert_close(before - trainer.model.layer.weight, torch.full((1, 3), trainer.lr))
+
+
 def test_random_numbers_are_a_function_of_the_seed_and_the_iteration():
     def loss(iteration: int, *assignments: str) -> float:
         trainer = line_trainer(*assignments)
