@@ -24,7 +24,8 @@ from .training import MODEL, train
 __all__ = ["demo_config", "run_demo"]
 
 TRAIN_IMAGES, VAL_IMAGES, SIZE = 400, 80, 128
-SHOWN = 8  # pictures on the sheet
+DEFORMATION = 0.6  # of the shapes: what can be learnt in so few minutes
+SHOWN, CELL = 8, 300  # pictures on the sheet, and their sides
 
 
 def demo_config() -> Config:
@@ -41,7 +42,7 @@ def demo_config() -> Config:
         "rpn_candidates_test": 300,
         "proposals_train": 300,
         "proposals_test": 100,
-        "roi_batch": 32,
+        "roi_batch": 64,
         "max_detections": 20,
     }
     training = {
@@ -66,7 +67,7 @@ def run_demo(out: Path, device_name: str) -> None:
     data, run, pictures = out / "data", out / "run", out / "predictions"
     for folder in (data, run, pictures):
         shutil.rmtree(folder, ignore_errors=True)
-    write_synthetic(data, train=TRAIN_IMAGES, val=VAL_IMAGES, size=SIZE, seed=0)
+    write_synthetic(data, train=TRAIN_IMAGES, val=VAL_IMAGES, size=SIZE, deformation=DEFORMATION, seed=0)
     config = demo_config()
     train_set = CocoDataset(*find_data(data, "train"), masks=True, keep_empty=False)
     val_set = CocoDataset(*find_data(data, "val"), masks=True, keep_empty=True)
@@ -76,7 +77,7 @@ def run_demo(out: Path, device_name: str) -> None:
         metrics = train(model, config, train_set, val_set, run, device)
         assert metrics is not None
         model, _, categories = load_detector(run / MODEL, device)
-        paths = [val_set.path(index) for index in range(SHOWN)]
+        paths = [val_set.path(index) for index in range(min(SHOWN, len(val_set)))]
         predictions = list(predict(model, paths, device))
     write_predictions(iter(predictions), pictures, categories, inputs=paths)
     _beside_ground_truth(predictions, val_set).save(out / "detections.png")
@@ -94,7 +95,7 @@ def _beside_ground_truth(predictions: list[Prediction], dataset: CocoDataset) ->
         masks = [encode_rle(mask.numpy()) for mask in target["masks"]]
         found = prediction.detections
         pictures += [
-            draw_detections(to_picture(image), target["boxes"], target["labels"], None, masks, names),
-            draw_detections(to_picture(image), found.boxes, found.labels, found.scores, found.masks, names),
+            draw_detections(to_picture(image), target["boxes"], target["labels"], None, masks, names, side=CELL),
+            draw_detections(to_picture(image), found.boxes, found.labels, found.scores, found.masks, names, side=CELL),
         ]
     return contact_sheet(pictures, 4, ["ground truth", "detections"] * 2)

@@ -28,7 +28,6 @@ COLOURS: tuple[Colour, ...] = (
     (0, 114, 178),
 )
 DARK, LIGHT = (20, 20, 20), (255, 255, 255)
-SMALL_PICTURE = 800  # pixels; pictures are enlarged by the largest whole factor that keeps them within
 MASK_OPACITY = 0.45
 HIDDEN = 0.3  # largest share of an object that a label may hide
 
@@ -42,6 +41,7 @@ def draw_detections(
     names: Sequence[str],
     *,
     size: tuple[int, int] | None = None,
+    side: int = 800,
 ) -> Image.Image:
     """Draw boxes, masks and labels; the objects that are small lie on top.
 
@@ -62,14 +62,17 @@ def draw_detections(
         n run lengths, or None.
     size
         The (width, height) that boxes and masks refer to, if the image has been shrunk from it.
+    side
+        A smaller image is enlarged by the largest whole factor that keeps its sides within, so that lines and labels
+        do not hide it.
 
     Returns
     -------
-    A new picture. A small one is enlarged, so that lines and labels do not hide it.
+    A new picture.
     """
     if isinstance(image, Tensor):
         image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    factor = max(1, SMALL_PICTURE // max(image.size))
+    factor = max(1, side // max(image.size))
     width, height = factor * image.width, factor * image.height
     picture = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     across, down = size or image.size
@@ -163,7 +166,7 @@ def _draw_tags(
     colours: Sequence[Colour],
 ) -> None:
     """Write each text, or else its shorter form, beside its box and inside the picture, where nothing is hidden."""
-    text_size = max(11, round(max(size) / 55))
+    text_size = max(12, round(max(size) / 55))
     font = ImageFont.load_default(text_size)
     high = math.ceil(1.2 * text_size)
     placed = np.empty((0, 4))

@@ -66,7 +66,7 @@ def predict(
     """
     failed: list[Path] = []
     with evaluating(model):
-        for path in tqdm(paths, desc="predicting", unit="image", leave=False, disable=not progress):
+        for path in tqdm(paths, desc="predicting", unit="image", leave=False, disable=None if progress else True):
             try:
                 image, size = read_image(path, LARGEST)
             except UserError as error:
