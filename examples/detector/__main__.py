@@ -13,14 +13,15 @@ from typing import Literal, NoReturn
 import torch
 
 from .checkpoint import load_detector
-from .coco import Category, CocoDataset, find_data
+from .coco import CocoDataset, check_categories, find_data
 from .config import Config, describe_options
 from .demo import run_demo
 from .distributed import is_main, session, world_size
 from .errors import UserError
-from .evaluation import Kind, coco_metrics, detect, load_results, metrics_table, write_results
+from .evaluation import Kind, coco_metrics, compared, detect, load_results, metrics_table, write_results
 from .flops import cost_rows, cost_table
 from .images import find_images
+from .inference import AMP_TYPES
 from .interruption import Interrupted
 from .network import build_detector
 from .prediction import predict, write_predictions
@@ -28,8 +29,6 @@ from .presets import PRESETS
 from .synth import write_synthetic
 from .training import train
 from .weights import load_backbone
-
-DTYPES = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,7 +75,7 @@ def run_train(options: argparse.Namespace) -> None:
     if options.val_annotations or options.data:
         val_annotations, val_images = _data(options, "val")
         val_set = CocoDataset(val_annotations, val_images, masks=masks, keep_empty=True)
-        _same_categories(train_set.categories, val_set.categories, val_annotations)
+        check_categories(train_set.categories, val_set.categories, str(val_annotations))
     with session(options.device) as device:
         _warn(train_set, train_annotations)
         if val_set:
@@ -103,7 +102,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         model, config, categories = load_detector(options.checkpoint, device, options.set)
         masks = config.network.detector == "mask"
         dataset = CocoDataset(annotations, images, masks=masks, keep_empty=True)
-        _same_categories(categories, dataset.categories, annotations)
+        check_categories(categories, dataset.categories, str(annotations))
         _warn(dataset, annotations)
         results = detect(
             model,
@@ -111,10 +110,10 @@ def run_evaluate(options: argparse.Namespace) -> None:
             device,
             batch_size=options.batch_size,
             workers=config.training.workers,
-            amp_dtype=DTYPES[options.amp],
+            amp_dtype=AMP_TYPES[options.amp],
         )
         if is_main():
-            _report(dataset, results, ("bbox", "segm") if masks else ("bbox",), options.out)
+            _report(dataset, results, compared(config.network), options.out)
 
 
 def run_predict(options: argparse.Namespace) -> None:
@@ -123,7 +122,7 @@ def run_predict(options: argparse.Namespace) -> None:
         if world_size() > 1:
             raise UserError("predict runs in one process, not under torchrun")
         model, _, categories = load_detector(options.checkpoint, device, options.set)
-        found = predict(model, paths, device, threshold=options.threshold, amp_dtype=DTYPES[options.amp])
+        found = predict(model, paths, device, threshold=options.threshold, amp_dtype=AMP_TYPES[options.amp])
         number = write_predictions(found, options.out, categories, inputs=paths)
     print(f"{number} detections in {len(paths)} images: pictures and predictions.json in {options.out}")
 
@@ -140,6 +139,9 @@ def run_flops(options: argparse.Namespace) -> None:
 
 
 def run_synth(options: argparse.Namespace) -> None:
+    for split in ("train", "val"):
+        if (existing := options.folder / "annotations" / f"instances_{split}.json").exists():
+            raise UserError(f"{existing} exists already: give another folder")
     write_synthetic(
         options.folder,
         train=options.train,
@@ -177,22 +179,9 @@ def _data(options: argparse.Namespace, split: Literal["train", "val"]) -> tuple[
     return find_data(options.data, split)
 
 
-def _same_categories(trained: list[Category], found: list[Category], path: Path) -> None:
-    if trained != found:
-        raise UserError(
-            f"{path} must have the detector's {len(trained)} categories {_names(trained)}, "
-            f"got {len(found)}: {_names(found)}"
-        )
-
-
 def _warn(dataset: CocoDataset, annotations: Path) -> None:
     for line in dataset.report if is_main() else ():
         print(f"{annotations}: {line}", file=sys.stderr)
-
-
-def _names(categories: list[Category]) -> str:
-    shown = ", ".join(f"{category.id} {category.name}" for category in categories[:4])
-    return f"({shown}{', ...' * (len(categories) > 4)})"
 
 
 def _report(dataset: CocoDataset, results: list[dict[str, object]], kinds: tuple[Kind, ...], out: Path | None) -> None:
@@ -302,7 +291,7 @@ def _add_set(command: argparse.ArgumentParser) -> None:
 
 
 def _add_amp(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--amp", choices=tuple(DTYPES), default="none", help="autocast; default: %(default)s")
+    command.add_argument("--amp", choices=tuple(AMP_TYPES), default="none", help="autocast; default: %(default)s")
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:

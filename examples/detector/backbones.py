@@ -22,6 +22,15 @@ PYRAMID = ("0", "1", "2", "3")  # the pyramid's levels that RoIs are pooled from
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
+class FrozenNorm(FrozenBatchNorm2d):
+    """Frozen BatchNorm that gives the dtype it gets: torchvision's makes 16-bit maps float32 again under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+
+
 class SmallResNet(resnet.ResNet):
     """A ResNet of a quarter of the width and two blocks a stage, which learns from scratch on a CPU."""
 
@@ -104,7 +113,7 @@ def _resnet(name: str, replace_stride_with_dilation: list[bool]) -> resnet.ResNe
     if name == "small":
         return SmallResNet(replace_stride_with_dilation)
     body: resnet.ResNet = getattr(resnet, name)(
-        norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=replace_stride_with_dilation
+        norm_layer=FrozenNorm, replace_stride_with_dilation=replace_stride_with_dilation
     )
     return body
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,8 +19,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .errors import UserError
+from .images import read_image
+from .jsons import read_json
 
-__all__ = ["Category", "CocoDataset", "Sample", "encode_segmentation", "find_data"]
+__all__ = ["Category", "CocoDataset", "Sample", "check_categories", "encode_segmentation", "find_data", "is_finite"]
 
 MIN_SIDE = 0.01  # pixels; float32 still tells the two sides of such a box apart after resizing
 MAX_COORDINATE = 1e5  # pixels; pycocotools allocates memory in proportion to a polygon's length
@@ -98,7 +99,7 @@ class CocoDataset(Dataset[Sample]):
     report: list[str]
 
     def __init__(self, annotations: Path, images: Path | None, *, masks: bool, keep_empty: bool) -> None:
-        data = _read_json(annotations)
+        data = _read_instances(annotations)
         self._folder = images
         self._masks = masks
         left_out = _LeftOut()
@@ -167,7 +168,7 @@ class CocoDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
-        image = _read_image(self.path(index))
+        image, _ = read_image(self.path(index), upright=False)
         width, height = self.sizes[index]
         if image.shape != (3, height, width):
             raise UserError(f"{self.path(index)} must have {width}x{height} pixels: it changed while it was in use")
@@ -200,6 +201,21 @@ class CocoDataset(Dataset[Sample]):
         return torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1)))
 
 
+def check_categories(expected: Sequence[Category], found: Sequence[Category], what: str) -> None:
+    """Refuse data with other categories than a detector has.
+
+    Raises
+    ------
+    UserError
+        They differ; `what` names the data.
+    """
+    if list(expected) != list(found):
+        raise UserError(
+            f"{what} must have the detector's {len(expected)} categories {_few(expected)}, "
+            f"got {len(found)}: {_few(found)}"
+        )
+
+
 def find_data(root: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
     """The json and the folder of images of a data set.
 
@@ -222,20 +238,9 @@ def find_data(root: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
     raise UserError(f"{root} must have {wanted}")
 
 
-def _read_image(path: Path) -> Tensor:
-    """A picture as float32 [3, H, W], RGB in 0..1, as it is stored."""
-    try:
-        with Image.open(path) as file:
-            white = {"I": 65535, "F": 1}.get(file.mode.partition(";")[0])
-            if white is not None:
-                grey = np.nan_to_num(np.asarray(file, np.float32) / np.float32(white)).clip(0, 1)
-                return torch.from_numpy(grey).expand(3, -1, -1).contiguous()
-            # straight to RGB, Pillow warns about palettes with transparency
-            image = file.convert("RGBA") if "transparency" in file.info else file
-            pixels = np.array(image.convert("RGB"))
-    except Exception as error:  # the decoders raise nearly everything on damaged files
-        raise UserError(f"{path} cannot be read as a picture: {error}") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)
+def _few(categories: Sequence[Category]) -> str:
+    shown = ", ".join(f"{category.id} {category.name}" for category in categories[:4])
+    return f"({shown}{', ...' * (len(categories) > 4)})"
 
 
 class _LeftOut:
@@ -262,20 +267,15 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
+    """Whether something from a json is a number to reckon with."""
     # whole numbers in a json may be too large for a float
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_instances(path: Path) -> dict[str, Any]:
     """The json, with the fields that everything else relies on checked."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            data = json.load(file)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not json: {error}") from None
+    data = read_json(path)
 
     def refuse(problem: str) -> UserError:
         return UserError(f"{path} is not COCO's instance format: {problem}")
@@ -348,7 +348,7 @@ def _normalise(annotation: dict[str, Any], width: int, height: int, masks: bool)
     """Fill in what an annotation lacks, in place; what is wrong with it when it cannot be used."""
     segmentation = annotation.pop("segmentation", None)
     box, area, code = annotation.get("bbox"), annotation.get("area"), None
-    if box is not None and not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))):
+    if box is not None and not (isinstance(box, list) and len(box) == 4 and all(map(is_finite, box))):
         return "annotations whose bbox is not four finite numbers"
     if masks or box is None:
         code = encode_segmentation(segmentation, height, width)
@@ -363,7 +363,7 @@ def _normalise(annotation: dict[str, Any], width: int, height: int, masks: bool)
     x, y, w, h = box
     if min(w, h, min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)) < MIN_SIDE:
         return f"annotations whose box has less than {MIN_SIDE} pixels on a side inside the image"
-    if area is None or not _is_finite(area) or area < 0:
+    if area is None or not is_finite(area) or area < 0:
         area = w * h if code is None else float(rle_tools.area(code))
     annotation.update(bbox=box, area=area, iscrowd=int(bool(annotation.get("iscrowd"))))
     return None

@@ -104,7 +104,7 @@ class TrainingConfig:
     amp: Literal["none", "float16", "bfloat16"] = option("none", "autocast to a 16-bit type")
     group_aspect_ratios: bool = option(True, "batches hold wide images or tall ones")
     workers: int = option(2, "processes that read images", 0)
-    seed: int = option(0, "of everything random", 0)
+    seed: int = option(0, "of everything random", 0, 2**63 - 1)
     save_every: int = option(500, "iterations between checkpoints; one is written at the end of each epoch too", 1)
     evaluate_every: int = option(1, "epochs between evaluations; 0: only after the last", 0)
 
@@ -192,6 +192,13 @@ class Config:
             raise UserError(f"network.preset must be one of {', '.join(PRESETS)}, got {network.preset!r}")
         if network.detector == "mask" and len(network.anchor_sizes) != 5:
             raise UserError(f"network.anchor_sizes must be 5 numbers with FPN, got {len(network.anchor_sizes)}")
+        if network.rpn_negative_iou > network.rpn_positive_iou:
+            raise UserError(
+                f"network.rpn_negative_iou must be at most rpn_positive_iou={network.rpn_positive_iou}, "
+                f"got {network.rpn_negative_iou}"
+            )
+        if config.training.optimizer == "adamw" and config.training.momentum == 1:
+            raise UserError("training.momentum must be less than 1 with training.optimizer=adamw, got 1.0")
         if network.max_size < network.min_size:
             raise UserError(f"network.max_size must be at least min_size={network.min_size}, got {network.max_size}")
         return config

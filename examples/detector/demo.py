@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from .coco import CocoDataset, find_data
 from .config import Config
 from .distributed import session
 from .drawing import contact_sheet, draw_detections
+from .errors import UserError
 from .images import to_picture
 from .inference import encode_rle
 from .network import build_detector
@@ -47,11 +49,11 @@ def demo_config() -> Config:
     }
     training = {
         "optimizer": "adamw",
-        "epochs": 10,
+        "epochs": 8,
         "batch_size": 4,
         "lr": 0.002,
         "lr_batch": 4,
-        "lr_steps": "7,9",
+        "lr_steps": "6,7.5",
         "warmup_iterations": 50,
         "clip_norm": 10,
         "evaluate_every": 0,
@@ -65,16 +67,15 @@ def run_demo(out: Path, device_name: str) -> None:
     """Synthesise, train, evaluate, predict; all in `out`, where an earlier demo is replaced."""
     begin = time.perf_counter()
     data, run, pictures = out / "data", out / "run", out / "predictions"
-    for folder in (data, run, pictures):
-        shutil.rmtree(folder, ignore_errors=True)
-    write_synthetic(data, train=TRAIN_IMAGES, val=VAL_IMAGES, size=SIZE, deformation=DEFORMATION, seed=0)
-    config = demo_config()
-    train_set = CocoDataset(*find_data(data, "train"), masks=True, keep_empty=False)
-    val_set = CocoDataset(*find_data(data, "val"), masks=True, keep_empty=True)
     with session(device_name) as device:
+        _clear(out, (data, run, pictures))
+        write_synthetic(data, train=TRAIN_IMAGES, val=VAL_IMAGES, size=SIZE, deformation=DEFORMATION, seed=0)
+        config = demo_config()
+        train_set = CocoDataset(*find_data(data, "train"), masks=True, keep_empty=False)
+        val_set = CocoDataset(*find_data(data, "val"), masks=True, keep_empty=True)
         torch.manual_seed(config.training.seed)
         model = build_detector(config.network, len(train_set.categories))
-        metrics = train(model, config, train_set, val_set, run, device)
+        metrics = train(model, config, train_set, val_set, run, device, hint="the next demo begins anew")
         assert metrics is not None
         model, _, categories = load_detector(run / MODEL, device)
         paths = [val_set.path(index) for index in range(min(SHOWN, len(val_set)))]
@@ -85,6 +86,20 @@ def run_demo(out: Path, device_name: str) -> None:
     print(f"box AP {box.AP:.3f}, AP50 {box.AP50:.3f}; mask AP {mask.AP:.3f}, AP50 {mask.AP50:.3f}")
     print(f"{out / 'detections.png'}: what was found in images that were not trained on, beside the truth")
     print(f"{time.perf_counter() - begin:.0f} s in all")
+
+
+def _clear(out: Path, folders: Iterable[Path]) -> None:
+    """Remove what an earlier demo left; a folder that is not a demo's is refused."""
+    marker = out / ".demo"
+    if out.exists() and not marker.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} must be an empty or a new folder, or one of an earlier demo")
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
 def _beside_ground_truth(predictions: list[Prediction], dataset: CocoDataset) -> Image.Image:

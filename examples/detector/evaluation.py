@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +19,25 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .coco import Category, CocoDataset, Sample, encode_segmentation
+from .coco import Category, CocoDataset, Sample, encode_segmentation, is_finite
+from .config import NetworkConfig
 from .distributed import gather_lists, is_main, rank, world_size
 from .errors import UserError
 from .inference import RLE, coco_results, evaluating, infer
+from .jsons import read_json, write_json
 
-__all__ = ["Kind", "Metrics", "Scores", "coco_metrics", "detect", "load_results", "metrics_table", "write_results"]
+__all__ = [
+    "SUMMARY",
+    "Kind",
+    "Metrics",
+    "Scores",
+    "coco_metrics",
+    "compared",
+    "detect",
+    "load_results",
+    "metrics_table",
+    "write_results",
+]
 
 Kind = Literal["bbox", "segm"]
 Package = Literal["auto", "pycocotools", "faster-coco-eval"]
@@ -104,6 +115,11 @@ def detect(
             bar.update(len(batch))
     position = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
     return sorted(gather_lists(results), key=lambda result: position[result["image_id"]])
+
+
+def compared(network: NetworkConfig) -> tuple[Kind, ...]:
+    """What a detector's evaluation compares."""
+    return ("bbox", "segm") if network.detector == "mask" else ("bbox",)
 
 
 class _Share(Dataset[Sample | UserError]):
@@ -197,8 +213,8 @@ def write_results(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for kind in metrics:
-            _write_json(folder / f"detections_{kind}.json", _of_kind(results, kind))
-        _write_json(folder / "metrics.json", values, indent=2)
+            write_json(folder / f"detections_{kind}.json", _of_kind(results, kind))
+        write_json(folder / "metrics.json", values, indent=2)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror})") from None
 
@@ -215,12 +231,7 @@ def load_results(path: Path, coco: pycocotools.coco.COCO) -> tuple[list[dict[str
     UserError
         The file is missing or no such json, or does not fit the ground truth; the message says where.
     """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is not json ({error})") from None
+    results = read_json(path)
     if not isinstance(results, list):
         raise UserError(f"{path}: must hold a list of detections, as COCO's results files do, got {_name(results)}")
     fields: set[str] = set(FIELDS.values())
@@ -299,7 +310,7 @@ def _complete(annotation: dict[str, Any], image: dict[str, Any], kind: Kind) -> 
     """An annotation with all that the packages read, or None if it does not count."""
     box: Any = annotation.get("bbox")
     area: Any = annotation.get("area")
-    has_box, has_area = _is_box(box), _is_finite(area)
+    has_box, has_area = _is_box(box), is_finite(area)
     mask = None if kind == "bbox" and has_box and has_area else _mask(annotation.get("segmentation"), image)
     if mask is None and (kind == "segm" or not has_box):
         return None
@@ -344,7 +355,7 @@ def _problem(result: Any, coco: pycocotools.coco.COCO) -> str | None:
     for key, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
         if not isinstance(result[key], int) or result[key] not in known:
             return f"has the {key} {_short(result[key])}, which is not in the annotations"
-    if not _is_finite(result["score"]):
+    if not is_finite(result["score"]):
         return f"has the score {_short(result['score'])}, which is no number"
     if not set(FIELDS.values()) & set(result):
         return "has neither bbox nor segmentation"
@@ -357,12 +368,8 @@ def _problem(result: Any, coco: pycocotools.coco.COCO) -> str | None:
     return None
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_box(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_finite, value)) and min(value[2:]) >= 0
+    return isinstance(value, list) and len(value) == 4 and all(map(is_finite, value)) and min(value[2:]) >= 0
 
 
 def _short(value: object) -> str:
@@ -379,9 +386,3 @@ def _number(value: float) -> str:
 
 def _null(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -51,20 +51,22 @@ def find_images(patterns: list[str]) -> list[Path]:
     return list(found)
 
 
-def read_image(path: Path, largest: int | None = None) -> tuple[Tensor, tuple[int, int]]:
-    """An image file, upright if its EXIF data says how the camera was held.
+def read_image(path: Path, largest: int | None = None, *, upright: bool = True) -> tuple[Tensor, tuple[int, int]]:
+    """An image file as float32 RGB.
 
     Parameters
     ----------
     path
-        Grey, palette and CMYK pictures are converted, with 65535 as white where a grey one has more than 8 bits;
-        transparency is dropped; of an animation, the first picture is taken.
+        Grey, palette and CMYK pictures are converted, with 65535 as white where a grey one has more than 8 bits, and 1
+        where it has floating-point numbers; transparency is dropped; of an animation, the first picture is taken.
     largest
         A picture with a side of more pixels is shrunk to it while it is read, so that memory stays small.
+    upright
+        Turn it as its EXIF data says that the camera was held; otherwise it is taken as it is stored.
 
     Returns
     -------
-    float32 [3, H, W], RGB in 0..1, and the (width, height) that the file has, upright.
+    float32 [3, H, W], RGB in 0..1, and the (width, height) that the file has.
 
     Raises
     ------
@@ -77,11 +79,9 @@ def read_image(path: Path, largest: int | None = None) -> tuple[Tensor, tuple[in
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 width, height = file.size
-                if file.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # lying on a side
+                if upright and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # lying on a side
                     width, height = height, width
-                return _pixels(file, largest), (width, height)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+                return _pixels(file, largest, upright), (width, height)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except UnidentifiedImageError:
@@ -109,14 +109,14 @@ def pad_elongated(image: Tensor) -> Tensor:
     return functional.pad(image[None], missing, "replicate")[0] if any(missing) else image
 
 
-def _pixels(file: Image.Image, largest: int | None) -> Tensor:
+def _pixels(file: Image.Image, largest: int | None, upright: bool) -> Tensor:
     if largest is not None and file.mode in ("L", "RGB"):
         file.thumbnail((largest, largest), reducing_gap=2)  # now, because a JPEG need not be decoded at full size
-    image = ImageOps.exif_transpose(file)
-    if image.mode == "F":
-        raise UserError("holds floating-point numbers, of which none is known to be white")
-    if image.mode.startswith("I"):
-        image = Image.fromarray(np.asarray(image).clip(0, 65535).astype(np.float32))
+    image = ImageOps.exif_transpose(file) if upright else file
+    white = {"I": 65535, "F": 1}.get(image.mode.partition(";")[0])
+    if white is not None:
+        grey = np.nan_to_num(np.asarray(image, np.float32)) / np.float32(white)
+        image = Image.fromarray(grey.clip(0, 1))
     elif "transparency" in image.info:  # straight to RGB, Pillow warns
         image = image.convert("RGBA").convert("RGB")
     else:
@@ -125,5 +125,5 @@ def _pixels(file: Image.Image, largest: int | None) -> Tensor:
         image.thumbnail((largest, largest), reducing_gap=2)
     pixels = torch.from_numpy(np.array(image))
     if image.mode == "F":
-        return (pixels / 65535).expand(3, -1, -1).contiguous()
+        return pixels.expand(3, -1, -1).contiguous()
     return pixels.permute(2, 0, 1).contiguous().float().div_(255)

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import expand_boxes, expand_masks, paste_mask_in_image
-from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
 from .coco import Category
 from .images import pad_elongated
 
-__all__ = ["RLE", "Detections", "coco_results", "decode_rle", "encode_rle", "evaluating", "infer"]
+__all__ = ["AMP_TYPES", "RLE", "Detections", "coco_results", "decode_rle", "encode_rle", "evaluating", "infer"]
 
 RLE = dict[str, Any]  # COCO's compressed run lengths: {"size": [height, width], "counts": str}
 
+AMP_TYPES = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MASK_THRESHOLD = 0.5
 
 
@@ -67,7 +67,7 @@ def infer(
     threshold: float = 0,
     amp_dtype: torch.dtype | None = None,
 ) -> list[Detections]:
-    """Run a network that is in evaluation mode (see `evaluating`), without gradients.
+    """Run a network from `build_detector` that is in evaluation mode (see `evaluating`), without gradients.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def infer(
     padded = [pad_elongated(image) for image in images]
     autocast = torch.autocast(images[0].device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
     # no inference mode: what a module keeps from this call must still be good for training
-    with torch.no_grad(), autocast, _small_masks(model):
+    with torch.no_grad(), autocast:
         outputs = model(padded)
     return [_detections(*item, threshold) for item in zip(outputs, images, sizes)]
 
@@ -118,30 +118,6 @@ def decode_rle(rle: RLE) -> NDArray[np.uint8]:
     return mask
 
 
-@contextmanager
-def _small_masks(model: nn.Module) -> Iterator[None]:
-    """Keep torchvision from pasting all masks into float images of full size, 432 MB for one at 12000x9000."""
-    transform = getattr(model, "transform", None)
-    if not isinstance(transform, GeneralizedRCNNTransform):
-        yield
-        return
-
-    def postprocess(
-        result: list[dict[str, Tensor]], shapes: list[tuple[int, int]], originals: list[tuple[int, int]]
-    ) -> list[dict[str, Tensor]]:
-        for item, shape, original in zip(result, shapes, originals):
-            item["boxes"] = resize_boxes(item["boxes"], shape, original)
-            if "masks" in item:
-                item["small_masks"] = item.pop("masks")
-        return result
-
-    transform.postprocess = postprocess
-    try:
-        yield
-    finally:
-        del transform.postprocess
-
-
 def _detections(output: dict[str, Tensor], image: Tensor, size: tuple[int, int], threshold: float) -> Detections:
     width, height = size
     boxes = output["boxes"].float().cpu() * torch.tensor([width / image.shape[2], height / image.shape[1]] * 2)
@@ -149,12 +125,7 @@ def _detections(output: dict[str, Tensor], image: Tensor, size: tuple[int, int],
     scores = output["scores"].float().cpu()
     # what lies in the padding is empty now
     keep = (scores >= threshold) & (inside[:, 2:] > inside[:, :2]).all(1)
-    masks = None
-    if "small_masks" in output:
-        masks = _paste(output["small_masks"].float().cpu()[keep], boxes[keep], size)
-    elif "masks" in output:
-        full = output["masks"][:, 0, : image.shape[1], : image.shape[2]].cpu()[keep]
-        masks = [encode_rle((mask > MASK_THRESHOLD).numpy()) for mask in full]
+    masks = _paste(output["masks"].float().cpu()[keep], boxes[keep], size) if "masks" in output else None
     return Detections(inside[keep], output["labels"].cpu()[keep], scores[keep], masks)
 
 

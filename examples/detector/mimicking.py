@@ -30,7 +30,8 @@ class MimickingDetector(nn.Module):
     - ``loss_mimic``: the weighted mean over the images of the sum over boxes ``1 - cos(f_RCNN, f_FRCNN)``, equation 3;
     - ``loss_crop``: the weighted cross-entropy of the classifier on ``f_RCNN``, mean over the boxes.
 
-    What is left of it after training is the detector.
+    The boxes are drawn from the RoIs that the head learns from: those of the RPN's proposals, with the ground truth
+    among them, that were sampled for it. What is left of all this after training is the detector.
 
     Parameters
     ----------

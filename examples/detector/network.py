@@ -14,10 +14,13 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+
+from dcnops import ArgumentError
 
 from .backbones import DilatedBackbone, PyramidBackbone, build_backbone
 from .config import NetworkConfig
+from .errors import UserError
 from .roi_pooling import build_box_pool, build_mask_pool
 
 __all__ = ["build_detector"]
@@ -37,14 +40,52 @@ def build_detector(network: NetworkConfig, num_categories: int) -> GeneralizedRC
     Returns
     -------
     torchvision.models.detection.generalized_rcnn.GeneralizedRCNN
-        In training it maps images and targets to losses, else images to detections, as torchvision's detectors do.
+        In training it maps images and targets to losses, else images to detections, as torchvision's detectors do,
+        but for the masks: they are of the mask head's size, [n, 1, 28, 28], and `inference.infer` pastes them.
+
+    Raises
+    ------
+    UserError
+        The numbers do not fit each other, such as channels and deformable groups.
+
+    Notes
+    -----
+    Targets and pasting of masks are torchvision's, where a mask of 28x28 lies half of one of its pixels off the
+    convention that the rest follows (``aligned=True``).
     """
     network = network.resolve()
-    backbone = build_backbone(network)
-    transform = GeneralizedRCNNTransform(network.min_size, network.max_size, IMAGENET_MEAN, IMAGENET_STD)
+    try:
+        backbone = build_backbone(network)
+    except ArgumentError as error:
+        raise UserError(f"the network cannot be built: {error}") from None
+    transform = DetectorTransform(network.min_size, network.max_size, IMAGENET_MEAN, IMAGENET_STD)
     return GeneralizedRCNN(
         backbone, _proposal_network(network, backbone), _roi_heads(network, backbone, num_categories + 1), transform
     )
+
+
+class DetectorTransform(GeneralizedRCNNTransform):
+    """Resizing and normalising that gives boxes in pixels of the original image, and masks as they are.
+
+    Torchvision's pastes all masks into float images of full size: 432 MB for one at 12000x9000.
+    """
+
+    def postprocess(
+        self,
+        result: list[dict[str, Tensor]],
+        image_shapes: list[tuple[int, int]],
+        original_image_sizes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        for item, shape, original in zip(result, image_shapes, original_image_sizes):
+            item["boxes"] = resize_boxes(item["boxes"], shape, original)
+        return result
+
+
+class PreciseAnchorGenerator(AnchorGenerator):
+    """Anchors in float32 also for 16-bit maps, in which bfloat16 would move them by pixels."""
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().set_cell_anchors(torch.promote_types(dtype, torch.float32), device)
 
 
 class SelectiveProposalNetwork(RegionProposalNetwork):
@@ -94,7 +135,7 @@ def precise(values: Tensor) -> Tensor:
 def _proposal_network(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbone) -> SelectiveProposalNetwork:
     one_each = network.detector == "mask"
     sizes = tuple((size,) for size in network.anchor_sizes) if one_each else (network.anchor_sizes,)
-    anchors = AnchorGenerator(sizes, (network.anchor_ratios,) * len(sizes))
+    anchors = PreciseAnchorGenerator(sizes, (network.anchor_ratios,) * len(sizes))
     return SelectiveProposalNetwork(
         backbone.rpn_maps,
         anchors,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from .drawing import draw_detections
 from .errors import UserError
 from .images import read_image, to_picture
 from .inference import Detections, coco_results, evaluating, infer
+from .jsons import write_json
 
 __all__ = ["Prediction", "predict", "write_predictions"]
 
@@ -127,7 +126,7 @@ def write_predictions(
                 images.append({**image, "picture": target.name})
         finally:
             listed = [category._asdict() for category in categories]
-            _write(out / "predictions.json", {"images": images, "categories": listed, "detections": detections})
+            write_json(out / "predictions.json", {"images": images, "categories": listed, "detections": detections})
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be written ({error.strerror})") from None
     return len(detections)
@@ -151,9 +150,3 @@ def _draw(prediction: Prediction, names: Sequence[str]) -> Image.Image:
     found = prediction.detections
     picture = to_picture(read_image(prediction.path, LARGEST)[0])
     return draw_detections(picture, found.boxes, found.labels, found.scores, found.masks, names, size=prediction.size)
-
-
-def _write(path: Path, value: object) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -14,6 +14,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from .errors import UserError
+
 __all__ = ["LOG_EVERY", "Progress"]
 
 LOG_EVERY = 20  # iterations that are averaged for a line of text and a point in TensorBoard
@@ -37,7 +39,10 @@ class Progress:
     def __init__(self, folder: Path, device: torch.device, *, first: int, total: int, per_epoch: int) -> None:
         self.device = device
         self.first, self.total, self.per_epoch = first, total, per_epoch
-        self.writer = SummaryWriter(str(folder), purge_step=first + 1)
+        try:
+            self.writer = SummaryWriter(str(folder), purge_step=first + 1)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=first, unit="it", dynamic_ncols=True, disable=not self.terminal)
         self.sums: dict[str, float] = {}

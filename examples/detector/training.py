@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import signal
 import sys
@@ -19,11 +20,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .batches import AspectRatioBatches, Batch, load_batches
 from .checkpoint import load_checkpoint, restore_model, save_checkpoint
-from .coco import CocoDataset
+from .coco import CocoDataset, check_categories
 from .config import Config, TrainingConfig
 from .distributed import gather_lists, is_main, rank, world_size
 from .errors import UserError
-from .evaluation import Kind, Metrics, coco_metrics, detect, metrics_table, write_results
+from .evaluation import SUMMARY, Metrics, coco_metrics, compared, detect, metrics_table, write_results
+from .inference import AMP_TYPES
 from .interruption import Interrupted, StopRequests
 from .mimicking import MimickingDetector
 from .progress import Progress
@@ -31,8 +33,11 @@ from .progress import Progress
 __all__ = ["CHECKPOINT", "MODEL", "Interrupted", "learning_rate_factor", "train"]
 
 CHECKPOINT, MODEL = "checkpoint.pth", "model.pth"
-AMP_TYPES = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+# Iterations in a row that float16 may leave out, each of which halves the scale of the loss, 65536 at first.
+MOST_SKIPPED = 30
+# Named anew in torch 2.15.
+KNOWN = inspect.signature(DistributedDataParallel).parameters
+NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in KNOWN else "broadcast_buffers": False}
 # All that may differ in a resumed run, as it changes nothing in the iterations before.
 CHANGEABLE = [("training", name) for name in ("epochs", "workers", "save_every", "evaluate_every")]
 
@@ -46,6 +51,7 @@ def train(
     device: torch.device,
     *,
     resume: bool = False,
+    hint: str = "the same command with --resume goes on from there",
 ) -> Metrics | None:
     """Train a detector; in several processes when `distributed.session` has been entered under `torchrun`.
 
@@ -66,6 +72,8 @@ def train(
     device : torch.device
     resume : bool
         Go on from ``checkpoint.pth``. The model's own parameters do not matter then.
+    hint : str
+        What the user is told after an interruption.
 
     Returns
     -------
@@ -81,11 +89,8 @@ def train(
         After SIGINT or SIGTERM; a checkpoint was saved first.
     """
     options = config.training
-    if val_set is not None and val_set.categories != train_set.categories:
-        raise UserError(
-            "the training and the validation data must have the same categories, got "
-            f"{_names(train_set)} and {_names(val_set)}"
-        )
+    if val_set is not None:
+        check_categories(train_set.categories, val_set.categories, "the validation data")
     batches = AspectRatioBatches(
         train_set.sizes,
         options.batch_size,
@@ -114,9 +119,7 @@ def train(
             save_checkpoint(out / name, model, config, train_set.categories, done, extra)
 
     with ExitStack() as stack:
-        requests = stack.enter_context(
-            StopRequests(f"interrupted; the same command with --resume goes on from the last checkpoint in {out}")
-        )
+        requests = stack.enter_context(StopRequests(f"interrupted; the last checkpoint is in {out}: {hint}"))
         loader = stack.enter_context(closing(load_batches(train_set, batches, options, device, first)))
         progress = None
         if is_main():
@@ -140,8 +143,7 @@ def train(
             if step.stop:
                 raise Interrupted(
                     step.stop,
-                    f"stopped after iteration {done} of {total}, which is saved in {out / CHECKPOINT}: "
-                    "the same command with --resume goes on from there",
+                    f"stopped after iteration {done} of {total}, which is saved in {out / CHECKPOINT}: {hint}",
                 )
             if (
                 val_set is not None
@@ -193,8 +195,9 @@ class Trainer:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = _optimizer(groups, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
-        # The buffers are constants, those of frozen BatchNorm.
-        self.parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+        self.skipped = 0  # iterations in a row
+        # The buffers, those of frozen BatchNorm, are constants.
+        self.parallel = DistributedDataParallel(model, **NO_BUFFERS) if world_size() > 1 else model
 
     def step(self, batch: Batch, iteration: int, stop: int = 0) -> Step:
         """Run iteration number `iteration`, counted from 0, unless the loss is not finite.
@@ -207,6 +210,7 @@ class Trainer:
         for group, lr in zip(self.optimizer.param_groups, self.lrs):
             group["lr"] = lr * factor
 
+        flags = torch.tensor([stop == signal.SIGINT, stop == signal.SIGTERM], device=self.device)
         dtype = AMP_TYPES[self.config.amp]
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             losses: dict[str, Tensor] = self.parallel(batch.images, batch.targets)
@@ -223,13 +227,13 @@ class Trainer:
         wrong = ~loss.isfinite()
         if not self.scaler.is_enabled():  # which leaves such a step out itself, and scales the next loss less
             wrong |= ~norm.isfinite()
-        flags = torch.tensor([stop == signal.SIGINT, stop == signal.SIGTERM], device=self.device)
-        # One exchange between the processes and one wait for the device in each iteration.
+        # One exchange between the processes in each iteration.
         shared = torch.cat([flags, wrong[None], values.detach()])
         if world_size() > 1:
             dist.all_reduce(shared)
         interrupts, terminations, not_finite, *sums, norm_value = torch.cat([shared, norm[None]]).tolist()
-        if not_finite:
+        self.skipped = 0 if math.isfinite(norm_value) else self.skipped + 1
+        if not_finite or self.skipped > MOST_SKIPPED:
             sums = values.tolist()
         else:
             sums = [value / world_size() for value in sums]
@@ -239,7 +243,7 @@ class Trainer:
             dict(zip(losses, sums)),
             norm_value,
             self.lr * factor,
-            bool(not_finite),
+            bool(not_finite) or self.skipped > MOST_SKIPPED,
             signal.SIGINT if interrupts else signal.SIGTERM if terminations else 0,
         )
 
@@ -290,9 +294,7 @@ def _resume(
                     f"{path}: cannot be resumed with {section}.{name}={value!r}, as it was trained with {before!r}; "
                     f"only {changeable} may change"
                 )
-    if content["categories"] != train_set.categories:
-        before = ", ".join(category.name for category in content["categories"])
-        raise UserError(f"{path}: cannot be resumed with the categories {_names(train_set)}, it has {before}")
+    check_categories(content["categories"], train_set.categories, "the data to resume with")
     for name, number in run.items():
         if content.get(name) != number:
             raise UserError(f"{path}: cannot be resumed with {number} {name}, as it had {content.get(name)}")
@@ -340,15 +342,10 @@ def _evaluate(
     )
     if progress is None:
         return None
-    kinds: tuple[Kind, ...] = ("bbox", "segm") if config.network.detector == "mask" else ("bbox",)
-    metrics = coco_metrics(val_set.coco, results, val_set.image_ids, kinds)
+    metrics = coco_metrics(val_set.coco, results, val_set.image_ids, compared(config.network))
     write_results(out, results, metrics, val_set.categories)
     progress.say(f"\n{metrics_table(metrics, val_set.categories)}\n")
     for kind, scores in metrics.items():
-        progress.scalars(done, {f"{kind}/{name}": getattr(scores, name) for name in SCORES})
+        progress.scalars(done, {f"{kind}/{name}": getattr(scores, name) for name in SUMMARY})
     progress.resume_clock()
     return metrics
-
-
-def _names(dataset: CocoDataset) -> str:
-    return ", ".join(category.name for category in dataset.categories)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -105,7 +106,8 @@ def _download(source: str, backbone: str) -> Mapping[str, Tensor]:
         raise UserError(f"--weights must be none, a .pth, .safetensors or .npz file, or one of {names}; got {source!r}")
     try:
         state: Mapping[str, Tensor] = choices[name].get_state_dict(progress=True, check_hash=True)
-    except OSError as error:
+    # A download that is cut short, or a damaged file of an earlier one, is no OSError.
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(
             f"the weights {name} of {backbone} could not be downloaded ({error}); give a file by --weights, or none"
         ) from error

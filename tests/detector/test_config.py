@@ -63,6 +63,8 @@ def test_assignments() -> None:
         ("network.anchor_sizes=32,x", "network.anchor_sizes must be a number, got 'x'"),
         ("network.anchor_sizes=0", "network.anchor_sizes must be at least 1, got 0"),
         ("network.max_size=500", "network.max_size must be at least min_size=800, got 500"),
+        ("network.rpn_negative_iou=0.8", "network.rpn_negative_iou must be at most rpn_positive_iou=0.7, got 0.8"),
+        ("training.seed=99999999999999999999", "training.seed must be between 0 and"),
         ("training.lr=-1", "training.lr must be at least 0, got -1"),
         ("training.amp=half", "training.amp must be one of none, float16, bfloat16, got 'half'"),
     ],

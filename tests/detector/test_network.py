@@ -7,8 +7,10 @@ import torch
 from dcnops.adapters.torch import DeformConv2dPack, ModulatedDeformConv2dPack, param_groups
 from torch import Tensor, nn
 from torchvision.models import resnet
-from torchvision.ops import roi_pool
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import FrozenBatchNorm2d, roi_pool
 
+from examples.detector.backbones import FrozenNorm
 from examples.detector.config import Config
 from examples.detector.network import build_detector
 from examples.detector.presets import PRESETS
@@ -270,6 +272,46 @@ def test_bfloat16_autocast_keeps_boxes_exact(detector: str) -> None:
     for boxes in (*proposals, *(item["boxes"] for item in found)):
         assert boxes.dtype == torch.float32
         assert not torch.equal(boxes, boxes.bfloat16().float())
+
+
+def test_anchors_do_not_depend_on_autocast() -> None:
+    """Bfloat16 has 8 bits: anchors in it would be off by pixels at the far side of an image."""
+    generator = build("network.min_size=800", "network.max_size=1333").rpn.anchor_generator
+    batch = ImageList(torch.empty(1, 3, 800, 1344), [(800, 1333)])
+    maps = torch.empty(1, 8, 50, 84)
+    (exact,), (found,) = generator(batch, [maps]), generator(batch, [maps.bfloat16()])
+    assert torch.equal(exact, found)
+    assert exact.max() > 1333
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_frozen_normalisation_is_torchvisions_in_the_dtype_it_gets(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ours, theirs = FrozenNorm(4), FrozenBatchNorm2d(4)
+    for name, value in ours.named_buffers():
+        value.copy_(torch.rand(4) + 0.5)
+        getattr(theirs, name).copy_(value)
+    x = torch.randn(2, 4, 3, 3).to(dtype)
+    assert ours(x).dtype == dtype
+    assert torch.allclose(
+        ours(x).double(), theirs(x.double()), rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_a_training_step_under_autocast(detector: str) -> None:
+    network = build(f"network.detector={detector}", "network.backbone=small", "network.preset=dcnv2").float().train()
+    batch = [{name: value.float() if name == "boxes" else value for name, value in item.items()} for item in targets()]
+    pictures = [image.float() for image in images()]
+    torch.manual_seed(0)
+    exact = network(pictures, batch)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = network(pictures, batch)
+    sum(rounded.values()).backward()
+    for name, loss in exact.items():
+        assert rounded[name].item() == pytest.approx(loss.item(), rel=0.1, abs=0.02), name
+    assert all(value.grad.isfinite().all() for value in network.parameters() if value.grad is not None)
 
 
 def test_quantised_pooling_is_roi_pool() -> None:

@@ -29,7 +29,15 @@ from examples.detector.evaluation import detect
 from examples.detector.interruption import StopRequests
 from examples.detector.network import build_detector
 from examples.detector.synth import write_synthetic
-from examples.detector.training import CHECKPOINT, MODEL, Interrupted, Trainer, learning_rate_factor, train
+from examples.detector.training import (
+    CHECKPOINT,
+    MODEL,
+    MOST_SKIPPED,
+    Interrupted,
+    Trainer,
+    learning_rate_factor,
+    train,
+)
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -288,6 +296,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     step = trainer.step(line_batch(1.0), 0)
     assert step.not_finite and np.isfinite(list(step.losses.values())).all()
     assert torch.equal(trainer.model.layer.weight, before)
+
+
+def test_float16_gradients_that_never_are_finite_stop_the_run():
+    trainer = line_trainer("training.amp=float16")
+    trainer.model.layer.weight.register_hook(lambda gradient: gradient / 0)
+    stopped = [trainer.step(line_batch(1.0), number).not_finite for number in range(MOST_SKIPPED + 1)]
+    assert stopped == [False] * MOST_SKIPPED + [True]
 
 
 # Whole runs
