@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -90,6 +91,7 @@ def run_train(options: argparse.Namespace) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     if options.results:
+        _make_folder(options.out)
         annotations = options.annotations or _data(options, options.split)[0]
         truth = CocoDataset(annotations, None, masks=False, keep_empty=True)
         results, kinds = load_results(options.results, truth.coco)
@@ -98,6 +100,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         _report(truth, results, kinds, options.out)
         return
     annotations, images = _data(options, options.split)
+    _make_folder(options.out)
     with session(options.device) as device:
         model, config, categories = load_detector(options.checkpoint, device, options.set)
         masks = config.network.detector == "mask"
@@ -118,6 +121,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 def run_predict(options: argparse.Namespace) -> None:
     paths = find_images(options.images)
+    _make_folder(options.out)
     with session(options.device) as device:
         if world_size() > 1:
             raise UserError("predict runs in one process, not under torchrun")
@@ -128,10 +132,9 @@ def run_predict(options: argparse.Namespace) -> None:
 
 
 def run_flops(options: argparse.Namespace) -> None:
-    networks = [
-        Config().set([*options.set, f"network.backbone={options.backbone}", f"network.detector={detector}"]).network
-        for detector in ("faster", "mask")
-    ]
+    backbone = [f"network.backbone={options.backbone}"] if options.backbone else []
+    both = (Config().set([f"network.detector={kind}", *backbone, *options.set]).network for kind in ("faster", "mask"))
+    networks = list(dict.fromkeys(both))
     if options.json:
         print(json.dumps([row for network in networks for row in cost_rows(network)], indent=1))
     else:
@@ -179,6 +182,15 @@ def _data(options: argparse.Namespace, split: Literal["train", "val"]) -> tuple[
     return find_data(options.data, split)
 
 
+def _make_folder(out: Path | None) -> None:
+    """Before anything is computed, not after."""
+    try:
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made a folder ({error.strerror})") from None
+
+
 def _warn(dataset: CocoDataset, annotations: Path) -> None:
     for line in dataset.report if is_main() else ():
         print(f"{annotations}: {line}", file=sys.stderr)
@@ -207,14 +219,15 @@ def _parser() -> Parser:
     )
     command.set_defaults(run=run_train)
     _add_data(command, "train", "val")
-    command.add_argument("--out", type=Path, required=True, help="folder for checkpoints, metrics and TensorBoard")
+    command.add_argument("--out", type=_path, required=True, help="folder for checkpoints, metrics and TensorBoard")
     command.add_argument("--preset", metavar="PRESET", help=f"network.preset: {', '.join(PRESETS)}")
     command.add_argument("--detector", metavar="KIND", help="network.detector: faster or mask")
     command.add_argument("--backbone", metavar="NAME", help="network.backbone, such as resnet50 or small")
     command.add_argument(
         "--weights",
         help="for the backbone: imagenet (the default but for small), a name of torchvision's weights, a .pth, "
-        ".safetensors or .npz file with torchvision's parameter names, or none",
+        ".safetensors or .npz file with torchvision's parameter names, or none; Caffe's and Keras' ResNets need "
+        "--set network.stride_style=caffe",
     )
     command.add_argument(
         "--mimic",
@@ -229,11 +242,11 @@ def _parser() -> Parser:
     command = commands.add_parser("evaluate", help="COCO's average precision of a checkpoint or of a results json")
     command.set_defaults(run=run_evaluate)
     what = command.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", type=Path, help="what `train` wrote")
-    what.add_argument("--results", type=Path, help="json of detections in COCO's results format")
+    what.add_argument("--checkpoint", type=_path, help="what `train` wrote")
+    what.add_argument("--results", type=_path, help="json of detections in COCO's results format")
     _add_data(command, "")
     command.add_argument("--split", choices=("train", "val"), default="val", help="of --data; default: %(default)s")
-    command.add_argument("--out", type=Path, help="folder for metrics.json and the detections")
+    command.add_argument("--out", type=_path, help="folder for metrics.json and the detections")
     command.add_argument("--batch-size", type=_positive, default=1, help="images at a time; default: %(default)s")
     _add_set(command)
     _add_amp(command)
@@ -242,22 +255,22 @@ def _parser() -> Parser:
     command = commands.add_parser("predict", help="detect in images; pictures and a json")
     command.set_defaults(run=run_predict)
     command.add_argument("images", nargs="+", help="files, folders or globs")
-    command.add_argument("--checkpoint", type=Path, required=True, help="what `train` wrote")
-    command.add_argument("--out", type=Path, required=True, help="folder for the pictures and predictions.json")
-    command.add_argument("--threshold", type=float, default=0.5, help="least score; default: %(default)s")
+    command.add_argument("--checkpoint", type=_path, required=True, help="what `train` wrote")
+    command.add_argument("--out", type=_path, required=True, help="folder for the pictures and predictions.json")
+    command.add_argument("--threshold", type=_share, default=0.5, help="least score; default: %(default)s")
     _add_set(command)
     _add_amp(command)
     _add_device(command)
 
     command = commands.add_parser("flops", help="parameters and multiply-adds of all presets beside the paper's")
     command.set_defaults(run=run_flops)
-    command.add_argument("--backbone", default="resnet50", help="default: %(default)s, the paper's")
+    command.add_argument("--backbone", metavar="NAME", help="network.backbone; default: resnet50, the paper's")
     command.add_argument("--json", action="store_true", help="exact numbers for machines")
     _add_set(command)
 
     command = commands.add_parser("synth", help="write a COCO data set of deformed shapes")
     command.set_defaults(run=run_synth)
-    command.add_argument("folder", type=Path)
+    command.add_argument("folder", type=_path, help="a new one")
     command.add_argument("--train", type=int, default=1000, help="images to train on; default: %(default)s")
     command.add_argument("--val", type=int, default=200, help="images to evaluate on; default: %(default)s")
     command.add_argument("--size", type=int, default=160, help="sides of an image, pixels; default: %(default)s")
@@ -266,7 +279,7 @@ def _parser() -> Parser:
 
     command = commands.add_parser("demo", help="all of it on a small synthetic set, in minutes on a CPU")
     command.set_defaults(run=lambda options: run_demo(options.out, options.device))
-    command.add_argument("--out", type=Path, default=Path("out/detector"), help="default: %(default)s")
+    command.add_argument("--out", type=_path, default=Path("out/detector"), help="default: %(default)s")
     _add_device(command)
     return parser
 
@@ -274,14 +287,14 @@ def _parser() -> Parser:
 def _add_data(command: argparse.ArgumentParser, *splits: str) -> None:
     command.add_argument(
         "--data",
-        type=Path,
+        type=_path,
         help="folder with annotations/instances_train.json, instances_val.json and images/, or COCO's own layout",
     )
     for split in splits:
         prefix = f"--{split}-" if split else "--"
         of = {"train": " to train on", "val": " to evaluate on", "": ""}[split]
-        command.add_argument(f"{prefix}annotations", type=Path, help=f"COCO json{of}, instead of --data")
-        command.add_argument(f"{prefix}images", type=Path, help="folder of its images")
+        command.add_argument(f"{prefix}annotations", type=_path, help=f"COCO json{of}, instead of --data")
+        command.add_argument(f"{prefix}images", type=_path, help="folder of its images")
 
 
 def _add_set(command: argparse.ArgumentParser) -> None:
@@ -299,10 +312,25 @@ def _add_device(command: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text!r}")
     return value
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or folder, got nothing")
+    return Path(text)
 
 
 if __name__ == "__main__":

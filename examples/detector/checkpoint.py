@@ -125,6 +125,8 @@ def restore_model(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
                 f"{path}: does not fit the configured network, {name} has the shape {shape}, "
                 f"but {list(own[name].shape)} is needed"
             )
+        if not state[name].isfinite().all():
+            raise UserError(f"{path}: has values in {name} that are not finite")
     model.load_state_dict(state)
 
 

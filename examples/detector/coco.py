@@ -264,7 +264,8 @@ def _id(item: dict[str, Any]) -> int:
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    # as pycocotools keeps ids
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def is_finite(value: object) -> bool:

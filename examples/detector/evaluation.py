@@ -101,7 +101,7 @@ def detect(
         pin_memory=device.type == "cuda",
     )
     results = []
-    quiet = not (progress and is_main())
+    quiet = None if progress and is_main() else True  # None: unless stderr is no terminal
     bar = tqdm(total=len(share), desc="detecting", unit="image", leave=False, disable=quiet)
     with evaluating(model), bar:
         for batch in loader:

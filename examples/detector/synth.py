@@ -41,6 +41,7 @@ MIN_SIDE = 32  # pixels of an image: below, the smallest objects are a few pixel
 LARGEST, SMALLEST = 0.255, 0.085  # an arm over the image's shorter side
 MIN_INSIDE, MIN_VISIBLE = 0.9, 0.75  # of an object's area: within the image; within it and not covered
 MIN_PIXELS = 16  # of an object, before others cover it
+MAX_SIDE = 4096
 SUPERSAMPLING = 2
 
 COLOURS = (
@@ -119,8 +120,9 @@ def write_synthetic(
         An argument is out of its range, or the folder cannot be written.
     """
     width, height = (size, size) if isinstance(size, int) else size
-    if min(width, height) < MIN_SIDE:
-        raise UserError(f"the size of synthetic images must be at least {MIN_SIDE} pixels, got {width}x{height}")
+    if not MIN_SIDE <= min(width, height) <= max(width, height) <= MAX_SIDE:
+        sides = f"{MIN_SIDE} to {MAX_SIDE} pixels"
+        raise UserError(f"the size of synthetic images must be {sides} at each side, got {width}x{height}")
     if min(train, val) < 0:
         raise UserError(f"the numbers of synthetic images must not be negative, got {train} and {val}")
     if not 1 <= objects[0] <= objects[1]:

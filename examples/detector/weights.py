@@ -79,8 +79,10 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} cannot be read as weights ({type(error).__name__}: {reason:.200})") from error
+        # The texts advise to load it unsafely.
+        raise UserError(
+            f"{path} cannot be read as weights: it must hold named tensors and nothing else ({type(error).__name__})"
+        ) from error
     for key in ("model", "state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]

@@ -143,6 +143,13 @@ class Malicious:
         return os.mkdir, (str(self.victim),)
 
 
+def test_weights_that_are_not_finite_are_refused(path):
+    content = torch.load(path, weights_only=True)
+    content["model"]["roi_heads.box_head.fc6.weight"][3, 4] = float("nan")
+    torch.save(content, path)
+    refused(path, r"roi_heads\.box_head\.fc6\.weight that are not finite", lambda file: load_detector(file, CPU))
+
+
 def test_a_checkpoint_cannot_run_code(path, tmp_path):
     victim, bad = tmp_path / "victim", tmp_path / "bad.pth"
     content = load_checkpoint(path)

@@ -408,6 +408,7 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
     [
         ("images", "id", "1"),
         ("images", "id", True),
+        ("images", "id", 10**30),
         ("images", "file_name", None),
         ("images", "file_name", ""),
         ("images", "width", 0),

@@ -118,6 +118,9 @@ def test_flops(capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 18
     assert {row["detector"] for row in rows} == {"faster", "mask"}
+    assert main(["flops", "--json", "--set", "network.backbone=small", "network.detector=mask"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {(row["detector"], row["backbone"]) for row in rows} == {("mask", "small")}
 
 
 def test_help_names_every_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,9 +142,19 @@ def test_wrong_commands(fails: Callable[..., str], data: Path, tmp_path: Path) -
     assert "the data are missing: --data FOLDER" in fails("train", "--out", out)
     assert "go together" in fails("train", "--train-annotations", "a.json", "--out", out)
     assert "--device" in fails("train", "--data", data, "--out", out, "--device", "tpu", "--backbone", "small")
-    assert "must be at least 1" in fails("evaluate", "--data", data, "--checkpoint", "x", "--batch-size", "0")
+    for number in ("0", "a"):
+        message = fails("evaluate", "--data", data, "--checkpoint", "x", "--batch-size", number)
+        assert "must be a whole number of at least 1" in message
+    for share in ("7", "nan", "high"):
+        message = fails("predict", "a.png", "--checkpoint", "x", "--out", out, "--threshold", share)
+        assert "must be a number between 0 and 1" in message
+    assert "must name a file or folder" in fails("train", "--data", data, "--out", "")
+    assert "deform_groups=3" in fails("flops", "--set", "network.deform_groups=3")
+    assert "exists already" in fails("synth", data)
+    file = data / "annotations" / "instances_val.json"
+    assert "cannot be made a folder" in fails("evaluate", "--data", data, "--checkpoint", "x", "--out", file)
     assert "not allowed with" in fails("evaluate", "--data", data, "--checkpoint", "x", "--results", "y")
-    assert "at least 32 pixels" in fails("synth", out, "--size", "8")
+    assert "32 to 4096 pixels" in fails("synth", out, "--size", "8")
     assert not out.exists()
 
 

@@ -147,8 +147,9 @@ def test_the_smallest_images_at_the_ends_of_the_range(tmp_path: Path, deformatio
 @pytest.mark.parametrize(
     "arguments, problem",
     [
-        ({"size": 31}, "at least 32 pixels, got 31x31"),
-        ({"size": (500, 0)}, "at least 32 pixels, got 500x0"),
+        ({"size": 31}, "32 to 4096 pixels at each side, got 31x31"),
+        ({"size": (500, 0)}, "32 to 4096 pixels at each side, got 500x0"),
+        ({"size": 100_000}, "32 to 4096 pixels at each side, got 100000x100000"),
         ({"train": -1}, "must not be negative, got -1 and 1"),
         ({"val": -1}, "must not be negative, got 1 and -1"),
         ({"objects": (0, 3)}, "at least 1, got 0 to 3"),
