@@ -309,7 +309,7 @@ def test_float16_gradients_that_never_are_finite_stop_the_run():
 
 
 def test_overfitting_eight_images(tmp_path):
-    write_synthetic(tmp_path / "data", train=8, val=0, size=64, seed=0)
+    write_synthetic(tmp_path / "data", train=8, val=0, size=64, deformation=0.3, seed=0)
     images = dataset(tmp_path / "data")
     config = TINY.set(
         [
