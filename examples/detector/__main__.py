@@ -76,7 +76,6 @@ def run_train(options: argparse.Namespace) -> None:
     if options.val_annotations or options.data:
         val_annotations, val_images = _data(options, "val")
         val_set = CocoDataset(val_annotations, val_images, masks=masks, keep_empty=True)
-        check_categories(train_set.categories, val_set.categories, str(val_annotations))
     with session(options.device) as device:
         _warn(train_set, train_annotations)
         if val_set:
@@ -86,7 +85,7 @@ def run_train(options: argparse.Namespace) -> None:
         weights = options.weights or ("none" if config.network.backbone == "small" else "imagenet")
         if weights != "none" and not options.resume:
             load_backbone(model, weights, config.network.backbone)
-        train(model.to(device), config, train_set, val_set, options.out, device, resume=options.resume)
+        train(model, config, train_set, val_set, options.out, device, resume=options.resume)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -97,6 +96,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         results, kinds = load_results(options.results, truth.coco)
         if "segm" in kinds:
             truth = CocoDataset(annotations, None, masks=True, keep_empty=True)
+        _warn(truth, annotations)
         _report(truth, results, kinds, options.out)
         return
     annotations, images = _data(options, options.split)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from .checkpoint import load_detector
 from .coco import CocoDataset, find_data
-from .config import Config
+from .config import Config, NetworkConfig, TrainingConfig
 from .distributed import session
 from .drawing import contact_sheet, draw_detections
 from .errors import UserError
@@ -32,35 +32,34 @@ SHOWN, CELL = 8, 300  # pictures on the sheet, and their sides
 
 def demo_config() -> Config:
     """The preset `dcnv2` with the small backbone, and a schedule of minutes on two cores."""
-    network = {
-        "preset": "dcnv2",
-        "detector": "mask",
-        "backbone": "small",
-        "mask_scale": 2,
-        "min_size": SIZE,
-        "max_size": SIZE,
-        "anchor_sizes": "16,32,64,96,128",
-        "rpn_candidates_train": 300,
-        "rpn_candidates_test": 300,
-        "proposals_train": 300,
-        "proposals_test": 100,
-        "roi_batch": 64,
-        "max_detections": 20,
-    }
-    training = {
-        "optimizer": "adamw",
-        "epochs": 8,
-        "batch_size": 4,
-        "lr": 0.002,
-        "lr_batch": 4,
-        "lr_steps": "6,7.5",
-        "warmup_iterations": 50,
-        "clip_norm": 10,
-        "evaluate_every": 0,
-        "workers": 0,
-    }
-    sections = {"network": network, "training": training}
-    return Config().set(f"{name}.{key}={value}" for name, items in sections.items() for key, value in items.items())
+    network = NetworkConfig(
+        preset="dcnv2",
+        detector="mask",
+        backbone="small",
+        mask_scale=2,
+        min_size=SIZE,
+        max_size=SIZE,
+        anchor_sizes=(16, 32, 64, 96, 128),
+        rpn_candidates_train=300,
+        rpn_candidates_test=300,
+        proposals_train=300,
+        proposals_test=100,
+        roi_batch=64,
+        max_detections=20,
+    )
+    training = TrainingConfig(
+        optimizer="adamw",
+        epochs=8,
+        batch_size=4,
+        lr=0.002,
+        lr_batch=4,
+        lr_steps=(6, 7.5),
+        warmup_iterations=50,
+        clip_norm=10,
+        evaluate_every=0,
+        workers=0,
+    )
+    return Config(network, training)
 
 
 def run_demo(out: Path, device_name: str) -> None:

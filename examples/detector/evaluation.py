@@ -14,7 +14,6 @@ import numpy as np
 import pycocotools.coco
 import pycocotools.cocoeval
 import torch
-from pycocotools import mask as coco_mask
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -23,7 +22,7 @@ from .coco import Category, CocoDataset, Sample, encode_segmentation, is_finite
 from .config import NetworkConfig
 from .distributed import gather_lists, is_main, rank, world_size
 from .errors import UserError
-from .inference import RLE, coco_results, evaluating, infer
+from .inference import coco_results, evaluating, infer
 from .jsons import read_json, write_json
 
 __all__ = [
@@ -152,8 +151,7 @@ def coco_metrics(
     Parameters
     ----------
     coco
-        The ground truth, which stays as it is. Annotations without ``area`` get that of their mask, or else box;
-        those without ``iscrowd`` are no crowd; those without a box, or a mask when masks are compared, do not count.
+        The ground truth as `CocoDataset` completes it, with masks where they are compared; it stays as it is.
     results
         Entries of a COCO results json.
     image_ids
@@ -166,7 +164,7 @@ def coco_metrics(
     Raises
     ------
     UserError
-        Masks are to be compared, but no annotation has one, or not all detections do.
+        Some results have no box, or no mask, and it is to be compared.
     """
     chosen = sorted(set(image_ids))
     return {kind: _evaluate(_ground_truth(coco, chosen, kind), results, kind, package) for kind in kinds}
@@ -286,54 +284,17 @@ def _classes(package: Package) -> tuple[Any, Any]:
 
 
 def _ground_truth(coco: pycocotools.coco.COCO, image_ids: list[int], kind: Kind) -> dict[str, Any]:
-    """The part of the data set that counts, completed, in objects of its own."""
-    images = [coco.imgs[image_id] for image_id in image_ids]
-    annotations: list[dict[str, Any]] = []
-    given = 0
-    for image in images:
-        for annotation in coco.imgToAnns.get(image["id"], []):
-            given += 1
-            completed = _complete(annotation, image, kind)
-            if completed is not None:
-                completed["id"] = len(annotations) + 1  # the packages take number 0 for no match
-                annotations.append(completed)
-    if kind == "segm" and given and not annotations:
-        raise UserError("the mask AP cannot be evaluated: none of the annotations has a mask")
+    """The part of the data set that counts, in objects of its own."""
+    keys = ["image_id", "category_id", "bbox", "area", "iscrowd", *(["segmentation"] if kind == "segm" else [])]
+    counted = (annotation for image_id in image_ids for annotation in coco.imgToAnns.get(image_id, []))
     return {
-        "images": [{"id": image["id"], "height": image.get("height"), "width": image.get("width")} for image in images],
+        "images": [{key: coco.imgs[image_id][key] for key in ("id", "height", "width")} for image_id in image_ids],
         "categories": [dict(category) for category in coco.cats.values()],
-        "annotations": annotations,
+        # The packages take the id 0 for no match.
+        "annotations": [
+            {"id": number, **{key: annotation[key] for key in keys}} for number, annotation in enumerate(counted, 1)
+        ],
     }
-
-
-def _complete(annotation: dict[str, Any], image: dict[str, Any], kind: Kind) -> dict[str, Any] | None:
-    """An annotation with all that the packages read, or None if it does not count."""
-    box: Any = annotation.get("bbox")
-    area: Any = annotation.get("area")
-    has_box, has_area = _is_box(box), is_finite(area)
-    mask = None if kind == "bbox" and has_box and has_area else _mask(annotation.get("segmentation"), image)
-    if mask is None and (kind == "segm" or not has_box):
-        return None
-    if not has_box:
-        box = coco_mask.toBbox(mask).tolist()
-    if not has_area:
-        area = box[2] * box[3] if mask is None else float(coco_mask.area(mask))
-    completed = {
-        "image_id": image["id"],
-        "category_id": annotation["category_id"],
-        "bbox": box,
-        "area": area,
-        "iscrowd": int(bool(annotation.get("iscrowd", 0))),
-    }
-    return completed if kind == "bbox" else {**completed, "segmentation": mask}
-
-
-def _mask(segmentation: object, image: dict[str, Any]) -> RLE | None:
-    """Polygons or run lengths as compressed run lengths, if they are any of the image's size."""
-    height, width = image.get("height"), image.get("width")
-    if not (isinstance(height, int) and isinstance(width, int)):
-        return None
-    return encode_segmentation(segmentation, height, width)
 
 
 def _of_kind(results: Iterable[dict[str, Any]], kind: Kind) -> list[dict[str, Any]]:
@@ -363,8 +324,8 @@ def _problem(result: Any, coco: pycocotools.coco.COCO) -> str | None:
         return f"has the bbox {_short(result['bbox'])}, which is not [x, y, width, height]"
     if "segmentation" in result:
         image = coco.imgs[result["image_id"]]
-        if _mask(result["segmentation"], image) is None:
-            return f"has a segmentation that is no mask of {image.get('width')}x{image.get('height')} pixels"
+        if encode_segmentation(result["segmentation"], image["height"], image["width"]) is None:
+            return f"has a segmentation that is no mask of {image['width']}x{image['height']} pixels"
     return None
 
 

@@ -90,13 +90,11 @@ class MimickingDetector(nn.Module):
 
     def _crop_features(self, crops: Tensor) -> Tensor:
         """f_RCNN before its last ReLU [n, width]; a chunk at a time, whose activations are not kept but made again."""
-        parts = [checkpoint(self._chunk, chunk, use_reentrant=False) for chunk in crops.split(self.config.chunk)]
-        width = self.classifier.in_features
-        return torch.cat([crops.new_zeros(0, width), *(precise(part) for part in parts if len(part))])
+        none = crops.new_zeros(0, self.classifier.in_features)
+        chunks = crops.split(self.config.chunk) if len(crops) else ()
+        return torch.cat([none, *(precise(checkpoint(self._chunk, chunk, use_reentrant=False)) for chunk in chunks)])
 
     def _chunk(self, crops: Tensor) -> Tensor:
-        if not len(crops):
-            return crops.new_zeros(0)
         heads = self.detector.roi_heads
         whole = crops.new_tensor([[0, 0, CROP, CROP]])
         maps = self.detector.backbone(crops)

@@ -157,7 +157,9 @@ def test_only_the_given_images_count(example: tuple[pycocotools.coco.COCO, list[
     assert repr(coco_metrics(coco, results, [4, 3])) == repr(expected)
 
 
-def test_absent_fields_and_id_zero_change_nothing(example: tuple[pycocotools.coco.COCO, list[dict[str, Any]]]) -> None:
+def test_absent_fields_and_id_zero_change_nothing(
+    example: tuple[pycocotools.coco.COCO, list[dict[str, Any]]], tmp_path: Path
+) -> None:
     coco, results = example
     expected = coco_metrics(coco, results, coco.imgs, ("bbox", "segm"))
     bare = copy.deepcopy(coco.dataset)
@@ -166,12 +168,11 @@ def test_absent_fields_and_id_zero_change_nothing(example: tuple[pycocotools.coc
         del annotation["area"]
         if not annotation["iscrowd"]:
             del annotation["iscrowd"]
-    assert repr(coco_metrics(index(bare), results, coco.imgs, ("bbox", "segm"))) == repr(expected)
-    for annotation in bare["annotations"]:
-        del annotation["segmentation"]
-    assert coco_metrics(index(bare), results, coco.imgs)["bbox"].AP == expected["bbox"].AP
-    with pytest.raises(UserError, match="none of the annotations has a mask"):
-        coco_metrics(index(bare), results, coco.imgs, ("segm",))
+    (tmp_path / "bare.json").write_text(json.dumps(bare))
+    completed = CocoDataset(tmp_path / "bare.json", None, masks=True, keep_empty=True).coco
+    assert repr(coco_metrics(completed, results, coco.imgs, ("bbox", "segm"))) == repr(expected)
+    boxes_only = CocoDataset(tmp_path / "bare.json", None, masks=False, keep_empty=True).coco
+    assert coco_metrics(boxes_only, results, coco.imgs)["bbox"].AP == expected["bbox"].AP
     with pytest.raises(UserError, match="some detections have no segmentation"):
         boxes = [{key: value for key, value in entry.items() if key != "segmentation"} for entry in results]
         coco_metrics(coco, boxes, coco.imgs, ("segm",))
