@@ -103,8 +103,6 @@ def example() -> tuple[pycocotools.coco.COCO, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("package", ["pycocotools", "faster-coco-eval"])
 def test_equal_to_pycocotools(example: tuple[pycocotools.coco.COCO, list[dict[str, Any]]], package: Any) -> None:
-    if package == "faster-coco-eval":
-        pytest.importorskip("faster_coco_eval")
     coco, results = example
     before = copy.deepcopy((coco.dataset, results))
     metrics = coco_metrics(coco, results, coco.imgs, ("bbox", "segm"), package=package)
@@ -135,8 +133,6 @@ def test_equal_to_pycocotools(example: tuple[pycocotools.coco.COCO, list[dict[st
 def test_nothing_detected_and_nothing_to_detect(
     example: tuple[pycocotools.coco.COCO, list[dict[str, Any]]], package: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if package == "faster-coco-eval":
-        pytest.importorskip("faster_coco_eval")
     coco, results = example
     kinds: tuple[Kind, ...] = ("bbox", "segm")
     for kind in kinds:
