@@ -123,8 +123,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       const Tap tap = find_tap(p.size, p.range, tile.first_row + s, tile.group_tap);
       if (p.grad_offset) {
         p.grad_offset[tap.offset_at] = narrow<OffsetScalar>(gradients[s].y);
-        p.grad_offset[tap.offset_at + static_cast<long long>(p.size.oh) * p.size.ow] =
-            narrow<OffsetScalar>(gradients[s].x);
+        p.grad_offset[tap.offset_at + p.size.offset_channel] = narrow<OffsetScalar>(gradients[s].x);
       }
       if (p.grad_mask) p.grad_mask[tap.mask_at] = narrow<OffsetScalar>(gradients[s].modulation);
     }

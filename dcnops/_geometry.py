@@ -37,12 +37,13 @@ MAX_EXTENT = 2**24
 
 _MAX_PIXELS = 2**31
 _SIZE_NAMES = ("N", "C", "H", "W", "oh", "ow", "kh", "kw", "sh", "sw", "dh", "dw", "pad_top", "pad_left", "G", "D")
+_STEP_NAMES = ("offset_channel", "offset_pixel", "mask_channel", "mask_pixel")
 
 
 class DeformConvSizes(ctypes.Structure):
     """The integers that every deformable convolution kernel takes (`DeformConvSizes` in dcn/deform_conv2d.cuh)."""
 
-    _fields_ = [(name, ctypes.c_int) for name in _SIZE_NAMES]
+    _fields_ = [(name, ctypes.c_int) for name in (*_SIZE_NAMES, *_STEP_NAMES)]
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,14 @@ class DeformConvGeometry:
         """Output pixels of one image."""
         return self.oh * self.ow
 
-    def params(self) -> DeformConvSizes:
-        """The struct the kernels take."""
-        return DeformConvSizes(**{name: getattr(self, name) for name in _SIZE_NAMES})
+    def params(self, offset_last: bool = False, mask_last: bool = False) -> DeformConvSizes:
+        """The struct the kernels take; `offset_last` and `mask_last` say that channels are together in memory."""
+        channels = self.D * self.K
+        return DeformConvSizes(
+            *(getattr(self, name) for name in _SIZE_NAMES),
+            *((1, 2 * channels) if offset_last else (self.pixels, 1)),
+            *((1, channels) if mask_last else (self.pixels, 1)),
+        )
 
     @classmethod
     def check(

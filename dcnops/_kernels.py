@@ -12,9 +12,9 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-__all__ = ["DTYPE_SUFFIX", "Engine", "Launcher", "Macros", "compile_options", "kernel_name", "kernel_source"]
+__all__ = ["DTYPE_SUFFIX", "Device", "Engine", "Launcher", "Macros", "compile_options", "kernel_name", "kernel_source"]
 
 DTYPE_SUFFIX = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 
@@ -23,6 +23,15 @@ Macros = Mapping[str, "str | int"]
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 _PACKAGE = Path(__file__).resolve().parent
 _ROOTS = (_PACKAGE / "cuda", _PACKAGE.parent / "cuda")
+
+
+class Device(NamedTuple):
+    """What plans ask of a device."""
+
+    id: int
+    architecture: int
+    """Compute capability, 90 for 9.0."""
+    multiprocessors: int
 
 
 class Launcher(Protocol):
@@ -44,7 +53,7 @@ class Engine:
     matmul : callable
         ``matmul(a, b, out, accumulate)`` computes ``out (+)= a @ b`` on stacks of matrices, see `Engine.matmul`.
     device : callable
-        Names the current device; kernels are compiled once for each.
+        Describes the current `Device`; kernels are compiled once for each.
     pointer : callable
         Address of an array's first element.
     """
@@ -54,7 +63,7 @@ class Engine:
         xp: Any,
         compile: Callable[[str, str, tuple[str, ...]], Launcher],
         matmul: Callable[[Any, Any, Any, bool], None],
-        device: Callable[[], int],
+        device: Callable[[], Device],
         pointer: Callable[[Any], int],
     ) -> None:
         self.xp = xp
@@ -64,6 +73,11 @@ class Engine:
         self._pointer = pointer
         self._launchers: dict[tuple[object, ...], Launcher] = {}
         self._lock = threading.Lock()
+
+    @property
+    def device(self) -> Device:
+        """The current device."""
+        return self._device()
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """A new C-contiguous array, at least 16-byte aligned, contents undefined."""
@@ -93,7 +107,7 @@ class Engine:
         """
         if grid == 0:
             return
-        key = (unit, kernel, tuple(macros.items()), self._device())
+        key = (unit, kernel, tuple(macros.items()), self._device().id)
         launcher = self._launchers.get(key)
         if launcher is None:
             with self._lock:

@@ -12,12 +12,12 @@ from dcnops._backends.launch_plans.deform_conv2d import (
     DeformConvForwardParams,
 )
 from dcnops._backends.launch_plans.deform_roi_pool import DeformRoIPoolParams
-from dcnops._backends.launch_plans.layout import LayoutParams, RowRange
+from dcnops._backends.launch_plans.layout import LayoutJob, LayoutParams, RowRange
 from dcnops._geometry import DeformConvSizes, DeformRoIPoolSizes
 from dcnops._kernels import DTYPE_SUFFIX, Macros
 
 UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {
-    "layout": (LayoutParams, ("pixels_to_rows", "rows_to_pixels", "channel_sums")),
+    "layout": (LayoutParams, ("change_layout",)),
     "deform_conv2d_forward": (DeformConvForwardParams, ("deform_conv2d_columns",)),
     "deform_conv2d_backward": (
         DeformConvBackwardParams,
@@ -43,6 +43,7 @@ STRUCTS = (
     RowRange,
     DeformConvSizes,
     DeformRoIPoolSizes,
+    LayoutJob,
     LayoutParams,
     DeformConvForwardParams,
     DeformConvBackwardParams,

@@ -15,21 +15,24 @@ struct DeformConvSizes {
   int sh, sw, dh, dw;
   int pad_top, pad_left;
   int G, D;
+  int offset_channel, offset_pixel;  // steps in offset [N, 2*D*K, oh, ow] and its gradient, in either memory order
+  int mask_channel, mask_pixel;      // in mask [N, D*K, oh, ow] and its gradient
 };
 
 // One (row, deformable group, tap): its image and output pixel, and the channels' place in its offsets.
 struct Tap {
   int image, pixel;     // pixel = a * ow + b
-  long long offset_at;  // of dy in offset [N, 2*D*K, oh, ow]; dx follows at + oh * ow
+  long long offset_at;  // of dy in offset [N, 2*D*K, oh, ow]; dx follows one channel later
   long long mask_at;    // in mask [N, D*K, oh, ow]
 };
 
 __device__ __forceinline__ Tap find_tap(const DeformConvSizes& size, const RowRange& range, int row, int group_tap) {
   const int pixels = size.oh * size.ow;
   const ImagePixel at = find_pixel(range, row, pixels);
-  const long long taps = static_cast<long long>(size.D) * size.kh * size.kw;
-  const long long channel = at.image * taps + group_tap;
-  return {at.image, at.pixel, 2 * channel * pixels + at.pixel, channel * pixels + at.pixel};
+  const long long first = static_cast<long long>(at.image) * size.D * size.kh * size.kw * pixels;
+  const long long channel = group_tap, pixel = at.pixel;
+  return {at.image, at.pixel, 2 * first + 2 * channel * size.offset_channel + pixel * size.offset_pixel,
+          first + channel * size.mask_channel + pixel * size.mask_pixel};
 }
 
 __device__ __forceinline__ SamplePoint<Sum> locate_tap(const DeformConvSizes& size, const Tap& tap, int group_tap,
@@ -38,7 +41,7 @@ __device__ __forceinline__ SamplePoint<Sum> locate_tap(const DeformConvSizes& si
   const int y = tap.pixel / size.ow * size.sh - size.pad_top + k / size.kw * size.dh;
   const int x = tap.pixel % size.ow * size.sw - size.pad_left + k % size.kw * size.dw;
   const Sum dy = widen(offset[tap.offset_at]);
-  const Sum dx = widen(offset[tap.offset_at + static_cast<long long>(size.oh) * size.ow]);
+  const Sum dx = widen(offset[tap.offset_at + size.offset_channel]);
   return locate(static_cast<Sum>(y) + dy, static_cast<Sum>(x) + dx, size.H, size.W);
 }
 

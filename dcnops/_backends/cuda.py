@@ -6,6 +6,7 @@ The only module that imports CuPy.
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import cupy
 import numpy
@@ -16,7 +17,7 @@ from dcnops._backends import launch_plans
 from dcnops._backends.launch_plans.layout import is_channels_last
 from dcnops._errors import KernelCompileError
 from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
-from dcnops._kernels import Engine, Launcher
+from dcnops._kernels import Device, Engine, Launcher
 
 __all__ = ["ENGINE", "deform_conv2d", "deform_conv2d_backward", "deform_roi_pool", "deform_roi_pool_backward"]
 
@@ -26,6 +27,9 @@ _CUDA_TYPE = {
     "float32": runtime.CUDA_R_32F,
     "float64": runtime.CUDA_R_64F,
 }
+
+_SHARED_BYTES_OF_ALL = 48 * 1024
+"""Dynamic shared memory that a kernel has without asking for more."""
 
 
 def deform_conv2d(
@@ -142,12 +146,17 @@ def _contiguous(array: cupy.ndarray | None) -> cupy.ndarray | None:
 
 def _compile(source: str, kernel: str, options: tuple[str, ...]) -> Launcher:
     try:
+        raw = cupy.RawModule(code=source, options=options).get_function(kernel)
         # The function of this device: the engine keeps one launcher for each.
-        function = cupy.RawModule(code=source, options=options).get_function(kernel).kernel
+        function = raw.kernel
     except cupy.cuda.compiler.CompileException as error:
         raise KernelCompileError(f"{kernel} must compile, got from NVRTC:\n{error}") from error
+    allowed_bytes = _SHARED_BYTES_OF_ALL
 
     def launch(grid: int, block: tuple[int, int], shared_bytes: int, params: ctypes.Structure) -> None:
+        nonlocal allowed_bytes
+        if shared_bytes > allowed_bytes:
+            raw.max_dynamic_shared_size_bytes = allowed_bytes = shared_bytes
         argument = cupy.cuda.function.CPointer(ctypes.addressof(params))
         function((grid,), block, (argument,), shared_mem=shared_bytes)
 
@@ -199,8 +208,14 @@ def _gemm_operand(matrices: cupy.ndarray) -> tuple[int, int]:
     return cublas.CUBLAS_OP_T, max(rows, column_stride)
 
 
-def _current_device() -> int:
-    return int(cupy.cuda.runtime.getDevice())
+def _current_device() -> Device:
+    return _describe(int(cupy.cuda.runtime.getDevice()))
+
+
+@functools.cache
+def _describe(index: int) -> Device:
+    device = cupy.cuda.Device(index)
+    return Device(index, int(device.compute_capability), int(device.attributes["MultiProcessorCount"]))
 
 
 def _pointer(array: cupy.ndarray) -> int:

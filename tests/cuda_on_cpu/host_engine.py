@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dcnops._kernels import Engine
+from dcnops._kernels import Device, Engine
 from tests.cuda_on_cpu.host_compiler import HostCompiler
 from tests.cuda_on_cpu.sanitizers import is_sanitized
 
@@ -90,10 +90,12 @@ def host_engine(
     single_block: bool = False,
     threads: int = 1,
     sanitize: bool | None = None,
+    device: Device = Device(0, 90, 4),
 ) -> Engine:
     """An engine whose kernels run on the CPU; see `HostCompiler` for the parameters.
 
-    `sanitize` is None for: exactly in a process started by `run_sanitized`.
+    `sanitize` is None for: exactly in a process started by `run_sanitized`. `device` is what the plans believe to run
+    on.
     """
     compiler = HostCompiler(
         schedule=schedule,
@@ -102,7 +104,7 @@ def host_engine(
         threads=threads,
         sanitize=is_sanitized() if sanitize is None else sanitize,
     )
-    return Engine(HostArrays(), compiler.compile, matmul, lambda: 0, lambda array: int(array.ctypes.data))
+    return Engine(HostArrays(), compiler.compile, matmul, lambda: device, lambda array: int(array.ctypes.data))
 
 
 def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool) -> None:

@@ -7,7 +7,7 @@ from math import gcd
 from typing import Any
 
 from dcnops._backends.launch_plans.layout import (
-    CHUNK_BYTES,
+    WORKSPACE_BYTES,
     ITEMSIZE,
     MAX_BLOCKS,
     SCALAR,
@@ -90,7 +90,7 @@ def deform_conv2d(
     weight: Any,
     bias: Any | None,
     mask: Any | None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int = WORKSPACE_BYTES,
 ) -> Any:
     """The output [N, O, oh, ow] of contiguous arrays; `input` may be channels-last, and then the output is."""
     g = geometry
@@ -133,7 +133,7 @@ def deform_conv2d_backward(
     mask: Any | None,
     needs: frozenset[str],
     deterministic: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int = WORKSPACE_BYTES,
 ) -> dict[str, Any]:
     """The gradients named in `needs`, each like its argument, of contiguous arrays.
 

@@ -7,12 +7,12 @@ from math import gcd
 from typing import Any
 
 from dcnops._backends.launch_plans.layout import (
-    CHUNK_BYTES,
     ITEMSIZE,
     MAX_BLOCKS,
     SCALAR,
     THREADS,
     VECTOR_BYTES,
+    WORKSPACE_BYTES,
     RowRange,
     all_pixels,
     all_rows,
@@ -58,7 +58,7 @@ def deform_roi_pool(
     rois: Any,
     offset: Any | None,
     mask: Any | None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int = WORKSPACE_BYTES,
 ) -> Any:
     """The output [R, C, P, Q] of contiguous arrays.
 
@@ -95,7 +95,7 @@ def deform_roi_pool_backward(
     mask: Any | None,
     needs: frozenset[str],
     deterministic: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int = WORKSPACE_BYTES,
 ) -> dict[str, Any]:
     """The gradients named in `needs`, each like its argument, of contiguous arrays.
 

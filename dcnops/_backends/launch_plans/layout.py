@@ -6,37 +6,48 @@ P are the pixels of an image; rows are the pixels of all images in one sequence,
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
 from typing import Any
 
 from dcnops._kernels import DTYPE_SUFFIX, Engine
 
 __all__ = [
-    "CHUNK_BYTES",
     "ITEMSIZE",
     "MAX_BLOCKS",
+    "MOST_LAYOUT_JOBS",
     "SCALAR",
     "THREADS",
     "VECTOR_BYTES",
     "WARP",
+    "WORKSPACE_BYTES",
+    "LayoutJob",
     "LayoutParams",
+    "LayoutTask",
     "RowRange",
     "all_pixels",
     "all_rows",
+    "are_rows",
     "ceil_div",
+    "change_layout",
     "channel_lanes",
     "channel_sums",
+    "channel_sums_jobs",
     "data_macros",
     "empty_images",
     "is_channels_last",
+    "layout_params",
+    "layout_tiles",
+    "pixels_job",
     "put_rows",
     "row_ranges",
+    "rows_job",
     "sum_dtype",
     "take_rows",
 ]
 
-CHUNK_BYTES = 16 * 2**20
-"""Scratch memory of a chunk, in bytes: what stays in the L2 cache of a large GPU."""
+WORKSPACE_BYTES = 32 * 2**20
+"""Scratch memory of a call, in bytes: what stays in the L2 cache of a large GPU. One image's is the least."""
 
 SCALAR = {"float16": "Half", "bfloat16": "BFloat16", "float32": "float", "float64": "double"}
 """Element types by their name in the kernels."""
@@ -47,10 +58,12 @@ VECTOR_BYTES = 16
 THREADS = 256
 WARP = 32
 MAX_BLOCKS = 2**20
+MOST_LAYOUT_JOBS = 3
 
-_TRANSPOSE_TILE = 32
+_TILE = 32
+_SHARED_BYTES = _TILE * (_TILE + 1) * 8
 _MAX_ROWS = 2**30
-_MAX_ONES = 2**20
+_PART_ROWS = 1024
 
 
 class RowRange(ctypes.Structure):
@@ -59,18 +72,37 @@ class RowRange(ctypes.Structure):
     _fields_ = [("first_image", ctypes.c_int), ("first_pixel", ctypes.c_int), ("rows", ctypes.c_int)]
 
 
-class LayoutParams(ctypes.Structure):
-    """What the kernels of layout.cu take."""
+class LayoutTask(IntEnum):
+    """What a job does (`LayoutTask` in dcn/layout.cuh)."""
+
+    NOTHING = 0
+    PIXELS_TO_ROWS = 1
+    ROWS_TO_PIXELS = 2
+    SUM_PIXELS = 3
+    SUM_ROWS = 4
+    SUM_ROW_PARTS = 5
+
+
+class LayoutJob(ctypes.Structure):
+    """One job of a launch of change_layout (`LayoutJob` in dcn/layout.cuh)."""
 
     _fields_ = [
         ("source", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("target", ctypes.c_void_p),
+        ("task", ctypes.c_int),
         ("N", ctypes.c_int),
         ("C", ctypes.c_int),
         ("P", ctypes.c_int),
         ("range", RowRange),
+        ("tiles", ctypes.c_int),
     ]
+
+
+class LayoutParams(ctypes.Structure):
+    """What the kernel of layout.cu takes."""
+
+    _fields_ = [("jobs", LayoutJob * MOST_LAYOUT_JOBS)]
 
 
 def data_macros(dtype: str) -> dict[str, str | int]:
@@ -111,9 +143,81 @@ def empty_images(engine: Engine, shape: tuple[int, ...], dtype: Any, like: Any) 
     return engine.empty((N, C, H, W), dtype)
 
 
+def change_layout(engine: Engine, dtype: str, jobs: Sequence[LayoutJob]) -> None:
+    """Do up to `MOST_LAYOUT_JOBS` jobs on arrays of `dtype` in one launch; their arrays must live that long."""
+    tiles = layout_tiles(jobs)
+    engine.launch(
+        "layout",
+        "change_layout",
+        data_macros(dtype),
+        min(tiles, MAX_BLOCKS),
+        (THREADS, 1),
+        layout_params(jobs),
+        _SHARED_BYTES,
+    )
+
+
+def layout_params(jobs: Sequence[LayoutJob]) -> LayoutParams:
+    assert len(jobs) <= MOST_LAYOUT_JOBS
+    return LayoutParams((LayoutJob * MOST_LAYOUT_JOBS)(*jobs))
+
+
+def layout_tiles(jobs: Sequence[LayoutJob]) -> int:
+    return sum(job.tiles for job in jobs)
+
+
+def are_rows(engine: Engine, images: Any) -> bool:
+    """Whether images [N, C, H, W] are rows already: channels-last and aligned for vectors."""
+    return is_channels_last(images) and (engine.pointer(images) or 0) % VECTOR_BYTES == 0
+
+
+def rows_job(engine: Engine, images: Any, C: int, P: int, rows: RowRange, target: Any) -> LayoutJob:
+    """Write `rows` of images [N, C, P], in either memory order, to the rows of `target`."""
+    if is_channels_last(images):
+        source = _flat(images, C)[_first(rows, P) :]
+        return _transpose_job(engine, LayoutTask.PIXELS_TO_ROWS, source, target, C, 1, RowRange(0, 0, rows.rows), None)
+    return _transpose_job(engine, LayoutTask.PIXELS_TO_ROWS, images, target, C, P, rows, None)
+
+
+def pixels_job(
+    engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange, bias: Any | None = None
+) -> LayoutJob:
+    """Round sums, an array that begins with `rows`, into images [N, C, P] in either memory order, plus `bias` [C]."""
+    if is_channels_last(images):
+        # Channels-last images are images of one pixel, one for each row.
+        target = _flat(images, C)[_first(rows, P) :]
+        return _transpose_job(engine, LayoutTask.ROWS_TO_PIXELS, sums, target, C, 1, RowRange(0, 0, rows.rows), bias)
+    return _transpose_job(engine, LayoutTask.ROWS_TO_PIXELS, sums, images, C, P, rows, bias)
+
+
+def channel_sums_jobs(engine: Engine, images: Any, N: int, C: int, P: int, result: Any) -> tuple[Any, Any, Any]:
+    """The sums [C] of images [N, C, P] in two jobs, to be done one after the other.
+
+    Returns
+    -------
+    (LayoutJob, LayoutJob, array)
+        The jobs, and the array between them.
+    """
+    sums = sum_dtype(engine, images.dtype)
+    if is_channels_last(images):
+        parts = ceil_div(N * P, _PART_ROWS)
+        partial = engine.empty((parts, C), sums)
+        first = LayoutJob(engine.pointer(images), None, engine.pointer(partial), LayoutTask.SUM_ROW_PARTS)
+        first.C, first.P, first.range = C, _PART_ROWS, RowRange(0, 0, N * P)
+        first.tiles = parts * ceil_div(C, _TILE)
+    else:
+        parts = N
+        partial = engine.empty((parts, C), sums)
+        first = LayoutJob(engine.pointer(images), None, engine.pointer(partial), LayoutTask.SUM_PIXELS, N, C, P)
+        first.tiles = N * C
+    second = LayoutJob(engine.pointer(partial), None, engine.pointer(result), LayoutTask.SUM_ROWS, 0, C, parts)
+    second.tiles = ceil_div(C, _TILE)
+    return first, second, partial
+
+
 def all_rows(engine: Engine, images: Any, N: int, C: int, P: int) -> Any:
-    """Rows [N*P, C] of images [N, C, P]: the images themselves where they are channels-last, else a new array."""
-    if is_channels_last(images) and (engine.pointer(images) or 0) % VECTOR_BYTES == 0:
+    """Rows [N*P, C] of images [N, C, P]: the images themselves where they are rows already, else a new array."""
+    if are_rows(engine, images):
         return _flat(images, C)
     rows_array = engine.empty((N * P, C), images.dtype)
     for rows in row_ranges(N, P, _MAX_ROWS):
@@ -131,25 +235,26 @@ def all_pixels(engine: Engine, sums: Any, like: Any, N: int, C: int, P: int) -> 
 
 def take_rows(engine: Engine, images: Any, C: int, P: int, rows: RowRange, scratch: Any, copy: bool = False) -> Any:
     """`rows` of images [N, C, P]: a view where they are channels-last and no `copy` is asked for, else `scratch`."""
-    if not is_channels_last(images):
-        _transpose(engine, "pixels_to_rows", images, scratch, images, C, P, rows)
-        return scratch[: rows.rows]
-    first = _first(rows, P)
-    view = _flat(images, C)[first : first + rows.rows]
-    if not copy:
-        return view
-    _transpose(engine, "pixels_to_rows", view, scratch, images, C, 1, RowRange(0, 0, rows.rows))
+    if is_channels_last(images) and not copy:
+        first = _first(rows, P)
+        return _flat(images, C)[first : first + rows.rows]
+    change_layout(engine, str(images.dtype.name), [rows_job(engine, images, C, P, rows, scratch)])
     return scratch[: rows.rows]
 
 
 def put_rows(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange, bias: Any | None = None) -> None:
-    """Round sums, an array that begins with `rows`, into images [N, C, P], plus `bias` [C]."""
-    if is_channels_last(images):
-        # Channels-last images are images of one pixel, one for each row.
-        target = _flat(images, C)[_first(rows, P) :]
-        _transpose(engine, "rows_to_pixels", sums, target, images, C, 1, RowRange(0, 0, rows.rows), bias)
-    else:
-        _transpose(engine, "rows_to_pixels", sums, images, images, C, P, rows, bias)
+    """See `pixels_job`."""
+    change_layout(engine, str(images.dtype.name), [pixels_job(engine, sums, images, C, P, rows, bias)])
+
+
+def channel_sums(engine: Engine, images: Any, N: int, C: int, P: int) -> Any:
+    """Sums [C] of images [N, C, P], in an order that is always the same."""
+    result = engine.empty((C,), images.dtype)
+    first, second, partial = channel_sums_jobs(engine, images, N, C, P, result)
+    for job in (first, second):
+        change_layout(engine, str(images.dtype.name), [job])
+    del partial
+    return result
 
 
 def _flat(images: Any, C: int) -> Any:
@@ -160,49 +265,9 @@ def _first(rows: RowRange, P: int) -> int:
     return int(rows.first_image * P + rows.first_pixel)
 
 
-def _transpose(
-    engine: Engine,
-    kernel: str,
-    source: Any,
-    target: Any,
-    images: Any,
-    C: int,
-    P: int,
-    rows: RowRange,
-    bias: Any | None = None,
-) -> None:
-    tiles = ceil_div(rows.rows, _TRANSPOSE_TILE) * ceil_div(C, _TRANSPOSE_TILE)
-    engine.launch(
-        "layout",
-        kernel,
-        data_macros(str(images.dtype.name)),
-        min(tiles, MAX_BLOCKS),
-        (_TRANSPOSE_TILE, THREADS // _TRANSPOSE_TILE),
-        LayoutParams(engine.pointer(source), engine.pointer(bias), engine.pointer(target), 0, C, P, rows),
-        _TRANSPOSE_TILE * (_TRANSPOSE_TILE + 1) * 8,
-    )
-
-
-def channel_sums(engine: Engine, images: Any, N: int, C: int, P: int) -> Any:
-    """Sums [C] of images [N, C, P]."""
-    result = engine.empty((C,), images.dtype)
-    if not is_channels_last(images):
-        params = LayoutParams(engine.pointer(images), None, engine.pointer(result), N, C, P, RowRange(0, 0, 0))
-        macros = data_macros(str(images.dtype.name))
-        engine.launch("layout", "channel_sums", macros, min(C, MAX_BLOCKS), (THREADS, 1), params, THREADS * 8)
-        return result
-    sums = engine.zeros((1, 1, C), sum_dtype(engine, images.dtype))
-    rows_array = _flat(images, C)
-    for first in range(0, N * P, _MAX_ONES):
-        part = rows_array[first : first + _MAX_ONES]
-        engine.matmul(_ones(engine, len(part), images.dtype), part[None], sums, accumulate=True)
-    _transpose(engine, "rows_to_pixels", sums, result, images, C, 1, RowRange(0, 0, 1))
-    return result
-
-
-def _ones(engine: Engine, count: int, dtype: Any) -> Any:
-    """Ones [1, 1, count]; those of 16 bits by their bits, which need no arithmetic in that type."""
-    bits = {"float16": 0x3C00, "bfloat16": 0x3F80}.get(dtype.name)
-    if bits is None:
-        return engine.xp.ones((1, 1, count), dtype)
-    return engine.xp.full((1, 1, count), bits, engine.xp.uint16).view(dtype)
+def _transpose_job(
+    engine: Engine, task: LayoutTask, source: Any, target: Any, C: int, P: int, rows: RowRange, bias: Any | None
+) -> LayoutJob:
+    job = LayoutJob(engine.pointer(source), engine.pointer(bias), engine.pointer(target), task, 0, C, P, rows)
+    job.tiles = ceil_div(rows.rows, _TILE) * ceil_div(C, _TILE)
+    return job
