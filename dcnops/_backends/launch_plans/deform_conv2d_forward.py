@@ -111,8 +111,18 @@ def deform_conv2d(
     run = _run_fused if path == "fused" else _run_columns
     for images in _image_groups(engine, geometry, input, chunk_bytes, path):
         part = replace(geometry, N=images.stop - images.start)
-        group = [None if array is None else array[images] for array in (input, offset, mask)]
-        run(engine, replace(problem, geometry=part), *group, filters, bias, output[images], jobs, chunk_bytes)
+        run(
+            engine,
+            replace(problem, geometry=part),
+            input[images],
+            offset[images],
+            None if mask is None else mask[images],
+            filters,
+            bias,
+            output[images],
+            jobs,
+            chunk_bytes,
+        )
         jobs = []
     return output
 
