@@ -34,9 +34,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       const SampleWeights<long long> sample = samples[s];
       for (int v = threadIdx.x * DCN_VEC; v < tile.channels; v += blockDim.x * DCN_VEC) {
         const int c = tile.first_channel + v;
-        Corners corners;
-        load_corners<long long>(corners, p.input, sample.first * p.size.C + c,
-                                static_cast<long long>(p.size.W) * p.size.C, p.size.C, sample.weight, true);
+        const Corners corners = load_corners(p.input + sample.first * p.size.C + c,
+                                             static_cast<long long>(p.size.W) * p.size.C, p.size.C, sample.weight);
         ScalarVector column;
 #pragma unroll
         for (int e = 0; e < DCN_VEC; ++e) column.at[e] = narrow<Scalar>(interpolate(corners, e, sample.weight));

@@ -30,8 +30,7 @@ struct DeformConvFusedParams {
   int channels_last;  // of the output
 };
 
-constexpr int kSlice = 64;  // outputs that leave through shared memory at once
-constexpr int kBand = 8;    // pixels are counted in bands of so many image rows, column by column
+constexpr int kBand = 8;  // pixels are counted in bands of so many image rows, column by column
 constexpr int kChannels = kRowBytes / sizeof(Scalar);  // of a step
 using Product = DCN_PRODUCT<Scalar, DCN_OUTPUTS>;
 
@@ -63,10 +62,9 @@ constexpr int kSliceFloats =
 static_assert(kSliceFloats * 4 <= sizeof(SharedMemory::a) + sizeof(SharedMemory::b), "a slice takes the tiles' place");
 static_assert(kTileRows * sizeof(TilePixel) + kSliceFloats * 4 <= DCN_SHARED_BYTES, "shared memory to add splits");
 
-__device__ __forceinline__ float& slice_at(float* slice, bool outputs_together, int row, int output) {
-  return slice[outputs_together ? row * kRowPitch + output
-                                : output * kOutputPitch + row % kBand * kPatchPitch + row / kBand];
-}
+// Where row 8 * across + down of the tile is, in a slice of either kind.
+__device__ __forceinline__ int row_place(int across, int down) { return (across * kBand + down) * kRowPitch; }
+__device__ __forceinline__ int patch_place(int across, int down) { return down * kPatchPitch + across; }
 
 // Pixel number q: neighbouring numbers lie in a patch of the image, whose samples are near each other.
 __device__ __forceinline__ TilePixel find_tile_pixel(const DeformConvFusedParams& p, int q) {
@@ -194,12 +192,8 @@ struct Loader {
       const Vector<float, 4> weight = shared.weights[side].of[r];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        Words words = {};
-        if (c < p.segment && weight.at[j] != 0.0f) {
-          const int at = first + (j & 2 ? p.size.W * p.size.C : 0) + (j & 1 ? p.size.C : 0);
-          words = *reinterpret_cast<const Words*>(p.input + at);
-        }
-        corners[i].at[j] = words;
+        const int at = first + (j & 2 ? p.size.W * p.size.C : 0) + (j & 1 ? p.size.C : 0);
+        load_16_if(corners[i].at[j].at, p.input + at, c < p.segment && weight.at[j] != 0.0f);
       }
     }
   }
@@ -261,33 +255,78 @@ __device__ __forceinline__ void multiply(const DeformConvFusedParams& p, const B
   }
 }
 
-// Writes a slice of sums, the outputs from `first` on of kSlice, to where they belong. The block has to meet before.
-__device__ __forceinline__ void write_slice(const DeformConvFusedParams& p, const TilePixel* pixels, float* slice,
-                                            bool outputs_together, const BlockTile& tile, int first) {
+// Writes a slice with outputs together to rows [.., O], `width` outputs at a time.
+template <int width, typename T, typename Row>
+__device__ __forceinline__ void write_rows(T* rows, const float* slice, const Scalar* bias, int count, Row row_of) {
+  constexpr int threads = kSlice / width;  // of a row
+  const int output = threadIdx.x % threads * width;
+  if (output >= count) return;
+  float added[width];
+#pragma unroll
+  for (int e = 0; e < width; ++e) added[e] = bias ? widen(bias[output + e]) : 0.0f;
+  for (int r = threadIdx.x / threads; r < kTileRows; r += blockDim.x / threads) {
+    const long long at = row_of(r);
+    if (at < 0) continue;
+    const auto sums = *reinterpret_cast<const Vector<float, width>*>(slice + r * kRowPitch + output);
+    Vector<T, width> values;
+#pragma unroll
+    for (int e = 0; e < width; ++e) values.at[e] = narrow<T>(sums.at[e] + added[e]);
+    *reinterpret_cast<Vector<T, width>*>(rows + at + output) = values;
+  }
+}
+
+template <typename T, typename Row>
+__device__ __forceinline__ void write_rows(const DeformConvFusedParams& p, T* rows, const float* slice,
+                                           const Scalar* bias, int count, Row row_of) {
+  if (p.O / p.size.G % 4 == 0) {
+    write_rows<4>(rows, slice, bias, count, row_of);
+  } else {
+    write_rows<1>(rows, slice, bias, count, row_of);
+  }
+}
+
+// Writes a slice with pixels together to planes [.., P], neighbouring threads to pixels that are neighbours in a row of
+// the image.
+__device__ __forceinline__ void write_planes(Scalar* planes, int P, const float* slice, const TilePixel* pixels,
+                                             const Scalar* bias, int count, long long image_step) {
+  constexpr int across = kTileRows / kBand;
+  const int along = threadIdx.x % kTileRows, row = along % across * kBand + along / across;
+  const ImagePixel at = pixels[row].at;
+  if (at.image < 0) return;
+  Scalar* plane = planes + at.image * image_step + at.pixel;
+  const float* sums = slice + patch_place(row / kBand, row % kBand);
+  for (int output = threadIdx.x / kTileRows; output < count; output += blockDim.x / kTileRows) {
+    const float added = bias ? widen(bias[output]) : 0.0f;
+    plane[static_cast<long long>(output) * P] = narrow<Scalar>(sums[output * kOutputPitch] + added);
+  }
+}
+
+// Writes a slice of finished sums, the outputs from `first` of a weight group on, to the output.
+__device__ __forceinline__ void write_output(const DeformConvFusedParams& p, const TilePixel* pixels,
+                                             const float* slice, const BlockTile& tile, int first) {
   const int outputs = p.O / p.size.G, count = min(kSlice, outputs - first), o = tile.g * outputs + first;
   const int P = p.size.oh * p.size.ow;
-  if (p.partial) {
-    for (int i = threadIdx.x; i < kTileRows * kSlice; i += blockDim.x) {
-      const int r = i / kSlice, output = i % kSlice, q = tile.first_row + r;
-      if (q < p.rows && output < count) {
-        p.partial[(static_cast<long long>(tile.split) * p.rows + q) * p.O + o + output] =
-            slice_at(slice, true, r, output);
-      }
-    }
-    return;
+  const Scalar* bias = p.bias ? p.bias + o : nullptr;
+  if (p.channels_last) {
+    write_rows(p, p.output + o, slice, bias, count, [&](int r) {
+      const ImagePixel at = pixels[r].at;
+      return at.image < 0 ? -1 : (static_cast<long long>(at.image) * P + at.pixel) * p.O;
+    });
+  } else {
+    write_planes(p.output + static_cast<long long>(o) * P, P, slice, pixels, bias, count,
+                 static_cast<long long>(p.O) * P);
   }
-  for (int i = threadIdx.x; i < kTileRows * kSlice; i += blockDim.x) {
-    // Neighbouring threads have neighbouring outputs, or pixels that are neighbours in a row of the image.
-    const int output = outputs_together ? i % kSlice : i / kTileRows;
-    const int along = i % kTileRows, across = kTileRows / kBand;
-    const int r = outputs_together ? i / kSlice : along % across * kBand + along / across;
-    const ImagePixel at = pixels[r].at;
-    if (at.image < 0 || output >= count) continue;
-    const float bias = p.bias ? widen(p.bias[o + output]) : 0.0f;
-    const long long to = outputs_together ? (static_cast<long long>(at.image) * P + at.pixel) * p.O + o + output
-                                          : (static_cast<long long>(at.image) * p.O + o + output) * P + at.pixel;
-    p.output[to] = narrow<Scalar>(slice_at(slice, outputs_together, r, output) + bias);
-  }
+}
+
+// Writes a slice of a split's sums.
+__device__ __forceinline__ void write_partial(const DeformConvFusedParams& p, const float* slice, const BlockTile& tile,
+                                              int first) {
+  const int outputs = p.O / p.size.G;
+  float* rows = p.partial + static_cast<long long>(tile.split) * p.rows * p.O + tile.g * outputs + first;
+  write_rows(p, rows, slice, nullptr, min(kSlice, outputs - first), [&](int r) {
+    const int q = tile.first_row + r;
+    return q < p.rows ? static_cast<long long>(q) * p.O : -1;
+  });
 }
 
 // Grid: the tiles, those of the same pixels together.
@@ -304,16 +343,25 @@ extern "C" __global__ void __launch_bounds__(256, DCN_BLOCKS)
     multiply(p, tile, shared, product);
 
     float* slice = reinterpret_cast<float*>(shared.a);
-    const bool outputs_together = p.partial || p.channels_last;
 #pragma unroll
     for (int i = 0; i < DCN_OUTPUTS / kSlice; ++i) {
-      if (tile.first_output + i * kSlice >= p.O / p.size.G) break;
+      const int first = tile.first_output + i * kSlice;
+      if (first >= p.O / p.size.G) break;
       __syncthreads();
-      product.visit([&](int row, int output, float sum) {
-        if (output / kSlice == i) slice_at(slice, outputs_together, row, output % kSlice) = sum;
-      });
+      if (p.partial || p.channels_last) {
+        product.visit(
+            i, [&](int across, int down, int output, float sum) { slice[row_place(across, down) + output] = sum; });
+      } else {
+        product.visit(i, [&](int across, int down, int output, float sum) {
+          slice[patch_place(across, down) + output * kOutputPitch] = sum;
+        });
+      }
       __syncthreads();
-      write_slice(p, shared.pixels, slice, outputs_together, tile, tile.first_output + i * kSlice);
+      if (p.partial) {
+        write_partial(p, slice, tile, first);
+      } else {
+        write_output(p, shared.pixels, slice, tile, first);
+      }
     }
     __syncthreads();
   }
@@ -325,8 +373,6 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   DCN_SHARED_MEMORY(memory);
   TilePixel* pixels = reinterpret_cast<TilePixel*>(memory);
   float* slice = reinterpret_cast<float*>(pixels + kTileRows);
-  DeformConvFusedParams whole = p;
-  whole.partial = nullptr;
   const int outputs = p.O / p.size.G, slices = (outputs + kSlice - 1) / kSlice;
   const int tiles = (p.rows + kTileRows - 1) / kTileRows * p.size.G * slices;
   for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
@@ -340,10 +386,10 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       for (int split = 0; split < p.splits; ++split) {
         sum += p.partial[(static_cast<long long>(split) * p.rows + q) * p.O + tile.g * outputs + first + output];
       }
-      slice_at(slice, p.channels_last, r, output) = sum;
+      slice[p.channels_last ? r * kRowPitch + output : patch_place(r / kBand, r % kBand) + output * kOutputPitch] = sum;
     }
     __syncthreads();
-    write_slice(whole, pixels, slice, p.channels_last, tile, first);
+    write_output(p, pixels, slice, tile, first);
     __syncthreads();
   }
 }

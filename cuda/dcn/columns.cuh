@@ -29,18 +29,26 @@ struct Corners {
   ScalarVector at[4];
 };
 
-template <typename Index>
-__device__ __forceinline__ void load_corners(Corners& corners, const Scalar* input, Index first, Index row_step,
-                                             Index pixel_step, const Sum (&weight)[4], bool valid) {
+__device__ __forceinline__ ScalarVector load_vector_if(const Scalar* from, bool valid) {
+  ScalarVector value = {};
+  if constexpr (sizeof(ScalarVector) == 16) {
+    unsigned words[4];
+    load_16_if(words, from, valid);
+    __builtin_memcpy(&value, words, 16);
+  } else {
+    if (valid) value = *reinterpret_cast<const ScalarVector*>(from);
+  }
+  return value;
+}
+
+__device__ __forceinline__ Corners load_corners(const Scalar* first, long long row_step, int pixel_step,
+                                                const Sum (&weight)[4]) {
+  Corners corners;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    ScalarVector value = {};
-    if (valid && weight[i] != Sum(0)) {
-      value =
-          *reinterpret_cast<const ScalarVector*>(input + (first + (i & 2 ? row_step : 0) + (i & 1 ? pixel_step : 0)));
-    }
-    corners.at[i] = value;
+    corners.at[i] = load_vector_if(first + (i & 2 ? row_step : 0) + (i & 1 ? pixel_step : 0), weight[i] != Sum(0));
   }
+  return corners;
 }
 
 __device__ __forceinline__ Sum interpolate(const Corners& corners, int e, const Sum (&weight)[4]) {

@@ -7,6 +7,7 @@
 constexpr int kTileRows = 128;
 constexpr int kRowBytes = 128;
 constexpr int kPieces = kRowBytes / 16;
+constexpr int kSlice = 64;
 
 // Where piece i of 16 bytes of a row lies: permuted, so that eight rows' pieces of the same number, as load_matrices
 // wants them, and the eight pieces of a row, as they are written, fall on different banks.
@@ -70,14 +71,16 @@ struct TensorSums {
   }
 
   template <typename Visit>
-  __device__ __forceinline__ void visit(Visit see) const {
+  __device__ __forceinline__ void visit(int slice, Visit see) const {
+    static_assert(kSlice % (kJ * 8) == 0, "a warp's outputs lie in one slice");
+    if (output / kSlice != slice) return;
 #pragma unroll
     for (int i = 0; i < kI; ++i) {
 #pragma unroll
       for (int j = 0; j < kJ; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          see(row + 16 * i + lane / 4 + e / 2 * 8, output + 8 * j + lane % 4 * 2 + e % 2, at[i][j][e]);
+          see(row / 8 + 2 * i + e / 2, lane / 4, output % kSlice + 8 * j + lane % 4 * 2 + e % 2, at[i][j][e]);
         }
       }
     }
@@ -187,11 +190,14 @@ struct FmaProduct {
   }
 
   template <typename Visit>
-  __device__ __forceinline__ void visit(Visit see) const {
+  __device__ __forceinline__ void visit(int slice, Visit see) const {
+    const int row = threadIdx.x % 16, output = threadIdx.x / 16;
 #pragma unroll
     for (int i = 0; i < kI; ++i) {
 #pragma unroll
-      for (int j = 0; j < kJ; ++j) see(threadIdx.x % 16 + 16 * i, threadIdx.x / 16 + 16 * j, at[i][j]);
+      for (int j = 0; j < kJ; ++j) {
+        if (j / (kSlice / 16) == slice) see(row / 8 + 2 * i, row % 8, output + 16 * j % kSlice, at[i][j]);
+      }
     }
   }
 };

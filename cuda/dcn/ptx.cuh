@@ -27,6 +27,16 @@ __device__ __forceinline__ void add_4(float* to, float a, float b, float c, floa
   atomicAdd(to + 3, d);
 }
 
+// 16 bytes of memory that nobody writes meanwhile, or zeros.
+inline void load_16_if(unsigned (&words)[4], const void* from, bool valid) {
+  if (valid && reinterpret_cast<unsigned long long>(from) % 16) cuda_on_cpu::fail("load_16_if: not 16-byte aligned");
+  if (valid) {
+    __builtin_memcpy(words, from, 16);
+  } else {
+    __builtin_memset(words, 0, 16);
+  }
+}
+
 // The products of tensor cores, 32 lanes together: sums [16, 8] += a [16, k] * b [k, 8], where a row of a and a column
 // of b have 32 bytes: k is 16 for 16-bit elements and 8 for TF32. A fragment holds, in the order of the instruction,
 // what load_matrices delivers.
@@ -170,6 +180,14 @@ __device__ __forceinline__ void add_4(float* to, float a, float b, float c, floa
   atomicAdd(to + 2, c);
   atomicAdd(to + 3, d);
 #endif
+}
+
+// 16 bytes of memory that nobody writes meanwhile, or zeros: a predicate instead of a branch.
+__device__ __forceinline__ void load_16_if(unsigned (&words)[4], const void* from, bool valid) {
+  words[0] = words[1] = words[2] = words[3] = 0;
+  asm("{\n  .reg .pred valid;\n  setp.ne.u32 valid, %5, 0;\n  @valid ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+      : "l"(from), "r"(static_cast<unsigned>(valid)));
 }
 
 // What follows needs sm_80.

@@ -110,10 +110,11 @@ def deform_conv2d(
         raise ValueError(f"the fused kernel cannot do this: {'; '.join(reasons)}")
     run = _run_fused if path == "fused" else _run_columns
     for images in _image_groups(engine, geometry, input, chunk_bytes, path):
-        part = replace(geometry, N=images.stop - images.start)
+        count = images.stop - images.start
+        part = problem if count == geometry.N else replace(problem, geometry=replace(geometry, N=count))
         run(
             engine,
-            replace(problem, geometry=part),
+            part,
             input[images],
             offset[images],
             None if mask is None else mask[images],

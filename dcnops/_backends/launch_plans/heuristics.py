@@ -6,6 +6,7 @@ a particular shape: the choice holds for all of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
@@ -147,11 +148,13 @@ def failed(requirements: tuple[Requirement, ...], problem: ForwardProblem) -> li
     return [requirement.reason for requirement in requirements if not requirement.holds(problem)]
 
 
+@functools.lru_cache(maxsize=256)
 def choose_path(problem: ForwardProblem) -> str:
     """``fused`` or ``columns``."""
     return "columns" if failed(FUSED_NEEDS, problem) or failed(FUSED_PAYS, problem) else "fused"
 
 
+@functools.lru_cache(maxsize=256)
 def choose_tiles(problem: ForwardProblem) -> FusedTiles:
     """Wide blocks sample each pixel for more outputs at once; narrow ones are more, and fit beside each other."""
     outputs = problem.geometry.O // problem.geometry.G
