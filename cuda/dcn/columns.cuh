@@ -34,7 +34,7 @@ __device__ __forceinline__ ScalarVector load_vector_if(const Scalar* from, bool 
   if constexpr (sizeof(ScalarVector) == 16) {
     unsigned words[4];
     load_16_if(words, from, valid);
-    __builtin_memcpy(&value, words, 16);
+    memcpy(&value, words, 16);
   } else {
     if (valid) value = *reinterpret_cast<const ScalarVector*>(from);
   }
