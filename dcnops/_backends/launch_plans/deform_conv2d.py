@@ -22,6 +22,8 @@ from dcnops._backends.launch_plans.layout import (
     channel_lanes,
     channel_sums,
     data_macros,
+    empty_images,
+    is_channels_last,
     row_ranges,
     rows_job,
     sum_dtype,
@@ -92,10 +94,10 @@ def deform_conv2d_backward(
     if "bias" in needs:
         gradients["bias"] = channel_sums(engine, grad_out, g.N, g.O, g.pixels)
     if "offset" in needs:
-        gradients["offset"] = engine.empty(offset.shape, offset.dtype)
+        gradients["offset"] = empty_images(engine, offset.shape, offset.dtype, offset)
     if "mask" in needs:
         assert mask is not None
-        gradients["mask"] = engine.empty(mask.shape, mask.dtype)
+        gradients["mask"] = empty_images(engine, mask.shape, mask.dtype, mask)
     sampled = bool(needs & {"offset", "mask"})
     if not needs & {"input", "weight"} and not sampled:
         return gradients
@@ -130,7 +132,7 @@ def deform_conv2d_backward(
             grad_offset=engine.pointer(gradients.get("offset")),
             grad_mask=engine.pointer(gradients.get("mask")),
             grad_input=engine.pointer(grad_input),
-            size=g.params(),
+            size=g.params(is_channels_last(offset), mask is not None and is_channels_last(mask)),
             range=rows,
             tile_rows=samples.tile_rows,
         )
