@@ -23,23 +23,24 @@ struct alignas(16) BinDots {
 static_assert(sizeof(BinDots) == 4 * sizeof(Sum), "the launch plan allocates so much");
 
 __device__ __forceinline__ void write_gradients(const DeformRoIPoolBackwardParams& p, const ImagePixel& at,
-                                                const Bin& bin, const BinDots& dots) {
+                                                const BinShare& share, Sum height, Sum width, const BinDots& dots) {
   const DeformRoIPoolSizes& size = p.bins.size;
+  const bool is_nan = share.image < 0;
   if (p.grad_mask) {
-    const Sum grad = bin.is_nan ? not_a_number<Sum>() : bin.per_sample * dots.value;
+    const Sum grad = is_nan ? not_a_number<Sum>() : share.per_sample * dots.value;
     p.grad_mask[mask_index(size, at)] = narrow<OffsetScalar>(grad);
   }
   if (p.grad_offset) {
-    const Sum scale = static_cast<Sum>(size.gamma) * bin.scale;
-    const Sum grad_x = bin.is_nan ? not_a_number<Sum>() : weighted(scale * bin.x.region, dots.slope_x);
-    const Sum grad_y = bin.is_nan ? not_a_number<Sum>() : weighted(scale * bin.y.region, dots.slope_y);
+    const Sum scale = static_cast<Sum>(size.gamma) * share.scale;
+    const Sum grad_x = is_nan ? not_a_number<Sum>() : weighted(scale * width, dots.slope_x);
+    const Sum grad_y = is_nan ? not_a_number<Sum>() : weighted(scale * height, dots.slope_y);
     p.grad_offset[offset_index(size, at)] = narrow<OffsetScalar>(grad_x);
     p.grad_offset[offset_index(size, at) + size.P * size.Q] = narrow<OffsetScalar>(grad_y);
   }
 }
 
 // Block: (32, 8), a warp a bin. Grid: tiles of bins; a block takes all their channels, slice after slice.
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, 3)
     DCN_KERNEL(deform_roi_pool_backward)(const DeformRoIPoolBackwardParams p) {
   DCN_SHARED_MEMORY(shared);
   WarpPixels& pixels_of_warp = reinterpret_cast<WarpPixels*>(shared)[threadIdx.y];
@@ -63,8 +64,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       const bool has_channels = c < size.C;
       for (int row = threadIdx.y; row < range.rows; row += blockDim.y) {
         const ImagePixel at = find_pixel(range, row, size.P * size.Q);
-        const Bin bin = find_bin(p.bins, at);
-        const long long image = static_cast<long long>(bin.image) * size.H * size.W * size.C + c;
+        const WarpBin bin = find_bin(p.bins, at);
+        const long long image = static_cast<long long>(bin.share.image) * size.H * size.W * size.C + c;
         ScalarVector grad = {};
         if (has_channels) {
           grad = p.channels_last ? *reinterpret_cast<const ScalarVector*>(p.grad_out + row_index(size, at, c))
@@ -85,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
               dots.slope_y += weighted(pixel.slope_y, dot);
               dots.slope_x += weighted(pixel.slope_x, dot);
             }
-            const Sum factor = weighted(pixel.weight, bin.scale);
+            const Sum factor = weighted(pixel.weight, bin.share.scale);
             if (p.grad_input && factor != Sum(0)) {
               Sum value[DCN_VEC];
 #pragma unroll
@@ -100,6 +101,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
           dots.slope_y += __shfl_xor_sync(kAllLanes, dots.slope_y, step);
           dots.slope_x += __shfl_xor_sync(kAllLanes, dots.slope_x, step);
         }
+        const Sum width = __shfl_sync(kAllLanes, bin.axis.region, kHalf);
         if (lane != 0) continue;
         // Of its row in every slice it is this thread that comes here: no barrier is needed.
         if (first_channel > 0) {
@@ -110,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         if (first_channel + slice < size.C) {
           dots_of_row[row] = dots;
         } else {
-          write_gradients(p, at, bin, dots);
+          write_gradients(p, at, bin.share, bin.axis.region, width, dots);
         }
       }
       if (!p.channels_last) __syncthreads();

@@ -44,10 +44,12 @@ extern "C" __global__ void __launch_bounds__(256, 2)
        region += static_cast<long long>(gridDim.x) * blockDim.y) {
     RegionBounds bounds = {-1, size.H, -1, size.W, -1};
     for (int i = threadIdx.x; i < size.P * size.Q; i += kWarp) {
-      const Bin bin = find_bin(p.bins, {static_cast<int>(region), i});
-      const PixelRange rows = axis_pixels(bin.y, size.H), columns = axis_pixels(bin.x, size.W);
-      if (rows.high < rows.low || columns.high < columns.low) continue;
-      bounds = {bin.image, min(bounds.top, rows.low), max(bounds.bottom, rows.high), min(bounds.left, columns.low),
+      const ImagePixel at = {static_cast<int>(region), i};
+      const BinAxis y = bin_axis(p.bins, at, false), x = bin_axis(p.bins, at, true);
+      const BinShare share = bin_share(p.bins, at, is_nan(y) || is_nan(x), y.samples, x.samples);
+      const PixelRange rows = axis_pixels(y, size.H), columns = axis_pixels(x, size.W);
+      if (share.image < 0 || rows.high < rows.low || columns.high < columns.low) continue;
+      bounds = {share.image, min(bounds.top, rows.low), max(bounds.bottom, rows.high), min(bounds.left, columns.low),
                 max(bounds.right, columns.high)};
     }
     for (int step = kWarp / 2; step > 0; step /= 2) {
@@ -98,15 +100,17 @@ __device__ __forceinline__ void add_axis_weights(BinAxis axis, int first, int ex
 // The weights of a bin, mask and number of samples included, in a strip; whether there are any but 0.
 __device__ __forceinline__ bool weigh_strip(const DeformRoIPoolBins& bins, const ImagePixel& at, const Strip& strip,
                                             Sum (&weights)[kStrip]) {
-  const Bin bin = find_bin(bins, at);
+  const BinAxis y = bin_axis(bins, at, false), x = bin_axis(bins, at, true);
+  const BinShare share = bin_share(bins, at, is_nan(y) || is_nan(x), y.samples, x.samples);
+  if (share.image < 0) return false;
   Sum row[1] = {};
-  add_axis_weights(bin.y, strip.y, bins.size.H, row);
+  add_axis_weights(y, strip.y, bins.size.H, row);
   if (row[0] == Sum(0)) return false;
-  add_axis_weights(bin.x, strip.x, bins.size.W, weights);
+  add_axis_weights(x, strip.x, bins.size.W, weights);
   bool touches = false;
 #pragma unroll
   for (int k = 0; k < kStrip; ++k) {
-    weights[k] = weighted(row[0] * weights[k], bin.scale);
+    weights[k] = weighted(row[0] * weights[k], share.scale);
     touches = touches || weights[k] != Sum(0);
   }
   return touches;

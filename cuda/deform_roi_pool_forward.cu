@@ -14,7 +14,7 @@ struct DeformRoIPoolForwardParams {
 
 // Block: (32, 8), a warp a bin. Grid: tiles of bins and channels. Neighbouring bins of a region share pixels, and so
 // the first-level cache of a multiprocessor.
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, 3)
     DCN_KERNEL(deform_roi_pool_forward)(const DeformRoIPoolForwardParams p) {
   DCN_SHARED_MEMORY(shared);
   WarpPixels& pixels_of_warp = reinterpret_cast<WarpPixels*>(shared)[threadIdx.y];
@@ -28,12 +28,12 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     const bool has_channels = c < size.C;
     for (int row = threadIdx.y; row < range.rows; row += blockDim.y) {
       const ImagePixel at = find_pixel(range, row, size.P * size.Q);
-      const Bin bin = find_bin(p.bins, at);
-      const Scalar* image = p.input + static_cast<long long>(bin.image) * size.H * size.W * size.C + c;
+      const WarpBin bin = find_bin(p.bins, at);
+      const Scalar* image = p.input + static_cast<long long>(bin.share.image) * size.H * size.W * size.C + c;
       Sum sums[DCN_VEC] = {};
       for_pixels_of_bin<false>(bin, size.H, size.W, pixels_of_warp, [&](const BinPixel* pixels, int count) {
         if (!has_channels) return;
-#pragma unroll 4
+#pragma unroll 2
         for (int i = lane / p.lanes; i < count; i += kWarp / p.lanes) {
           const Sum weight = pixels[i].weight;
           const auto values =
@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       ScalarVector pooled;
 #pragma unroll
       for (int e = 0; e < DCN_VEC; ++e) {
-        pooled.at[e] = narrow<Scalar>(bin.is_nan ? not_a_number<Sum>() : weighted(bin.scale, sums[e]));
+        pooled.at[e] = narrow<Scalar>(bin.share.image < 0 ? not_a_number<Sum>() : weighted(bin.share.scale, sums[e]));
       }
       if (p.channels_last) {
         *reinterpret_cast<ScalarVector*>(p.output + row_index(size, at, c)) = pooled;

@@ -27,9 +27,6 @@ struct DeformRoIPoolBins {
   DeformRoIPoolSizes size;
 };
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kWarp = 32;
-
 __device__ __forceinline__ int thread_of_block() { return threadIdx.y * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int threads_of_block() { return blockDim.x * blockDim.y; }
 
@@ -39,14 +36,6 @@ struct BinAxis {
   Sum region;  // length of the whole region
   int samples;
   int first, last;  // the samples that can lie in the image
-};
-
-struct Bin {
-  int image;
-  BinAxis y, x;
-  Sum scale;       // mask / number of samples
-  Sum per_sample;  // 1 / number of samples
-  bool is_nan;     // its region is not finite or of no image, or its offset is NaN
 };
 
 // A region that is larger than this many samples per bin has them further apart.
@@ -69,26 +58,6 @@ __device__ __forceinline__ void limit_samples(BinAxis& axis, Sum low, Sum high) 
   axis.last = min(axis.last, last);
 }
 
-__device__ __forceinline__ BinAxis bin_axis(const DeformRoIPoolSizes& size, Sum from, Sum to, Sum offset, int bin,
-                                            int bins, int extent) {
-  const Sum scale = static_cast<Sum>(size.spatial_scale);
-  const Sum start = rounded_product(scale, from) - Sum(0.5), end = rounded_product(scale, to) - Sum(0.5);
-  BinAxis axis;
-  axis.region = end - start;
-  axis.length = axis.region / static_cast<Sum>(bins);
-  const Sum shift = rounded_product(rounded_product(static_cast<Sum>(size.gamma), axis.region), offset);
-  axis.start = start + rounded_product(static_cast<Sum>(bin), axis.length) + shift;
-  axis.samples = size.sampling_ratio;
-  if (axis.samples == 0) {
-    const Sum pixels = ceil(axis.length);
-    axis.samples = pixels < Sum(kMostSamples) ? (pixels > Sum(0) ? static_cast<int>(pixels) : 0) : kMostSamples;
-  }
-  axis.first = 0;
-  axis.last = axis.samples;
-  limit_samples(axis, Sum(-1), static_cast<Sum>(extent));
-  return axis;
-}
-
 __device__ __forceinline__ long long offset_index(const DeformRoIPoolSizes& size, const ImagePixel& at) {
   return 2LL * at.image * size.P * size.Q + at.pixel;
 }
@@ -97,26 +66,74 @@ __device__ __forceinline__ long long mask_index(const DeformRoIPoolSizes& size, 
   return static_cast<long long>(at.image) * size.P * size.Q + at.pixel;
 }
 
-// The bin of a row: "image" is the region, "pixel" is p * Q + q.
-__device__ __forceinline__ Bin find_bin(const DeformRoIPoolBins& bins, const ImagePixel& at) {
+// The rows or the columns of a bin; at.image is its region, at.pixel p * Q + q.
+__device__ __forceinline__ BinAxis bin_axis(const DeformRoIPoolBins& bins, const ImagePixel& at, bool is_column) {
   const DeformRoIPoolSizes& size = bins.size;
-  const Sum* roi = bins.rois + 5LL * at.image;
-  Sum dx = Sum(0), dy = Sum(0);
-  if (bins.offset) {
-    dx = widen(bins.offset[offset_index(size, at)]);
-    dy = widen(bins.offset[offset_index(size, at) + size.P * size.Q]);
+  const Sum* roi = bins.rois + 5LL * at.image + (is_column ? 1 : 2);
+  const Sum scale = static_cast<Sum>(size.spatial_scale);
+  const Sum start = rounded_product(scale, roi[0]) - Sum(0.5), end = rounded_product(scale, roi[2]) - Sum(0.5);
+  const int parts = is_column ? size.Q : size.P, part = is_column ? at.pixel % size.Q : at.pixel / size.Q;
+  const Sum offset =
+      bins.offset ? widen(bins.offset[offset_index(size, at) + (is_column ? 0 : size.P * size.Q)]) : Sum(0);
+  BinAxis axis;
+  axis.region = end - start;
+  axis.length = axis.region / static_cast<Sum>(parts);
+  const Sum shift = rounded_product(rounded_product(static_cast<Sum>(size.gamma), axis.region), offset);
+  axis.start = start + rounded_product(static_cast<Sum>(part), axis.length) + shift;
+  axis.samples = size.sampling_ratio;
+  if (axis.samples == 0) {
+    const Sum pixels = ceil(axis.length);
+    axis.samples = pixels < Sum(kMostSamples) ? (pixels > Sum(0) ? static_cast<int>(pixels) : 0) : kMostSamples;
   }
-  Bin bin;
-  bin.y = bin_axis(size, roi[2], roi[4], dy, at.pixel / size.Q, size.P, size.H);
-  bin.x = bin_axis(size, roi[1], roi[3], dx, at.pixel % size.Q, size.Q, size.W);
-  const bool has_image = roi[0] >= Sum(0) && roi[0] < static_cast<Sum>(size.N);
-  bin.image = has_image ? static_cast<int>(roi[0]) : 0;
-  bin.is_nan = !has_image || !is_finite(bin.y.region) || !is_finite(bin.x.region) || bin.y.start != bin.y.start ||
-               bin.x.start != bin.x.start;
-  if (bin.is_nan) bin.y.last = bin.y.first;
-  const Sum samples = static_cast<Sum>(bin.y.samples) * static_cast<Sum>(bin.x.samples);
-  bin.per_sample = samples > Sum(1) ? Sum(1) / samples : Sum(1);
-  bin.scale = bins.mask ? weighted(bin.per_sample, widen(bins.mask[mask_index(size, at)])) : bin.per_sample;
+  axis.first = 0;
+  axis.last = axis.samples;
+  limit_samples(axis, Sum(-1), static_cast<Sum>(is_column ? size.W : size.H));
+  return axis;
+}
+
+__device__ __forceinline__ bool is_nan(const BinAxis& axis) {
+  return !is_finite(axis.region) || axis.start != axis.start;
+}
+
+// What a bin has beside its axes.
+struct BinShare {
+  int image;       // -1 for none: the bin is NaN, its region being of no image or not finite, or its offset NaN
+  Sum per_sample;  // 1 / number of samples
+  Sum scale;       // mask / number of samples
+};
+
+__device__ __forceinline__ BinShare bin_share(const DeformRoIPoolBins& bins, const ImagePixel& at, bool axis_is_nan,
+                                              int samples_y, int samples_x) {
+  const Sum image = bins.rois[5LL * at.image], samples = static_cast<Sum>(samples_y) * static_cast<Sum>(samples_x);
+  BinShare share;
+  const bool has_image = !axis_is_nan && image >= Sum(0) && image < static_cast<Sum>(bins.size.N);
+  share.image = has_image ? static_cast<int>(image) : -1;
+  share.per_sample = samples > Sum(1) ? Sum(1) / samples : Sum(1);
+  share.scale = bins.mask ? weighted(share.per_sample, widen(bins.mask[mask_index(bins.size, at)])) : share.per_sample;
+  return share;
+}
+
+// The bin that a warp works on: the first half of the warp knows its rows, the second its columns.
+struct WarpBin {
+  BinAxis axis;
+  int first_y, last_y, first_x, last_x;  // the samples that can lie in the image; none if the bin is NaN
+  BinShare share;
+};
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarp = 32, kHalf = kWarp / 2;
+
+__device__ __forceinline__ WarpBin find_bin(const DeformRoIPoolBins& bins, const ImagePixel& at) {
+  WarpBin bin;
+  bin.axis = bin_axis(bins, at, threadIdx.x % kWarp >= kHalf);
+  const bool axis_is_nan = __any_sync(kAllLanes, is_nan(bin.axis)) != 0;
+  bin.share = bin_share(bins, at, axis_is_nan, __shfl_sync(kAllLanes, bin.axis.samples, 0),
+                        __shfl_sync(kAllLanes, bin.axis.samples, kHalf));
+  if (bin.share.image < 0) bin.axis.last = bin.axis.first;
+  bin.first_y = __shfl_sync(kAllLanes, bin.axis.first, 0);
+  bin.last_y = __shfl_sync(kAllLanes, bin.axis.last, 0);
+  bin.first_x = __shfl_sync(kAllLanes, bin.axis.first, kHalf);
+  bin.last_x = __shfl_sync(kAllLanes, bin.axis.last, kHalf);
   return bin;
 }
 
@@ -131,12 +148,12 @@ struct alignas(16) BinPixel {
   Sum weight, slope_y, slope_x;
 };
 
-constexpr int kSamplesTogether = 8;  // of an axis; their rows, or columns, are one half of a warp
+constexpr int kSamplesTogether = kHalf / 2;  // of an axis; a lane has one of the two neighbours of one of them
 constexpr int kPixelsTogether = kWarp;
 
 // What a warp knows of a part of its bin, in shared memory.
 struct WarpPixels {
-  AxisPixel axes[2][2 * kSamplesTogether];  // rows, columns
+  AxisPixel axes[2][kHalf];  // rows, columns
   BinPixel pixels[kPixelsTogether];
 };
 
@@ -145,42 +162,41 @@ static_assert(sizeof(WarpPixels) == 224 * sizeof(Sum), "the launch plan allocate
 // The rows and columns, each once, that the samples from (first_y, first_x) on weigh: how many of each. Called by a
 // whole warp. With slopes those of weight 0 count too, which the bin would weigh if it moved.
 template <bool with_slopes>
-__device__ __forceinline__ ImagePixel merge_samples(const Bin& bin, int first_y, int first_x, int H, int W,
-                                                    AxisPixel (&axes)[2][2 * kSamplesTogether]) {
-  constexpr int half = 2 * kSamplesTogether;
-  const int lane = threadIdx.x % kWarp, entry = lane % half, is_column = lane / half;
-  const BinAxis axis = is_column ? bin.x : bin.y;
+__device__ __forceinline__ ImagePixel merge_samples(const WarpBin& bin, int first_y, int first_x, int H, int W,
+                                                    AxisPixel (&axes)[2][kHalf]) {
+  const int lane = threadIdx.x % kWarp, entry = lane % kHalf, is_column = lane / kHalf;
   const int sample = (is_column ? first_x : first_y) + entry / 2;
-  const ClampedCoordinate<Sum> at = clamp_coordinate(sample_position(axis, sample), is_column ? W : H);
-  const bool takes_part = sample < axis.last && at.inside;
+  const ClampedCoordinate<Sum> at = clamp_coordinate(sample_position(bin.axis, sample), is_column ? W : H);
+  const bool takes_part = sample < bin.axis.last && at.inside;
   const int pixel = takes_part ? (entry & 1 ? at.high : at.low) : -1;
   const Sum weight = entry & 1 ? at.fraction : Sum(1) - at.fraction, slope = entry & 1 ? at.slope : -at.slope;
 
-  const int most = min(kSamplesTogether, max(bin.y.last - first_y, bin.x.last - first_x));
+  const int most = min(kSamplesTogether, max(bin.last_y - first_y, bin.last_x - first_x));
   AxisPixel merged = {pixel, Sum(0), Sum(0)};
   bool is_first = takes_part;
+#pragma unroll 1
   for (int other = 0; other < 2 * most; ++other) {
-    const int its_pixel = __shfl_sync(kAllLanes, pixel, other, half);
-    const Sum its_weight = __shfl_sync(kAllLanes, weight, other, half);
-    const Sum its_slope = with_slopes ? __shfl_sync(kAllLanes, slope, other, half) : Sum(0);
+    const int its_pixel = __shfl_sync(kAllLanes, pixel, other, kHalf);
+    const Sum its_weight = __shfl_sync(kAllLanes, weight, other, kHalf);
+    const Sum its_slope = with_slopes ? __shfl_sync(kAllLanes, slope, other, kHalf) : Sum(0);
     if (its_pixel != pixel) continue;
     merged.weight += its_weight;
     merged.slope += its_slope;
     is_first = is_first && other >= entry;
   }
   const bool counts = is_first && (merged.weight != Sum(0) || (with_slopes && merged.slope != Sum(0)));
-  const unsigned all = __ballot_sync(kAllLanes, counts), mine = all >> (is_column * half) & 0xffffu;
+  const unsigned all = __ballot_sync(kAllLanes, counts), mine = all >> (is_column * kHalf) & 0xffffu;
   if (counts) axes[is_column][__popc(mine & ((1u << entry) - 1u))] = merged;
   __syncwarp();
-  return {__popc(all & 0xffffu), __popc(all >> half)};
+  return {__popc(all & 0xffffu), __popc(all >> kHalf)};
 }
 
 // Calls visit(pixels, count) until all pixels that a bin weighs have been listed. Called by a whole warp.
 template <bool with_slopes, typename Visit>
-__device__ __forceinline__ void for_pixels_of_bin(const Bin& bin, int H, int W, WarpPixels& shared, Visit visit) {
+__device__ __forceinline__ void for_pixels_of_bin(const WarpBin& bin, int H, int W, WarpPixels& shared, Visit visit) {
   const int lane = threadIdx.x % kWarp;
-  for (int y = bin.y.first; y < bin.y.last; y += kSamplesTogether) {
-    for (int x = bin.x.first; x < bin.x.last; x += kSamplesTogether) {
+  for (int y = bin.first_y; y < bin.last_y; y += kSamplesTogether) {
+    for (int x = bin.first_x; x < bin.last_x; x += kSamplesTogether) {
       const ImagePixel counts = merge_samples<with_slopes>(bin, y, x, H, W, shared.axes);
       const int columns = counts.pixel, all = counts.image * columns;
       for (int first = 0; first < all; first += kPixelsTogether) {
