@@ -40,7 +40,8 @@ __device__ __forceinline__ void write_gradients(const DeformRoIPoolBackwardParam
 }
 
 // Block: (32, 8), a warp a bin. Grid: tiles of bins; a block takes all their channels, slice after slice.
-extern "C" __global__ void __launch_bounds__(256, 3)
+// Vector additions (sm_90) need few registers and let three blocks share a multiprocessor.
+extern "C" __global__ void __launch_bounds__(256, __CUDA_ARCH__ < 900 ? 2 : 3)
     DCN_KERNEL(deform_roi_pool_backward)(const DeformRoIPoolBackwardParams p) {
   DCN_SHARED_MEMORY(shared);
   WarpPixels& pixels_of_warp = reinterpret_cast<WarpPixels*>(shared)[threadIdx.y];

@@ -63,23 +63,25 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   }
 }
 
-constexpr int kStrip = DCN_VEC == 8 ? 4 : 8;  // pixels; with their channels the sums of a lane fit its registers
-constexpr int kBinsTogether = 2;              // gradients that a lane reads before it adds them up
-constexpr int kPitch = kWarp * DCN_VEC + 4;   // of sums in shared memory; padded for threads that run over pixels
+constexpr int kStrip = DCN_VEC == 8 || sizeof(Sum) == 8 ? 4 : 8;  // pixels, so many that a lane's sums fit registers
+constexpr int kBinsTogether = sizeof(Sum) == 8 ? 1 : 2;           // gradients that a lane reads before it adds them up
+constexpr int kPitch = kWarp * DCN_VEC + 4;  // of sums in shared memory; padded for threads that run over pixels
 
 struct Strip {
   int image, y, x;
 };
 
+__device__ __forceinline__ int strips_of_row(const DeformRoIPoolSizes& size) { return (size.W - 1) / kStrip + 1; }
+
 __device__ __forceinline__ Strip find_strip(const DeformRoIPoolSizes& size, long long index) {
-  const int in_row = (size.W + kStrip - 1) / kStrip;
+  const int in_row = strips_of_row(size);
   const long long row = index / in_row;
   return {static_cast<int>(row / size.H), static_cast<int>(row % size.H), static_cast<int>(index % in_row) * kStrip};
 }
 
 __device__ __forceinline__ bool can_touch(const RegionBounds& bounds, const Strip& strip) {
   return bounds.image == strip.image && bounds.top <= strip.y && strip.y <= bounds.bottom &&
-         bounds.left < strip.x + kStrip && strip.x <= bounds.right;
+         bounds.left - strip.x < kStrip && strip.x <= bounds.right;
 }
 
 // Adds to weights what the samples of an axis weigh of the pixels from `first` on.
@@ -89,10 +91,11 @@ __device__ __forceinline__ void add_axis_weights(BinAxis axis, int first, int ex
   for (int i = axis.first; i < axis.last; ++i) {
     const ClampedCoordinate<Sum> at = clamp_coordinate(sample_position(axis, i), extent);
     if (!at.inside) continue;
+    // Selections, not additions to weights[low - first]: the weights stay in registers.
+    const int low = at.low - first, high = at.high - first;
 #pragma unroll
     for (int k = 0; k < count; ++k) {
-      if (at.low == first + k) weights[k] += Sum(1) - at.fraction;
-      if (at.high == first + k) weights[k] += at.fraction;
+      weights[k] += (low == k ? Sum(1) - at.fraction : Sum(0)) + (high == k ? at.fraction : Sum(0));
     }
   }
 }
@@ -169,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   const DeformRoIPoolSizes& size = p.bins.size;
   const int lane = threadIdx.x, warp = threadIdx.y, bins = size.P * size.Q;
   const int slice = p.lanes * DCN_VEC, slices = (size.C + slice - 1) / slice;
-  const long long strips = static_cast<long long>(size.N) * size.H * ((size.W + kStrip - 1) / kStrip);
+  const long long strips = static_cast<long long>(size.N) * size.H * strips_of_row(size);
 
   const long long last_bin = static_cast<long long>(p.range.first_pixel) + p.range.rows;  // from first_image's first on
   const int regions = static_cast<int>((last_bin + bins - 1) / bins);
@@ -201,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     const bool rows = !p.grad_input || p.channels_last;
     for (int i = thread_of_block(); i < kStrip * slice; i += threads_of_block()) {
       const int k = rows ? i / slice : i % kStrip, channel = rows ? i % slice : i / kStrip;
-      if (strip.x + k >= size.W || first_channel + channel >= size.C) continue;
+      if (k >= size.W - strip.x || channel >= size.C - first_channel) continue;
       Sum sum = Sum(0);
       for (int w = 0; w < static_cast<int>(blockDim.y); ++w) {
         for (int of_group = channel; of_group < kWarp * DCN_VEC; of_group += slice) sum += partial[w][k][of_group];
