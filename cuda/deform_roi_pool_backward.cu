@@ -10,7 +10,7 @@ struct DeformRoIPoolBackwardParams {
   OffsetScalar* grad_mask;    // [R, P, Q], written, or null
   Sum* grad_input;            // [N, H, W, C], added to, or null
   DeformRoIPoolBins bins;
-  int lanes;      // of a warp that run over channel vectors, a power of two; the others take other pixels
+  int lane_bits;  // 2^lane_bits lanes of a warp run over channel vectors; the others take other pixels
   int tile_rows;  // bins of a tile
   int channels_last;
 };
@@ -49,19 +49,19 @@ extern "C" __global__ void __launch_bounds__(256, __CUDA_ARCH__ < 900 ? 2 : 3)
   ScalarVector* const tile = reinterpret_cast<ScalarVector*>(dots_of_row + p.tile_rows);
   const DeformRoIPoolSizes& size = p.bins.size;
   const bool is_sampled = p.grad_offset || p.grad_mask;
-  const int lane = threadIdx.x, slice = p.lanes * DCN_VEC;
+  const int lane = threadIdx.x, lanes = 1 << p.lane_bits, slice = lanes * DCN_VEC;
   const long long tiles = row_tiles(size, p.tile_rows), channel_stride = static_cast<long long>(size.P) * size.Q;
   for (long long t = blockIdx.x; t < tiles; t += gridDim.x) {
     const RowRange range = row_tile(size, p.tile_rows, t);
     for (int first_channel = 0; first_channel < size.C; first_channel += slice) {
       if (!p.channels_last) {
-        for_vectors_of_tile(size, range, first_channel, p.lanes, tile, [&](ScalarVector& grad, long long index) {
+        for_vectors_of_tile(size, range, first_channel, lanes, tile, [&](ScalarVector& grad, long long index) {
 #pragma unroll
           for (int e = 0; e < DCN_VEC; ++e) grad.at[e] = p.grad_out[index + e * channel_stride];
         });
         __syncthreads();
       }
-      const int c = first_channel + lane % p.lanes * DCN_VEC;
+      const int c = first_channel + (lane & (lanes - 1)) * DCN_VEC;
       const bool has_channels = c < size.C;
       for (int row = threadIdx.y; row < range.rows; row += blockDim.y) {
         const ImagePixel at = find_pixel(range, row, size.P * size.Q);
@@ -70,12 +70,12 @@ extern "C" __global__ void __launch_bounds__(256, __CUDA_ARCH__ < 900 ? 2 : 3)
         ScalarVector grad = {};
         if (has_channels) {
           grad = p.channels_last ? *reinterpret_cast<const ScalarVector*>(p.grad_out + row_index(size, at, c))
-                                 : tile[row * (p.lanes + 1) + lane % p.lanes];
+                                 : tile[row * (lanes + 1) + (lane & (lanes - 1))];
         }
         BinDots dots = {Sum(0), Sum(0), Sum(0)};
         for_pixels_of_bin<true>(bin, size.H, size.W, pixels_of_warp, [&](const BinPixel* pixels, int count) {
           if (!has_channels) return;
-          for (int i = lane / p.lanes; i < count; i += kWarp / p.lanes) {
+          for (int i = lane >> p.lane_bits; i < count; i += kWarp >> p.lane_bits) {
             const BinPixel pixel = pixels[i];
             const long long index = image + static_cast<long long>(pixel.at) * size.C;
             if (is_sampled) {

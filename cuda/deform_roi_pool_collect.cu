@@ -18,7 +18,7 @@ struct DeformRoIPoolCollectParams {
   Sum* sums;               // [N, H, W, C], added to, if there is no grad_input
   DeformRoIPoolBins bins;
   RowRange range;
-  int lanes;  // of a warp that run over channel vectors, a power of two; the others take other bins
+  int lane_bits;  // 2^lane_bits lanes of a warp run over channel vectors; the others take other bins
   int channels_last;
 };
 
@@ -144,7 +144,7 @@ __device__ __forceinline__ void add_region(const DeformRoIPoolCollectParams& p, 
       ScalarVector grads[kBinsTogether];
 #pragma unroll
       for (int b = 0; b < kBinsTogether; ++b) {
-        sources[b] = next_bit(bits, lane / p.lanes, kWarp / p.lanes);
+        sources[b] = next_bit(bits, lane >> p.lane_bits, kWarp >> p.lane_bits);
         if (sources[b] < 0 || !has_channels) continue;
         const long long row = base - first + sources[b];
         grads[b] = *reinterpret_cast<const ScalarVector*>(grad_out + row * p.bins.size.C);
@@ -171,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   Sum(*const partial)[kStrip][kPitch] = reinterpret_cast<Sum(*)[kStrip][kPitch]>(shared);
   const DeformRoIPoolSizes& size = p.bins.size;
   const int lane = threadIdx.x, warp = threadIdx.y, bins = size.P * size.Q;
-  const int slice = p.lanes * DCN_VEC, slices = (size.C + slice - 1) / slice;
+  const int lanes = 1 << p.lane_bits, slice = lanes * DCN_VEC, slices = (size.C + slice - 1) / slice;
   const long long strips = static_cast<long long>(size.N) * size.H * strips_of_row(size);
 
   const long long last_bin = static_cast<long long>(p.range.first_pixel) + p.range.rows;  // from first_image's first on
@@ -181,7 +181,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 
   for (long long item = blockIdx.x; item < strips * slices; item += gridDim.x) {
     const Strip strip = find_strip(size, item / slices);
-    const int first_channel = static_cast<int>(item % slices) * slice, c = first_channel + lane % p.lanes * DCN_VEC;
+    const int first_channel = static_cast<int>(item % slices) * slice,
+              c = first_channel + (lane & (lanes - 1)) * DCN_VEC;
     Sum sums[kStrip][DCN_VEC] = {};
     for (int base = first_region; base < end_region; base += kWarp) {
       const bool near = base + lane < end_region && can_touch(p.bounds[p.range.first_image + base + lane], strip);

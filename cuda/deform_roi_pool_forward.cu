@@ -7,7 +7,7 @@ struct DeformRoIPoolForwardParams {
   const Scalar* input;  // [N, H, W, C]
   Scalar* output;       // [R, C, P, Q], or [R, P, Q, C] if channels_last
   DeformRoIPoolBins bins;
-  int lanes;      // of a warp that run over channel vectors, a power of two; the others take other pixels
+  int lane_bits;  // 2^lane_bits lanes of a warp run over channel vectors; the others take other pixels
   int tile_rows;  // bins of a tile
   int channels_last;
 };
@@ -20,11 +20,12 @@ extern "C" __global__ void __launch_bounds__(256, 3)
   WarpPixels& pixels_of_warp = reinterpret_cast<WarpPixels*>(shared)[threadIdx.y];
   ScalarVector* const tile = reinterpret_cast<ScalarVector*>(shared + blockDim.y * sizeof(WarpPixels));
   const DeformRoIPoolSizes& size = p.bins.size;
-  const int lane = threadIdx.x, slice = p.lanes * DCN_VEC, slices = (size.C + slice - 1) / slice;
+  const int lane = threadIdx.x, lanes = 1 << p.lane_bits, slice = lanes * DCN_VEC,
+            slices = (size.C + slice - 1) / slice;
   const long long tiles = row_tiles(size, p.tile_rows) * slices;
   for (long long t = blockIdx.x; t < tiles; t += gridDim.x) {
     const RowRange range = row_tile(size, p.tile_rows, t / slices);
-    const int first_channel = static_cast<int>(t % slices) * slice, c = first_channel + lane % p.lanes * DCN_VEC;
+    const int first_channel = static_cast<int>(t % slices) * slice, c = first_channel + (lane & (lanes - 1)) * DCN_VEC;
     const bool has_channels = c < size.C;
     for (int row = threadIdx.y; row < range.rows; row += blockDim.y) {
       const ImagePixel at = find_pixel(range, row, size.P * size.Q);
@@ -34,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(256, 3)
       for_pixels_of_bin<false>(bin, size.H, size.W, pixels_of_warp, [&](const BinPixel* pixels, int count) {
         if (!has_channels) return;
 #pragma unroll 2
-        for (int i = lane / p.lanes; i < count; i += kWarp / p.lanes) {
+        for (int i = lane >> p.lane_bits; i < count; i += kWarp >> p.lane_bits) {
           const Sum weight = pixels[i].weight;
           const auto values =
               *reinterpret_cast<const ScalarVector*>(image + static_cast<long long>(pixels[i].at) * size.C);
@@ -42,11 +43,11 @@ extern "C" __global__ void __launch_bounds__(256, 3)
           for (int e = 0; e < DCN_VEC; ++e) sums[e] += weight * widen(values.at[e]);
         }
       });
-      for (int step = p.lanes; step < kWarp; step *= 2) {
+      for (int step = lanes; step < kWarp; step *= 2) {
 #pragma unroll
         for (int e = 0; e < DCN_VEC; ++e) sums[e] += __shfl_xor_sync(kAllLanes, sums[e], step);
       }
-      if (!has_channels || lane >= p.lanes) continue;
+      if (!has_channels || lane >= lanes) continue;
       ScalarVector pooled;
 #pragma unroll
       for (int e = 0; e < DCN_VEC; ++e) {
@@ -55,13 +56,13 @@ extern "C" __global__ void __launch_bounds__(256, 3)
       if (p.channels_last) {
         *reinterpret_cast<ScalarVector*>(p.output + row_index(size, at, c)) = pooled;
       } else {
-        tile[row * (p.lanes + 1) + lane] = pooled;
+        tile[row * (lanes + 1) + lane] = pooled;
       }
     }
     if (p.channels_last) continue;
     __syncthreads();
     const long long channel_stride = static_cast<long long>(size.P) * size.Q;
-    for_vectors_of_tile(size, range, first_channel, p.lanes, tile, [&](const ScalarVector& pooled, long long index) {
+    for_vectors_of_tile(size, range, first_channel, lanes, tile, [&](const ScalarVector& pooled, long long index) {
 #pragma unroll
       for (int e = 0; e < DCN_VEC; ++e) p.output[index + e * channel_stride] = pooled.at[e];
     });

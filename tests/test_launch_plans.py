@@ -377,7 +377,7 @@ if __name__ == "__main__":
     no_image = make_roi_pool(C=12, H=5, W=5, spread=9.0, seed=9)
     no_image.rois[0, 0] = 7
     for deterministic in (False, True):
-        runner = broken(*BROKEN_BOUNDS[sys.argv[1]], deterministic=deterministic, chunk_bytes=300)
+        runner = broken(*BROKEN_BOUNDS[sys.argv[1]], deterministic=deterministic, chunk_bytes=200)
         for case in (make_conv(C=8, H=5, W=5, spread=3.0, seed=9), no_image):
             runner.forward(case)
             runner.backward(case)

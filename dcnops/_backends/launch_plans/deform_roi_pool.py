@@ -76,7 +76,7 @@ class DeformRoIPoolForwardParams(ctypes.Structure):
         ("input", _pointer),
         ("output", _pointer),
         ("bins", DeformRoIPoolBins),
-        ("lanes", _int),
+        ("lane_bits", _int),
         ("tile_rows", _int),
         ("channels_last", _int),
     ]
@@ -92,7 +92,7 @@ class DeformRoIPoolBackwardParams(ctypes.Structure):
         ("grad_mask", _pointer),
         ("grad_input", _pointer),
         ("bins", DeformRoIPoolBins),
-        ("lanes", _int),
+        ("lane_bits", _int),
         ("tile_rows", _int),
         ("channels_last", _int),
     ]
@@ -108,7 +108,7 @@ class DeformRoIPoolCollectParams(ctypes.Structure):
         ("sums", _pointer),
         ("bins", DeformRoIPoolBins),
         ("range", RowRange),
-        ("lanes", _int),
+        ("lane_bits", _int),
         ("channels_last", _int),
     ]
 
@@ -139,7 +139,7 @@ def deform_roi_pool(
         input=engine.pointer(input_rows),
         output=engine.pointer(output),
         bins=call.bins,
-        lanes=call.lanes,
+        lane_bits=call.lanes.bit_length() - 1,
         tile_rows=tile_rows,
         # Of one bin, both orders are the same.
         channels_last=channels_last or g.bins == 1,
@@ -196,7 +196,7 @@ def deform_roi_pool_backward(
             grad_mask=engine.pointer(gradients.get("mask")),
             grad_input=engine.pointer(sums),
             bins=call.bins,
-            lanes=call.lanes,
+            lane_bits=call.lanes.bit_length() - 1,
             tile_rows=tile_rows,
             channels_last=grad_rows is not None,
         )
@@ -227,7 +227,7 @@ def _collect_input(call: _Call, grad_out: Any, grad_rows: Any | None, input: Any
         grad_input=engine.pointer(gradient),
         sums=engine.pointer(sums),
         bins=call.bins,
-        lanes=call.lanes,
+        lane_bits=call.lanes.bit_length() - 1,
         channels_last=is_channels_last(input),
     )
     call.launch(_COLLECT, "deform_roi_pool_region_bounds", ceil_div(g.R, _WARPS), params)
