@@ -63,8 +63,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   }
 }
 
-constexpr int kStrip = DCN_VEC == 8 || sizeof(Sum) == 8 ? 4 : 8;  // pixels, so many that a lane's sums fit registers
-constexpr int kBinsTogether = sizeof(Sum) == 8 ? 1 : 2;           // gradients that a lane reads before it adds them up
+constexpr int kStrip = sizeof(Sum) == 8 ? 2 : DCN_VEC == 8 ? 4 : 8;  // pixels, so many that a lane's sums fit registers
+constexpr int kBinsTogether = sizeof(Sum) == 8 ? 1 : 2;  // gradients that a lane reads before it adds them up
 constexpr int kPitch = kWarp * DCN_VEC + 4;  // of sums in shared memory; padded for threads that run over pixels
 
 struct Strip {
@@ -103,12 +103,13 @@ __device__ __forceinline__ void add_axis_weights(BinAxis axis, int first, int ex
 // The weights of a bin, mask and number of samples included, in a strip; whether there are any but 0.
 __device__ __forceinline__ bool weigh_strip(const DeformRoIPoolBins& bins, const ImagePixel& at, const Strip& strip,
                                             Sum (&weights)[kStrip]) {
-  const BinAxis y = bin_axis(bins, at, false), x = bin_axis(bins, at, true);
-  const BinShare share = bin_share(bins, at, is_nan(y) || is_nan(x), y.samples, x.samples);
-  if (share.image < 0) return false;
+  const BinAxis y = bin_axis(bins, at, false);
   Sum row[1] = {};
   add_axis_weights(y, strip.y, bins.size.H, row);
   if (row[0] == Sum(0)) return false;
+  const BinAxis x = bin_axis(bins, at, true);
+  const BinShare share = bin_share(bins, at, is_nan(y) || is_nan(x), y.samples, x.samples);
+  if (share.image < 0) return false;
   add_axis_weights(x, strip.x, bins.size.W, weights);
   bool touches = false;
 #pragma unroll

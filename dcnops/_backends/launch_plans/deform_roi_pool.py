@@ -231,7 +231,7 @@ def _collect_input(call: _Call, grad_out: Any, grad_rows: Any | None, input: Any
         channels_last=is_channels_last(input),
     )
     call.launch(_COLLECT, "deform_roi_pool_region_bounds", ceil_div(g.R, _WARPS), params)
-    strip = 4 if call.vector == 8 or call.sum_bytes == 8 else 8
+    strip = 2 if call.sum_bytes == 8 else 4 if call.vector == 8 else 8
     strips = g.N * g.H * ceil_div(g.W, strip) * call.slices
     shared_bytes = _WARPS * strip * (WARP * call.vector + _STRIP_PITCH_PADDING) * call.sum_bytes
     first = 0
