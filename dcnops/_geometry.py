@@ -192,7 +192,7 @@ class DeformConvGeometry:
 
 
 class DeformRoIPoolSizes(ctypes.Structure):
-    """The numbers that every deformable RoI pooling kernel takes (`DeformRoIPoolSizes` in deform_roi_pool.cu)."""
+    """The numbers that every deformable RoI pooling kernel takes (`DeformRoIPoolSizes` in dcn/roi_bins.cuh)."""
 
     _fields_ = [
         *((name, ctypes.c_int) for name in ("N", "C", "H", "W", "R", "P", "Q", "sampling_ratio")),

@@ -140,8 +140,8 @@ def deform_roi_pool_backward(
     needs : iterable of "input", "offset", "mask"
         The gradients to compute. Those of arguments that were not given are `None` in any case.
     deterministic : bool
-        Sum the input's gradient in an order that is always the same, more slowly, so that two runs agree to the last
-        bit. On NumPy arrays it always is.
+        Sum the input's gradient in an order that is always the same, so that two runs agree to the last bit. On NumPy
+        arrays it always is.
 
     Returns
     -------

@@ -12,7 +12,12 @@ from dcnops._backends.launch_plans.deform_conv2d_forward import (
     DeformConvFusedParams,
     fused_macros,
 )
-from dcnops._backends.launch_plans.deform_roi_pool import DeformRoIPoolParams
+from dcnops._backends.launch_plans.deform_roi_pool import (
+    DeformRoIPoolBackwardParams,
+    DeformRoIPoolBins,
+    DeformRoIPoolCollectParams,
+    DeformRoIPoolForwardParams,
+)
 from dcnops._backends.launch_plans.heuristics import FusedTiles
 from dcnops._backends.launch_plans.layout import LayoutJob, LayoutParams, RowRange
 from dcnops._geometry import DeformConvSizes, DeformRoIPoolSizes
@@ -31,14 +36,11 @@ UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {
             "deform_conv2d_collect_input",
         ),
     ),
-    "deform_roi_pool": (
-        DeformRoIPoolParams,
-        (
-            "deform_roi_pool_forward",
-            "deform_roi_pool_grad_bins",
-            "deform_roi_pool_grad_input",
-            "deform_roi_pool_collect_input",
-        ),
+    "deform_roi_pool_forward": (DeformRoIPoolForwardParams, ("deform_roi_pool_forward",)),
+    "deform_roi_pool_backward": (DeformRoIPoolBackwardParams, ("deform_roi_pool_backward",)),
+    "deform_roi_pool_collect": (
+        DeformRoIPoolCollectParams,
+        ("deform_roi_pool_region_bounds", "deform_roi_pool_collect_input"),
     ),
 }
 
@@ -51,7 +53,10 @@ STRUCTS = (
     DeformConvForwardParams,
     DeformConvFusedParams,
     DeformConvBackwardParams,
-    DeformRoIPoolParams,
+    DeformRoIPoolBins,
+    DeformRoIPoolForwardParams,
+    DeformRoIPoolBackwardParams,
+    DeformRoIPoolCollectParams,
 )
 
 _SCALARS = {"float16": ("Half", 8), "bfloat16": ("BFloat16", 8), "float32": ("float", 4), "float64": ("double", 2)}
@@ -88,7 +93,8 @@ def specialisations() -> Iterator[Specialisation]:
             vector = widest
             while vector:
                 macros = {**common, "DCN_OFFSET_SCALAR": offset_scalar, "DCN_VEC": vector}
-                yield Specialisation("deform_roi_pool", tuple(macros.items()))
+                for part in ("forward", "backward", "collect"):
+                    yield Specialisation(f"deform_roi_pool_{part}", tuple(macros.items()))
                 macros["DCN_SAMPLE_BYTES"] = SAMPLE_BYTES
                 yield Specialisation("deform_conv2d_forward", tuple(macros.items()))
                 yield Specialisation("deform_conv2d_backward", tuple(macros.items()))

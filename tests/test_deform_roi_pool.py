@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import time
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,8 +18,12 @@ from torchvision.ops import roi_align
 import dcnops
 from dcnops import ArgumentError
 from tests.cases import DTYPES, RoIPoolCase, assert_close, make_roi_pool, roi_pool_cases
+from tests.conftest import EmulatedRunner
 
 NAMES = ("input", "offset", "mask")
+
+# The package's attribute of this name is the function.
+plan = importlib.import_module("dcnops._backends.launch_plans.deform_roi_pool")
 
 
 def assert_correct(run, case: RoIPoolCase, slack: float = 1.0) -> None:
@@ -316,11 +323,10 @@ def test_numpy_regions_of_no_feature_map_are_an_error(index: float):
         dcnops.deform_roi_pool_backward(case.grad_out, **case.arguments())
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("index", [-1, 2, 1e9, np.nan, np.inf])
-def test_regions_of_no_feature_map_are_nan_in_the_kernels(index: float):
-    from tests.conftest import EmulatedRunner
-
-    run = EmulatedRunner()
+def test_regions_of_no_feature_map_are_nan_in_the_kernels(index: float, deterministic: bool):
+    run = EmulatedRunner(deterministic=deterministic)
     case = make_roi_pool(N=2, R=4)
     case.rois[3, 0] = index
     output, gradients = run.forward(case), run.backward(case)
@@ -337,3 +343,132 @@ def test_the_input_gradient_is_deterministic_on_the_cpu():
         again = dcnops.deform_roi_pool_backward(case.grad_out, **case.arguments())
         for a, b in zip(first, again):
             np.testing.assert_array_equal(a, b)
+
+
+# The kernels under emulation: every path of the launch plans, memory order and schedule.
+
+SCHEDULES: list[dict[str, Any]] = [
+    {},
+    {"schedule": "reverse"},
+    {"single_block": True},
+    {"schedule": "random", "seed": 1, "single_block": True},
+    {"schedule": "random", "seed": 2, "threads": 2},
+]
+
+
+def in_order(images: np.ndarray, channels_last: bool) -> np.ndarray:
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) if channels_last else images
+
+
+def spoil(case: RoIPoolCase, what: str) -> None:
+    """Make the first region or its first offset unusual."""
+    if len(case.rois) == 0:
+        return
+    if what == "offset" and case.offset is not None:
+        case.offset[0, 0, 0, 0] = np.nan
+        case.offset[0, 1, -1, -1] = np.inf
+    elif what == "image":
+        case.rois[0, 0] = len(case.input)
+    elif what == "coordinate":
+        case.rois[0, 3] = np.nan
+    elif what == "inverted":
+        case.rois[0, 1:] = case.rois[0, [3, 4, 1, 2]]
+
+
+@given(
+    case=roi_pool_cases(dtypes=tuple(DTYPES), R=7),
+    sampling_ratio=st.sampled_from([0, 1, 2, 3, 9, 17]),
+    unusual=st.sampled_from(["nothing", "offset", "image", "coordinate", "inverted"]),
+    channels_last=st.tuples(st.booleans(), st.booleans()),
+    deterministic=st.booleans(),
+    chunk_bytes=st.sampled_from([1, 300, 2**20]),
+    few_blocks=st.sampled_from([0, 512]),
+    schedule=st.sampled_from(SCHEDULES),
+)
+def test_every_path_of_the_kernels(
+    case: RoIPoolCase,
+    sampling_ratio: int,
+    unusual: str,
+    channels_last: tuple[bool, bool],
+    deterministic: bool,
+    chunk_bytes: int,
+    few_blocks: int,
+    schedule: dict[str, Any],
+):
+    spoil(case, unusual)
+    case = case.with_arrays(
+        input=in_order(case.input, channels_last[0]),
+        grad_out=in_order(case.grad_out, channels_last[1]),
+        sampling_ratio=sampling_ratio,
+    )
+    with mock.patch.object(plan, "_FEW_BLOCKS", few_blocks):  # 0: whole tiles of bins, although there are few
+        assert_correct(EmulatedRunner(chunk_bytes=chunk_bytes, deterministic=deterministic, **schedule), case)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "C", "output_size"),
+    [("float32", 260, (8, 9)), ("float16", 520, 2), ("bfloat16", 264, 1), ("float64", 131, (3, 5)), ("float16", 66, 7)],
+)
+def test_more_channels_than_a_warp_holds_and_more_bins_than_a_tile(
+    dtype: str, C: int, output_size: Any, schedule: dict[str, Any], deterministic: bool
+):
+    case = make_roi_pool(N=1, C=C, H=5, W=13, R=3, output_size=output_size, dtype=dtype, seed=C)
+    with mock.patch.object(plan, "_FEW_BLOCKS", 0):
+        assert_correct(EmulatedRunner(deterministic=deterministic, **schedule), case)
+
+
+@given(case=roi_pool_cases(dtypes=tuple(DTYPES)), channels_last_input=st.booleans())
+def test_the_output_may_be_channels_last(case: RoIPoolCase, channels_last_input: bool):
+    case = case.with_arrays(input=in_order(case.input, channels_last_input))
+    runner = EmulatedRunner()
+    arrays = EmulatedRunner._arrays(case)
+    output = plan.deform_roi_pool(runner.engine, case.geometry(), *arrays, channels_last=True)
+    assert output.shape == case.grad_out.shape
+    assert output.transpose(0, 2, 3, 1).flags.c_contiguous
+    np.testing.assert_array_equal(output, runner.forward(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_deterministic_input_gradient_has_the_same_bits_under_any_schedule(dtype: str):
+    """In any memory order, too; only where a gradient is taken in parts it depends on their size."""
+    case = make_roi_pool(N=2, C=12, H=6, W=11, R=40, dtype=dtype, spread=2.0, sampling_ratio=0, seed=4)
+    for chunk_bytes in (2**20, 1500):
+        gradients = [
+            EmulatedRunner(chunk_bytes=chunk_bytes, deterministic=True, schedule="random", seed=seed).backward(
+                case.with_arrays(input=in_order(case.input, bool(seed & 1))), ("input",)
+            )["input"]
+            for seed in range(6)
+        ]
+        for other in gradients[1:]:
+            np.testing.assert_array_equal(other, gradients[0])
+
+
+def test_outputs_offset_and_mask_gradients_have_the_same_bits_under_any_schedule():
+    case = make_roi_pool(C=12, R=9, spread=2.0, sampling_ratio=3, seed=4)
+    runs = [EmulatedRunner(schedule="random", seed=seed) for seed in range(3)]
+    for run in runs[1:]:
+        np.testing.assert_array_equal(run.forward(case), runs[0].forward(case))
+        gradients, expected = run.backward(case), runs[0].backward(case)
+        for name in ("offset", "mask"):
+            np.testing.assert_array_equal(gradients[name], expected[name])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [1000, 2**20])
+def test_hundreds_of_regions_at_one_place(deterministic: bool, chunk_bytes: int):
+    case = make_roi_pool(N=2, C=6, H=7, W=17, R=300, output_size=1, dtype="float64", spatial_scale=1.0, seed=7)
+    case.rois[:] = [1, 9.2, 3.1, 10.4, 4.0]
+    assert_correct(EmulatedRunner(deterministic=deterministic, chunk_bytes=chunk_bytes), case, slack=10)
+
+
+@pytest.mark.parametrize("size", [1e5, 1e20])
+def test_the_deterministic_path_takes_regions_of_absurd_size(size: float):
+    case = make_roi_pool(R=1, N=1, output_size=2, spatial_scale=1.0, sampling_ratio=0, offset=False, dtype="float64")
+    case = case.with_arrays(rois=np.array([[0, -size, -size, size, size]]))
+    expected, gradient = (
+        EmulatedRunner(deterministic=deterministic).backward(case, ("input",))["input"]
+        for deterministic in (False, True)
+    )
+    np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-30)

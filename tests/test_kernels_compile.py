@@ -102,3 +102,17 @@ def test_compiler_messages_name_the_true_file_and_line():
     source = kernel_source("layout").replace("int N, C", "broken int N, C")
     with pytest.raises(pytest.fail.Exception, match=rf"cuda/layout\.cu\({true_line}\)"):
         compile_with_nvrtc(source, "flat.cu", compile_options({"DCN_SUFFIX": "f32", "DCN_SCALAR": "float"}))
+
+
+@pytest.mark.parametrize("dtype, vector", [("f16", 8), ("f32", 4)])
+@pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.startswith("deform_roi_pool")])
+def test_roi_pooling_moves_16_bytes_at_once(unit: str, dtype: str, vector: int):
+    """And adds 16 bytes at once, where it adds atomically."""
+    wanted = {"DCN_SUFFIX": dtype, "DCN_VEC": vector, "DCN_OFFSET_SCALAR": "float"}
+    macros = next(s.macros for s in specialisations() if s.unit == unit and wanted.items() <= s.macros.items())
+    program = nvrtc.createProgram(kernel_source(unit), f"{unit}.cu", (), ())
+    nvrtc.compileProgram(program, (*compile_options(macros), "-arch=compute_90"))
+    ptx = nvrtc.getPTX(program).decode()
+    assert re.search(r"ld\.global(\.nc)?\.v4\.[fu]32", ptx)
+    assert ("red.global.add.v4.f32" in ptx) == (unit == "deform_roi_pool_backward")
+    assert "atom" not in ptx

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcnops._backends.launch_plans.layout import LayoutParams, LayoutTask, is_channels_last
+from dcnops._kernels import kernel_source
 from tests.cases import DTYPES, Case, RoIPoolCase, assert_close, conv_cases, make_conv, make_roi_pool, roi_pool_cases
 from tests.conftest import EmulatedRunner
 from tests.cuda_on_cpu import run_sanitized
@@ -81,7 +82,7 @@ def test_the_deterministic_path_gives_the_same_bits_under_any_schedule(dtype: st
             assert any((other != gradients[False][0]).any() for other in gradients[False][1:])
 
 
-def channels_last(images: np.ndarray) -> np.ndarray:
+def channels_last_of(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
 
 
@@ -92,7 +93,7 @@ def channels_last(images: np.ndarray) -> np.ndarray:
 )
 def test_channels_last_images_give_the_same_in_their_memory_order(case: Case, which: tuple[str, ...], chunk_bytes: int):
     runner = EmulatedRunner(chunk_bytes=chunk_bytes)
-    case = case.with_arrays(**{name: channels_last(getattr(case, name)) for name in which})
+    case = case.with_arrays(**{name: channels_last_of(getattr(case, name)) for name in which})
     assert_correct(runner, case)
     if is_channels_last(case.input):
         output = runner.forward(case)
@@ -105,7 +106,7 @@ def test_channels_last_images_give_the_same_in_their_memory_order(case: Case, wh
 
 def test_channels_last_images_are_not_transposed():
     case = make_conv(C=8, O=8)
-    case = case.with_arrays(input=channels_last(case.input), grad_out=channels_last(case.grad_out))
+    case = case.with_arrays(input=channels_last_of(case.input), grad_out=channels_last_of(case.grad_out))
     runner = Recorder()
     output = runner.forward(case)
     runner.backward(case, ("input", "offset", "mask"))
@@ -120,8 +121,8 @@ def test_channels_last_images_are_not_transposed():
 class Recorder(EmulatedRunner):
     """Notes every launch."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.launches: list[tuple[Any, ...]] = []
         self.params: list[Any] = []
         launch = self.engine.launch
@@ -174,6 +175,74 @@ def test_scratch_memory_is_bounded():
     assert columns and max(columns) <= 2**16
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_launches_of_roi_pooling(channels_last: bool):
+    """Nothing is moved that can be read as it lies, and only what is needed is launched."""
+    case = make_roi_pool(C=8, R=6)
+    if channels_last:
+        case = case.with_arrays(input=channels_last_of(case.input), grad_out=channels_last_of(case.grad_out))
+    turned = [] if channels_last else ["change_layout"]
+    bins, samples = ["deform_roi_pool_backward"], ("offset", "mask")
+    collected = ["deform_roi_pool_region_bounds", "deform_roi_pool_collect_input"]
+
+    def launched(deterministic: bool = False, needs: tuple[str, ...] | None = None) -> list[str]:
+        runner = Recorder(deterministic=deterministic)
+        runner.backward(case, needs)
+        return [kernel for _, kernel, *_ in runner.launches]
+
+    runner = Recorder()
+    runner.forward(case)
+    assert [kernel for _, kernel, *_ in runner.launches] == [*turned, "deform_roi_pool_forward"]
+    # Beside these, `zeros` sets the sums of the first two to zero.
+    assert launched() == [*turned, *bins, "change_layout"]
+    assert launched(needs=("input",)) == [*bins, "change_layout"]
+    assert launched(needs=samples) == launched(True, samples) == [*turned, *bins]
+    assert launched(True) == [*turned, *bins, *(collected[:1]), *turned, *collected[1:]]
+    assert launched(True, ("input",)) == [*(collected[:1]), *turned, *collected[1:]]
+
+
+def allocations(runner: EmulatedRunner) -> list[int]:
+    """Grows by the bytes of every array that the runner's engine allocates."""
+    sizes: list[int] = []
+    empty = runner.engine.xp.empty
+
+    def record(shape: Any, dtype: Any = float) -> np.ndarray:
+        array = empty(shape, dtype)
+        sizes.append(array.nbytes)
+        return array
+
+    runner.engine.xp.empty = record
+    return sizes
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("layout", ["channels apart", "channels together"])
+def test_scratch_memory_of_roi_pooling_is_bounded(layout: str, dtype: str):
+    case = make_roi_pool(C=16, H=16, W=16, R=100, output_size=3, dtype=dtype)
+    together = layout == "channels together"
+    if together:
+        case = case.with_arrays(input=channels_last_of(case.input), grad_out=channels_last_of(case.grad_out))
+    transpose = 0 if together else case.input.nbytes
+    sums = case.input.size * 4
+    bounds, chunk_bytes = 20 * 100, 4000
+    assert case.grad_out.nbytes > 2 * chunk_bytes
+
+    def scratch(chunk_bytes: int = 2**20, deterministic: bool = False) -> int:
+        runner = EmulatedRunner(chunk_bytes=chunk_bytes, deterministic=deterministic)
+        sizes = allocations(runner)
+        gradients = runner.backward(case)
+        return sum(sizes) - sum(gradient.nbytes for gradient in gradients.values())
+
+    runner = EmulatedRunner()
+    sizes = allocations(runner)
+    output = runner.forward(case)
+    assert sum(sizes) == output.nbytes + transpose
+    assert scratch() == transpose + sums
+    assert scratch(deterministic=True) == transpose + bounds + (0 if together else case.grad_out.nbytes)
+    parts = scratch(chunk_bytes, deterministic=True)
+    assert parts == transpose + bounds if together else parts <= transpose + bounds + sums + chunk_bytes
+
+
 # Broken copies of the kernels. Each must be caught: what the harness cannot see, the tests above would not see either.
 
 
@@ -207,6 +276,43 @@ def test_a_missing_barrier_before_reuse_is_caught():
         assert_correct(broken(old, "  }\n}", **options), case)
 
 
+ROI_BARRIERS = {
+    "pooled bins are written": (
+        "if (p.channels_last) continue;\n    __syncthreads();",
+        "if (p.channels_last) continue;",
+    ),
+    "the next bins are pooled": ("    });\n    __syncthreads();\n  }\n}", "    });\n  }\n}"),
+    "gradients are read": (
+        "        });\n        __syncthreads();\n      }\n      const int c",
+        "        });\n      }\n      const int c",
+    ),
+    "the next gradients are moved": ("      if (!p.channels_last) __syncthreads();", ""),
+    "the pixels of a bin are read": ("        __syncwarp();\n        visit", "        visit"),
+    "the rows of a bin are read": ("  __syncwarp();\n  return {__popc", "  return {__popc"),
+    "the sums of warps are added": ("    __syncthreads();\n\n    const bool rows", "    const bool rows"),
+    "the next sums are written": ("    __syncthreads();\n  }\n}", "  }\n}"),
+}
+
+
+@pytest.mark.parametrize("before", ROI_BARRIERS)
+def test_a_missing_barrier_of_roi_pooling_is_caught(before: str):
+    old, new = ROI_BARRIERS[before]
+    units = ("deform_roi_pool_forward", "deform_roi_pool_backward", "deform_roi_pool_collect")
+    assert any(old in kernel_source(unit) for unit in units)
+    case = make_roi_pool(N=1, C=140, H=9, W=17, R=9, output_size=(2, 3), sampling_ratio=9, seed=1)
+
+    def run(old: str) -> None:
+        # A warp that runs ahead of the others, the first or the last; and all mixed up.
+        for schedule in ("forward", "reverse", "random"):
+            for deterministic in (False, True):
+                runner = broken(old, new, schedule=schedule, single_block=True, deterministic=deterministic)
+                assert_correct(runner, case)
+
+    run("not in the source")
+    with pytest.raises(AssertionError):
+        run(old)
+
+
 def test_an_unwritten_output_is_caught():
     old = "for (int s = threadIdx.y; s < tile.samples;"
     with pytest.raises(AssertionError):
@@ -224,7 +330,11 @@ BROKEN_BOUNDS = {
     "rows beyond the last": ("min(tile_rows, range.rows - tile.first_row)", "tile_rows"),
     "a row too far": ("i & 2 ? size.W : 0", "i & 2 ? 3 * size.W : 0"),
     "a clamp forgotten": ("min(at.low + 1, extent - 1)", "at.low + 1"),
-    "an image that does not exist": ("roi[0] < static_cast<Sum>(p.size.N)", "true"),
+    "an image that does not exist": ("image < static_cast<Sum>(bins.size.N)", "true"),
+    "bins beyond the last": ("min(static_cast<long long>(tile_rows), rest)", "tile_rows"),
+    "channels beyond the last": ("min(lanes, (size.C - first_channel) / DCN_VEC)", "lanes"),
+    "pixels beyond the border": ("k >= size.W - strip.x || ", ""),
+    "bins beyond the part": ("min(static_cast<long long>(bins), last_bin - from)", "bins"),
 }
 
 
@@ -255,6 +365,9 @@ def test_the_kernels_are_clean_under_the_sanitizers():
         "tests/test_deform_conv2d_fused.py::test_split_sums",
         "tests/test_deform_conv2d_fused.py::test_any_offset_follows_the_reference",
         "tests/test_deform_conv2d_fused.py::test_tiles_of_every_width",
+        "tests/test_deform_roi_pool.py::test_every_path_of_the_kernels",
+        "tests/test_deform_roi_pool.py::test_more_channels_than_a_warp_holds_and_more_bins_than_a_tile",
+        "tests/test_deform_roi_pool.py::test_the_output_may_be_channels_last",
         "tests/test_launch_plans.py::test_the_chunk_size_does_not_change_results",
         "tests/test_launch_plans.py::test_the_deterministic_path_is_right",
         "tests/test_launch_plans.py::test_channels_last_images_give_the_same_in_their_memory_order",
@@ -266,9 +379,10 @@ def test_the_kernels_are_clean_under_the_sanitizers():
 
 
 if __name__ == "__main__":
-    runner = broken(*BROKEN_BOUNDS[sys.argv[1]])
-    no_image = make_roi_pool(C=8, H=5, W=5, spread=9.0, seed=9)
+    no_image = make_roi_pool(C=12, H=5, W=5, spread=9.0, seed=9)
     no_image.rois[0, 0] = 7
-    for case in (make_conv(C=8, H=5, W=5, spread=3.0, seed=9), no_image):
-        runner.forward(case)
-        runner.backward(case)
+    for deterministic in (False, True):
+        runner = broken(*BROKEN_BOUNDS[sys.argv[1]], deterministic=deterministic, chunk_bytes=200)
+        for case in (make_conv(C=8, H=5, W=5, spread=3.0, seed=9), no_image):
+            runner.forward(case)
+            runner.backward(case)
