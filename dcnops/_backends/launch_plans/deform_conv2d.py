@@ -91,8 +91,10 @@ def deform_conv2d(
     bias: Any | None,
     mask: Any | None,
     chunk_bytes: int = WORKSPACE_BYTES,
+    precision: str = "ieee",
 ) -> Any:
     """The output [N, O, oh, ow] of contiguous arrays; `input` may be channels-last, and then the output is."""
+    offset, mask = (None if array is None else engine.xp.ascontiguousarray(array) for array in (offset, mask))
     g = geometry
     dtype = str(input.dtype.name)
     output = empty_images(engine, g.output_shape, input.dtype, input)
@@ -118,7 +120,7 @@ def deform_conv2d(
             ),
             rows.rows,
         )
-        _multiply_columns(engine, columns[: rows.rows], filters, output_rows[: rows.rows])
+        _multiply_columns(engine, columns[: rows.rows], filters, output_rows[: rows.rows], precision)
         put_rows(engine, output_rows, output, g.O, g.pixels, rows, bias)
     return output
 
@@ -134,12 +136,14 @@ def deform_conv2d_backward(
     needs: frozenset[str],
     deterministic: bool = False,
     chunk_bytes: int = WORKSPACE_BYTES,
+    precision: str = "ieee",
 ) -> dict[str, Any]:
     """The gradients named in `needs`, each like its argument, of contiguous arrays.
 
     `input` and `grad_out` may be channels-last; the input's gradient has the memory order of the input.
     `deterministic` takes the input's gradient without atomic additions, by sorting.
     """
+    offset, mask = (None if array is None else engine.xp.ascontiguousarray(array) for array in (offset, mask))
     g = geometry
     dtype = str(input.dtype.name)
     sums = sum_dtype(engine, input.dtype)
@@ -175,7 +179,7 @@ def deform_conv2d_backward(
             .transpose(1, 0, 2)
         )
         if grad_columns is not None:
-            engine.matmul(by_group, filters, grad_columns[: rows.rows].transpose(1, 0, 2))
+            engine.matmul(by_group, filters, grad_columns[: rows.rows].transpose(1, 0, 2), False, precision)
         params = DeformConvBackwardParams(
             input=engine.pointer(input_rows),
             offset=engine.pointer(offset),
@@ -207,7 +211,7 @@ def deform_conv2d_backward(
         if grad_filters is not None:
             assert columns is not None
             engine.matmul(
-                by_group.transpose(0, 2, 1), columns[: rows.rows].transpose(1, 0, 2), grad_filters, accumulate=True
+                by_group.transpose(0, 2, 1), columns[: rows.rows].transpose(1, 0, 2), grad_filters, True, precision
             )
     if grad_input is not None:
         gradients["input"] = all_pixels(engine, grad_input, input, g.N, g.C, g.H * g.W)
@@ -277,11 +281,11 @@ def _chunk_rows(geometry: DeformConvGeometry, elements: int) -> int:
     return max(1, elements // (geometry.K * geometry.C))
 
 
-def _multiply_columns(engine: Engine, columns: Any, filters: Any, output_rows: Any) -> None:
+def _multiply_columns(engine: Engine, columns: Any, filters: Any, output_rows: Any, precision: str) -> None:
     """output_rows [rows, O] = columns [rows, G, K*C/G] times filters [G, O/G, K*C/G], group by group."""
     rows, G, _ = columns.shape
     by_group = output_rows.reshape(rows, G, filters.shape[1]).transpose(1, 0, 2)
-    engine.matmul(columns.transpose(1, 0, 2), filters.transpose(0, 2, 1), by_group)
+    engine.matmul(columns.transpose(1, 0, 2), filters.transpose(0, 2, 1), by_group, False, precision)
 
 
 def _filter_rows(engine: Engine, geometry: DeformConvGeometry, weight: Any) -> Any:
