@@ -1,7 +1,7 @@
-// Forward pass of deformable convolution: samples the image into columns, which a matrix product then multiplies by the
-// weights.
+// Forward pass of deformable convolution by way of columns: the sampled image, which a matrix product then multiplies
+// by the weights.
 
-#include "dcn/deform_conv2d.cuh"
+#include "dcn/columns.cuh"
 
 struct DeformConvForwardParams {
   const Scalar* input;         // [N, H, W, C]
@@ -13,59 +13,33 @@ struct DeformConvForwardParams {
   int tile_rows;  // sampling points that a block prepares at once
 };
 
-// What all channels of a sampling point share: the modulated bilinear weights of its four neighbours.
-struct SamplePlan {
-  long long first;
-  Sum weight[4];
-};
-
-static_assert(sizeof(SamplePlan) <= DCN_SAMPLE_BYTES, "shared memory per sampling point");
-
-__device__ __forceinline__ SamplePlan plan_sample(const DeformConvForwardParams& p, int row, int group_tap) {
-  const Tap tap = find_tap(p.size, p.range, row, group_tap);
-  const SamplePoint<Sum> point = locate_tap(p.size, tap, group_tap, p.offset);
-  const Sum modulation = p.mask ? widen(p.mask[tap.mask_at]) : Sum(1);
-  SamplePlan plan;
-  plan.first = first_neighbour(p.size, tap.image, point.y0, point.x0);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    plan.weight[i] = weighted(bilinear_weight(point, i), modulation);
-  }
-  if (point.is_nan) plan.weight[0] = not_a_number<Sum>();
-  return plan;
-}
+static_assert(sizeof(SampleWeights<long long>) <= DCN_SAMPLE_BYTES, "shared memory per sampling point");
 
 // Block: x runs over the vectors of a sampling point's channels, y over sampling points.
 // Grid: a tile of rows for one (deformable group, tap); neighbouring blocks share rows.
 extern "C" __global__ void __launch_bounds__(256, 2)
     DCN_KERNEL(deform_conv2d_columns)(const DeformConvForwardParams p) {
   DCN_SHARED_MEMORY(shared);
-  SamplePlan* plans = reinterpret_cast<SamplePlan*>(shared);
+  auto* samples = reinterpret_cast<SampleWeights<long long>*>(shared);
   const int tiles = sample_tiles(p.size, p.range, p.tile_rows);
   for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
     const SampleTile tile = sample_tile(p.size, p.range, p.tile_rows, t);
     for (int s = thread_of_block(); s < tile.samples; s += threads_of_block()) {
-      plans[s] = plan_sample(p, tile.first_row + s, tile.group_tap);
+      const Tap tap = find_tap(p.size, p.range, tile.first_row + s, tile.group_tap);
+      samples[s] = weigh_sample<long long>(p.size, tap, locate_tap(p.size, tap, tile.group_tap, p.offset), p.mask);
     }
     __syncthreads();
 
     for (int s = threadIdx.y; s < tile.samples; s += blockDim.y) {
-      const SamplePlan plan = plans[s];
+      const SampleWeights<long long> sample = samples[s];
       for (int v = threadIdx.x * DCN_VEC; v < tile.channels; v += blockDim.x * DCN_VEC) {
         const int c = tile.first_channel + v;
-        Sum sums[DCN_VEC] = {};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (plan.weight[i] != Sum(0)) {
-            const auto pixel =
-                *reinterpret_cast<const ScalarVector*>(p.input + neighbour(p.size, plan.first, i) * p.size.C + c);
-#pragma unroll
-            for (int e = 0; e < DCN_VEC; ++e) sums[e] += plan.weight[i] * widen(pixel.at[e]);
-          }
-        }
+        Corners corners;
+        load_corners<long long>(corners, p.input, sample.first * p.size.C + c,
+                                static_cast<long long>(p.size.W) * p.size.C, p.size.C, sample.weight, true);
         ScalarVector column;
 #pragma unroll
-        for (int e = 0; e < DCN_VEC; ++e) column.at[e] = narrow<Scalar>(sums[e]);
+        for (int e = 0; e < DCN_VEC; ++e) column.at[e] = narrow<Scalar>(interpolate(corners, e, sample.weight));
         *reinterpret_cast<ScalarVector*>(p.columns + column_index(p.size, tile.first_row + s, tile.k, c)) = column;
       }
     }

@@ -32,6 +32,8 @@ class Device(NamedTuple):
     architecture: int
     """Compute capability, 90 for 9.0."""
     multiprocessors: int
+    shared_bytes: int
+    """Shared memory that a block can have."""
 
 
 class Launcher(Protocol):

@@ -50,14 +50,22 @@ class CpuRunner:
 class EmulatedRunner:
     """The launch plans and kernels of the CUDA backend, executed on the CPU."""
 
-    def __init__(self, chunk_bytes: int = 2**20, deterministic: bool = False, **engine_options: Any) -> None:
+    def __init__(
+        self,
+        chunk_bytes: int = 2**20,
+        deterministic: bool = False,
+        forward: Mapping[str, Any] | None = None,
+        **engine_options: Any,
+    ) -> None:
         self.engine = host_engine(**engine_options)
         self.chunk_bytes = chunk_bytes
         self.deterministic = deterministic
+        self.forward_options = forward or {}
 
     def forward(self, case: Case) -> np.ndarray:
         plan = getattr(launch_plans, case.operation)
-        return plan(self.engine, case.geometry(), *self._arrays(case), chunk_bytes=self.chunk_bytes)
+        options = {"chunk_bytes": self.chunk_bytes, **self.forward_options}
+        return plan(self.engine, case.geometry(), *self._arrays(case), **options)
 
     def backward(self, case: Case, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
         plan = getattr(launch_plans, f"{case.operation}_backward")
@@ -70,6 +78,10 @@ class EmulatedRunner:
         """As the CUDA backend hands them over."""
         arrays = {name: _contiguous(getattr(case, name)) for name in case.arrays if name != without}
         arrays["input"] = _images(case.input)
+        if case.operation == "deform_conv2d":
+            arrays |= {
+                name: None if arrays[name] is None else _images(getattr(case, name)) for name in ("offset", "mask")
+            }
         if "rois" in arrays:
             arrays["rois"] = arrays["rois"].astype(np.float64 if case.dtype == "float64" else np.float32)
         return list(arrays.values())

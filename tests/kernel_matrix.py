@@ -6,12 +6,14 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dcnops._backends.launch_plans.deform_conv2d import (
-    SAMPLE_BYTES,
-    DeformConvBackwardParams,
+from dcnops._backends.launch_plans.deform_conv2d import SAMPLE_BYTES, DeformConvBackwardParams
+from dcnops._backends.launch_plans.deform_conv2d_forward import (
     DeformConvForwardParams,
+    DeformConvFusedParams,
+    fused_macros,
 )
 from dcnops._backends.launch_plans.deform_roi_pool import DeformRoIPoolParams
+from dcnops._backends.launch_plans.heuristics import FusedTiles
 from dcnops._backends.launch_plans.layout import LayoutJob, LayoutParams, RowRange
 from dcnops._geometry import DeformConvSizes, DeformRoIPoolSizes
 from dcnops._kernels import DTYPE_SUFFIX, Macros
@@ -19,6 +21,7 @@ from dcnops._kernels import DTYPE_SUFFIX, Macros
 UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {
     "layout": (LayoutParams, ("change_layout",)),
     "deform_conv2d_forward": (DeformConvForwardParams, ("deform_conv2d_columns",)),
+    "deform_conv2d_fused": (DeformConvFusedParams, ("deform_conv2d_fused", "deform_conv2d_add_splits")),
     "deform_conv2d_backward": (
         DeformConvBackwardParams,
         (
@@ -46,6 +49,7 @@ STRUCTS = (
     LayoutJob,
     LayoutParams,
     DeformConvForwardParams,
+    DeformConvFusedParams,
     DeformConvBackwardParams,
     DeformRoIPoolParams,
 )
@@ -59,6 +63,8 @@ class Specialisation:
 
     unit: str
     macros_items: tuple[tuple[str, str | int], ...]
+    least_architecture: int = 0
+    most_registers: int = 128
 
     @property
     def macros(self) -> Macros:
@@ -67,6 +73,8 @@ class Specialisation:
     def __str__(self) -> str:
         macros = self.macros
         parts = [self.unit, str(macros["DCN_SUFFIX"])]
+        if "DCN_PRODUCT" in macros:
+            parts += [str(macros["DCN_PRODUCT"]), f"outputs{macros['DCN_OUTPUTS']}"]
         if "DCN_VEC" in macros:
             parts += [f"vec{macros['DCN_VEC']}", f"offset-{macros['DCN_OFFSET_SCALAR']}"]
         return "-".join(parts)
@@ -85,6 +93,22 @@ def specialisations() -> Iterator[Specialisation]:
                 yield Specialisation("deform_conv2d_forward", tuple(macros.items()))
                 yield Specialisation("deform_conv2d_backward", tuple(macros.items()))
                 vector //= 2
+
+    for dtype, offset_dtype, tiles in fused_tiles():
+        # A kernel that has a multiprocessor to itself may use all the registers that a thread can have.
+        registers = 128 if tiles.blocks == 2 else 255
+        macros = dict(fused_macros(dtype, offset_dtype, tiles))
+        yield Specialisation("deform_conv2d_fused", tuple(macros.items()), 80, registers)
+
+
+def fused_tiles() -> Iterator[tuple[str, str, FusedTiles]]:
+    """Element types of data and offsets, and tiles, of the fused kernel."""
+    for suffix, dtype in {"f16": "float16", "bf16": "bfloat16", "tf32": "float32"}.items():
+        for offset_dtype in dict.fromkeys((dtype, "float32")):
+            for outputs, blocks in ((64, 2), (128, 2), (256, 1)):
+                yield dtype, offset_dtype, FusedTiles("TensorProduct", suffix, outputs, blocks)
+    yield "float32", "float32", FusedTiles("SplitTensorProduct", "3xtf32", 64, 1)
+    yield "float32", "float32", FusedTiles("FmaProduct", "f32", 64, 1)
 
 
 def layout_assertions(struct: type[ctypes.Structure]) -> str:

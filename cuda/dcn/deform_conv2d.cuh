@@ -26,13 +26,23 @@ struct Tap {
   long long mask_at;    // in mask [N, D*K, oh, ow]
 };
 
-__device__ __forceinline__ Tap find_tap(const DeformConvSizes& size, const RowRange& range, int row, int group_tap) {
-  const int pixels = size.oh * size.ow;
-  const ImagePixel at = find_pixel(range, row, pixels);
-  const long long first = static_cast<long long>(at.image) * size.D * size.kh * size.kw * pixels;
+__device__ __forceinline__ Tap tap_of_pixel(const DeformConvSizes& size, const ImagePixel& at, int group_tap) {
+  const long long first = static_cast<long long>(at.image) * size.D * size.kh * size.kw * size.oh * size.ow;
   const long long channel = group_tap, pixel = at.pixel;
   return {at.image, at.pixel, 2 * first + 2 * channel * size.offset_channel + pixel * size.offset_pixel,
           first + channel * size.mask_channel + pixel * size.mask_pixel};
+}
+
+__device__ __forceinline__ Tap find_tap(const DeformConvSizes& size, const RowRange& range, int row, int group_tap) {
+  return tap_of_pixel(size, find_pixel(range, row, size.oh * size.ow), group_tap);
+}
+
+// The sampling point of a tap that lies at (y, x) without its offset.
+__device__ __forceinline__ SamplePoint<Sum> locate_shifted(const DeformConvSizes& size, const Tap& tap, int y, int x,
+                                                           const OffsetScalar* offset) {
+  const Sum dy = widen(offset[tap.offset_at]);
+  const Sum dx = widen(offset[tap.offset_at + size.offset_channel]);
+  return locate(static_cast<Sum>(y) + dy, static_cast<Sum>(x) + dx, size.H, size.W);
 }
 
 __device__ __forceinline__ SamplePoint<Sum> locate_tap(const DeformConvSizes& size, const Tap& tap, int group_tap,
@@ -40,9 +50,7 @@ __device__ __forceinline__ SamplePoint<Sum> locate_tap(const DeformConvSizes& si
   const int k = group_tap % (size.kh * size.kw);
   const int y = tap.pixel / size.ow * size.sh - size.pad_top + k / size.kw * size.dh;
   const int x = tap.pixel % size.ow * size.sw - size.pad_left + k % size.kw * size.dw;
-  const Sum dy = widen(offset[tap.offset_at]);
-  const Sum dx = widen(offset[tap.offset_at + size.offset_channel]);
-  return locate(static_cast<Sum>(y) + dy, static_cast<Sum>(x) + dx, size.H, size.W);
+  return locate_shifted(size, tap, y, x, offset);
 }
 
 // Index of a sampling point's first neighbour in images [N, H, W]; the neighbour itself may lie outside.

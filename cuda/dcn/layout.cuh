@@ -11,6 +11,7 @@ enum LayoutTask {
   kSumPixels,     // Scalar [N, C, P] to Sum [N, C]
   kSumRows,       // Sum [P, C] to Scalar [C]
   kSumRowParts,   // Scalar [rows, C] to Sum [parts, C], a part being P rows
+  kFillPixels,    // Scalar [N, C, P] with Scalar [C]
 };
 
 struct LayoutJob {
@@ -148,6 +149,19 @@ __device__ __forceinline__ void sum_rows(const LayoutJob& job, int t, unsigned c
   if (threadIdx.x < kTile && c < job.C) static_cast<Scalar*>(job.target)[c] = narrow<Scalar>(total);
 }
 
+// Tile: kFill elements.
+constexpr int kFill = 4096;
+
+template <typename Scalar>
+__device__ __forceinline__ void fill_pixels(const LayoutJob& job, int t) {
+  const Scalar* source = static_cast<const Scalar*>(job.source);
+  Scalar* target = static_cast<Scalar*>(job.target);
+  const long long first = static_cast<long long>(t) * kFill, end = static_cast<long long>(job.N) * job.C * job.P;
+  for (long long i = first + threadIdx.x; i < min(end, first + kFill); i += blockDim.x) {
+    target[i] = source[i / job.P % job.C];
+  }
+}
+
 __device__ __forceinline__ long long layout_tiles(const LayoutParams& p) {
   long long tiles = 0;
 #pragma unroll
@@ -176,6 +190,9 @@ __device__ __forceinline__ void do_layout_tile(const LayoutParams& p, long long 
           break;
         case kSumRowParts:
           sum_row_part<Scalar>(job, tile, shared);
+          break;
+        case kFillPixels:
+          fill_pixels<Scalar>(job, tile);
           break;
       }
     }

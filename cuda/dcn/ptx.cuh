@@ -27,6 +27,119 @@ __device__ __forceinline__ void add_4(float* to, float a, float b, float c, floa
   atomicAdd(to + 3, d);
 }
 
+// The products of tensor cores, 32 lanes together: sums [16, 8] += a [16, k] * b [k, 8], where a row of a and a column
+// of b have 32 bytes: k is 16 for 16-bit elements and 8 for TF32. A fragment holds, in the order of the instruction,
+// what load_matrices delivers.
+namespace cuda_on_cpu {
+
+template <int k, class Element>
+void multiply_fragments(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Element element,
+                        Site site) {
+  struct Fragments {
+    unsigned a[4], b[2];
+    float sums[4];
+  };
+  struct Sums {
+    float at[4];
+  };
+  Fragments mine{{a[0], a[1], a[2], a[3]}, {b0, b1}, {sums[0], sums[1], sums[2], sums[3]}};
+  Sums result;
+  collective(
+      0xffffffffu, mine, result,
+      [&](const Fragments* const* in, Sums* const* out, unsigned) {
+        constexpr int per_word = k / 8;  // elements of a 32-bit register
+        float left[16][k], right[k][8];
+        for (int lane = 0; lane < 32; ++lane) {
+          const int row = lane / 4, column = lane % 4 * per_word;
+          for (int e = 0; e < per_word; ++e) {
+            for (int i = 0; i < 4; ++i) left[row + i % 2 * 8][column + i / 2 * k / 2 + e] = element(in[lane]->a[i], e);
+            for (int i = 0; i < 2; ++i) right[column + i * k / 2 + e][row] = element(in[lane]->b[i], e);
+          }
+        }
+        for (int lane = 0; lane < 32; ++lane) {
+          for (int i = 0; i < 4; ++i) {
+            float sum = in[lane]->sums[i];
+            for (int e = 0; e < k; ++e) sum += left[lane / 4 + i / 2 * 8][e] * right[e][lane % 4 * 2 + i % 2];
+            out[lane]->at[i] = sum;
+          }
+        }
+      },
+      site);
+  for (int i = 0; i < 4; ++i) sums[i] = result.at[i];
+}
+
+}  // namespace cuda_on_cpu
+
+inline void multiply_half(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                          cuda_on_cpu::Site site = cuda_on_cpu::Site::here("multiply_half")) {
+  cuda_on_cpu::multiply_fragments<16>(
+      sums, a, b0, b1,
+      [](unsigned word, int e) { return half_to_float(static_cast<unsigned short>(word >> (16 * e))); }, site);
+}
+
+inline void multiply_bfloat16(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                              cuda_on_cpu::Site site = cuda_on_cpu::Site::here("multiply_bfloat16")) {
+  cuda_on_cpu::multiply_fragments<16>(
+      sums, a, b0, b1, [](unsigned word, int e) { return __uint_as_float((e ? word >> 16 : word & 0xffffu) << 16); },
+      site);
+}
+
+// The lower 13 bits of an operand are not looked at, as in the hardware.
+inline void multiply_tf32(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                          cuda_on_cpu::Site site = cuda_on_cpu::Site::here("multiply_tf32")) {
+  cuda_on_cpu::multiply_fragments<8>(
+      sums, a, b0, b1, [](unsigned word, int) { return __uint_as_float(word & 0xffffe000u); }, site);
+}
+
+inline float round_to_tf32(float value) {
+  const unsigned bits = __float_as_uint(value);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? value : __uint_as_float((bits + 0x1000u) & 0xffffe000u);
+}
+
+inline void load_matrices(unsigned (&fragment)[4], const void* row,
+                          cuda_on_cpu::Site site = cuda_on_cpu::Site::here("load_matrices")) {
+  if (reinterpret_cast<unsigned long long>(row) % 16) cuda_on_cpu::fail("load_matrices: row not 16-byte aligned");
+  struct Words {
+    unsigned at[4];
+  };
+  Words words;
+  cuda_on_cpu::collective(
+      0xffffffffu, row, words,
+      [](const void* const* const* in, Words* const* out, unsigned) {
+        for (int lane = 0; lane < 32; ++lane) {
+          for (int i = 0; i < 4; ++i) {
+            __builtin_memcpy(&out[lane]->at[i], static_cast<const char*>(*in[8 * i + lane / 4]) + lane % 4 * 4, 4);
+          }
+        }
+      },
+      site);
+  for (int i = 0; i < 4; ++i) fragment[i] = words.at[i];
+}
+
+inline unsigned pack_half(float low, float high) {
+  return float_to_half(low) | static_cast<unsigned>(float_to_half(high)) << 16;
+}
+
+inline unsigned pack_bfloat16(float low, float high) {
+  const auto round = [](float value) {
+    const unsigned bits = __float_as_uint(value);
+    return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  };
+  return round(low) | round(high) << 16;
+}
+
+inline void copy_16_async(void* shared, const void* global, bool valid,
+                          cuda_on_cpu::Site site = cuda_on_cpu::Site::here("copy_16_async")) {
+  cuda_on_cpu::copy_async(shared, global, 16, valid ? 16 : 0, site);
+}
+
+inline void commit_copies() { cuda_on_cpu::copy_async_commit(); }
+
+template <int pending>
+inline void wait_for_copies() {
+  cuda_on_cpu::copy_async_wait(pending);
+}
+
 #else
 
 #define DCN_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
@@ -58,5 +171,70 @@ __device__ __forceinline__ void add_4(float* to, float a, float b, float c, floa
   atomicAdd(to + 3, d);
 #endif
 }
+
+// What follows needs sm_80.
+
+__device__ __forceinline__ unsigned shared_address(const void* shared) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+}
+
+// The products of tensor cores, 32 lanes together: sums [16, 8] += a [16, k] * b [k, 8], where a row of a and a column
+// of b have 32 bytes: k is 16 for 16-bit elements and 8 for TF32. A fragment holds, in the order of the instruction,
+// what load_matrices delivers.
+#define DCN_MULTIPLY(name, instruction)                                                                      \
+  __device__ __forceinline__ void name(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { \
+    asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"              \
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                            \
+  }
+#if __CUDA_ARCH__ >= 800
+DCN_MULTIPLY(multiply_half, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
+DCN_MULTIPLY(multiply_bfloat16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
+DCN_MULTIPLY(multiply_tf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
+
+__device__ __forceinline__ float round_to_tf32(float value) {
+  unsigned rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
+  return __uint_as_float(rounded);
+}
+
+// Two floats as 16-bit elements, the first in the lower half.
+__device__ __forceinline__ unsigned pack_half(float low, float high) {
+  unsigned packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+__device__ __forceinline__ unsigned pack_bfloat16(float low, float high) {
+  unsigned packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// Four matrices of eight rows of 16 bytes: lane l points at row l % 8 of matrix l / 8, and gets the 32-bit word l % 4
+// of row l / 4 of each.
+__device__ __forceinline__ void load_matrices(unsigned (&fragment)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// Copies 16 bytes from global to shared memory, or zeros. The thread sees them after a wait, others after a barrier
+// too.
+__device__ __forceinline__ void copy_16_async(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int pending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+#endif
+#undef DCN_MULTIPLY
 
 #endif

@@ -256,7 +256,12 @@ def _current_device() -> Device:
 @functools.cache
 def _describe(index: int) -> Device:
     device = cupy.cuda.Device(index)
-    return Device(index, int(device.compute_capability), int(device.attributes["MultiProcessorCount"]))
+    return Device(
+        index,
+        int(device.compute_capability),
+        int(device.attributes["MultiProcessorCount"]),
+        int(device.attributes["MaxSharedMemoryPerBlockOptin"]),
+    )
 
 
 def _pointer(array: cupy.ndarray) -> int:

@@ -6,10 +6,11 @@ for that, stand in `host_compiler.py`.
 """
 
 from tests.cuda_on_cpu.host_compiler import HostCompiler, HostKernel, KernelFault
-from tests.cuda_on_cpu.host_engine import HostArrays, host_engine, matmul
+from tests.cuda_on_cpu.host_engine import HOPPER, HostArrays, host_engine, matmul
 from tests.cuda_on_cpu.sanitizers import is_sanitized, run_sanitized
 
 __all__ = [
+    "HOPPER",
     "HostArrays",
     "HostCompiler",
     "HostKernel",

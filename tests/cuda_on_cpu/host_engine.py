@@ -11,7 +11,10 @@ from dcnops._kernels import Device, Engine
 from tests.cuda_on_cpu.host_compiler import HostCompiler
 from tests.cuda_on_cpu.sanitizers import is_sanitized
 
-__all__ = ["HostArrays", "host_engine", "matmul"]
+__all__ = ["HOPPER", "HostArrays", "host_engine", "matmul"]
+
+HOPPER = Device(0, 90, 4, 227 * 1024)
+"""What plans believe to run on: compute capability 9.0, but with few multiprocessors, as the tests' sizes are small."""
 
 _ALIGNMENT = 256
 """Of every allocation, as CUDA's allocator gives it."""
@@ -90,7 +93,7 @@ def host_engine(
     single_block: bool = False,
     threads: int = 1,
     sanitize: bool | None = None,
-    device: Device = Device(0, 90, 4),
+    device: Device = HOPPER,
 ) -> Engine:
     """An engine whose kernels run on the CPU; see `HostCompiler` for the parameters.
 

@@ -7,13 +7,14 @@ from math import gcd
 from typing import Any
 
 from dcnops._backends.launch_plans.layout import (
-    WORKSPACE_BYTES,
     ITEMSIZE,
     MAX_BLOCKS,
     SCALAR,
     THREADS,
     VECTOR_BYTES,
     WARP,
+    WORKSPACE_BYTES,
+    LayoutJob,
     RowRange,
     all_pixels,
     all_rows,
@@ -21,9 +22,8 @@ from dcnops._backends.launch_plans.layout import (
     channel_lanes,
     channel_sums,
     data_macros,
-    empty_images,
-    put_rows,
     row_ranges,
+    rows_job,
     sum_dtype,
     take_rows,
 )
@@ -33,9 +33,9 @@ from dcnops._kernels import Engine
 __all__ = [
     "SAMPLE_BYTES",
     "DeformConvBackwardParams",
-    "DeformConvForwardParams",
-    "deform_conv2d",
+    "SampleLaunch",
     "deform_conv2d_backward",
+    "filters_job",
 ]
 
 SAMPLE_BYTES = 72
@@ -43,20 +43,6 @@ SAMPLE_BYTES = 72
 
 _pointer = ctypes.c_void_p
 _int = ctypes.c_int
-
-
-class DeformConvForwardParams(ctypes.Structure):
-    """What the kernel of deform_conv2d_forward.cu takes."""
-
-    _fields_ = [
-        ("input", _pointer),
-        ("offset", _pointer),
-        ("mask", _pointer),
-        ("columns", _pointer),
-        ("size", DeformConvSizes),
-        ("range", RowRange),
-        ("tile_rows", _int),
-    ]
 
 
 class DeformConvBackwardParams(ctypes.Structure):
@@ -80,49 +66,6 @@ class DeformConvBackwardParams(ctypes.Structure):
         ("lists", ctypes.c_longlong),
         ("tile_rows", _int),
     ]
-
-
-def deform_conv2d(
-    engine: Engine,
-    geometry: DeformConvGeometry,
-    input: Any,
-    offset: Any,
-    weight: Any,
-    bias: Any | None,
-    mask: Any | None,
-    chunk_bytes: int = WORKSPACE_BYTES,
-    precision: str = "ieee",
-) -> Any:
-    """The output [N, O, oh, ow] of contiguous arrays; `input` may be channels-last, and then the output is."""
-    offset, mask = (None if array is None else engine.xp.ascontiguousarray(array) for array in (offset, mask))
-    g = geometry
-    dtype = str(input.dtype.name)
-    output = empty_images(engine, g.output_shape, input.dtype, input)
-    input_rows = all_rows(engine, input, g.N, g.C, g.H * g.W)
-    filters = _filter_rows(engine, g, weight)
-    samples = _SampleLaunch(engine, g, dtype, offset)
-
-    chunk = _chunk_rows(g, chunk_bytes // ITEMSIZE[dtype])
-    columns = engine.empty((min(chunk, g.N * g.pixels), g.G, g.K * g.C // g.G), input.dtype)
-    output_rows = engine.empty((columns.shape[0], g.O), sum_dtype(engine, input.dtype))
-    for rows in row_ranges(g.N, g.pixels, chunk):
-        samples.launch(
-            "deform_conv2d_forward",
-            "deform_conv2d_columns",
-            DeformConvForwardParams(
-                engine.pointer(input_rows),
-                engine.pointer(offset),
-                engine.pointer(mask),
-                engine.pointer(columns),
-                g.params(),
-                rows,
-                samples.tile_rows,
-            ),
-            rows.rows,
-        )
-        _multiply_columns(engine, columns[: rows.rows], filters, output_rows[: rows.rows], precision)
-        put_rows(engine, output_rows, output, g.O, g.pixels, rows, bias)
-    return output
 
 
 def deform_conv2d_backward(
@@ -161,7 +104,7 @@ def deform_conv2d_backward(
 
     input_rows = all_rows(engine, input, g.N, g.C, g.H * g.W)
     filters = _filter_rows(engine, g, weight)
-    samples = _SampleLaunch(engine, g, dtype, offset)
+    samples = SampleLaunch(engine, g, dtype, offset)
     grad_input = engine.zeros((g.N * g.H * g.W, g.C), sums) if "input" in needs else None
     grad_filters = engine.zeros((g.G, g.O // g.G, g.K * g.C // g.G), sums) if "weight" in needs else None
 
@@ -193,13 +136,15 @@ def deform_conv2d_backward(
             range=rows,
             tile_rows=samples.tile_rows,
         )
+        from dcnops._backends.launch_plans import deform_conv2d_forward
+
         if sampled:
             samples.launch("deform_conv2d_backward", "deform_conv2d_grad_samples", params, rows.rows)
         elif columns is not None:
             samples.launch(
                 "deform_conv2d_forward",
                 "deform_conv2d_columns",
-                DeformConvForwardParams(
+                deform_conv2d_forward.DeformConvForwardParams(
                     params.input, params.offset, params.mask, params.columns, params.size, rows, samples.tile_rows
                 ),
                 rows.rows,
@@ -220,7 +165,7 @@ def deform_conv2d_backward(
     return gradients
 
 
-class _SampleLaunch:
+class SampleLaunch:
     """How the kernels that work on sampling points are launched for one call.
 
     The x dimension of a block runs over the channel vectors of a sampling point, y over sampling points.
@@ -281,11 +226,10 @@ def _chunk_rows(geometry: DeformConvGeometry, elements: int) -> int:
     return max(1, elements // (geometry.K * geometry.C))
 
 
-def _multiply_columns(engine: Engine, columns: Any, filters: Any, output_rows: Any, precision: str) -> None:
-    """output_rows [rows, O] = columns [rows, G, K*C/G] times filters [G, O/G, K*C/G], group by group."""
-    rows, G, _ = columns.shape
-    by_group = output_rows.reshape(rows, G, filters.shape[1]).transpose(1, 0, 2)
-    engine.matmul(columns.transpose(1, 0, 2), filters.transpose(0, 2, 1), by_group, False, precision)
+def filters_job(engine: Engine, geometry: DeformConvGeometry, weight: Any, filters: Any) -> LayoutJob:
+    """Write weights [O, C/G, kh, kw] to `filters` [O, K, C/G], channels innermost as in the columns."""
+    g = geometry
+    return rows_job(engine, weight, g.C // g.G, g.K, RowRange(0, 0, g.O * g.K), filters)
 
 
 def _filter_rows(engine: Engine, geometry: DeformConvGeometry, weight: Any) -> Any:

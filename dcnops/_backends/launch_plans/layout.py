@@ -35,6 +35,7 @@ __all__ = [
     "channel_sums_jobs",
     "data_macros",
     "empty_images",
+    "fill_job",
     "is_channels_last",
     "layout_params",
     "layout_tiles",
@@ -64,6 +65,7 @@ _TILE = 32
 _SHARED_BYTES = _TILE * (_TILE + 1) * 8
 _MAX_ROWS = 2**30
 _PART_ROWS = 1024
+_FILL = 4096
 
 
 class RowRange(ctypes.Structure):
@@ -81,6 +83,7 @@ class LayoutTask(IntEnum):
     SUM_PIXELS = 3
     SUM_ROWS = 4
     SUM_ROW_PARTS = 5
+    FILL_PIXELS = 6
 
 
 class LayoutJob(ctypes.Structure):
@@ -213,6 +216,14 @@ def channel_sums_jobs(engine: Engine, images: Any, N: int, C: int, P: int, resul
     second = LayoutJob(engine.pointer(partial), None, engine.pointer(result), LayoutTask.SUM_ROWS, 0, C, parts)
     second.tiles = ceil_div(C, _TILE)
     return first, second, partial
+
+
+def fill_job(engine: Engine, bias: Any, images: Any, N: int, C: int, P: int) -> LayoutJob:
+    """Fill images [N, C, P], in either memory order, with `bias` [C]."""
+    sizes = (N * P, C, 1) if is_channels_last(images) else (N, C, P)
+    job = LayoutJob(engine.pointer(bias), None, engine.pointer(images), LayoutTask.FILL_PIXELS, *sizes)
+    job.tiles = ceil_div(N * C * P, _FILL)
+    return job
 
 
 def all_rows(engine: Engine, images: Any, N: int, C: int, P: int) -> Any:

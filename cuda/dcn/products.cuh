@@ -1,0 +1,197 @@
+// Products of two tiles in shared memory, kTileRows rows of `a` with `outputs` rows of `b`: sums[row, output] += the
+// dot product of 128 bytes of each. All 256 threads of a block work together. How they share the sums is the business
+// of each class; `visit` calls a function with (row, output, sum) for each sum that a thread holds.
+
+#include "dcn/types.cuh"
+
+constexpr int kTileRows = 128;
+constexpr int kRowBytes = 128;
+constexpr int kPieces = kRowBytes / 16;
+
+// Where piece i of 16 bytes of a row lies: permuted, so that eight rows' pieces of the same number, as load_matrices
+// wants them, and the eight pieces of a row, as they are written, fall on different banks.
+__device__ __forceinline__ unsigned char* piece_of(unsigned char* tile, int row, int i) {
+  return tile + row * kRowBytes + ((i ^ (row & 7)) << 4);
+}
+
+// One instruction of the tensor cores.
+template <typename T>
+struct Multiply;
+template <>
+struct Multiply<Half> {
+  static __device__ __forceinline__ void run(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    multiply_half(sums, a, b0, b1);
+  }
+};
+template <>
+struct Multiply<BFloat16> {
+  static __device__ __forceinline__ void run(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    multiply_bfloat16(sums, a, b0, b1);
+  }
+};
+template <>
+struct Multiply<float> {
+  static __device__ __forceinline__ void run(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    multiply_tf32(sums, a, b0, b1);
+  }
+};
+
+// The operand as the tensor cores see it: a float is rounded to TF32, 16 bits are taken as they are.
+template <typename T>
+__device__ __forceinline__ unsigned tensor_operand(unsigned bits) {
+  return bits;
+}
+template <>
+__device__ __forceinline__ unsigned tensor_operand<float>(unsigned bits) {
+  return __float_as_uint(round_to_tf32(__uint_as_float(bits)));
+}
+
+// Fragments of 16 rows by 8 outputs: a warp has kI x kJ of them.
+template <int outputs>
+struct TensorSums {
+  static constexpr int kAcross = outputs >= 128 ? 4 : 2, kDown = 8 / kAcross;  // warps
+  static constexpr int kI = kTileRows / kDown / 16, kJ = outputs / kAcross / 8;
+  float at[kI][kJ][4];
+  int row, output, lane;  // the warp's first ones
+
+  __device__ __forceinline__ TensorSums() : at{} {
+    const int warp = threadIdx.x / 32;
+    lane = threadIdx.x % 32;
+    row = warp / kAcross * kI * 16;
+    output = warp % kAcross * kJ * 8;
+  }
+
+  // Two pieces of 16 rows of a, and of 16 rows of b: words 0 and 1 belong to the first eight outputs.
+  __device__ __forceinline__ void load_a(unsigned (&fragment)[4], unsigned char* a, int i, int pair) const {
+    load_matrices(fragment, piece_of(a, row + 16 * i + lane % 16, 2 * pair + lane / 16));
+  }
+  __device__ __forceinline__ void load_b(unsigned (&fragment)[4], unsigned char* b, int j, int pair) const {
+    load_matrices(fragment, piece_of(b, output + 8 * j + lane % 8 + lane / 16 * 8, 2 * pair + lane / 8 % 2));
+  }
+
+  template <typename Visit>
+  __device__ __forceinline__ void visit(Visit see) const {
+#pragma unroll
+    for (int i = 0; i < kI; ++i) {
+#pragma unroll
+      for (int j = 0; j < kJ; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          see(row + 16 * i + lane / 4 + e / 2 * 8, output + 8 * j + lane % 4 * 2 + e % 2, at[i][j][e]);
+        }
+      }
+    }
+  }
+};
+
+// 16-bit elements, whose products are exact, or floats as TF32. Rows of `a` are operands already.
+template <typename T, int outputs>
+struct TensorProduct : TensorSums<outputs> {
+  using TensorSums<outputs>::kI;
+  using TensorSums<outputs>::kJ;
+  static constexpr bool kRoundsA = true;
+
+  __device__ __forceinline__ void add(unsigned char* a, unsigned char* b, int pair) {
+    unsigned left[kI][4];
+#pragma unroll
+    for (int i = 0; i < kI; ++i) this->load_a(left[i], a, i, pair);
+#pragma unroll
+    for (int j = 0; j < kJ; j += 2) {
+      unsigned right[4];
+      this->load_b(right, b, j, pair);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) right[e] = tensor_operand<T>(right[e]);
+#pragma unroll
+      for (int i = 0; i < kI; ++i) {
+        Multiply<T>::run(this->at[i][j], left[i], right[0], right[1]);
+        Multiply<T>::run(this->at[i][j + 1], left[i], right[2], right[3]);
+      }
+    }
+  }
+};
+
+// A float as the sum of two TF32 numbers, which together have 21 bits of it. What is not finite is all in `large`;
+// `finite` is `large` without that, for 0 * inf is not what the float's product would be.
+struct SplitFragment {
+  unsigned large[4], small[4], finite[4];
+
+  __device__ __forceinline__ explicit SplitFragment(const unsigned (&bits)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float value = __uint_as_float(bits[e]), rounded = round_to_tf32(value);
+      const bool is_number = is_finite(rounded);
+      large[e] = __float_as_uint(rounded);
+      finite[e] = is_number ? large[e] : 0u;
+      small[e] = is_number ? __float_as_uint(round_to_tf32(value - rounded)) : 0u;
+    }
+  }
+};
+
+// Floats at nearly their own accuracy: three TF32 products, of which the smaller ones are added first.
+template <typename T, int outputs>
+struct SplitTensorProduct : TensorSums<outputs> {
+  using TensorSums<outputs>::kI;
+  using TensorSums<outputs>::kJ;
+  static constexpr bool kRoundsA = false;
+
+  __device__ __forceinline__ void add(unsigned char* a, unsigned char* b, int pair) {
+#pragma unroll
+    for (int i = 0; i < kI; ++i) {
+      unsigned bits[4];
+      this->load_a(bits, a, i, pair);
+      const SplitFragment left(bits);
+#pragma unroll
+      for (int j = 0; j < kJ; j += 2) {
+        this->load_b(bits, b, j, pair);
+        const SplitFragment right(bits);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float (&sums)[4] = this->at[i][j + h];
+          multiply_tf32(sums, left.small, right.finite[2 * h], right.finite[2 * h + 1]);
+          multiply_tf32(sums, left.finite, right.small[2 * h], right.small[2 * h + 1]);
+          multiply_tf32(sums, left.large, right.large[2 * h], right.large[2 * h + 1]);
+        }
+      }
+    }
+  }
+};
+
+// Floats by fused multiply-adds: a thread has every sixteenth row and output.
+template <typename T, int outputs>
+struct FmaProduct {
+  static constexpr bool kRoundsA = false;
+  static constexpr int kI = kTileRows / 16, kJ = outputs / 16;
+  float at[kI][kJ];
+
+  __device__ __forceinline__ FmaProduct() : at{} {}
+
+  __device__ __forceinline__ void add(unsigned char* a, unsigned char* b, int pair) {
+    using Piece = Vector<float, 4>;
+    const int row = threadIdx.x % 16, output = threadIdx.x / 16;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Piece left[kI];
+#pragma unroll
+      for (int i = 0; i < kI; ++i)
+        left[i] = *reinterpret_cast<const Piece*>(piece_of(a, row + 16 * i, 2 * pair + half));
+#pragma unroll
+      for (int j = 0; j < kJ; ++j) {
+        const Piece right = *reinterpret_cast<const Piece*>(piece_of(b, output + 16 * j, 2 * pair + half));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+#pragma unroll
+          for (int i = 0; i < kI; ++i) at[i][j] += left[i].at[e] * right.at[e];
+        }
+      }
+    }
+  }
+
+  template <typename Visit>
+  __device__ __forceinline__ void visit(Visit see) const {
+#pragma unroll
+    for (int i = 0; i < kI; ++i) {
+#pragma unroll
+      for (int j = 0; j < kJ; ++j) see(threadIdx.x % 16 + 16 * i, threadIdx.x / 16 + 16 * j, at[i][j]);
+    }
+  }
+};

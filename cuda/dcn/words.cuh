@@ -1,0 +1,33 @@
+// Elements in 32-bit registers, two of 16 bits or a float: what loads and stores of 16 bytes consist of.
+
+#include "dcn/types.cuh"
+
+using Words = Vector<unsigned, 4>;
+
+template <typename T>
+struct Word;
+
+template <>
+struct Word<Half> {
+  static constexpr int kElements = 2;
+  static __device__ __forceinline__ float get(unsigned word, int e) {
+    return half_to_float(static_cast<unsigned short>(e ? word >> 16 : word));
+  }
+  static __device__ __forceinline__ unsigned put(const float (&value)[2]) { return pack_half(value[0], value[1]); }
+};
+
+template <>
+struct Word<BFloat16> {
+  static constexpr int kElements = 2;
+  static __device__ __forceinline__ float get(unsigned word, int e) {
+    return __uint_as_float(e ? word & 0xffff0000u : word << 16);
+  }
+  static __device__ __forceinline__ unsigned put(const float (&value)[2]) { return pack_bfloat16(value[0], value[1]); }
+};
+
+template <>
+struct Word<float> {
+  static constexpr int kElements = 1;
+  static __device__ __forceinline__ float get(unsigned word, int) { return __uint_as_float(word); }
+  static __device__ __forceinline__ unsigned put(const float (&value)[1]) { return __float_as_uint(value[0]); }
+};
