@@ -21,6 +21,8 @@ from jax.experimental.buffer_callback import Buffer, ExecutionContext, buffer_ca
 from dcnops._dispatch import FLOAT_DTYPES, check_arrays, load_backend
 from dcnops._errors import ArgumentError, DeviceError, DtypeError
 from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry, Padding, Pair
+from dcnops._layout import NCHW, Layout, check_layout
+from dcnops._precision import check_precision
 
 from .cuda_stream import CudaStream
 
@@ -43,6 +45,9 @@ def deform_conv2d(
     padding: Padding = 0,
     dilation: Pair = 1,
     mask: Array | None = None,
+    *,
+    layout: str = "NCHW",
+    precision: str | None = None,
 ) -> jax.Array:
     """Deformable convolution on JAX arrays; modulated (v2) when `mask` is given.
 
@@ -51,10 +56,11 @@ def deform_conv2d(
 
     Parameters
     ----------
-    input : array [N, C, H, W], float16, bfloat16, float32 or float64
+    input : array [N, C, H, W] or [N, H, W, C], float16, bfloat16, float32 or float64
         The images. N may be 0.
-    offset : array [N, 2*D*kh*kw, oh, ow], dtype of `input` (beside 16-bit data also float32), in pixels
-        Shift of each sampling point: vertical, then horizontal, tap by tap, for each of D deformable groups.
+    offset : array [N, 2*D*kh*kw, oh, ow] or [N, oh, ow, 2*D*kh*kw], in pixels
+        Shift of each sampling point: vertical, then horizontal, tap by tap, for each of D deformable groups. In the
+        dtype of `input`; beside 16-bit data also float32.
     weight : array [O, C/G, kh, kw], dtype of `input`
         The filters of G weight groups.
     bias : array [O], dtype of `input`, optional
@@ -62,19 +68,23 @@ def deform_conv2d(
         Python integers, also under `jax.jit`: they decide about shapes.
     padding : int, (vertical, horizontal) or ((top, bottom), (left, right)), in pixels
         Zero padding; Python integers.
-    mask : array [N, D*kh*kw, oh, ow], dtype of `offset`, optional
+    mask : array [N, D*kh*kw, oh, ow] or [N, oh, ow, D*kh*kw], dtype of `offset`, optional
         Factor of each sampling point.
+    layout : "NCHW" or "NHWC"
+        Which of the two orders of axes `input`, `offset`, `mask` and the result have.
+    precision : "ieee", "tf32" or "3xtf32", optional
+        How float32 products are computed on a GPU, as in `dcnops.deform_conv2d`.
 
     Returns
     -------
-    jax.Array [N, O, oh, ow], dtype of `input`
+    jax.Array [N, O, oh, ow] or [N, oh, ow, O], dtype of `input`
 
     Raises
     ------
     ShapeError
         An array has the wrong rank or size.
     ArgumentError
-        `stride`, `padding` or `dilation` is not legal.
+        `stride`, `padding`, `dilation`, `layout` or `precision` is not legal.
     DtypeError
         An argument is no JAX or NumPy array, or has the wrong dtype.
     NotImplementedError
@@ -84,7 +94,7 @@ def deform_conv2d(
     -----
     Errors are raised while the call is traced. `jax.vmap` calls the operation once for each element of the new axis;
     a larger N is faster. There are first derivatives in reverse mode only, and those that nobody asks for are not
-    computed.
+    computed. ``jax.default_matmul_precision``, whose meaning depends on the platform, has no influence on `precision`.
 
     On a GPU the work is done by CuPy, which needs memory of its own beside what JAX sets aside at its start
     (``XLA_PYTHON_CLIENT_MEM_FRACTION``). A computation that is sharded over devices belongs in `jax.shard_map`:
@@ -104,14 +114,19 @@ def deform_conv2d(
     >>> gradient(offset)[0, :, 1, 1].tolist()  # one pixel down adds 4, one pixel right adds 1
     [4.0, 1.0]
     """
+    order = check_layout(layout)
+    check_precision(precision)
     _check_known(stride=stride, padding=padding, dilation=dilation)
     optional = ("bias", "mask")
     data = _arrays({"input": input, "weight": weight, "bias": bias}, optional)
     sampling = _arrays({"offset": offset, "mask": mask}, optional)
     check_arrays(_stand_ins(data), _stand_ins(sampling), optional=optional)
     arrays = data | sampling
-    geometry = DeformConvGeometry.check(**_shapes(arrays), stride=stride, padding=padding, dilation=dilation)
-    return _operate("deform_conv2d", geometry, _equally_varying(arrays))
+    geometry = DeformConvGeometry.check(
+        **_shapes(arrays), stride=stride, padding=padding, dilation=dilation, layout=order
+    )
+    operation = _Operation("deform_conv2d", geometry, order, ("input", "offset", "mask"), (("precision", precision),))
+    return _operate(operation, _equally_varying(arrays))
 
 
 def deform_roi_pool(
@@ -124,6 +139,7 @@ def deform_roi_pool(
     spatial_scale: float = 1.0,
     sampling_ratio: int = 2,
     gamma: float = 0.1,
+    layout: str = "NCHW",
 ) -> jax.Array:
     """Deformable RoI pooling on JAX arrays; modulated (v2) with `mask`, RoIAlign without `offset` and `mask`.
 
@@ -132,7 +148,7 @@ def deform_roi_pool(
 
     Parameters
     ----------
-    input : array [N, C, H, W], float16, bfloat16, float32 or float64
+    input : array [N, C, H, W] or [N, H, W, C], float16, bfloat16, float32 or float64
         The feature maps.
     rois : array [R, 5], float16, bfloat16, float32 or float64, in units of the image
         Regions (index of the feature map, x1, y1, x2, y2). R may be 0. Their gradient is 0.
@@ -148,10 +164,12 @@ def deform_roi_pool(
         Samples of a bin along each axis; 0 for as many as the bin has pixels.
     gamma : float
         Factor of the offsets.
+    layout : "NCHW" or "NHWC"
+        Which of the two orders of axes `input` and the result have.
 
     Returns
     -------
-    jax.Array [R, C, P, Q], dtype of `input`
+    jax.Array [R, C, P, Q] or [R, P, Q, C], dtype of `input`
 
     Raises
     ------
@@ -179,6 +197,7 @@ def deform_roi_pool(
     >>> deform_roi_pool(image, rois, output_size=2)[0, 0].tolist()
     [[2.5, 4.5], [10.5, 12.5]]
     """
+    order = check_layout(layout)
     _check_known(output_size=output_size, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio, gamma=gamma)
     optional = ("offset", "mask")
     data, regions = _arrays({"input": input}), _arrays({"rois": rois})
@@ -191,8 +210,26 @@ def deform_roi_pool(
         spatial_scale=spatial_scale,
         sampling_ratio=sampling_ratio,
         gamma=gamma,
+        layout=order,
     )
-    return _operate("deform_roi_pool", geometry, _equally_varying(arrays))
+    return _operate(_Operation("deform_roi_pool", geometry, order, ("input",)), _equally_varying(arrays))
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """One call but for its arrays. Those of equal calls are equal, and JAX compiles them once."""
+
+    name: str
+    geometry: _Geometry
+    layout: Layout = NCHW
+    images: tuple[str, ...] = ()
+    """The arrays in that layout."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """Keyword arguments of both directions."""
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return self.layout.shape(*self.geometry.output_shape)
 
 
 def _check_known(**parameters: Any) -> None:
@@ -269,38 +306,36 @@ def _result(shape: tuple[int, ...], dtype: np.dtype[Any]) -> jax.ShapeDtypeStruc
     return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable(operation: str, geometry: _Geometry, arrays: _Arrays) -> jax.Array:
-    results = {"output": _result(geometry.output_shape, arrays["input"].dtype)}
-    return _call(_Callback(operation, geometry), results, arrays)["output"]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(operation: _Operation, arrays: _Arrays) -> jax.Array:
+    results = {"output": _result(operation.output_shape, arrays["input"].dtype)}
+    return _call(_Callback(operation), results, arrays)["output"]
 
 
-def _forward(
-    operation: str, geometry: _Geometry, primals: _Arrays
-) -> tuple[jax.Array, tuple[_Arrays, dict[str, None]]]:
+def _forward(operation: _Operation, primals: _Arrays) -> tuple[jax.Array, tuple[_Arrays, dict[str, None]]]:
     arrays = {name: None if primal is None else primal.value for name, primal in primals.items()}
     perturbed = {name for name, primal in primals.items() if primal is not None and primal.perturbed}
     # The keys of a dictionary are structure, not values: backward knows them while it is traced.
     needs = dict.fromkeys(sorted(perturbed - {"rois"}))
-    return _differentiable(operation, geometry, arrays), (arrays, needs)
+    return _differentiable(operation, arrays), (arrays, needs)
 
 
 def _backward(
-    operation: str, geometry: _Geometry, residuals: tuple[_Arrays, dict[str, None]], grad_out: jax.Array | SymbolicZero
+    operation: _Operation, residuals: tuple[_Arrays, dict[str, None]], grad_out: jax.Array | SymbolicZero
 ) -> tuple[_Arrays]:
     arrays, needs = residuals
     gradients: _Arrays = {}
     if needs and not isinstance(grad_out, SymbolicZero):
         results = {name: _result(arrays[name].shape, arrays[name].dtype) for name in needs}
         arguments = {"grad_out": grad_out, **{name: array for name, array in arrays.items() if name != "bias"}}
-        gradients = _call(_Callback(operation, geometry, frozenset(needs)), results, arguments)
+        gradients = _call(_Callback(operation, frozenset(needs)), results, arguments)
     return ({name: gradients.get(name) for name in arrays},)
 
 
 _differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
 
 # Compiled for eager calls too: interpreting a function with its own derivative takes JAX far longer.
-_operate: Callable[[str, _Geometry, _Arrays], jax.Array] = jax.jit(_differentiable, static_argnums=(0, 1))
+_operate: Callable[[_Operation, _Arrays], jax.Array] = jax.jit(_differentiable, static_argnums=0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -312,17 +347,16 @@ def _call(callback: _Callback, results: _Arrays, arguments: _Arrays) -> dict[str
 @_call.defjvp
 def _no_derivative(callback: _Callback, *_: object) -> NoReturn:
     raise NotImplementedError(
-        f"{callback.operation} must be differentiated once, in reverse mode, got a second derivative; "
+        f"{callback.operation.name} must be differentiated once, in reverse mode, got a second derivative; "
         f"dcnops.adapters.torch has second derivatives"
     )
 
 
 @dataclass(frozen=True)
 class _Callback:
-    """One direction of an operation, called by XLA. Those of equal calls are equal, and JAX compiles them once."""
+    """One direction of an operation, called by XLA."""
 
-    operation: str
-    geometry: _Geometry
+    operation: _Operation
     needs: frozenset[str] | None = None
     """The gradients to compute; None for the forward pass."""
 
@@ -351,11 +385,17 @@ class _Callback:
         arguments: dict[str, Buffer | None],
     ) -> None:
         backend = load_backend(library.__name__)
+        operation, order = self.operation, self.operation.layout
+        images = {"output", "grad_out", *operation.images}
         arrays = {name: None if buffer is None else view(buffer) for name, buffer in arguments.items()}
+        arrays = {name: order.images(array) if name in images else array for name, array in arrays.items()}
+        options = dict(operation.options)
         if self.needs is None:
-            computed = {"output": getattr(backend, self.operation)(self.geometry, **arrays)}
+            computed = {"output": getattr(backend, operation.name)(operation.geometry, **arrays, **options)}
         else:
-            backward = getattr(backend, f"{self.operation}_backward")
-            computed = backward(self.geometry, **arrays, needs=self.needs, deterministic=False)
+            backward = getattr(backend, f"{operation.name}_backward")
+            computed = backward(operation.geometry, **arrays, needs=self.needs, deterministic=False, **options)
         for name, array in computed.items():
+            if name in images:
+                array = order.array(array, backend.contiguous)
             library.copyto(view(results[name]), array)

@@ -15,6 +15,7 @@ from numbers import Real
 from typing import TypeAlias
 
 from dcnops._errors import ArgumentError, ShapeError
+from dcnops._layout import NCHW, Layout
 
 __all__ = [
     "MAX_EXTENT",
@@ -120,8 +121,11 @@ class DeformConvGeometry:
         stride: Pair,
         padding: Padding,
         dilation: Pair,
+        layout: Layout = NCHW,
     ) -> DeformConvGeometry:
         """Infer every size from the shapes and parameters of one call, or say which is wrong.
+
+        `layout` is the order of the axes of `input`, `offset` and `mask`.
 
         Raises
         ------
@@ -130,18 +134,16 @@ class DeformConvGeometry:
         ArgumentError
             When `stride`, `padding` or `dilation` is not a legal value.
         """
-        for name, shape, letters in (
-            ("input", input, "N, C, H, W"),
-            ("weight", weight, "O, C/G, kh, kw"),
-            ("offset", offset, "N, 2*D*kh*kw, oh, ow"),
-            ("mask", mask, "N, D*kh*kw, oh, ow"),
+        for name, shape, order, letters in (
+            ("input", input, layout, ("N", "C", "H", "W")),
+            ("weight", weight, NCHW, ("O", "C/G", "kh", "kw")),
+            ("offset", offset, layout, ("N", "2*D*kh*kw", "oh", "ow")),
+            ("mask", mask, layout, ("N", "D*kh*kw", "oh", "ow")),
         ):
             if shape is not None and len(shape) != 4:
-                raise ShapeError(f"{name} must have 4 dimensions [{letters}], got shape {shape}")
-        N, C, H, W = input
+                raise ShapeError(f"{name} must have 4 dimensions [{order.text(*letters)}], got shape {shape}")
+        N, C, H, W = _image_sizes(input, layout)
         O, channels_per_group, kh, kw = weight
-        if min(C, H, W) < 1:
-            raise ShapeError(f"input must be [N, C >= 1, H >= 1, W >= 1], got shape {input}")
         if min(O, channels_per_group, kh, kw) < 1:
             raise ShapeError(f"weight must be [O >= 1, C/G >= 1, kh >= 1, kw >= 1], got shape {weight}")
         sh, sw = expand_pair("stride", stride)
@@ -162,33 +164,36 @@ class DeformConvGeometry:
         _check_pixels("input", "oh*ow", oh * ow)
 
         K = kh * kw
-        if (offset[0], *offset[2:]) != (N, oh, ow) or offset[1] % (2 * K) or not offset[1]:
-            raise ShapeError(f"offset must be [N={N}, 2*D*{kh}*{kw}, oh={oh}, ow={ow}], got shape {offset}")
-        D = offset[1] // (2 * K)
+        channels = layout.sizes(offset)[1]
+        needed = layout.text(f"N={N}", f"2*D*{kh}*{kw}", f"oh={oh}", f"ow={ow}")
+        if offset != layout.shape(N, channels, oh, ow) or channels % (2 * K) or not channels:
+            raise ShapeError(f"offset must be [{needed}], got shape {offset}")
+        D = channels // (2 * K)
         if C % D:
             raise ShapeError(
-                f"offset must be [N={N}, 2*D*{kh}*{kw}, oh={oh}, ow={ow}] with D a divisor of input's C={C}, "
-                f"got shape {offset}, that is D={D}"
+                f"offset must be [{needed}] with D a divisor of input's C={C}, got shape {offset}, that is D={D}"
             )
-        if mask is not None and mask != (N, D * K, oh, ow):
-            raise ShapeError(f"mask must be [N={N}, D*kh*kw={D}*{kh}*{kw}, oh={oh}, ow={ow}], got shape {mask}")
+        if mask is not None and mask != layout.shape(N, D * K, oh, ow):
+            needed = layout.text(f"N={N}", f"D*kh*kw={D}*{kh}*{kw}", f"oh={oh}", f"ow={ow}")
+            raise ShapeError(f"mask must be [{needed}], got shape {mask}")
         if bias is not None and bias != (O,):
             raise ShapeError(f"bias must be [O={O}], got shape {bias}")
         return cls(
             N, C, H, W, O, kh, kw, oh, ow, sh, sw, dh, dw, pad_top, pad_bottom, pad_left, pad_right, G, D
         )  # fmt: skip
 
-    def check_grad_out(self, grad_out: tuple[int, ...]) -> None:
-        """Check the shape of the gradient that arrives at the output.
+    def check_grad_out(self, grad_out: tuple[int, ...], layout: Layout = NCHW) -> None:
+        """Check the shape of the gradient that arrives at the output, in `layout`.
 
         Raises
         ------
         ShapeError
             When it is not the shape of the output.
         """
-        if grad_out != self.output_shape:
+        if grad_out != layout.shape(*self.output_shape):
             N, O, oh, ow = self.output_shape
-            raise ShapeError(f"grad_out must be [N={N}, O={O}, oh={oh}, ow={ow}], got shape {grad_out}")
+            needed = layout.text(f"N={N}", f"O={O}", f"oh={oh}", f"ow={ow}")
+            raise ShapeError(f"grad_out must be [{needed}], got shape {grad_out}")
 
 
 class DeformRoIPoolSizes(ctypes.Structure):
@@ -256,8 +261,11 @@ class DeformRoIPoolGeometry:
         spatial_scale: float,
         sampling_ratio: int,
         gamma: float,
+        layout: Layout = NCHW,
     ) -> DeformRoIPoolGeometry:
         """Collect every size from the shapes and parameters of one call, or say which is wrong.
+
+        `layout` is the order of the axes of `input`.
 
         Raises
         ------
@@ -267,10 +275,8 @@ class DeformRoIPoolGeometry:
             When a parameter is not a legal value.
         """
         if len(input) != 4:
-            raise ShapeError(f"input must have 4 dimensions [N, C, H, W], got shape {input}")
-        N, C, H, W = input
-        if min(C, H, W) < 1:
-            raise ShapeError(f"input must be [N, C >= 1, H >= 1, W >= 1], got shape {input}")
+            raise ShapeError(f"input must have 4 dimensions [{layout.text('N', 'C', 'H', 'W')}], got shape {input}")
+        N, C, H, W = _image_sizes(input, layout)
         _check_pixels("input", "height*width", H * W)
         if len(rois) != 2 or rois[1] != 5:
             raise ShapeError(f"rois must be [R, 5] (image, x1, y1, x2, y2), got shape {rois}")
@@ -284,17 +290,25 @@ class DeformRoIPoolGeometry:
             raise ShapeError(f"mask must be [R={R}, P={P}, Q={Q}], got shape {mask}")
         return cls(N, C, H, W, R, P, Q, ratio, scale, factor)
 
-    def check_grad_out(self, grad_out: tuple[int, ...]) -> None:
-        """Check the shape of the gradient that arrives at the output.
+    def check_grad_out(self, grad_out: tuple[int, ...], layout: Layout = NCHW) -> None:
+        """Check the shape of the gradient that arrives at the output, in `layout`.
 
         Raises
         ------
         ShapeError
             When it is not the shape of the output.
         """
-        if grad_out != self.output_shape:
+        if grad_out != layout.shape(*self.output_shape):
             R, C, P, Q = self.output_shape
-            raise ShapeError(f"grad_out must be [R={R}, C={C}, P={P}, Q={Q}], got shape {grad_out}")
+            needed = layout.text(f"R={R}", f"C={C}", f"P={P}", f"Q={Q}")
+            raise ShapeError(f"grad_out must be [{needed}], got shape {grad_out}")
+
+
+def _image_sizes(input: tuple[int, ...], layout: Layout) -> tuple[int, int, int, int]:
+    N, C, H, W = layout.sizes(input)
+    if min(C, H, W) < 1:
+        raise ShapeError(f"input must be [{layout.text('N', 'C >= 1', 'H >= 1', 'W >= 1')}], got shape {input}")
+    return N, C, H, W
 
 
 def check_sampling(sampling_ratio: int, spatial_scale: float, gamma: float) -> tuple[int, float, float]:

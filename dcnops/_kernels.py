@@ -53,7 +53,8 @@ class Engine:
         ``compile(source, kernel, options)`` returns a `Launcher` for the kernel of that name in a self-contained
         CUDA source; `options` are NVRTC's.
     matmul : callable
-        ``matmul(a, b, out, accumulate)`` computes ``out (+)= a @ b`` on stacks of matrices, see `Engine.matmul`.
+        ``matmul(a, b, out, accumulate, precision)`` computes ``out (+)= a @ b`` on stacks of matrices, see
+        `Engine.matmul`.
     device : callable
         Describes the current `Device`; kernels are compiled once for each.
     pointer : callable
@@ -64,7 +65,7 @@ class Engine:
         self,
         xp: Any,
         compile: Callable[[str, str, tuple[str, ...]], Launcher],
-        matmul: Callable[[Any, Any, Any, bool], None],
+        matmul: Callable[[Any, Any, Any, bool, str], None],
         device: Callable[[], Device],
         pointer: Callable[[Any], int],
     ) -> None:
@@ -119,7 +120,7 @@ class Engine:
                     self._launchers[key] = launcher
         launcher(grid, block, shared_bytes, params)
 
-    def matmul(self, a: Any, b: Any, out: Any, accumulate: bool = False) -> None:
+    def matmul(self, a: Any, b: Any, out: Any, accumulate: bool = False, precision: str = "ieee") -> None:
         """``out (+)= a @ b`` with sums in float32 (float64 for float64).
 
         Parameters
@@ -130,9 +131,12 @@ class Engine:
             dtype of `a`, or float32 for 16-bit `a`; unit stride in N.
         accumulate : bool
             Add to `out` instead of overwriting it.
+        precision : str
+            "tf32" allows float32 factors to be rounded to the 10 bits of mantissa that tensor cores take; any other
+            does not.
         """
         if out.size:
-            self._matmul(a, b, out, accumulate)
+            self._matmul(a, b, out, accumulate, precision)
 
 
 def kernel_name(kernel: str, macros: Macros) -> str:

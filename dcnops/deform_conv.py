@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from dcnops._dispatch import ArrayT, check_arrays, load_backend
 from dcnops._geometry import DeformConvGeometry, Padding, Pair
+from dcnops._layout import Layout, check_layout
 from dcnops._needs import check_needs
+from dcnops._precision import check_precision
 
 __all__ = ["DeformConv2dGradients", "deform_conv2d", "deform_conv2d_backward"]
 
@@ -15,7 +17,7 @@ __all__ = ["DeformConv2dGradients", "deform_conv2d", "deform_conv2d_backward"]
 class DeformConv2dGradients(NamedTuple):
     """Gradients of a deformable convolution, `None` where not needed.
 
-    Each has the shape and dtype of the argument it is named after.
+    Each has the shape, layout and dtype of the argument it is named after.
     """
 
     input: Any | None
@@ -34,6 +36,9 @@ def deform_conv2d(
     padding: Padding = 0,
     dilation: Pair = 1,
     mask: ArrayT | None = None,
+    *,
+    layout: str = "NCHW",
+    precision: str | None = None,
 ) -> ArrayT:
     r"""Deformable convolution; modulated (v2) when `mask` is given.
 
@@ -42,24 +47,31 @@ def deform_conv2d(
 
     Parameters
     ----------
-    input : array [N, C, H, W], float16, bfloat16, float32 or float64
+    input : array [N, C, H, W] or [N, H, W, C], float16, bfloat16, float32 or float64
         The images. N may be 0.
-    offset : array [N, 2*D*kh*kw, oh, ow], dtype of `input` (beside 16-bit data also float32), in pixels
-        Shift of each sampling point. Channel ``2*(d*kh*kw + i*kw + j)`` is the vertical shift dy of tap (i, j) in
-        deformable group d, the channel after it the horizontal shift dx. D, the number of deformable groups, is
-        inferred and divides C.
+    offset : array [N, 2*D*kh*kw, oh, ow] or [N, oh, ow, 2*D*kh*kw], in pixels
+        Shift of each sampling point, in the dtype of `input` (beside 16-bit data also float32). Channel
+        ``2*(d*kh*kw + i*kw + j)`` is the vertical shift dy of tap (i, j) in deformable group d, the channel after it
+        the horizontal shift dx. D, the number of deformable groups, is inferred and divides C.
     weight : array [O, C/G, kh, kw], dtype of `input`
         The filters. G, the number of weight groups, is inferred and divides C and O.
     bias : array [O], dtype of `input`, optional
     stride, dilation : int or (vertical, horizontal)
     padding : int, (vertical, horizontal) or ((top, bottom), (left, right)), in pixels
         Zero padding.
-    mask : array [N, D*kh*kw, oh, ow], dtype of `offset`, optional
+    mask : array [N, D*kh*kw, oh, ow] or [N, oh, ow, D*kh*kw], dtype of `offset`, optional
         Factor of each sampling point, channel ``d*kh*kw + i*kw + j``; any real number.
+    layout : "NCHW" or "NHWC"
+        Which of the two orders of axes `input`, `offset`, `mask` and the result have. `weight` has one.
+    precision : "ieee", "tf32" or "3xtf32", optional
+        How float32 products are computed on a GPU: in float32; on tensor cores, with factors rounded to 10 bits of
+        mantissa; or on tensor cores in three such products, about as accurate as float32. By default as CuPy's own
+        are ("ieee" unless the environment variable ``CUPY_TF32`` is 1). It may be done more accurately than asked for,
+        and makes no difference to other dtypes and NumPy arrays.
 
     Returns
     -------
-    array [N, O, oh, ow], dtype of `input`
+    array [N, O, oh, ow] or [N, oh, ow, O], dtype of `input`
         With ``oh = (H + top + bottom - dilation*(kh-1) - 1) // stride + 1`` and `ow` likewise.
 
     Raises
@@ -67,7 +79,7 @@ def deform_conv2d(
     ShapeError
         An array has the wrong rank or size.
     ArgumentError
-        `stride`, `padding` or `dilation` is not legal.
+        `stride`, `padding`, `dilation`, `layout` or `precision` is not legal.
     DtypeError
         An argument is no NumPy or CuPy array, or has the wrong dtype.
     DeviceError
@@ -98,14 +110,23 @@ def deform_conv2d(
     >>> offset[:, 1] = 0.5  # every sampling point half a pixel to the right
     >>> dcnops.deform_conv2d(image, offset, weight)[0, 0, 0]
     array([0.5, 1.5, 2.5, 1.5], dtype=float32)
+    >>> channels_last = [np.ascontiguousarray(array.transpose(0, 2, 3, 1)) for array in (image, offset)]
+    >>> dcnops.deform_conv2d(*channels_last, weight, layout="NHWC")[0, 0, :, 0]
+    array([0.5, 1.5, 2.5, 1.5], dtype=float32)
     """
+    order = check_layout(layout)
+    check_precision(precision)
     library = check_arrays(
         {"input": input, "weight": weight, "bias": bias},
         {"offset": offset, "mask": mask},
         optional=("bias", "mask"),
     )
-    geometry = _geometry(input, offset, weight, bias, stride, padding, dilation, mask)
-    result: ArrayT = load_backend(library).deform_conv2d(geometry, input, offset, weight, bias, mask)
+    geometry = _geometry(input, offset, weight, bias, stride, padding, dilation, mask, order)
+    backend = load_backend(library)
+    output = backend.deform_conv2d(
+        geometry, order.images(input), order.images(offset), weight, bias, order.images(mask), precision
+    )
+    result: ArrayT = order.array(output, backend.contiguous)
     return result
 
 
@@ -121,15 +142,18 @@ def deform_conv2d_backward(
     mask: ArrayT | None = None,
     needs: Iterable[str] = DeformConv2dGradients._fields,
     deterministic: bool = False,
+    *,
+    layout: str = "NCHW",
+    precision: str | None = None,
 ) -> DeformConv2dGradients:
     """Gradients of `deform_conv2d` with respect to its arrays.
 
     Parameters
     ----------
-    grad_out : array [N, O, oh, ow], dtype of `input`
+    grad_out : array [N, O, oh, ow] or [N, oh, ow, O], dtype of `input`
         Gradient of a scalar with respect to the output.
-    input, offset, weight, bias, stride, padding, dilation, mask
-        The arguments of the forward call.
+    input, offset, weight, bias, stride, padding, dilation, mask, layout, precision
+        The arguments of the forward call; `layout` is also that of `grad_out`.
     needs : iterable of "input", "offset", "weight", "bias", "mask"
         The gradients to compute. Those of arguments that were not given are `None` in any case.
     deterministic : bool
@@ -139,8 +163,8 @@ def deform_conv2d_backward(
     Returns
     -------
     DeformConv2dGradients
-        A named tuple (input, offset, weight, bias, mask); each field is an array of the shape and dtype of its
-        argument, or `None` where not needed.
+        A named tuple (input, offset, weight, bias, mask); each field is an array of the shape, layout and dtype of
+        its argument, or `None` where not needed.
 
     Raises
     ------
@@ -169,18 +193,24 @@ def deform_conv2d_backward(
     >>> grads.weight.item(), grads.input
     (120.0, None)
     """
+    order = check_layout(layout)
+    check_precision(precision)
     library = check_arrays(
         {"input": input, "grad_out": grad_out, "weight": weight, "bias": bias},
         {"offset": offset, "mask": mask},
         optional=("bias", "mask"),
     )
-    geometry = _geometry(input, offset, weight, bias, stride, padding, dilation, mask)
-    geometry.check_grad_out(tuple(grad_out.shape))
+    geometry = _geometry(input, offset, weight, bias, stride, padding, dilation, mask, order)
+    geometry.check_grad_out(tuple(grad_out.shape), order)
     wanted = check_needs(needs, input=input, offset=offset, weight=weight, bias=bias, mask=mask)
-    gradients = load_backend(library).deform_conv2d_backward(
-        geometry, grad_out, input, offset, weight, mask, wanted, deterministic
+    backend = load_backend(library)
+    images = map(order.images, (grad_out, input, offset))
+    gradients = backend.deform_conv2d_backward(
+        geometry, *images, weight, order.images(mask), wanted, deterministic, precision
     )
-    return DeformConv2dGradients(*(gradients.get(name) for name in DeformConv2dGradients._fields))
+    for name in gradients.keys() - {"weight", "bias"}:
+        gradients[name] = order.array(gradients[name], backend.contiguous)
+    return DeformConv2dGradients(*map(gradients.get, DeformConv2dGradients._fields))
 
 
 def _geometry(
@@ -192,6 +222,7 @@ def _geometry(
     padding: Padding,
     dilation: Pair,
     mask: ArrayT | None,
+    layout: Layout,
 ) -> DeformConvGeometry:
     return DeformConvGeometry.check(
         tuple(input.shape),
@@ -202,4 +233,5 @@ def _geometry(
         stride,
         padding,
         dilation,
+        layout,
     )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from dcnops._dispatch import ArrayT, check_arrays, load_backend
 from dcnops._geometry import DeformRoIPoolGeometry, Pair
+from dcnops._layout import Layout, check_layout
 from dcnops._needs import check_needs
 
 __all__ = ["DeformRoIPoolGradients", "deform_roi_pool", "deform_roi_pool_backward"]
@@ -15,7 +16,7 @@ __all__ = ["DeformRoIPoolGradients", "deform_roi_pool", "deform_roi_pool_backwar
 class DeformRoIPoolGradients(NamedTuple):
     """Gradients of a deformable RoI pooling, `None` where not needed.
 
-    Each has the shape and dtype of the argument it is named after.
+    Each has the shape, layout and dtype of the argument it is named after.
     """
 
     input: Any | None
@@ -33,6 +34,7 @@ def deform_roi_pool(
     spatial_scale: float = 1.0,
     sampling_ratio: int = 2,
     gamma: float = 0.1,
+    layout: str = "NCHW",
 ) -> ArrayT:
     r"""Deformable RoI pooling; modulated (v2) when `mask` is given, RoIAlign when neither `offset` nor `mask` is.
 
@@ -41,7 +43,7 @@ def deform_roi_pool(
 
     Parameters
     ----------
-    input : array [N, C, H, W], float16, bfloat16, float32 or float64
+    input : array [N, C, H, W] or [N, H, W, C], float16, bfloat16, float32 or float64
         The feature maps.
     rois : array [R, 5], float16, bfloat16, float32 or float64, in units of the image
         Regions (index of the feature map, x1, y1, x2, y2). R may be 0.
@@ -58,10 +60,12 @@ def deform_roi_pool(
         Samples of a bin along each axis; 0 for as many as the bin has pixels.
     gamma : float
         Factor of the offsets. mmcv's default is 0.1; the papers' formula has none, that is 1.
+    layout : "NCHW" or "NHWC"
+        Which of the two orders of axes `input` and the result have. The other arrays have one.
 
     Returns
     -------
-    array [R, C, P, Q], dtype of `input`
+    array [R, C, P, Q] or [R, P, Q, C], dtype of `input`
 
     Raises
     ------
@@ -107,11 +111,14 @@ def deform_roi_pool(
     array([[ 3.5,  4.5],
            [10.5, 12.5]], dtype=float32)
     """
+    order = check_layout(layout)
     library = check_arrays(
         {"input": input}, {"offset": offset, "mask": mask}, {"rois": rois}, optional=("offset", "mask")
     )
-    geometry = _geometry(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma)
-    result: ArrayT = load_backend(library).deform_roi_pool(geometry, input, rois, offset, mask)
+    geometry = _geometry(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma, order)
+    backend = load_backend(library)
+    output = backend.deform_roi_pool(geometry, order.images(input), rois, offset, mask)
+    result: ArrayT = order.array(output, backend.contiguous)
     return result
 
 
@@ -128,15 +135,16 @@ def deform_roi_pool_backward(
     gamma: float = 0.1,
     needs: Iterable[str] = DeformRoIPoolGradients._fields,
     deterministic: bool = False,
+    layout: str = "NCHW",
 ) -> DeformRoIPoolGradients:
     """Gradients of `deform_roi_pool` with respect to its arrays.
 
     Parameters
     ----------
-    grad_out : array [R, C, P, Q], dtype of `input`
+    grad_out : array [R, C, P, Q] or [R, P, Q, C], dtype of `input`
         Gradient of a scalar with respect to the output.
-    input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma
-        The arguments of the forward call.
+    input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma, layout
+        The arguments of the forward call; `layout` is also that of `grad_out`.
     needs : iterable of "input", "offset", "mask"
         The gradients to compute. Those of arguments that were not given are `None` in any case.
     deterministic : bool
@@ -146,8 +154,8 @@ def deform_roi_pool_backward(
     Returns
     -------
     DeformRoIPoolGradients
-        A named tuple (input, offset, mask); each field is an array of the shape and dtype of its argument, or `None`
-        where not needed. Regions have no gradient.
+        A named tuple (input, offset, mask); each field is an array of the shape, layout and dtype of its argument, or
+        `None` where not needed. Regions have no gradient.
 
     Raises
     ------
@@ -175,18 +183,22 @@ def deform_roi_pool_backward(
     >>> grads.offset.ravel()  # by one region to the right adds 2 * 1, by one region down 2 * 4
     array([2., 8.], dtype=float32)
     """
+    order = check_layout(layout)
     library = check_arrays(
         {"input": input, "grad_out": grad_out},
         {"offset": offset, "mask": mask},
         {"rois": rois},
         optional=("offset", "mask"),
     )
-    geometry = _geometry(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma)
-    geometry.check_grad_out(tuple(grad_out.shape))
+    geometry = _geometry(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma, order)
+    geometry.check_grad_out(tuple(grad_out.shape), order)
     wanted = check_needs(needs, input=input, offset=offset, mask=mask)
     backend = load_backend(library)
-    gradients = backend.deform_roi_pool_backward(geometry, grad_out, input, rois, offset, mask, wanted, deterministic)
-    return DeformRoIPoolGradients(*(gradients.get(name) for name in DeformRoIPoolGradients._fields))
+    gradients = backend.deform_roi_pool_backward(
+        geometry, order.images(grad_out), order.images(input), rois, offset, mask, wanted, deterministic
+    )
+    grad_input = order.array(gradients.get("input"), backend.contiguous)
+    return DeformRoIPoolGradients(grad_input, gradients.get("offset"), gradients.get("mask"))
 
 
 def _geometry(
@@ -198,6 +210,7 @@ def _geometry(
     spatial_scale: float,
     sampling_ratio: int,
     gamma: float,
+    layout: Layout,
 ) -> DeformRoIPoolGeometry:
     return DeformRoIPoolGeometry.check(
         tuple(input.shape),
@@ -208,4 +221,5 @@ def _geometry(
         spatial_scale,
         sampling_ratio,
         gamma,
+        layout,
     )

@@ -190,7 +190,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     compute = adapter._Callback._compute
 
     def recorded(self: Any, *args: Any) -> None:
-        calls.append((self.operation, None if self.needs is None else sorted(self.needs)))
+        calls.append((self.operation.name, None if self.needs is None else sorted(self.needs)))
         compute(self, *args)
 
     monkeypatch.setattr(adapter._Callback, "_compute", recorded)
@@ -219,13 +219,13 @@ def test_arrays_are_not_copied_on_the_way_in(case: Case, monkeypatch: pytest.Mon
     def load_backend(library: str) -> Any:
         assert library == "numpy"
 
-        def operation(geometry: Any, **views: np.ndarray) -> np.ndarray:
+        def operation(geometry: Any, precision: str | None = None, **views: np.ndarray) -> np.ndarray:
             seen.update({name: view.ctypes.data for name, view in views.items()})
             # The array functions copy what they cannot write to.
             assert all(view.flags.writeable and view.flags.aligned for view in views.values())
             return np.zeros(geometry.output_shape, views["input"].dtype)
 
-        return SimpleNamespace(**{case.operation: operation})
+        return SimpleNamespace(**{case.operation: operation, "contiguous": np.ascontiguousarray})
 
     monkeypatch.setattr(adapter, "load_backend", load_backend)
     assert not call(case, **arrays).any()
@@ -482,6 +482,11 @@ class FakeGpu:
         return None if array is None else SimpleNamespace(array=array, __dlpack_device__=lambda: (2, 1))
 
 
+def operation_of(case: Case) -> Any:
+    options = (("precision", None),) if case.operation == "deform_conv2d" else ()
+    return adapter._Operation(case.operation, case.geometry(), options=options)
+
+
 def test_a_gpu_is_used_on_the_stream_of_xla(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: the order of steps only. The test marked `gpu` below runs it."""
     expected = call(case)
@@ -494,14 +499,14 @@ def test_a_gpu_is_used_on_the_stream_of_xla(case: Case, monkeypatch: pytest.Monk
 
     output = np.full(case.grad_out.shape, np.nan, np.float32)
     arguments = {name: cupy.buffer(getattr(case, name)) for name in case.arrays}
-    adapter._Callback(case.operation, case.geometry())(context, {"output": cupy.buffer(output)}, arguments)
+    adapter._Callback(operation_of(case))(context, {"output": cupy.buffer(output)}, arguments)
     np.testing.assert_array_equal(output, expected)
 
     gradients = {name: np.full_like(getattr(case, name), np.nan) for name in case.needs}
     arguments = {"grad_out": cupy.buffer(case.grad_out), **arguments}
     arguments.pop("bias", None)
     results = {name: cupy.buffer(array) for name, array in gradients.items()}
-    adapter._Callback(case.operation, case.geometry(), frozenset(case.needs))(context, results, arguments)
+    adapter._Callback(operation_of(case), frozenset(case.needs))(context, results, arguments)
     for name, gradient in gradients.items():
         np.testing.assert_array_equal(gradient, getattr(expected_gradients, name), err_msg=name)
     assert cupy.entered == []
@@ -512,7 +517,7 @@ def test_a_gpu_without_cupy_says_what_to_install(monkeypatch: pytest.MonkeyPatch
     case = make_conv()
     results = {"output": FakeGpu.buffer(case.grad_out)}
     with pytest.raises(DeviceError, match=r"must be computed by CuPy, got no CuPy; pip install 'dcnops\[cuda13\]'"):
-        adapter._Callback(case.operation, case.geometry())(SimpleNamespace(), results, {})
+        adapter._Callback(operation_of(case))(SimpleNamespace(), results, {})
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from dcnops._errors import DeviceError, DtypeError
 from dcnops._geometry import Padding, Pair, check_sampling, expand_padding, expand_pair
+from dcnops._precision import check_precision
 
 from . import operators
 
@@ -29,6 +30,8 @@ def deform_conv2d(
     padding: Padding = 0,
     dilation: Pair = 1,
     mask: Tensor | None = None,
+    *,
+    precision: str | None = None,
 ) -> Tensor:
     """Deformable convolution of tensors; modulated (v2) when `mask` is given.
 
@@ -45,6 +48,10 @@ def deform_conv2d(
     stride, dilation : int or (vertical, horizontal)
     padding : int, (vertical, horizontal) or ((top, bottom), (left, right)), in pixels
     mask : Tensor [N, D*kh*kw, oh, ow], optional
+    precision : "ieee", "tf32" or "3xtf32", optional
+        How float32 products are computed on a GPU, forward and backward. By default as torch computes its own matrix
+        products at the time of the call: "tf32" if ``torch.backends.cuda.matmul.fp32_precision`` or an older switch
+        (`allow_tf32`, `torch.set_float32_matmul_precision`) says so, else "ieee".
 
     Returns
     -------
@@ -66,8 +73,11 @@ def deform_conv2d(
     data unless both have the type of the data. Coordinates and sums are float32 at least in any case.
 
     `torch.compile`, `torch.export` and `torch.func.vmap` (one call after the other) work; `torch.func.grad` does not:
-    use `torch.autograd.grad`. Second gradients take a path through plain torch operations, which is much slower and
-    needs memory of the size of the columns. An input in the channels_last format gives an output in that format.
+    use `torch.autograd.grad`. Second gradients take a path through plain torch operations, which is much slower,
+    needs memory of the size of the columns and has the precision of torch's switches.
+
+    `input`, `offset` and `mask` may be in the channels_last format; on a GPU none of them is then copied. The output
+    has the format of the input, each gradient that of its argument.
 
     Examples
     --------
@@ -79,6 +89,7 @@ def deform_conv2d(
     >>> deform_conv2d(image, offset, torch.ones(1, 1, 1, 1))[0, 0, 0]
     tensor([0.5000, 1.5000, 2.5000, 1.5000])
     """
+    check_precision(precision)
     _check_tensors({"input": input, "weight": weight, "offset": offset}, {"bias": bias, "mask": mask})
     (input, weight, bias), (offset, mask) = _promote((input, weight, bias), (offset, mask))
     sides = expand_padding(padding)
@@ -92,6 +103,7 @@ def deform_conv2d(
         expand_pair("stride", stride),
         [*sides[0], *sides[1]],
         expand_pair("dilation", dilation),
+        _precision(precision, input),
     )
 
 
@@ -129,6 +141,7 @@ def deform_roi_pool(
     Returns
     -------
     Tensor [R, C, P, Q]
+        Contiguous, whatever the format of the input, as torchvision's is.
 
     Raises
     ------
@@ -190,6 +203,25 @@ def _check_tensors(required: dict[str, Any], optional: dict[str, Any]) -> None:
             raise DeviceError(f"{name} must be on {first.device} like input, got {tensor.device}")
     if first.device.type not in ("cpu", "cuda", "meta"):
         raise DeviceError(f"input must be on a CPU or a CUDA GPU, got {first.device}")
+
+
+def _precision(precision: str | None, input: Tensor) -> str:
+    """What the operator is told; other devices and dtypes know one precision only."""
+    if input.device.type != "cuda" or input.dtype != torch.float32:
+        return "ieee"
+    return _matmul_precision() if precision is None else precision
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _matmul_precision() -> str:
+    """The precision of torch's own float32 matrix products on a GPU: "tf32" or "ieee".
+
+    A constant to `torch.compile`, which compiles anew when the switch has been moved.
+    """
+    matmul = torch.backends.cuda.matmul
+    # Before torch 2.9 there is one switch only; since then reading the old one is an error where the new one was set.
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
 
 
 def _operation(given: dict[str, Any]) -> str:

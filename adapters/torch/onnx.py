@@ -189,6 +189,7 @@ def _deform_conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    precision: str,
 ) -> Any:
     _check_opset()
     channels = _fixed("input's channels", input.shape[1])

@@ -25,7 +25,7 @@ _CONV = ("input", "offset", "weight", "bias", "mask")
 _ROI_POOL = ("input", "offset", "mask")
 
 _CONV_TENSORS = "Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask"
-_CONV_NUMBERS = "int[] stride, int[] padding, int[] dilation"
+_CONV_NUMBERS = "int[] stride, int[] padding, int[] dilation, str precision"
 _ROI_TENSORS = "Tensor input, Tensor rois, Tensor? offset, Tensor? mask"
 _ROI_NUMBERS = "int[] output_size, float spatial_scale, int sampling_ratio, float gamma"
 
@@ -59,21 +59,32 @@ def _needed(names: Sequence[str], needs: Sequence[bool]) -> list[str]:
     return [name for name, need in zip(names, needs) if need]
 
 
-def _gradients(gradients: Sequence[Any], input: Tensor) -> list[Tensor]:
-    tensors = [input.new_empty(0) if array is None else as_tensor(array) for array in gradients]
-    return [_in_format_of(input, tensors[0]), *tensors[1:]]
+def _gradients(gradients: Sequence[Any], arguments: Sequence[Tensor | None]) -> list[Tensor]:
+    """Each in the memory format of its argument, as most of them are already."""
+    return [
+        _nothing(arguments) if array is None else _in_format_of(argument, as_tensor(array))
+        for array, argument in zip(gradients, arguments)
+    ]
 
 
-def _in_format_of(input: Tensor, images: Tensor) -> Tensor:
-    """The images channels-last if `input` is, as the CUDA kernels give them already."""
-    if input.is_contiguous() or not input.is_contiguous(memory_format=torch.channels_last) or images.ndim != 4:
+def _nothing(arguments: Sequence[Tensor | None]) -> Tensor:
+    input = arguments[0]
+    assert input is not None
+    return input.new_empty(0)
+
+
+def _in_format_of(like: Tensor | None, images: Tensor) -> Tensor:
+    """The images channels-last if `like` is."""
+    if like is None or like.ndim != 4 or like.is_contiguous():
+        return images
+    if not like.is_contiguous(memory_format=torch.channels_last):
         return images
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def _conv_forward_kernel(
     input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
-    stride: list[int], padding: list[int], dilation: list[int],
+    stride: list[int], padding: list[int], dilation: list[int], precision: str,
 ) -> Tensor:  # fmt: skip
     with on_device_of(input):
         output = dcnops.deform_conv2d(
@@ -85,13 +96,14 @@ def _conv_forward_kernel(
             _sides(padding),
             dilation,
             as_array(mask),
+            precision=precision,
         )
         return _in_format_of(input, as_tensor(output))
 
 
 def _conv_backward_kernel(
     grad_out: Tensor, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
-    stride: list[int], padding: list[int], dilation: list[int], needs: list[bool],
+    stride: list[int], padding: list[int], dilation: list[int], precision: str, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     with on_device_of(input):
         gradients = dcnops.deform_conv2d_backward(
@@ -106,8 +118,9 @@ def _conv_backward_kernel(
             as_array(mask),
             needs=_needed(_CONV, needs),
             deterministic=torch.are_deterministic_algorithms_enabled(),
+            precision=precision,
         )
-        return _gradients(gradients, input)
+        return _gradients(gradients, (input, offset, weight, bias, mask))
 
 
 def _roi_forward_kernel(
@@ -132,7 +145,7 @@ def _roi_backward_kernel(
             output_size=output_size, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio, gamma=gamma,
             needs=_needed(_ROI_POOL, needs), deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
-        return _gradients(gradients, input)
+        return _gradients(gradients, (input, offset, mask))
 
 
 def _shape(tensor: Tensor | None) -> Any:
@@ -141,7 +154,7 @@ def _shape(tensor: Tensor | None) -> Any:
 
 def _conv_geometry(*args: Any) -> DeformConvGeometry:
     input, offset, weight, bias, mask = map(_shape, args[:5])
-    stride, padding, dilation = args[5:]
+    stride, padding, dilation = args[5:8]
     return DeformConvGeometry.check(input, offset, weight, bias, mask, stride, _sides(padding), dilation)
 
 
@@ -170,14 +183,13 @@ def _roi_backward_shape(grad_out: Tensor, *args: Any) -> list[Tensor]:
     return _gradient_shapes((args[0], args[2], args[3]), args[-1])
 
 
-def _gradient_shapes(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
-    first = tensors[0]
-    assert first is not None
-    shapes = [
-        tensor.new_empty(tensor.shape) if tensor is not None and need else first.new_empty(0)
-        for tensor, need in zip(tensors, needs)
+def _gradient_shapes(arguments: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    return [
+        _nothing(arguments)
+        if argument is None or not need
+        else _in_format_of(argument, argument.new_empty(argument.shape))
+        for argument, need in zip(arguments, needs)
     ]
-    return [_in_format_of(first, shapes[0]), *shapes[1:]]
 
 
 def _save(ctx: Any, tensors: Sequence[Tensor | None], numbers: Sequence[Any]) -> None:
@@ -192,7 +204,7 @@ def _save_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _conv_gradient(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     needs = [bool(need) for need in ctx.needs_input_grad[:5]]
     gradients = _conv_backward(grad_out, *ctx.saved_tensors, *ctx.numbers, needs)
-    return (*_wanted(gradients, needs), None, None, None)
+    return (*_wanted(gradients, needs), None, None, None, None)
 
 
 def _save_conv_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -200,13 +212,13 @@ def _save_conv_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _conv_double_gradient(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-    stride, padding, dilation, needs = ctx.numbers
+    stride, padding, dilation, _, needs = ctx.numbers
     numbers: tuple[Any, ...] = (stride, _sides(padding), dilation)
     second = _second_gradients(
         lambda _, *tensors: differentiable.deform_conv2d(*tensors, *numbers),
         ctx.saved_tensors, range(1, 6), needs, gradients, ctx.needs_input_grad,
     )  # fmt: skip
-    return (*second, None, None, None, None)
+    return (*second, None, None, None, None, None)
 
 
 def _save_roi(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import cupy
 import numpy
+from cupy._core import _routines_linalg as cupy_linalg
 from cupy_backends.cuda.api import runtime
 from cupy_backends.cuda.libs import cublas
 
@@ -19,7 +21,14 @@ from dcnops._errors import KernelCompileError
 from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
 from dcnops._kernels import Device, Engine, Launcher
 
-__all__ = ["ENGINE", "deform_conv2d", "deform_conv2d_backward", "deform_roi_pool", "deform_roi_pool_backward"]
+__all__ = [
+    "ENGINE",
+    "contiguous",
+    "deform_conv2d",
+    "deform_conv2d_backward",
+    "deform_roi_pool",
+    "deform_roi_pool_backward",
+]
 
 _CUDA_TYPE = {
     "float16": runtime.CUDA_R_16F,
@@ -39,6 +48,7 @@ def deform_conv2d(
     weight: cupy.ndarray,
     bias: cupy.ndarray | None,
     mask: cupy.ndarray | None,
+    precision: str | None,
 ) -> cupy.ndarray:
     """See `dcnops.deform_conv2d`; the arguments have been checked."""
     with input.device:
@@ -46,10 +56,11 @@ def deform_conv2d(
             ENGINE,
             geometry,
             _images(input),
-            _contiguous(offset),
-            _contiguous(weight),
-            _contiguous(bias),
-            _contiguous(mask),
+            _images(offset),
+            contiguous(weight),
+            _given(contiguous, bias),
+            _given(_images, mask),
+            precision=_precision(precision, input),
         )
 
 
@@ -62,6 +73,7 @@ def deform_conv2d_backward(
     mask: cupy.ndarray | None,
     needs: frozenset[str],
     deterministic: bool,
+    precision: str | None,
 ) -> dict[str, cupy.ndarray]:
     """See `dcnops.deform_conv2d_backward`; the arguments have been checked."""
     with input.device:
@@ -70,11 +82,12 @@ def deform_conv2d_backward(
             geometry,
             _images(grad_out),
             _images(input),
-            _contiguous(offset),
-            _contiguous(weight),
-            _contiguous(mask),
+            _images(offset),
+            contiguous(weight),
+            _given(_images, mask),
             needs,
             deterministic,
+            precision=_precision(precision, input),
         )
 
 
@@ -92,8 +105,8 @@ def deform_roi_pool(
             geometry,
             _images(input),
             _coordinates(rois, input),
-            _contiguous(offset),
-            _contiguous(mask),
+            _given(contiguous, offset),
+            _given(contiguous, mask),
         )
 
 
@@ -115,8 +128,8 @@ def deform_roi_pool_backward(
             _images(grad_out),
             _images(input),
             _coordinates(rois, input),
-            _contiguous(offset),
-            _contiguous(mask),
+            _given(contiguous, offset),
+            _given(contiguous, mask),
             needs,
             deterministic,
         )
@@ -131,17 +144,31 @@ def _coordinates(rois: cupy.ndarray, input: cupy.ndarray) -> cupy.ndarray:
     return cupy.ascontiguousarray(rois, dtype)
 
 
-def _images(array: cupy.ndarray) -> cupy.ndarray:
-    return array if is_channels_last(array) else _contiguous(array)
-
-
-def _contiguous(array: cupy.ndarray | None) -> cupy.ndarray | None:
-    if array is None or array.flags.c_contiguous:
+def contiguous(array: cupy.ndarray) -> cupy.ndarray:
+    """The array, or a C-contiguous copy."""
+    if array.flags.c_contiguous:
         return array
     if array.dtype.itemsize == 2:
         # Copied as integers: not every CuPy has a copy kernel for bfloat16.
         return cupy.ascontiguousarray(array.view(numpy.uint16)).view(array.dtype)
     return cupy.ascontiguousarray(array)
+
+
+def _images(array: cupy.ndarray) -> cupy.ndarray:
+    return array if is_channels_last(array) else contiguous(array)
+
+
+def _given(change: Callable[[cupy.ndarray], cupy.ndarray], array: cupy.ndarray | None) -> cupy.ndarray | None:
+    return None if array is None else change(array)
+
+
+def _precision(precision: str | None, input: cupy.ndarray) -> str:
+    """The precision of matrix products; None is what CuPy's own products have, by its compute type or CUPY_TF32."""
+    if input.dtype != numpy.float32:
+        return "ieee"
+    if precision is not None:
+        return precision
+    return "tf32" if cupy_linalg.get_compute_type(numpy.float32) == cupy_linalg.COMPUTE_TYPE_TF32 else "ieee"
 
 
 def _compile(source: str, kernel: str, options: tuple[str, ...]) -> Launcher:
@@ -163,39 +190,53 @@ def _compile(source: str, kernel: str, options: tuple[str, ...]) -> Launcher:
     return launch
 
 
-def _matmul(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray, accumulate: bool) -> None:
+def _matmul(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray, accumulate: bool, precision: str) -> None:
     # cuBLAS stores columns first, so it is asked for the transposed product: out.T (+)= b.T @ a.T.
     batch, rows, columns = out.shape
-    scalars, compute_type = _GEMM_DOUBLE if a.dtype.name == "float64" else _GEMM_SINGLE
+    scalars, compute_type = _gemm_type(a.dtype.name, precision)
     a_operation, a_stride = _gemm_operand(a)
     b_operation, b_stride = _gemm_operand(b)
     handle = cupy.cuda.device.get_cublas_handle()
     cublas.setStream(handle, cupy.cuda.get_current_stream().ptr)
-    cublas.gemmStridedBatchedEx(
-        handle,
-        b_operation,
-        a_operation,
-        columns,
-        rows,
-        a.shape[2],
-        scalars[1:].ctypes.data,
-        b.data.ptr,
-        _CUDA_TYPE[b.dtype.name],
-        b_stride,
-        b.strides[0] // b.itemsize,
-        a.data.ptr,
-        _CUDA_TYPE[a.dtype.name],
-        a_stride,
-        a.strides[0] // a.itemsize,
-        scalars[int(accumulate) :].ctypes.data,
-        out.data.ptr,
-        _CUDA_TYPE[out.dtype.name],
-        _gemm_operand(out)[1],
-        out.strides[0] // out.itemsize,
-        batch,
-        compute_type,
-        cublas.CUBLAS_GEMM_DEFAULT,
-    )
+    mode = cublas.getMathMode(handle)
+    cublas.setMathMode(handle, _MATH_MODE)
+    try:
+        cublas.gemmStridedBatchedEx(
+            handle,
+            b_operation,
+            a_operation,
+            columns,
+            rows,
+            a.shape[2],
+            scalars[1:].ctypes.data,
+            b.data.ptr,
+            _CUDA_TYPE[b.dtype.name],
+            b_stride,
+            b.strides[0] // b.itemsize,
+            a.data.ptr,
+            _CUDA_TYPE[a.dtype.name],
+            a_stride,
+            a.strides[0] // a.itemsize,
+            scalars[int(accumulate) :].ctypes.data,
+            out.data.ptr,
+            _CUDA_TYPE[out.dtype.name],
+            _gemm_operand(out)[1],
+            out.strides[0] // out.itemsize,
+            batch,
+            compute_type,
+            cublas.CUBLAS_GEMM_DEFAULT,
+        )
+    finally:
+        cublas.setMathMode(handle, mode)
+
+
+def _gemm_type(dtype: str, precision: str) -> tuple[numpy.ndarray, int]:
+    """The scalars 0 and 1, and what cuBLAS computes with."""
+    if dtype == "float64":
+        return _DOUBLE_SCALARS, cublas.CUBLAS_COMPUTE_64F
+    if dtype == "float32" and precision == "tf32":
+        return _SINGLE_SCALARS, cublas.CUBLAS_COMPUTE_32F_FAST_TF32
+    return _SINGLE_SCALARS, cublas.CUBLAS_COMPUTE_32F
 
 
 def _gemm_operand(matrices: cupy.ndarray) -> tuple[int, int]:
@@ -227,7 +268,12 @@ def _pointer(array: cupy.ndarray) -> int:
     return int(array.data.ptr)
 
 
-_GEMM_SINGLE = (numpy.array([0, 1], numpy.float32), cublas.CUBLAS_COMPUTE_32F)
-_GEMM_DOUBLE = (numpy.array([0, 1], numpy.float64), cublas.CUBLAS_COMPUTE_64F)
+_SINGLE_SCALARS = numpy.array([0, 1], numpy.float32)
+_DOUBLE_SCALARS = numpy.array([0, 1], numpy.float64)
+
+_DISALLOW_REDUCED_PRECISION_REDUCTION = 16
+_MATH_MODE = cublas.CUBLAS_DEFAULT_MATH | _DISALLOW_REDUCED_PRECISION_REDUCTION
+"""Whatever a program has set on CuPy's handle: no TF32 but by the compute type, and partial sums of 16-bit products are
+added in float32."""
 
 ENGINE = Engine(cupy, _compile, _matmul, _current_device, _pointer)

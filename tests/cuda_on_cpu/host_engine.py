@@ -110,7 +110,7 @@ def host_engine(
     return Engine(HostArrays(), compiler.compile, matmul, lambda: device, lambda array: int(array.ctypes.data))
 
 
-def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool) -> None:
+def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool, precision: str = "ieee") -> None:
     """``out (+)= a @ b`` under the contract of `Engine.matmul`, that is, what cuBLAS can do.
 
     Raises
@@ -137,10 +137,20 @@ def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool) -> N
         side_by_side = N * out.itemsize <= out.strides[0] and B * out.strides[0] <= out.strides[1]
         assert stacked or side_by_side, "matmul: the matrices of out overlap"
 
+    if precision == "tf32" and a.dtype == np.float32:
+        a, b = _tf32(a), _tf32(b)
     product = a.astype(wide) @ b.astype(wide)
     if accumulate:
         product += out.astype(wide)
     out[...] = product.astype(out.dtype)
+
+
+def _tf32(array: np.ndarray) -> np.ndarray:
+    """float32 rounded to 10 bits of mantissa, as tensor cores take it: to nearest, ties away from zero."""
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    with np.errstate(over="ignore"):
+        rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isnan(array), array, rounded)
 
 
 def _covers(rows: int, vertical: int, columns: int, horizontal: int) -> bool:

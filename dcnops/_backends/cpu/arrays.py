@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "Staged", "empty", "plain", "round_up", "rounded", "strips", "sum_dtype"]
+__all__ = ["Array", "Staged", "contiguous", "empty", "plain", "round_up", "rounded", "strips", "sum_dtype"]
 
 Array = npt.NDArray[Any]
 
@@ -18,6 +18,11 @@ _CACHE_LINE = 64
 def sum_dtype(array: Array) -> np.dtype[Any]:
     """The dtype of coordinates and sums beside data like `array`."""
     return np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
+
+
+def contiguous(array: Array) -> Array:
+    """The array, or a C-contiguous copy."""
+    return np.ascontiguousarray(array)
 
 
 def plain(array: Array, dtype: np.dtype[Any], *shape: int) -> Array:

@@ -153,8 +153,9 @@ def deform_conv2d(
     weight: Array,
     bias: Array | None,
     mask: Array | None,
+    precision: str | None,
 ) -> Array:
-    """Deformable convolution; the arguments are those of `dcnops.deform_conv2d`, checked."""
+    """Deformable convolution; the arguments are those of `dcnops.deform_conv2d`, checked. All precision is "ieee"."""
     g = geometry
     out = np.empty(g.output_shape, input.dtype)
     # Half the channels at most, where that is enough to vectorise: the copies stay small beside the image itself.
@@ -206,8 +207,9 @@ def deform_conv2d_backward(
     mask: Array | None,
     needs: frozenset[str],
     deterministic: bool,
+    precision: str | None,
 ) -> dict[str, Array]:
-    """Gradients of `deform_conv2d` by the name of the argument, those in `needs`; always deterministic."""
+    """Gradients of `deform_conv2d` by the name of the argument, those in `needs`; deterministic and "ieee" always."""
     g = geometry
     og = g.O // g.G
     dtype = sum_dtype(input)

@@ -81,12 +81,14 @@ def deform_conv2d_backward(
     needs: frozenset[str],
     deterministic: bool = False,
     chunk_bytes: int = WORKSPACE_BYTES,
+    precision: str = "ieee",
 ) -> dict[str, Any]:
     """The gradients named in `needs`, each like its argument, of contiguous arrays.
 
     `input` and `grad_out` may be channels-last; the input's gradient has the memory order of the input.
     `deterministic` takes the input's gradient without atomic additions, by sorting.
     """
+    offset, mask = (None if array is None else engine.xp.ascontiguousarray(array) for array in (offset, mask))
     g = geometry
     dtype = str(input.dtype.name)
     sums = sum_dtype(engine, input.dtype)
@@ -122,7 +124,7 @@ def deform_conv2d_backward(
             .transpose(1, 0, 2)
         )
         if grad_columns is not None:
-            engine.matmul(by_group, filters, grad_columns[: rows.rows].transpose(1, 0, 2))
+            engine.matmul(by_group, filters, grad_columns[: rows.rows].transpose(1, 0, 2), False, precision)
         params = DeformConvBackwardParams(
             input=engine.pointer(input_rows),
             offset=engine.pointer(offset),
@@ -156,7 +158,7 @@ def deform_conv2d_backward(
         if grad_filters is not None:
             assert columns is not None
             engine.matmul(
-                by_group.transpose(0, 2, 1), columns[: rows.rows].transpose(1, 0, 2), grad_filters, accumulate=True
+                by_group.transpose(0, 2, 1), columns[: rows.rows].transpose(1, 0, 2), grad_filters, True, precision
             )
     if grad_input is not None:
         gradients["input"] = all_pixels(engine, grad_input, input, g.N, g.C, g.H * g.W)

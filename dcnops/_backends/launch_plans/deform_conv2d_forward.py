@@ -282,7 +282,7 @@ def _multiply_columns(
     if is_channels_last(output):
         first = rows.first_image * g.pixels + rows.first_pixel
         place = output.transpose(0, 2, 3, 1).reshape(-1, g.G, outputs)[first : first + rows.rows].transpose(1, 0, 2)
-        engine.matmul(columns.transpose(1, 0, 2), by_group.transpose(0, 2, 1), place, accumulate)
+        engine.matmul(columns.transpose(1, 0, 2), by_group.transpose(0, 2, 1), place, accumulate, problem.precision)
         return
     pixels = min(rows.rows, g.pixels)
     images = rows.rows // pixels
@@ -291,10 +291,10 @@ def _multiply_columns(
     sampled = columns.reshape(images, pixels, g.G, inner).transpose(0, 2, 3, 1)
     if g.G == 1:
         shared = engine.xp.broadcast_to(by_group, (images, outputs, inner))
-        engine.matmul(shared, sampled[:, 0], place[:, 0], accumulate)
+        engine.matmul(shared, sampled[:, 0], place[:, 0], accumulate, problem.precision)
         return
     for image in range(images):
-        engine.matmul(by_group, sampled[image], place[image], accumulate)
+        engine.matmul(by_group, sampled[image], place[image], accumulate, problem.precision)
 
 
 def _sizes(geometry: DeformConvGeometry, offset: Any, mask: Any | None) -> DeformConvSizes:
