@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dcnops._dispatch import ArrayT, check_arrays, load_backend
 from dcnops._geometry import DeformRoIPoolGeometry, Pair
-from dcnops._layout import Layout, check_layout
+from dcnops._layout import NCHW, Layout, check_layout
 from dcnops._needs import check_needs
 
 __all__ = ["DeformRoIPoolGradients", "deform_roi_pool", "deform_roi_pool_backward"]
@@ -117,7 +117,7 @@ def deform_roi_pool(
     )
     geometry = _geometry(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma, order)
     backend = load_backend(library)
-    output = backend.deform_roi_pool(geometry, order.images(input), rois, offset, mask)
+    output = backend.deform_roi_pool(geometry, order.images(input), rois, offset, mask, order is not NCHW)
     result: ArrayT = order.array(output, backend.contiguous)
     return result
 

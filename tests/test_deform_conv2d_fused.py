@@ -25,7 +25,7 @@ from tests.cases import ConvCase, assert_close, conv_cases, make_conv
 from tests.conftest import EmulatedRunner
 from tests.cuda_on_cpu import HOPPER, KernelFault
 from tests.test_deform_conv2d_extremes import FAR
-from tests.test_launch_plans import broken, channels_last
+from tests.test_launch_plans import broken, channels_last_of
 
 PRECISIONS = {
     "float16": ("ieee",),
@@ -100,7 +100,7 @@ def test_kernels_of_any_size(dtype: str, precision: str, kernel: tuple[int, int]
 def test_memory_orders(data: st.DataObject, which: set[str]):
     dtype = data.draw(st.sampled_from(["float16", "float32"]))
     case = data.draw(fused_cases(dtype, mask=True))
-    case = case.with_arrays(**{name: channels_last(getattr(case, name)) for name in which})
+    case = case.with_arrays(**{name: channels_last_of(getattr(case, name)) for name in which})
     runner = fused(device=data.draw(st.sampled_from([HOPPER, MANY])))
     assert_fused(runner, case)
     output = runner.forward(case)
@@ -113,7 +113,7 @@ def test_memory_orders(data: st.DataObject, which: set[str]):
 def test_split_sums(dtype: str, precision: str, layout: str):
     case = make_conv(N=2, C=96, O=70, H=9, W=11, dtype=dtype, seed=4)
     if layout == "NHWC":
-        case = case.with_arrays(input=channels_last(case.input))
+        case = case.with_arrays(input=channels_last_of(case.input))
     problem = ForwardProblem(case.geometry(), dtype, precision, MANY)
     assert choose_splits(problem, choose_tiles(problem), 2**20) > 1
     assert_fused(fused(precision, MANY), case)

@@ -383,7 +383,14 @@ def test_channels_last_in_gives_channels_last_out():
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(x.grad, t["input"].grad)
     with torch.no_grad():
-        arguments = (x, *(t[n].detach() for n in ("offset", "weight", "bias", "mask")), [1, 1], [1, 1, 1, 1], [1, 1], "ieee")
+        arguments = (
+            x,
+            *(t[n].detach() for n in ("offset", "weight", "bias", "mask")),
+            [1, 1],
+            [1, 1, 1, 1],
+            [1, 1],
+            "ieee",
+        )
     torch.library.opcheck(
         torch.ops.dcnops.deform_conv2d.default, arguments, test_utils=("test_schema", "test_faketensor")
     )

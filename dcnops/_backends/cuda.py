@@ -97,8 +97,12 @@ def deform_roi_pool(
     rois: cupy.ndarray,
     offset: cupy.ndarray | None,
     mask: cupy.ndarray | None,
+    channels_last: bool,
 ) -> cupy.ndarray:
-    """See `dcnops.deform_roi_pool`; the arguments have been checked."""
+    """See `dcnops.deform_roi_pool`; the arguments have been checked.
+
+    With `channels_last` the result [R, C, P, Q] lies in memory as [R, P, Q, C].
+    """
     with input.device:
         return launch_plans.deform_roi_pool(
             ENGINE,
@@ -107,6 +111,7 @@ def deform_roi_pool(
             _coordinates(rois, input),
             _given(contiguous, offset),
             _given(contiguous, mask),
+            channels_last,
         )
 
 

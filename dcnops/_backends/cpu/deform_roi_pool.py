@@ -59,8 +59,12 @@ def deform_roi_pool(
     rois: Array,
     offset: Array | None,
     mask: Array | None,
+    channels_last: bool,
 ) -> Array:
-    """Deformable RoI pooling; the arguments are those of `dcnops.deform_roi_pool`, checked but for their values."""
+    """Deformable RoI pooling; the arguments are those of `dcnops.deform_roi_pool`, checked but for their values.
+
+    With `channels_last` the result [R, C, P, Q] lies in memory as [R, P, Q, C].
+    """
     g = geometry
     call = _call(geometry, input, rois, offset, mask)
     out = np.empty((g.R, g.C, g.bins), call.dtype)
@@ -70,7 +74,8 @@ def deform_roi_pool(
             *call.placement, _channels_last(call, input), call.rois, call.offset, call.mask, _order(call, 0, g.R), out,
             scratch=lambda: (*call.list_scratch(), empty((g.Q, g.C), call.dtype)),
         )  # fmt: skip
-    return rounded(out, input.dtype).reshape(g.output_shape)
+    result = rounded(out, input.dtype).reshape(g.output_shape)
+    return np.ascontiguousarray(result.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) if channels_last else result
 
 
 def deform_roi_pool_backward(

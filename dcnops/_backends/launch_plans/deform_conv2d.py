@@ -88,7 +88,6 @@ def deform_conv2d_backward(
     `input` and `grad_out` may be channels-last; the input's gradient has the memory order of the input.
     `deterministic` takes the input's gradient without atomic additions, by sorting.
     """
-    offset, mask = (None if array is None else engine.xp.ascontiguousarray(array) for array in (offset, mask))
     g = geometry
     dtype = str(input.dtype.name)
     sums = sum_dtype(engine, input.dtype)
