@@ -6,7 +6,8 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dcnops._backends.launch_plans.deform_conv2d import SAMPLE_BYTES, DeformConvBackwardParams
+from dcnops._backends.launch_plans.deform_conv2d_backward import DeformConvBackwardParams, gradient_sample_bytes
+from dcnops._backends.launch_plans.deform_conv2d_common import column_sample_bytes
 from dcnops._backends.launch_plans.deform_conv2d_forward import (
     DeformConvForwardParams,
     DeformConvFusedParams,
@@ -30,10 +31,12 @@ UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {
     "deform_conv2d_backward": (
         DeformConvBackwardParams,
         (
+            "deform_conv2d_prepare",
+            "deform_conv2d_fill_lists",
+            "deform_conv2d_gather_input",
+            "deform_conv2d_gather_input_in_order",
+            "deform_conv2d_scatter_input",
             "deform_conv2d_grad_samples",
-            "deform_conv2d_grad_input",
-            "deform_conv2d_list_neighbours",
-            "deform_conv2d_collect_input",
         ),
     ),
     "deform_roi_pool_forward": (DeformRoIPoolForwardParams, ("deform_roi_pool_forward",)),
@@ -95,8 +98,9 @@ def specialisations() -> Iterator[Specialisation]:
                 macros = {**common, "DCN_OFFSET_SCALAR": offset_scalar, "DCN_VEC": vector}
                 for part in ("forward", "backward", "collect"):
                     yield Specialisation(f"deform_roi_pool_{part}", tuple(macros.items()))
-                macros["DCN_SAMPLE_BYTES"] = SAMPLE_BYTES
+                macros["DCN_SAMPLE_BYTES"] = column_sample_bytes(dtype)
                 yield Specialisation("deform_conv2d_forward", tuple(macros.items()))
+                macros["DCN_SAMPLE_BYTES"] = gradient_sample_bytes(dtype)
                 yield Specialisation("deform_conv2d_backward", tuple(macros.items()))
                 vector //= 2
 

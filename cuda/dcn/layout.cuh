@@ -24,7 +24,7 @@ struct LayoutJob {
   int tiles;
 };
 
-constexpr int kLayoutJobs = 3;
+constexpr int kLayoutJobs = 4;
 
 struct LayoutParams {
   LayoutJob jobs[kLayoutJobs];

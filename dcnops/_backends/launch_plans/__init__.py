@@ -4,7 +4,7 @@ The plans know no array library: CuPy executes them on a GPU, the tests execute 
 channels-last, and work goes through in chunks whose scratch memory stays in the L2 cache of a GPU.
 """
 
-from dcnops._backends.launch_plans.deform_conv2d import deform_conv2d_backward
+from dcnops._backends.launch_plans.deform_conv2d_backward import deform_conv2d_backward
 from dcnops._backends.launch_plans.deform_conv2d_forward import deform_conv2d
 from dcnops._backends.launch_plans.deform_roi_pool import deform_roi_pool, deform_roi_pool_backward
 

@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from dcnops._backends.launch_plans.deform_conv2d import SampleLaunch, filters_job
+from dcnops._backends.launch_plans.deform_conv2d_common import (
+    SampleLaunch,
+    column_sample_bytes,
+    filters_job,
+    sizes_of,
+)
 from dcnops._backends.launch_plans.heuristics import (
     FUSED_NEEDS,
     SLICE_OUTPUTS,
@@ -184,7 +189,7 @@ def _run_fused(
         bias=engine.pointer(bias),
         output=engine.pointer(output),
         partial=engine.pointer(partial),
-        size=_sizes(g, offset, mask),
+        size=sizes_of(g, offset, mask),
         O=g.O,
         rows=g.N * g.pixels,
         segment=problem.segment,
@@ -232,7 +237,7 @@ def _run_columns(
         jobs = [*jobs, fill_job(engine, bias, output, g.N, g.O, g.pixels)]
     change_layout(engine, problem.dtype, jobs)
 
-    samples = SampleLaunch(engine, g, problem.dtype, offset)
+    samples = SampleLaunch(engine, g, problem.dtype, offset, column_sample_bytes(problem.dtype))
     itemsize = ITEMSIZE[problem.dtype]
     copied = 0 if input_rows is input else g.N * g.H * g.W * g.C * itemsize
     most_rows = max(1, max(chunk_bytes - copied, chunk_bytes // 2) // (g.K * g.C * itemsize))
@@ -246,7 +251,7 @@ def _run_columns(
                 engine.pointer(offset),
                 engine.pointer(mask),
                 engine.pointer(columns),
-                _sizes(g, offset, mask),
+                sizes_of(g, offset, mask),
                 rows,
                 samples.tile_rows,
             ),
@@ -295,7 +300,3 @@ def _multiply_columns(
         return
     for image in range(images):
         engine.matmul(by_group, sampled[image], place[image], accumulate, problem.precision)
-
-
-def _sizes(geometry: DeformConvGeometry, offset: Any, mask: Any | None) -> DeformConvSizes:
-    return geometry.params(is_channels_last(offset), mask is not None and is_channels_last(mask))

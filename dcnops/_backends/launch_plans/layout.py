@@ -14,6 +14,7 @@ from dcnops._kernels import DTYPE_SUFFIX, Engine
 
 __all__ = [
     "ITEMSIZE",
+    "LAYOUT_SHARED_BYTES",
     "MAX_BLOCKS",
     "MOST_LAYOUT_JOBS",
     "SCALAR",
@@ -59,10 +60,12 @@ VECTOR_BYTES = 16
 THREADS = 256
 WARP = 32
 MAX_BLOCKS = 2**20
-MOST_LAYOUT_JOBS = 3
+MOST_LAYOUT_JOBS = 4
 
 _TILE = 32
-_SHARED_BYTES = _TILE * (_TILE + 1) * 8
+LAYOUT_SHARED_BYTES = _TILE * (_TILE + 1) * 8
+"""Shared memory of a block that changes layouts."""
+
 _MAX_ROWS = 2**30
 _PART_ROWS = 1024
 _FILL = 4096
@@ -156,7 +159,7 @@ def change_layout(engine: Engine, dtype: str, jobs: Sequence[LayoutJob]) -> None
         min(tiles, MAX_BLOCKS),
         (THREADS, 1),
         layout_params(jobs),
-        _SHARED_BYTES,
+        LAYOUT_SHARED_BYTES,
     )
 
 
