@@ -55,12 +55,14 @@ class EmulatedRunner:
         chunk_bytes: int = 2**20,
         deterministic: bool = False,
         forward: Mapping[str, Any] | None = None,
+        backward: Mapping[str, Any] | None = None,
         **engine_options: Any,
     ) -> None:
         self.engine = host_engine(**engine_options)
         self.chunk_bytes = chunk_bytes
         self.deterministic = deterministic
         self.forward_options = forward or {}
+        self.backward_options = backward or {}
 
     def forward(self, case: Case) -> np.ndarray:
         plan = getattr(launch_plans, case.operation)
@@ -72,7 +74,8 @@ class EmulatedRunner:
         plan = getattr(launch_plans, f"{case.operation}_backward")
         arrays = [_images(case.grad_out), *self._arrays(case, without="bias")]
         wanted = frozenset(needs or case.needs)
-        return plan(self.engine, case.geometry(), *arrays, wanted, self.deterministic, self.chunk_bytes)
+        options = {"deterministic": self.deterministic, "chunk_bytes": self.chunk_bytes, **self.backward_options}
+        return plan(self.engine, case.geometry(), *arrays, wanted, **options)
 
     @staticmethod
     def _arrays(case: Case, without: str = "") -> list[np.ndarray | None]:

@@ -152,6 +152,8 @@ def empty_images(engine: Engine, shape: tuple[int, ...], dtype: Any, like: Any) 
 def change_layout(engine: Engine, dtype: str, jobs: Sequence[LayoutJob]) -> None:
     """Do up to `MOST_LAYOUT_JOBS` jobs on arrays of `dtype` in one launch; their arrays must live that long."""
     tiles = layout_tiles(jobs)
+    if tiles == 0:
+        return
     engine.launch(
         "layout",
         "change_layout",
