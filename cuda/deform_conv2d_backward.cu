@@ -101,7 +101,14 @@ __device__ __forceinline__ long long neighbour_index(const DeformConvSizes& size
 }
 
 __device__ __forceinline__ ScalarVector load_vector(const Scalar* at) {
-  return *reinterpret_cast<const ScalarVector*>(at);
+  ScalarVector value;
+  if constexpr (sizeof(ScalarVector) == 16) {
+    const uint4 words = *reinterpret_cast<const uint4*>(at);
+    memcpy(&value, &words, 16);
+  } else {
+    value = *reinterpret_cast<const ScalarVector*>(at);
+  }
+  return value;
 }
 
 // ---- lists
@@ -275,12 +282,11 @@ __device__ __forceinline__ long long entry_index(const DeformConvSizes& size, in
   return column_index(size, column / K, column % K, c);
 }
 
-// Adds the entries entry_at(0 ... count - 1), as far as they are this slot's. Several columns are asked for before the
-// first is used.
-template <typename EntryAt>
+// Adds the entries entry_at(0 ... count - 1), as far as they are this slot's. `in_flight` columns are asked for before
+// the first is used.
+template <int in_flight, typename EntryAt>
 __device__ __forceinline__ void add_entries(const DeformConvBackwardParams& p, const ListTeam& team, int c, int count,
                                             EntryAt entry_at, Sum (&sums)[DCN_VEC]) {
-  constexpr int in_flight = 4;
   for (int first = team.slot; first < count; first += in_flight * team.slots) {
     ListEntry entry[in_flight];
     ScalarVector grad[in_flight];
@@ -346,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       Sum sums[DCN_VEC] = {};
       if (v < channels) {
         const ListEntry* entries = p.entries + part.begin;
-        add_entries(p, team, c, part.end - part.begin, [&](int i) { return entries[i]; }, sums);
+        add_entries<4>(p, team, c, part.end - part.begin, [&](int i) { return entries[i]; }, sums);
       }
       sum_over_slots(team, sums);
       if (team.slot == 0 && v < channels) {
@@ -417,7 +423,7 @@ __device__ __forceinline__ void add_by_search(const DeformConvBackwardParams& p,
     if (entry.weight != Sum(0)) order.found[__popc(found & ((1u << team.lane) - 1))] = entry;
     __syncwarp();
     if (takes_part) {
-      add_entries(p, team, c, __popc(found), [&](int i) { return order.found[i]; }, sums);
+      add_entries<1>(p, team, c, __popc(found), [&](int i) { return order.found[i]; }, sums);
     }
     __syncwarp();
   }
@@ -446,7 +452,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       if (!is_sorted) {
         add_by_search(p, team, order, list, takes_part, c, sums);
       } else if (takes_part) {
-        add_entries(p, team, c, count, [&](int i) { return entries[order.order[i]]; }, sums);
+        add_entries<4>(p, team, c, count, [&](int i) { return entries[order.order[i]]; }, sums);
       }
       sum_over_slots(team, sums);
       if (team.slot == 0 && takes_part) add_alone(pixel + c, sums);
