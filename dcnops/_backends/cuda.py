@@ -97,7 +97,7 @@ def deform_roi_pool(
     rois: cupy.ndarray,
     offset: cupy.ndarray | None,
     mask: cupy.ndarray | None,
-    channels_last: bool,
+    channels_last: bool = False,
 ) -> cupy.ndarray:
     """See `dcnops.deform_roi_pool`; the arguments have been checked.
 

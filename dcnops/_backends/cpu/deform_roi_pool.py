@@ -59,7 +59,7 @@ def deform_roi_pool(
     rois: Array,
     offset: Array | None,
     mask: Array | None,
-    channels_last: bool,
+    channels_last: bool = False,
 ) -> Array:
     """Deformable RoI pooling; the arguments are those of `dcnops.deform_roi_pool`, checked but for their values.
 
