@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.contenders import Operation
 
-__all__ = ["first_call_table", "tables", "write_json"]
+__all__ = ["first_call_table", "markdown", "tables", "write_json"]
 
 
 def tables(rows: Sequence[Mapping[str, Any]], operations: Iterable[Operation]) -> str:
@@ -32,7 +32,7 @@ def first_call_table(first_call: Mapping[str, Mapping[str, Mapping[str, float]]]
     for device, states in first_call.items():
         for state, steps in states.items():
             lines.append([f"{device}, {state}", *(f"{steps[step]:.2f}" for step in ("import", "forward", "backward"))])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
@@ -68,7 +68,7 @@ def _table(operation: Operation, rows: Iterable[Mapping[str, Any]], direction: s
                 _mebibytes(row["column_bytes"]),
             ]
         )
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def _number(value: float | None) -> str:
@@ -81,7 +81,8 @@ def _mebibytes(size: int | None) -> str:
     return "-" if size is None else f"{size / 2**20:.1f}"
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """The lines as a Markdown table, the first one as its head."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     padded = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     rule = [f"{'-' * (width - 1)}:" for width in widths]

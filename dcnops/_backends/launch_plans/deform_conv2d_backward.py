@@ -446,6 +446,8 @@ def _cut(
     if images > 1:
         return images, images * g.pixels
     rows = max(1, min(most_rows, g.pixels, max(budget - single_image_bytes, budget // 2) // row_bytes))
+    if rows == g.pixels:
+        return 1, rows
     even = ceil_div(g.pixels, ceil_div(g.pixels, rows))
     # Whole lines of memory for what begins in the middle of an image.
     aligned = ceil_div(even, _ALIGNED_ROWS) * _ALIGNED_ROWS
