@@ -23,25 +23,39 @@ class Case:
     """One row of a table."""
 
     device: str
-    """cpu or cuda."""
+    """cpu, cuda, or rehearsal: what a GPU would run, on a CPU."""
     shape: tuple[int, ...]
     """Sizes, of which the operation says what they are."""
     N: int = 1
     dtype: str = "float32"
-    tf32: bool = False
-    """Whether the peers may use TF32 in float32 products."""
+    products: str = "ieee"
+    """How float32 products are computed: ieee, tf32 or 3xtf32."""
+    layout: str = "NCHW"
+    """Order of the axes of images."""
+    spread: float = 1.0
+    """Standard deviation of offsets, in their unit."""
+    deterministic: bool = False
+    """Whether our gradients are."""
 
     @property
     def label(self) -> str:
         return "x".join(map(str, self.shape))
 
     @property
-    def precision(self) -> str:
-        return f"{self.dtype}, peers in TF32" if self.tf32 else self.dtype
+    def data(self) -> str:
+        """Everything but shape, batch and device."""
+        parts = [
+            self.dtype,
+            self.products if self.products != "ieee" else "",
+            self.layout if self.layout != "NCHW" else "",
+            f"spread {self.spread:g}" if self.spread != 1 else "",
+            "deterministic" if self.deterministic else "",
+        ]
+        return ", ".join(filter(None, parts))
 
     @property
     def title(self) -> str:
-        return f"{self.label}, batch {self.N}, {self.precision}, {self.device}"
+        return f"{self.label}, batch {self.N}, {self.data}, {self.device}"
 
 
 @dataclass(frozen=True)
@@ -81,32 +95,36 @@ class Operation:
         What the numbers of a shape are.
     shapes : sequence of tuple, smallest first
     variants : mapping
-        Device to what every shape is measured with: dtype, whether the peers may use TF32, batch.
+        Device to what every shape is measured with, the most important first: further fields of a `Case`.
     per_image : names of the arguments and results whose first axis is the batch
     inputs : function of a case
         Arguments and `grad_out`, always the same for the same case; a batch begins with the image of a batch of one.
     contenders : function of a case
-    evaluate : function of the arrays of a batch of one and the dtype of sampling coordinates
+    evaluate : function of the arrays of a batch of one, the dtype of sampling coordinates and torch's device
         The output, as `output`, and the gradients in float64, by other means than any contender's.
     columns : names of all contenders, in the order of the table
     ratios : pairs of contenders whose times are compared
     with_memory : names of the contenders whose peak extra memory is measured
     column_bytes : function of a case
         Size of the buffer that explicit columns of one image need, where the operation has columns.
+    work : function of a case
+        Floating-point operations of the forward pass's products and bytes of its arguments and results, where there
+        are products.
     """
 
     name: str
     sizes: str
     shapes: Sequence[tuple[int, ...]]
-    variants: Mapping[str, Sequence[tuple[str, bool, int]]]
+    variants: Mapping[str, Sequence[Mapping[str, Any]]]
     per_image: frozenset[str]
     inputs: Callable[[Case], Arrays]
     contenders: Callable[[Case], list[Contender]]
-    evaluate: Callable[[Arrays, str], Arrays]
+    evaluate: Callable[[Arrays, str, str], Arrays]
     columns: Sequence[str]
     ratios: Sequence[tuple[str, str]]
     with_memory: Sequence[str]
     column_bytes: Callable[[Case], int | None] = lambda case: None
+    work: Callable[[Case], tuple[float, float] | None] = lambda case: None
 
 
 def load(name: str) -> Operation:

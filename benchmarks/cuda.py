@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,7 @@ from benchmarks.contenders import Case, Operation
 __all__ = ["CudaMeter", "is_available", "stream"]
 
 _FLUSH_BYTES = 2**28
+_HOST_CALLS = 7
 
 
 def is_available() -> bool:
@@ -48,12 +51,39 @@ class CudaMeter:
         self._flush = torch.empty(max(_FLUSH_BYTES, 4 * l2_bytes), dtype=torch.uint8, device="cuda")
 
     def start(self, case: Case) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = case.tf32
-        torch.backends.cudnn.allow_tf32 = case.tf32
+        torch.backends.cuda.matmul.allow_tf32 = case.products == "tf32"
+        torch.backends.cudnn.allow_tf32 = case.products == "tf32"
         torch.backends.cudnn.benchmark = True
 
+    def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
+        """A CUDA graph of the call, so that the CPU's share is not in the time: that is `host_seconds`."""
+        for _ in range(2):
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # What is allocated meanwhile lives in the graph's memory, and CuPy may ask CUDA for some.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="relaxed"):
+            results = call()
+
+        def replay() -> object:
+            graph.replay()
+            return results
+
+        return replay
+
+    def host_seconds(self, call: Callable[[], object]) -> float | None:
+        """The median of some calls, each with an idle GPU before it."""
+        seconds = []
+        for _ in range(_HOST_CALLS):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - begin)
+        torch.cuda.synchronize()
+        return statistics.median(seconds)
+
     def clock(self, call: Callable[[], object]) -> float:
-        """The L2 cache holds nothing of the inputs; gaps between the launches of a call count."""
+        """The L2 cache holds nothing of the inputs."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
         begin.record()

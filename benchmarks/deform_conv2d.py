@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.contenders import OURS, PEER, Arrays, Case, Contender, Operation
 from benchmarks.deform_conv2d_float64 import evaluate
-from benchmarks.libraries import rounded, to_ours, to_torch, torch_backward, torch_forward
+from benchmarks.libraries import rounded, to_nhwc, to_ours, to_torch, torch_backward, torch_forward
 
 if TYPE_CHECKING:
     import torch
@@ -34,13 +34,14 @@ _TF32_TOLERANCE = 5e-3
 
 
 def _inputs(case: Case) -> Arrays:
-    arrays = _random(case.shape, 1 if case.N == 1 else 16)
+    arrays = dict(_random(case.shape, 1 if case.N == 1 else 2 if case.N == 2 else 16))
+    arrays["offset"] = np.float32(case.spread) * arrays["offset"]
     return {
         name: rounded(array[: case.N] if name in _PER_IMAGE else array, case.dtype) for name, array in arrays.items()
     }
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=12)
 def _random(shape: tuple[int, int, int], N: int) -> Arrays:
     C, H, W = shape
 
@@ -67,8 +68,15 @@ def _column_bytes(case: Case) -> int:
     return C * _K * H * W * {"float32": 4, "float16": 2, "bfloat16": 2}[case.dtype]
 
 
+def _work(case: Case) -> tuple[float, float]:
+    C, H, W = case.shape
+    pixels, size = case.N * H * W, {"float32": 4, "float16": 2, "bfloat16": 2}[case.dtype]
+    return 2.0 * pixels * C * C * _K, float(size * (pixels * (2 * C + 3 * _K) + C * C * _K + C))
+
+
 def _contenders(case: Case) -> list[Contender]:
-    found = [Contender(OURS, _ours_forward, _ours_backward, _TOLERANCE[case.dtype])]
+    tolerance = _TF32_TOLERANCE if case.products == "tf32" else _TOLERANCE[case.dtype]
+    found = [Contender(OURS, _ours_forward, _ours_backward, tolerance)]
     # Torchvision has no bfloat16.
     if case.dtype in _PEER_TOLERANCE:
         half = case.dtype == "float16"
@@ -77,13 +85,13 @@ def _contenders(case: Case) -> list[Contender]:
                 PEER,
                 _peer_forward,
                 _peer_backward,
-                _TF32_TOLERANCE if case.tf32 else _PEER_TOLERANCE[case.dtype],
+                _TF32_TOLERANCE if case.products == "tf32" else _PEER_TOLERANCE[case.dtype],
                 # Coordinates rounded to float16 are often exactly -1, where its offset gradient is known to differ.
                 unchecked=frozenset({"offset"}) if half else frozenset(),
                 coordinates="float16" if half else "float32",
             )
         )
-    tolerance = _TF32_TOLERANCE if case.tf32 else _PLAIN_TOLERANCE[case.dtype]
+    tolerance = _TF32_TOLERANCE if case.products == "tf32" else _PLAIN_TOLERANCE[case.dtype]
     found.append(Contender(PLAIN, _plain_forward, _plain_backward, tolerance, sees=_without_offsets))
     return found
 
@@ -96,16 +104,35 @@ def _without_offsets(arrays: Arrays) -> Arrays:
 def _ours_forward(case: Case, arrays: Arrays) -> Callable[[], Any]:
     import dcnops
 
-    arguments = {name: to_ours(case, arrays[name]) for name in _ARGUMENTS}
-    return lambda: dcnops.deform_conv2d(**arguments, padding=1)
+    arguments = {name: _our_array(case, name, arrays) for name in _ARGUMENTS}
+    return lambda: _nchw(case, "output", dcnops.deform_conv2d(**arguments, padding=1, **_our_options(case)))
 
 
 def _ours_backward(case: Case, arrays: Arrays) -> Callable[[], dict[str, Any]]:
     import dcnops
 
-    arguments = {name: to_ours(case, arrays[name]) for name in _ARGUMENTS}
-    grad_out = to_ours(case, arrays["grad_out"])
-    return lambda: dcnops.deform_conv2d_backward(grad_out, **arguments, padding=1)._asdict()
+    arguments = {name: _our_array(case, name, arrays) for name in (*_ARGUMENTS, "grad_out")}
+    options = {**_our_options(case), "padding": 1, "deterministic": case.deterministic}
+
+    def backward() -> dict[str, Any]:
+        gradients = dcnops.deform_conv2d_backward(**arguments, **options)._asdict()
+        return {name: _nchw(case, name, gradient) for name, gradient in gradients.items()}
+
+    return backward
+
+
+def _our_options(case: Case) -> dict[str, Any]:
+    return {"layout": case.layout, "precision": case.products}
+
+
+def _our_array(case: Case, name: str, arrays: Arrays) -> Any:
+    turned = case.layout == "NHWC" and name in _PER_IMAGE
+    return to_ours(case, to_nhwc(arrays[name]) if turned else arrays[name])
+
+
+def _nchw(case: Case, name: str, array: Any) -> Any:
+    """A view."""
+    return array.transpose(0, 3, 1, 2) if case.layout == "NHWC" and name in _PER_IMAGE else array
 
 
 def _peer_forward(case: Case, arrays: Arrays) -> Callable[[], Any]:
@@ -136,7 +163,7 @@ def _plain_tensor(case: Case, array: np.ndarray) -> torch.Tensor:
     import torch
 
     tensor = to_torch(case, array)
-    on_gpu = case.device == "cuda" and tensor.ndim == 4
+    on_gpu = case.device != "cpu" and tensor.ndim == 4
     return tensor.contiguous(memory_format=torch.channels_last) if on_gpu else tensor
 
 
@@ -146,18 +173,35 @@ def _plain_call(**tensors: Any) -> Any:
     return conv2d(**tensors, padding=1)
 
 
+def _gpu_variants() -> list[dict[str, Any]]:
+    """A grid of batches and kinds of data, then one thing at a time; what a reader looks for first comes first."""
+    kinds: dict[str, dict[str, Any]] = {
+        "float16": {"dtype": "float16"},
+        "tf32": {"products": "tf32"},
+        "ieee": {},
+        "bfloat16": {"dtype": "bfloat16"},
+        "3xtf32": {"products": "3xtf32"},
+    }
+    typical = {"spread": 2.0}
+    half, whole = {**typical, "dtype": "float16"}, {**typical, "products": "ieee"}
+    return [
+        *({**typical, **kinds[kind], "N": N} for N in (16, 1) for kind in ("float16", "tf32", "ieee", "bfloat16")),
+        {**half, "N": 16, "deterministic": True},
+        {**half, "N": 16, "layout": "NHWC"},
+        *({**typical, **kinds[kind], "N": N} for N in (8, 2) for kind in ("float16", "tf32", "ieee", "bfloat16")),
+        *({**half, "N": 16, "spread": spread} for spread in (0.5, 8.0)),
+        {**whole, "N": 16, "deterministic": True},
+        {**whole, "N": 16, "layout": "NHWC"},
+        {**half, "N": 1, "layout": "NHWC"},
+        *({**typical, **kinds["3xtf32"], "N": N} for N in (16, 1)),
+    ]
+
+
 OPERATION = Operation(
     name="deform_conv2d",
     sizes="C=O x H x W",
     shapes=((64, 56, 56), (128, 100, 168), (256, 50, 84), (512, 50, 84)),
-    variants={
-        "cpu": [("float32", False, 1)],
-        "cuda": [
-            (dtype, tf32, N)
-            for dtype, tf32 in (("float32", False), ("float32", True), ("float16", False), ("bfloat16", False))
-            for N in (1, 16)
-        ],
-    },
+    variants={"cpu": [{}], **dict.fromkeys(("cuda", "rehearsal"), _gpu_variants())},
     per_image=_PER_IMAGE,
     inputs=_inputs,
     contenders=_contenders,
@@ -166,4 +210,5 @@ OPERATION = Operation(
     ratios=((PEER, OURS), (OURS, PLAIN)),
     with_memory=(OURS, PEER),
     column_bytes=_column_bytes,
+    work=_work,
 )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 
-def evaluate(arrays: Arrays, coordinates: str = "float32") -> Arrays:
+def evaluate(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") -> Arrays:
     """Output and gradients of a 3x3 convolution with padding 1, one image.
 
     Parameters
@@ -26,21 +26,24 @@ def evaluate(arrays: Arrays, coordinates: str = "float32") -> Arrays:
         grad_out [1, O, H, W].
     coordinates : str
         Dtype of the sampling coordinates.
+    device : str
+        Where torch computes.
     """
     import torch
 
-    exact = {name: torch.from_numpy(array).double() for name, array in arrays.items()}
+    exact = {name: torch.from_numpy(array).to(device).double() for name, array in arrays.items()}
     _, C, H, W = exact["input"].shape
     rows = exact["input"].reshape(C, H * W).T.contiguous()
     grad_rows = exact["grad_out"].reshape(-1, H * W).T.contiguous()
     shifts = exact["offset"].reshape(9, 2, H * W).to(getattr(torch, coordinates))
-    line, column = (axis.reshape(-1) for axis in torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij"))
+    axes = torch.meshgrid(torch.arange(H, device=device), torch.arange(W, device=device), indexing="ij")
+    line, column = (axis.reshape(-1) for axis in axes)
 
     output = exact["bias"].expand(H * W, -1).clone()
     grad_input = torch.zeros_like(rows)
-    grad_offset = torch.zeros(9, 2, H * W, dtype=torch.float64)
+    grad_offset = torch.zeros(9, 2, H * W, dtype=torch.float64, device=device)
     grad_weight = torch.zeros_like(exact["weight"])
-    grad_mask = torch.zeros(9, H * W, dtype=torch.float64)
+    grad_mask = torch.zeros(9, H * W, dtype=torch.float64, device=device)
     for k in range(9):
         i, j = divmod(k, 3)
         modulation = exact["mask"].reshape(9, H * W)[k]
@@ -67,7 +70,7 @@ def evaluate(arrays: Arrays, coordinates: str = "float32") -> Arrays:
         "bias": exact["grad_out"].sum((0, 2, 3)),
         "mask": grad_mask.reshape(exact["mask"].shape),
     }
-    return {name: tensor.numpy() for name, tensor in results.items()}
+    return {name: tensor.cpu().numpy() for name, tensor in results.items()}
 
 
 def _corners(

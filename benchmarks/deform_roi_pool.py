@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.contenders import OURS, PEER, Arrays, Case, Contender, Operation
 from benchmarks.deform_roi_pool_float64 import GAMMA, SAMPLING_RATIO, SPATIAL_SCALE, evaluate, positions
-from benchmarks.libraries import rounded, to_ours, to_torch, torch_backward, torch_forward
+from benchmarks.libraries import rounded, to_nhwc, to_ours, to_torch, torch_backward, torch_forward
 
 __all__ = ["MODULATED", "OPERATION"]
 
@@ -97,7 +97,7 @@ def _ours_forward(case: Case, arrays: Arrays) -> Callable[[], Any]:
 
     arguments = _arguments(case, arrays)
     del arguments["grad_out"]
-    return lambda: dcnops.deform_roi_pool(**arguments)
+    return lambda: _nchw(case, dcnops.deform_roi_pool(**arguments))
 
 
 def _ours_backward(case: Case, arrays: Arrays) -> Callable[[], dict[str, Any]]:
@@ -106,22 +106,34 @@ def _ours_backward(case: Case, arrays: Arrays) -> Callable[[], dict[str, Any]]:
     arguments = _arguments(case, arrays)
 
     def backward() -> dict[str, Any]:
-        gradients = dcnops.deform_roi_pool_backward(**arguments)._asdict()
-        return {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        gradients = dcnops.deform_roi_pool_backward(**arguments, deterministic=case.deterministic)._asdict()
+        return {
+            name: _nchw(case, gradient) if name == "input" else gradient
+            for name, gradient in gradients.items()
+            if gradient is not None
+        }
 
     return backward
 
 
 def _arguments(case: Case, arrays: Arrays) -> dict[str, Any]:
     # Detectors keep regions in float32 beside features of 16 bits.
+    if case.layout == "NHWC":
+        arrays = {**arrays, **{name: to_nhwc(arrays[name]) for name in ("input", "grad_out")}}
     on_device = {name: to_ours(case, array, "float32" if name == "rois" else None) for name, array in arrays.items()}
     return {
+        "layout": case.layout,
         **on_device,
         "output_size": case.shape[-1],
         "spatial_scale": SPATIAL_SCALE,
         "sampling_ratio": SAMPLING_RATIO,
         "gamma": GAMMA,
     }
+
+
+def _nchw(case: Case, images: Any) -> Any:
+    """A view."""
+    return images.transpose(0, 3, 1, 2) if case.layout == "NHWC" else images
 
 
 def _peer_forward(case: Case, arrays: Arrays) -> Callable[[], Any]:
@@ -142,13 +154,21 @@ def _peer_call(case: Case, arrays: Arrays) -> Callable[..., Any]:
     )
 
 
+_GPU_VARIANTS = [
+    {"dtype": "float16"},
+    {},
+    {"deterministic": True},
+    {"dtype": "bfloat16"},
+    {"dtype": "float16", "layout": "NHWC"},
+]
+
 OPERATION = Operation(
     name="deform_roi_pool",
     sizes="C x H x W x R x P=Q",
     shapes=((256, 50, 84, 512, 7), (256, 50, 84, 512, 14), (1024, 50, 84, 512, 7), (1024, 50, 84, 512, 14)),
     variants={
-        "cpu": [("float32", False, 1)],
-        "cuda": [("float32", False, 1), ("float16", False, 1), ("bfloat16", False, 1)],
+        "cpu": [{}],
+        **dict.fromkeys(("cuda", "rehearsal"), _GPU_VARIANTS),
     },
     # The batch is the regions, of one image.
     per_image=frozenset(),

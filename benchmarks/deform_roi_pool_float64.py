@@ -19,7 +19,7 @@ GAMMA = 0.1
 _CHANNELS_AT_ONCE = 128
 
 
-def evaluate(arrays: Arrays, coordinates: str = "float32") -> Arrays:
+def evaluate(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") -> Arrays:
     """Output and gradients of the pooling of one feature map.
 
     Parameters
@@ -29,6 +29,8 @@ def evaluate(arrays: Arrays, coordinates: str = "float32") -> Arrays:
         and mask [R, P, Q].
     coordinates : str
         Dtype of the sampling positions.
+    device : str
+        Not looked at: sparse matrices are multiplied on the CPU.
     """
     import torch
 

@@ -12,7 +12,7 @@ from benchmarks.contenders import Case
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["rounded", "to_numpy", "to_ours", "to_torch", "torch_backward", "torch_forward"]
+__all__ = ["rounded", "to_nhwc", "to_numpy", "to_ours", "to_torch", "torch_backward", "torch_forward"]
 
 
 def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -28,27 +28,38 @@ def to_torch(case: Case, array: np.ndarray, dtype: str | None = None) -> torch.T
     """A tensor, of another dtype than the case's if need be."""
     import torch
 
-    return torch.from_numpy(array).to(case.device, getattr(torch, dtype or case.dtype))
+    device = "cuda" if case.device == "cuda" else "cpu"
+    return torch.from_numpy(array).to(device, getattr(torch, dtype or case.dtype))
 
 
 def to_ours(case: Case, array: np.ndarray, dtype: str | None = None) -> Any:
     """A NumPy array on the CPU, a CuPy array on a GPU, of another dtype than the case's if need be."""
     if case.device == "cpu":
         return array
-    import cupy
+    from dcnops.adapters.torch.arrays import as_array
 
-    return cupy.from_dlpack(to_torch(case, array, dtype))
+    on_device = as_array(to_torch(case, array, dtype))
+    if case.device == "cuda":
+        return on_device
+    from benchmarks.rehearsal import STAND_IN
+
+    return STAND_IN.asarray(on_device)
 
 
 def to_numpy(result: Any) -> np.ndarray:
     """A result of any of the libraries, float32 or wider."""
     if isinstance(result, np.ndarray):
-        return result
-    if hasattr(result, "detach"):
-        return np.asarray(result.detach().float().cpu())
-    import cupy
+        return np.asarray(result, np.result_type(result.dtype, np.float32))
+    if not hasattr(result, "detach"):
+        from dcnops.adapters.torch.arrays import as_tensor
 
-    return np.asarray(cupy.asnumpy(result.astype(np.float32)))
+        result = as_tensor(result)
+    return np.asarray(result.detach().float().cpu())
+
+
+def to_nhwc(images: np.ndarray) -> np.ndarray:
+    """Images with channels last, in memory too."""
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
 
 
 def torch_forward(call: Callable[..., Any], tensors: dict[str, torch.Tensor]) -> Callable[[], Any]:

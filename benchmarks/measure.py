@@ -21,8 +21,16 @@ class Meter(Protocol):
     def start(self, case: Case) -> None:
         """Called before anything of a case runs."""
 
+    def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
+        """What is timed in place of the call."""
+        ...
+
     def clock(self, call: Callable[[], object]) -> float:
         """Seconds that one call takes."""
+        ...
+
+    def host_seconds(self, call: Callable[[], object]) -> float | None:
+        """Seconds that a call keeps the CPU, where the device works by itself."""
         ...
 
     def peak_extra_bytes(
@@ -33,9 +41,11 @@ class Meter(Protocol):
 
 
 def cases(operation: Operation, device: str, shapes: Iterable[tuple[int, ...]]) -> Iterator[Case]:
-    for shape in shapes:
-        for dtype, tf32, N in operation.variants[device]:
-            yield Case(device, shape, N, dtype, tf32)
+    """The most important first: every shape in one way, then in the next."""
+    shapes = list(shapes)
+    for variant in operation.variants[device]:
+        for shape in shapes:
+            yield Case(device, shape, **variant)
 
 
 def measure(
@@ -57,14 +67,17 @@ def measure(
         if not wrong:
             correct.append(contender)
 
-    timings, ratios, memory = {}, {}, {}
+    timings, ratios, memory, host = {}, {}, {}, {}
     for direction in DIRECTIONS:
         if direction not in parts:
             continue
         calls = {contender.name: getattr(contender, direction)(case, arrays) for contender in correct}
+        host[direction] = {name: meter.host_seconds(call) for name, call in calls.items()}
+        prepared = {name: meter.prepare(call) for name, call in calls.items()}
         timings[direction] = {
-            name: timing.summary() for name, timing in interleave(calls, meter.clock, seconds).items()
+            name: timing.summary() for name, timing in interleave(prepared, meter.clock, seconds).items()
         }
+        del prepared
         ratios[direction] = _ratios(operation, timings[direction])
         if "memory" in parts:
             memory[direction] = {
@@ -76,11 +89,13 @@ def measure(
         "operation": operation.name,
         **asdict(case),
         "shape": case.label,
-        "precision": case.precision,
+        "data": case.data,
         "column_bytes": operation.column_bytes(case),
+        "work": operation.work(case),
         "errors": errors,
         "timings": timings,
         "ratios": ratios,
+        "host_seconds": host,
         "peak_extra_bytes": memory,
     }
 

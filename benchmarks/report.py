@@ -37,7 +37,10 @@ def first_call_table(first_call: Mapping[str, Mapping[str, Mapping[str, float]]]
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    # Whoever reads meanwhile, or after an interruption, finds a whole file.
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def _table_of(row: Mapping[str, Any]) -> tuple[str, int]:
@@ -61,7 +64,7 @@ def _table(operation: Operation, rows: Iterable[Mapping[str, Any]], direction: s
         lines.append(
             [
                 row["shape"],
-                row["precision"],
+                row["data"],
                 *(_number(timings.get(name, {}).get("median_ms")) for name in operation.columns),
                 *(_number(ratios.get(f"{a}/{b}")) for a, b in operation.ratios),
                 *(_mebibytes(extra.get(name)) for name in operation.with_memory),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.contenders import OURS, PEER
 from benchmarks.deform_conv2d import PLAIN
+from benchmarks.gpu_targets import gpu_targets
+from benchmarks.target import Target
 
 __all__ = ["Target", "evaluate"]
 
@@ -33,28 +34,11 @@ _BESIDE_PLAIN = {"deform_conv2d": dict.fromkeys(("128x100x168", "256x50x84", "51
 _MEMORY = {"deform_conv2d": dict.fromkeys(_FASTER["deform_conv2d"], 1 / 8)}
 
 
-@dataclass(frozen=True)
-class Target:
-    """One figure and its limit; `relation` is ">=" or "<="."""
-
-    name: str
-    value: float
-    relation: str
-    limit: float
-
-    @property
-    def holds(self) -> bool:
-        return self.value >= self.limit if self.relation == ">=" else self.value <= self.limit
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "holds": self.holds}
-
-    def __str__(self) -> str:
-        verdict = "holds" if self.holds else "MISSED"
-        return f"{verdict:6}  {self.name}: {self.value:.3g} (to be {self.relation} {self.limit:g})"
-
-
-def evaluate(results: Results, first_call: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[Target]:
+def evaluate(
+    results: Results,
+    first_call: Mapping[str, Mapping[str, Mapping[str, float]]],
+    floors: Mapping[str, float] | None = None,
+) -> list[Target]:
     """The targets that these results say something about.
 
     Parameters
@@ -63,8 +47,11 @@ def evaluate(results: Results, first_call: Mapping[str, Mapping[str, Mapping[str
         Rows of the report, see `benchmarks.__main__`.
     first_call : mapping
         Device to state (cold, warm) to step to seconds.
+    floors : mapping, optional
+        What the GPU can do at best, see `benchmarks.floors`.
     """
     targets = [target for row in results for target in _of_row(row)]
+    targets += gpu_targets(results, floors or {})
     for state, limit in (("cold", 15.0), ("warm", 1.0)):
         if state in first_call.get("cpu", {}):
             steps = first_call["cpu"][state]

@@ -219,7 +219,7 @@ def row_of(shape: str, forward: float, backward: float, extra: int, **changes: A
         "operation": "deform_conv2d",
         "device": "cpu",
         "dtype": "float32",
-        "precision": "float32",
+        "data": "float32",
         "N": 1,
         "shape": shape,
         "column_bytes": 8000,
