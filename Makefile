@@ -2,7 +2,8 @@
 # make lint    ruff, mypy, clang-format
 # make demo    train a small DCNv2 detector on synthetic images, evaluate it, draw what it finds; out/detector/
 # make bench   time the operations beside their peers; table, and out/benchmark.json
-# make gpu     on a machine with a GPU and the packages installed: GPU tests, then the benchmark (no .venv is made)
+# make gpu     on a machine with a GPU and the packages installed (no .venv is made): GPU tests, sanitizers, benchmarks
+#              in ten minutes, one table, out/gpu/gpu.json; PARTS="tests sanitizers benchmark model" for some of them
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -38,8 +39,7 @@ bench: setup
 
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --no-index --editable .
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m benchmarks --device cuda
+	$(PYTHON) -m benchmarks.gpu $(PARTS)
 
 clean:
 	rm -rf .venv build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -49,7 +49,7 @@ def _of_convolution(row: Row, floors: Mapping[str, float]) -> Iterator[Target]:
     large = row["N"] in (8, 16)
     if row["products"] == "3xtf32":
         return
-    if faster in forward and (large or (row["N"] == 1 and kind == "float16")):
+    if faster in forward and kind in _FORWARD and (large or (row["N"] == 1 and kind == "float16")):
         limit = _FORWARD[kind] if large else 2.0
         yield Target(f"{name} forward, {faster}", forward[faster], ">=", limit)
     if faster in backward and row["N"] in (1, 8, 16):

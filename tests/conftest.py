@@ -94,6 +94,9 @@ class EmulatedRunner:
 class GpuRunner:
     """The public functions on CuPy arrays."""
 
+    def __init__(self, deterministic: bool = False) -> None:
+        self.deterministic = deterministic
+
     def forward(self, case: Case) -> np.ndarray:
         import cupy
 
@@ -103,7 +106,8 @@ class GpuRunner:
         import cupy
 
         backward = getattr(dcnops, f"{case.operation}_backward")
-        gradients = backward(cupy.asarray(case.grad_out), **self._arguments(case), needs=needs or case.needs)
+        options = {"needs": needs or case.needs, "deterministic": self.deterministic}
+        gradients = backward(cupy.asarray(case.grad_out), **self._arguments(case), **options)
         return {name: cupy.asnumpy(array) for name, array in gradients._asdict().items() if array is not None}
 
     @staticmethod
