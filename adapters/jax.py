@@ -374,7 +374,7 @@ class _Callback:
                 "JAX arrays on a GPU must be computed by CuPy, got no CuPy; "
                 "pip install 'dcnops[cuda13]' (or 'dcnops[cuda12]' for a driver of CUDA 12)"
             ) from error
-        with cupy.cuda.Device(device), cupy.cuda.Stream.from_external(CudaStream(context.stream())):
+        with cupy.cuda.Device(device), cupy.cuda.Stream.from_external(CudaStream(context.stream)):
             self._compute(cupy, cupy.from_dlpack, results, arguments)
 
     def _compute(

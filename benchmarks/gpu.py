@@ -110,7 +110,9 @@ def parts_of(names: Sequence[str], seconds: float, out: Path, rehearse: bool, sa
         commands, results = [], None
         if name == "tests":
             pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=brief")
-            commands = [[*pytest, *(_REHEARSED_TESTS if rehearse else ("-m", "gpu"))]]
+            # Most of the time goes into compiling, which several processes share. The detector needs no GPU of its own.
+            on_gpu = ("-m", "gpu", "-n", str(min(8, environment.usable_cores())), "--ignore=tests/detector")
+            commands = [[*pytest, *(_REHEARSED_TESTS if rehearse else on_gpu)]]
         elif name == "sanitizers":
             cases = (sys.executable, "-m", "benchmarks.sanitizer_cases", *(["--rehearse"] if rehearse else []))
             commands = [

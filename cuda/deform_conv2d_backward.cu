@@ -100,17 +100,6 @@ __device__ __forceinline__ long long neighbour_index(const DeformConvSizes& size
   return plan.first + (i & 2 ? static_cast<long long>(size.W) * size.C : 0) + (i & 1 ? size.C : 0);
 }
 
-__device__ __forceinline__ ScalarVector load_vector(const Scalar* at) {
-  ScalarVector value;
-  if constexpr (sizeof(ScalarVector) == 16) {
-    const uint4 words = *reinterpret_cast<const uint4*>(at);
-    memcpy(&value, &words, 16);
-  } else {
-    value = *reinterpret_cast<const ScalarVector*>(at);
-  }
-  return value;
-}
-
 // ---- lists
 
 // Calls visit(list, weight) for the neighbours to which a sampling point adds.
@@ -282,27 +271,32 @@ __device__ __forceinline__ long long entry_index(const DeformConvSizes& size, in
   return column_index(size, column / K, column % K, c);
 }
 
-// Adds the entries entry_at(0 ... count - 1), as far as they are this slot's. `in_flight` columns are asked for before
-// the first is used.
+// Adds the entries entry_at(0 ... count - 1), as far as they are this slot's. The warp reads 32 entries at once, and
+// each slot asks for `in_flight` columns before the first is used. All lanes take part in that, those that load and
+// others.
 template <int in_flight, typename EntryAt>
-__device__ __forceinline__ void add_entries(const DeformConvBackwardParams& p, const ListTeam& team, int c, int count,
-                                            EntryAt entry_at, Sum (&sums)[DCN_VEC]) {
-  for (int first = team.slot; first < count; first += in_flight * team.slots) {
-    ListEntry entry[in_flight];
-    ScalarVector grad[in_flight];
+__device__ __forceinline__ void add_entries(const DeformConvBackwardParams& p, const ListTeam& team, int c, bool loads,
+                                            int count, EntryAt entry_at, Sum (&sums)[DCN_VEC]) {
+  const int lane = thread_of_block() % 32;
+  for (int base = 0; base < count; base += 32) {
+    const int here = min(32, count - base);
+    ListEntry own = {0, Sum(0)};
+    if (lane < here) own = entry_at(base + lane);
+    for (int first = 0; first < here; first += in_flight * team.slots) {
+      Sum weight[in_flight];
+      ScalarVector grad[in_flight];
 #pragma unroll
-    for (int u = 0; u < in_flight; ++u) {
-      if (first + u * team.slots < count) entry[u] = entry_at(first + u * team.slots);
-    }
+      for (int u = 0; u < in_flight; ++u) {
+        const int i = first + u * team.slots + team.slot;
+        const int column = __shfl_sync(kAllLanes, own.column, i);
+        const Sum shared_weight = __shfl_sync(kAllLanes, own.weight, i);
+        weight[u] = i < here ? shared_weight : Sum(0);
+        grad[u] = load_vector_if(p.columns + entry_index(p.size, column, c), loads && i < here);
+      }
 #pragma unroll
-    for (int u = 0; u < in_flight; ++u) {
-      if (first + u * team.slots < count) grad[u] = load_vector(p.columns + entry_index(p.size, entry[u].column, c));
-    }
+      for (int u = 0; u < in_flight; ++u) {
 #pragma unroll
-    for (int u = 0; u < in_flight; ++u) {
-      if (first + u * team.slots < count) {
-#pragma unroll
-        for (int e = 0; e < DCN_VEC; ++e) sums[e] += entry[u].weight * widen(grad[u].at[e]);
+        for (int e = 0; e < DCN_VEC; ++e) sums[e] += weight[u] * widen(grad[u].at[e]);
       }
     }
   }
@@ -329,7 +323,7 @@ __device__ __forceinline__ void add_alone(Sum* to, const Sum (&sums)[DCN_VEC]) {
 
 // Block: x (a power of two up to 32) over the channel vectors of a deformable group, 256 threads. Grid: warps, one for
 // each list. The parts of long lists follow, and only they need atomic additions.
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, sizeof(Sum) == 8 ? 3 : 4)
     DCN_KERNEL(deform_conv2d_gather_input)(const DeformConvBackwardParams p) {
   const ListTeam team = list_team();
   const int channels = p.size.C / p.size.D;
@@ -350,10 +344,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     for (int first = 0; first < channels; first += team.lanes * DCN_VEC) {
       const int v = first + threadIdx.x * DCN_VEC, c = first_channel + v;
       Sum sums[DCN_VEC] = {};
-      if (v < channels) {
-        const ListEntry* entries = p.entries + part.begin;
-        add_entries<4>(p, team, c, part.end - part.begin, [&](int i) { return entries[i]; }, sums);
-      }
+      const ListEntry* entries = p.entries + part.begin;
+      add_entries<4>(p, team, c, v < channels, part.end - part.begin, [&](int i) { return entries[i]; }, sums);
       sum_over_slots(team, sums);
       if (team.slot == 0 && v < channels) {
         if (is_alone) {
@@ -422,9 +414,7 @@ __device__ __forceinline__ void add_by_search(const DeformConvBackwardParams& p,
     const unsigned found = __ballot_sync(kAllLanes, entry.weight != Sum(0));
     if (entry.weight != Sum(0)) order.found[__popc(found & ((1u << team.lane) - 1))] = entry;
     __syncwarp();
-    if (takes_part) {
-      add_entries<1>(p, team, c, __popc(found), [&](int i) { return order.found[i]; }, sums);
-    }
+    add_entries<1>(p, team, c, takes_part, __popc(found), [&](int i) { return order.found[i]; }, sums);
     __syncwarp();
   }
 }
@@ -451,8 +441,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       Sum sums[DCN_VEC] = {};
       if (!is_sorted) {
         add_by_search(p, team, order, list, takes_part, c, sums);
-      } else if (takes_part) {
-        add_entries<4>(p, team, c, count, [&](int i) { return entries[order.order[i]]; }, sums);
+      } else {
+        add_entries<4>(p, team, c, takes_part, count, [&](int i) { return entries[order.order[i]]; }, sums);
       }
       sum_over_slots(team, sums);
       if (team.slot == 0 && takes_part) add_alone(pixel + c, sums);

@@ -482,6 +482,12 @@ class FakeGpu:
         return None if array is None else SimpleNamespace(array=array, __dlpack_device__=lambda: (2, 1))
 
 
+def test_what_stands_for_the_context_of_xla_looks_like_it() -> None:
+    from jaxlib._jax import ffi
+
+    assert isinstance(ffi.ExecutionContext.stream, property)
+
+
 def operation_of(case: Case) -> Any:
     options = (("precision", None),) if case.operation == "deform_conv2d" else ()
     return adapter._Operation(case.operation, case.geometry(), options=options)
@@ -495,7 +501,7 @@ def test_a_gpu_is_used_on_the_stream_of_xla(case: Case, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     load_backend = adapter.load_backend
     monkeypatch.setattr(adapter, "load_backend", lambda name: load_backend({"cupy": "numpy"}[name]))
-    context = SimpleNamespace(stream=lambda: 1234)
+    context = SimpleNamespace(stream=1234)
 
     output = np.full(case.grad_out.shape, np.nan, np.float32)
     arguments = {name: cupy.buffer(getattr(case, name)) for name in case.arrays}

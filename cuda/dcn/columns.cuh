@@ -29,18 +29,6 @@ struct Corners {
   ScalarVector at[4];
 };
 
-__device__ __forceinline__ ScalarVector load_vector_if(const Scalar* from, bool valid) {
-  ScalarVector value = {};
-  if constexpr (sizeof(ScalarVector) == 16) {
-    unsigned words[4];
-    load_16_if(words, from, valid);
-    memcpy(&value, words, 16);
-  } else {
-    if (valid) value = *reinterpret_cast<const ScalarVector*>(from);
-  }
-  return value;
-}
-
 __device__ __forceinline__ Corners load_corners(const Scalar* first, long long row_step, int pixel_step,
                                                 const Sum (&weight)[4]) {
   Corners corners;

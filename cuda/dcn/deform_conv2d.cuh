@@ -9,6 +9,30 @@ using OffsetScalar = DCN_OFFSET_SCALAR;
 using Sum = Accumulator<Scalar>;
 using ScalarVector = Vector<Scalar, DCN_VEC>;
 
+__device__ __forceinline__ ScalarVector load_vector(const Scalar* at) {
+  ScalarVector value;
+  if constexpr (sizeof(ScalarVector) == 16) {
+    const uint4 words = *reinterpret_cast<const uint4*>(at);
+    memcpy(&value, &words, 16);
+  } else {
+    value = *reinterpret_cast<const ScalarVector*>(at);
+  }
+  return value;
+}
+
+// Zeros where it is not valid.
+__device__ __forceinline__ ScalarVector load_vector_if(const Scalar* from, bool valid) {
+  ScalarVector value = {};
+  if constexpr (sizeof(ScalarVector) == 16) {
+    unsigned words[4];
+    load_16_if(words, from, valid);
+    memcpy(&value, words, 16);
+  } else {
+    if (valid) value = *reinterpret_cast<const ScalarVector*>(from);
+  }
+  return value;
+}
+
 struct DeformConvSizes {
   int N, C, H, W;
   int oh, ow, kh, kw;

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import cupy
 import numpy
@@ -198,22 +200,22 @@ def _compile(source: str, kernel: str, options: tuple[str, ...]) -> Launcher:
 def _matmul(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray, accumulate: bool, precision: str) -> None:
     # cuBLAS stores columns first, so it is asked for the transposed product: out.T (+)= b.T @ a.T.
     batch, rows, columns = out.shape
-    scalars, compute_type = _gemm_type(a.dtype.name, precision)
+    scalar_type, compute_type = _gemm_type(a.dtype.name, precision)
     a_operation, a_stride = _gemm_operand(a)
     b_operation, b_stride = _gemm_operand(b)
     handle = cupy.cuda.device.get_cublas_handle()
-    cublas.setStream(handle, cupy.cuda.get_current_stream().ptr)
+    _CUBLAS.set_stream(handle, cupy.cuda.get_current_stream().ptr)
     mode = cublas.getMathMode(handle)
     cublas.setMathMode(handle, _MATH_MODE)
     try:
-        cublas.gemmStridedBatchedEx(
+        _CUBLAS.gemm(
             handle,
             b_operation,
             a_operation,
             columns,
             rows,
             a.shape[2],
-            scalars[1:].ctypes.data,
+            scalar_type(1),
             b.data.ptr,
             _CUDA_TYPE[b.dtype.name],
             b_stride,
@@ -222,7 +224,7 @@ def _matmul(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray, accumulate: boo
             _CUDA_TYPE[a.dtype.name],
             a_stride,
             a.strides[0] // a.itemsize,
-            scalars[int(accumulate) :].ctypes.data,
+            scalar_type(accumulate),
             out.data.ptr,
             _CUDA_TYPE[out.dtype.name],
             _gemm_operand(out)[1],
@@ -235,13 +237,42 @@ def _matmul(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray, accumulate: boo
         cublas.setMathMode(handle, mode)
 
 
-def _gemm_type(dtype: str, precision: str) -> tuple[numpy.ndarray, int]:
-    """The scalars 0 and 1, and what cuBLAS computes with."""
+class _Cublas:
+    """Two functions of the cuBLAS that CuPy has loaded. CuPy's own refuse to be captured in a graph; cuBLAS does not."""
+
+    def __init__(self) -> None:
+        major = runtime.runtimeGetVersion() // 1000
+        # What is looked up in an extension module is found in the libraries that it is linked with.
+        library = ctypes.CDLL(f"cublas64_{major}.dll" if sys.platform == "win32" else cublas.__file__)
+        self._set_stream, self._gemm = library.cublasSetStream_v2, library.cublasGemmStridedBatchedEx
+        pointer, integer, step = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
+        matrix = [pointer, integer, integer, step]
+        self._set_stream.argtypes = [pointer, pointer]
+        scalar = [pointer]
+        self._gemm.argtypes = [pointer, *5 * [integer], *scalar, *matrix, *matrix, *scalar, *matrix, *3 * [integer]]
+
+    def set_stream(self, handle: int, stream: int) -> None:
+        self._check(self._set_stream(handle, stream))
+
+    def gemm(self, *arguments: Any) -> None:
+        """cublasGemmStridedBatchedEx; scalars are ctypes numbers in the host's memory."""
+        *numbers, alpha = arguments[:7]
+        *matrices, beta = arguments[7:16]
+        self._check(self._gemm(*numbers, ctypes.byref(alpha), *matrices, ctypes.byref(beta), *arguments[16:]))
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status:
+            raise cublas.CUBLASError(status)
+
+
+def _gemm_type(dtype: str, precision: str) -> tuple[Any, int]:
+    """The type of scalar factors, and what cuBLAS computes with."""
     if dtype == "float64":
-        return _DOUBLE_SCALARS, cublas.CUBLAS_COMPUTE_64F
+        return ctypes.c_double, cublas.CUBLAS_COMPUTE_64F
     if dtype == "float32" and precision == "tf32":
-        return _SINGLE_SCALARS, cublas.CUBLAS_COMPUTE_32F_FAST_TF32
-    return _SINGLE_SCALARS, cublas.CUBLAS_COMPUTE_32F
+        return ctypes.c_float, cublas.CUBLAS_COMPUTE_32F_FAST_TF32
+    return ctypes.c_float, cublas.CUBLAS_COMPUTE_32F
 
 
 def _gemm_operand(matrices: cupy.ndarray) -> tuple[int, int]:
@@ -273,8 +304,7 @@ def _pointer(array: cupy.ndarray) -> int:
     return int(array.data.ptr)
 
 
-_SINGLE_SCALARS = numpy.array([0, 1], numpy.float32)
-_DOUBLE_SCALARS = numpy.array([0, 1], numpy.float64)
+_CUBLAS = _Cublas()
 
 _DISALLOW_REDUCED_PRECISION_REDUCTION = 16
 _MATH_MODE = cublas.CUBLAS_DEFAULT_MATH | _DISALLOW_REDUCED_PRECISION_REDUCTION
