@@ -228,7 +228,6 @@ def _meter(device: str, stack: ExitStack) -> Meter:
         return RehearsalMeter()
     from benchmarks import cuda
 
-    stack.enter_context(cuda.stream())
     return cuda.CudaMeter()
 
 

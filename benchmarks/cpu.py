@@ -32,9 +32,6 @@ class CpuMeter:
     def start(self, case: Case) -> None:
         """Nothing is to be prepared."""
 
-    def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
-        return call
-
     def host_seconds(self, call: Callable[[], object]) -> float | None:
         """The CPU is the device."""
 

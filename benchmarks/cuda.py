@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import cupy
@@ -13,37 +12,24 @@ import torch
 
 from benchmarks.contenders import Case, Operation
 
-__all__ = ["CudaMeter", "is_available", "stream"]
+__all__ = ["CudaMeter", "is_available"]
 
 _FLUSH_BYTES = 2**28
 _HOST_CALLS = 7
+
+_HEAD_START_CYCLES = 4_000_000
+"""About two milliseconds, in which a call's kernels line up behind the first event."""
 
 
 def is_available() -> bool:
     return bool(torch.cuda.is_available() and cupy.cuda.is_available())
 
 
-@contextmanager
-def stream() -> Iterator[None]:
-    """One stream that is current for torch and for CuPy."""
-    shared = torch.cuda.Stream()
-    with torch.cuda.stream(shared), cupy.cuda.Stream.from_external(_StreamOf(shared)):
-        yield
-        shared.synchronize()
-
-
-class _StreamOf:
-    """A torch stream by CUDA's stream protocol, which not every torch has."""
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, int(self._stream.cuda_stream)
-
-
 class CudaMeter:
-    """Time between two events around a call, and the allocators' high-water marks."""
+    """Time between two events around a call, and the allocators' high-water marks.
+
+    All is on the default stream: torchvision launches its deformable convolution there, whatever the current one is.
+    """
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -54,22 +40,6 @@ class CudaMeter:
         torch.backends.cuda.matmul.allow_tf32 = case.products == "tf32"
         torch.backends.cudnn.allow_tf32 = case.products == "tf32"
         torch.backends.cudnn.benchmark = True
-
-    def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
-        """A CUDA graph of the call, so that the CPU's share is not in the time: that is `host_seconds`."""
-        for _ in range(2):
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # What is allocated meanwhile lives in the graph's memory, and CuPy may ask CUDA for some.
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="relaxed"):
-            results = call()
-
-        def replay() -> object:
-            graph.replay()
-            return results
-
-        return replay
 
     def host_seconds(self, call: Callable[[], object]) -> float | None:
         """The median of some calls, each with an idle GPU before it."""
@@ -83,9 +53,10 @@ class CudaMeter:
         return statistics.median(seconds)
 
     def clock(self, call: Callable[[], object]) -> float:
-        """The L2 cache holds nothing of the inputs."""
+        """The L2 cache holds nothing of the inputs, and the CPU is ahead: its share is `host_seconds`."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
+        torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
         begin.record()
         result = call()
         end.record()

@@ -21,10 +21,6 @@ class Meter(Protocol):
     def start(self, case: Case) -> None:
         """Called before anything of a case runs."""
 
-    def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
-        """What is timed in place of the call."""
-        ...
-
     def clock(self, call: Callable[[], object]) -> float:
         """Seconds that one call takes."""
         ...
@@ -73,11 +69,9 @@ def measure(
             continue
         calls = {contender.name: getattr(contender, direction)(case, arrays) for contender in correct}
         host[direction] = {name: meter.host_seconds(call) for name, call in calls.items()}
-        prepared = {name: meter.prepare(call) for name, call in calls.items()}
         timings[direction] = {
-            name: timing.summary() for name, timing in interleave(prepared, meter.clock, seconds).items()
+            name: timing.summary() for name, timing in interleave(calls, meter.clock, seconds).items()
         }
-        del prepared
         ratios[direction] = _ratios(operation, timings[direction])
         if "memory" in parts:
             memory[direction] = {

@@ -33,10 +33,6 @@ class RehearsalMeter:
 
     def start(self, case: Case) -> None: ...
 
-    def prepare(self, call: Callable[[], object]) -> Callable[[], object]:
-        call()
-        return call
-
     def clock(self, call: Callable[[], object]) -> float:
         begin = time.perf_counter()
         call()

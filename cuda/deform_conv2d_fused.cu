@@ -5,7 +5,7 @@
 // of the same channels beside them, and multiplies. What the next step needs is loaded while this one is multiplied.
 //
 //   DCN_OUTPUTS   64 | 128 | 256
-//   DCN_PRODUCT   TensorProduct | SplitTensorProduct | FmaProduct, see dcn/products.cuh
+//   DCN_PRODUCT   TensorProduct | WarpgroupProduct | SplitTensorProduct | FmaProduct, see dcn/products.cuh
 //   DCN_BLOCKS    blocks that a multiprocessor should have room for
 //   DCN_SHARED_BYTES
 
@@ -23,16 +23,23 @@ struct DeformConvFusedParams {
   float* partial;              // [splits, rows, O]: each split's part of the sums, written; null for one split
   DeformConvSizes size;
   int O;
-  int rows;           // N * oh * ow
-  int segment;        // channels of a deformable group or of a weight group, whichever is smaller
-  int steps;          // of the inner axis of a weight group
-  int splits;         // blocks that share the steps of an output
-  int channels_last;  // of the output
+  int rows;            // N * oh * ow
+  int group_outputs;   // O / G
+  int group_channels;  // C / G
+  int segment;         // channels of a deformable group or of a weight group, whichever is smaller
+  int steps;           // of the inner axis of a weight group
+  int splits;          // blocks that share the steps of an output
+  int channels_last;   // of the output
 };
 
 constexpr int kBand = 8;  // pixels are counted in bands of so many image rows, column by column
 constexpr int kChannels = kRowBytes / sizeof(Scalar);  // of a step
 using Product = DCN_PRODUCT<Scalar, DCN_OUTPUTS>;
+
+constexpr int kThreads = Product::kThreads;
+constexpr int kRowStep = kThreads / kPieces;       // a thread has a piece of every so manyth row
+constexpr int kHalves = kTileRows / kRowStep / 2;  // it takes them two at a time
+constexpr int kTileAlignment = Product::kIsAsync ? 1024 : 16;
 
 // An output pixel of the tile: where it is, and the input position of tap (0, 0).
 struct TilePixel {
@@ -44,7 +51,7 @@ struct Weights {
   Vector<float, 4> of[kTileRows];
 };
 
-struct SharedMemory {
+struct alignas(kTileAlignment) SharedMemory {
   unsigned char a[2][kTileRows * kRowBytes];
   unsigned char b[2][DCN_OUTPUTS * kRowBytes];
   Weights weights[2];
@@ -52,7 +59,13 @@ struct SharedMemory {
   TilePixel pixels[kTileRows];
 };
 
-static_assert(sizeof(SharedMemory) <= DCN_SHARED_BYTES, "shared memory of a block");
+// What the hardware promises is an alignment of 16 bytes.
+static_assert(sizeof(SharedMemory) + kTileAlignment - 16 <= DCN_SHARED_BYTES, "shared memory of a block");
+
+__device__ __forceinline__ SharedMemory& tile_memory(unsigned char* memory) {
+  const unsigned long long address = reinterpret_cast<unsigned long long>(memory);
+  return *reinterpret_cast<SharedMemory*>(memory + (kTileAlignment - address % kTileAlignment) % kTileAlignment);
+}
 
 // A slice of sums on its way out: outputs together, or pixels together in an order in which neither side meets on a
 // bank (pixel r of a band-high patch is r % kBand rows down).
@@ -79,24 +92,27 @@ __device__ __forceinline__ TilePixel find_tile_pixel(const DeformConvFusedParams
 // The part of the inner axis that a step covers: some channels of a tap. The deformable groups of a weight group (or
 // the part of one that it has) are walked through one after the other, taps inside them, channels innermost.
 struct Step {
-  int segment, k, c;  // c: first channel within the segment
+  int segment, i, j, c;  // tap (i, j); c: first channel within the segment
 
   __device__ __forceinline__ bool begins_tap() const { return c == 0; }
 };
 
 __device__ __forceinline__ Step find_step(const DeformConvFusedParams& p, int step) {
   const int K = p.size.kh * p.size.kw, steps_per_tap = (p.segment + kChannels - 1) / kChannels;
-  const int tap = step / steps_per_tap;
-  return {tap / K, tap % K, step % steps_per_tap * kChannels};
+  const int tap = step / steps_per_tap, k = tap % K;
+  return {tap / K, k / p.size.kw, k % p.size.kw, step % steps_per_tap * kChannels};
 }
 
 __device__ __forceinline__ Step step_after(const DeformConvFusedParams& p, Step step) {
   step.c += kChannels;
   if (step.c >= p.segment) {
     step.c = 0;
-    if (++step.k == p.size.kh * p.size.kw) {
-      step.k = 0;
-      ++step.segment;
+    if (++step.j == p.size.kw) {
+      step.j = 0;
+      if (++step.i == p.size.kh) {
+        step.i = 0;
+        ++step.segment;
+      }
     }
   }
   return step;
@@ -108,7 +124,7 @@ struct BlockTile {
 };
 
 __device__ __forceinline__ BlockTile find_block_tile(const DeformConvFusedParams& p, int t) {
-  const int outputs = (p.O / p.size.G + DCN_OUTPUTS - 1) / DCN_OUTPUTS;
+  const int outputs = (p.group_outputs + DCN_OUTPUTS - 1) / DCN_OUTPUTS;
   BlockTile tile;
   tile.first_output = t % outputs * DCN_OUTPUTS;
   t /= outputs;
@@ -120,7 +136,7 @@ __device__ __forceinline__ BlockTile find_block_tile(const DeformConvFusedParams
 }
 
 __device__ __forceinline__ int count_block_tiles(const DeformConvFusedParams& p) {
-  const int outputs = (p.O / p.size.G + DCN_OUTPUTS - 1) / DCN_OUTPUTS;
+  const int outputs = (p.group_outputs + DCN_OUTPUTS - 1) / DCN_OUTPUTS;
   return (p.rows + kTileRows - 1) / kTileRows * p.size.G * p.splits * outputs;
 }
 
@@ -143,12 +159,31 @@ __device__ __forceinline__ unsigned interpolate_word(const CornerWords& corners,
   return Product::kRoundsA ? tensor_operand<Scalar>(word) : word;
 }
 
-// What moves data for a block.
+// What moves data for a block. A thread has every kRowStep-th row from `row` on, a piece of 16 bytes of it.
 struct Loader {
   const DeformConvFusedParams& p;
-  const BlockTile& tile;
   SharedMemory& shared;
-  int row, piece;  // the thread's: every 32nd row from `row` on, a piece of 16 bytes of it
+  int row, place;         // of the thread's first piece in a tile
+  int channel, piece;     // the tile's first channel, and the thread's among those of a step
+  int deformable_group;   // the tile's first
+  const Scalar* filters;  // of the thread's first row
+  unsigned outputs;       // bit i: the i-th row is that of an output
+
+  __device__ __forceinline__ Loader(const DeformConvFusedParams& p, const BlockTile& tile, SharedMemory& shared)
+      : p(p), shared(shared) {
+    row = threadIdx.x / kPieces;
+    place = static_cast<int>(piece_of(shared.a[0], row, threadIdx.x % kPieces) - shared.a[0]);
+    channel = tile.g * p.group_channels;
+    piece = threadIdx.x % kPieces * DCN_VEC;
+    deformable_group = channel / (p.size.C / p.size.D);
+    const int first = tile.first_output + row;
+    filters = p.filters + (static_cast<long long>(tile.g) * p.group_outputs + first) * filter_size() + piece;
+    outputs = 0;
+#pragma unroll
+    for (int i = 0; i < DCN_OUTPUTS / kRowStep; ++i) outputs |= (first + kRowStep * i < p.group_outputs) << i;
+  }
+
+  __device__ __forceinline__ int filter_size() const { return p.size.kh * p.size.kw * p.group_channels; }
 
   // Sampling points of a tap, a thread for each pixel.
   __device__ __forceinline__ void weigh(const Step& step, int side) const {
@@ -157,43 +192,41 @@ struct Loader {
     const TilePixel pixel = shared.pixels[r];
     SampleWeights<int> sample = {};
     if (pixel.at.image >= 0) {
-      const int d = (tile.g * (p.size.C / p.size.G) + step.segment * p.segment) / (p.size.C / p.size.D);
-      const Tap tap = tap_of_pixel(p.size, pixel.at, d * (p.size.kh * p.size.kw) + step.k);
-      const int y = pixel.y + step.k / p.size.kw * p.size.dh, x = pixel.x + step.k % p.size.kw * p.size.dw;
+      const int k = step.i * p.size.kw + step.j;
+      const Tap tap = tap_of_pixel(p.size, pixel.at, (deformable_group + step.segment) * (p.size.kh * p.size.kw) + k);
+      const int y = pixel.y + step.i * p.size.dh, x = pixel.x + step.j * p.size.dw;
       sample = weigh_sample<int>(p.size, tap, locate_shifted(p.size, tap, y, x, p.offset), p.mask);
     }
-    shared.first[side][r] = sample.first;
+    shared.first[side][r] = sample.first * p.size.C;
 #pragma unroll
     for (int i = 0; i < 4; ++i) shared.weights[side].of[r].at[i] = sample.weight[i];
   }
 
+  // What does not belong to the segment or to an output is not read.
   __device__ __forceinline__ void fetch_filters(const Step& step, unsigned char* b) const {
-    const int outputs = p.O / p.size.G, group = p.size.C / p.size.G;
-    const int c = step.c + piece * DCN_VEC;
-    const Scalar* filter = p.filters + step.segment * p.segment + c;
+    const bool valid = step.c + piece < p.segment;
+    const Scalar* from = filters + (step.i * p.size.kw + step.j) * p.group_channels + step.segment * p.segment + step.c;
+    const long long row_step = static_cast<long long>(kRowStep) * filter_size();
 #pragma unroll
-    for (int i = 0; i < DCN_OUTPUTS / 32; ++i) {
-      const int output = tile.first_output + row + 32 * i;
-      const bool valid = output < outputs && c < p.segment;
-      const long long at = (static_cast<long long>(tile.g) * outputs + output) * (p.size.kh * p.size.kw) + step.k;
-      copy_16_async(piece_of(b, row + 32 * i, piece), valid ? filter + at * group : p.filters, valid);
+    for (int i = 0; i < DCN_OUTPUTS / kRowStep; ++i) {
+      copy_16_async(b + place + i * kRowStep * kRowBytes, from + i * row_step, valid && (outputs >> i & 1));
     }
     commit_copies();
   }
 
-  // Half of the thread's rows at a time, so that few registers hold what is under way.
+  // Two of the thread's rows at a time, so that few registers hold what is under way.
   __device__ __forceinline__ void load(const Step& step, int side, int half, CornerWords (&corners)[2]) const {
-    const int c = step.c + piece * DCN_VEC;
-    const int channel = tile.g * (p.size.C / p.size.G) + step.segment * p.segment + c;
+    const bool valid = step.c + piece < p.segment;
+    const Scalar* channels = p.input + (channel + step.segment * p.segment + step.c + piece);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int r = row + 32 * (2 * half + i);
-      const int first = shared.first[side][r] * p.size.C + channel;
+      const int r = row + kRowStep * (2 * half + i);
+      const Scalar* first = channels + shared.first[side][r];
       const Vector<float, 4> weight = shared.weights[side].of[r];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int at = first + (j & 2 ? p.size.W * p.size.C : 0) + (j & 1 ? p.size.C : 0);
-        load_16_if(corners[i].at[j].at, p.input + at, c < p.segment && weight.at[j] != 0.0f);
+        const int at = (j & 2 ? p.size.W * p.size.C : 0) + (j & 1 ? p.size.C : 0);
+        load_16_if(corners[i].at[j].at, first + at, valid && weight.at[j] != 0.0f);
       }
     }
   }
@@ -201,39 +234,48 @@ struct Loader {
   __device__ __forceinline__ void store(int side, int half, const CornerWords (&corners)[2], unsigned char* a) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int r = row + 32 * (2 * half + i);
-      const Vector<float, 4> weight = shared.weights[side].of[r];
+      const int rows = kRowStep * (2 * half + i);
+      const Vector<float, 4> weight = shared.weights[side].of[row + rows];
       Words words;
 #pragma unroll
       for (int w = 0; w < 4; ++w) words.at[w] = interpolate_word(corners[i], w, weight.at);
-      *reinterpret_cast<Words*>(piece_of(a, r, piece)) = words;
+      *reinterpret_cast<Words*>(a + place + rows * kRowBytes) = words;
     }
   }
 };
 
-// The sums of a block's tile, over its share of the steps.
-__device__ __forceinline__ void multiply(const DeformConvFusedParams& p, const BlockTile& tile, SharedMemory& shared,
-                                         Product& product) {
-  const int begin = static_cast<int>(static_cast<long long>(p.steps) * tile.split / p.splits);
-  const int end = static_cast<int>(static_cast<long long>(p.steps) * (tile.split + 1) / p.splits);
-  const Loader loader = {p, tile, shared, static_cast<int>(threadIdx.x / kPieces),
-                         static_cast<int>(threadIdx.x % kPieces)};
+// A block's share of the steps of the inner axis.
+struct Share {
+  int begin, end;
+};
+
+__device__ __forceinline__ Share share_of(const DeformConvFusedParams& p, const BlockTile& tile) {
+  return {static_cast<int>(static_cast<long long>(p.steps) * tile.split / p.splits),
+          static_cast<int>(static_cast<long long>(p.steps) * (tile.split + 1) / p.splits)};
+}
+
+// The sums of a block's tile. Threads multiply between loading and storing what the next step needs.
+template <typename P>
+__device__ __forceinline__ void multiply_in_turn(const DeformConvFusedParams& p, const BlockTile& tile,
+                                                 SharedMemory& shared, P& product) {
+  const Share share = share_of(p, tile);
+  const Loader loader(p, tile, shared);
   constexpr int elements = 32 / sizeof(Scalar);  // of a row that a product takes at once
   CornerWords corners[2];
-  Step next = find_step(p, begin);
+  Step next = find_step(p, share.begin);
   int side = 0;  // of the weights: sides alternate with taps, those of the tiles with steps
   loader.weigh(next, side);
   loader.fetch_filters(next, shared.b[0]);
   __syncthreads();
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int half = 0; half < kHalves; ++half) {
     loader.load(next, side, half, corners);
     loader.store(side, half, corners, shared.a[0]);
   }
 
-  for (int s = begin; s < end; ++s) {
-    const int now = (s - begin) & 1;
-    const bool more = s + 1 < end;
+  for (int s = share.begin; s < share.end; ++s) {
+    const int now = (s - share.begin) & 1;
+    const bool more = s + 1 < share.end;
     const int channels = p.segment - next.c;
     next = step_after(p, next);
     if (more && next.begins_tap()) {
@@ -244,7 +286,7 @@ __device__ __forceinline__ void multiply(const DeformConvFusedParams& p, const B
     __syncthreads();
     if (more) loader.fetch_filters(next, shared.b[now ^ 1]);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < kHalves; ++half) {
       if (more) loader.load(next, side, half, corners);
 #pragma unroll
       for (int pair = 2 * half; pair < 2 * half + 2; ++pair) {
@@ -252,6 +294,49 @@ __device__ __forceinline__ void multiply(const DeformConvFusedParams& p, const B
       }
       if (more) loader.store(side, half, corners, shared.a[now ^ 1]);
     }
+  }
+}
+
+// The sums of a block's tile. The hardware multiplies a step's tiles while threads load and store the next one's, and
+// weigh the sampling points of the one after that.
+template <typename P>
+__device__ __forceinline__ void multiply_beside(const DeformConvFusedParams& p, const BlockTile& tile,
+                                                SharedMemory& shared, P& product) {
+  const Share share = share_of(p, tile);
+  const Loader loader(p, tile, shared);
+  CornerWords corners[2];
+  const Step first = find_step(p, share.begin);
+  Step next = step_after(p, first);
+  int side = 0;  // of the weights of the step after next: sides alternate with taps
+  loader.weigh(first, side);
+  loader.fetch_filters(first, shared.b[0]);
+  __syncthreads();
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) {
+    loader.load(first, side, half, corners);
+    loader.store(side, half, corners, shared.a[0]);
+  }
+  if (share.begin + 1 < share.end && next.begins_tap()) loader.weigh(next, side ^= 1);
+
+  for (int s = share.begin; s < share.end; ++s) {
+    const int tiles = (s - share.begin) & 1;
+    const Step after = step_after(p, next);
+    wait_for_copies<0>();
+    show_to_products();
+    __syncthreads();
+    product.start(shared.a[tiles], shared.b[tiles]);
+    if (s + 1 < share.end) {
+      const int next_side = side;
+      loader.fetch_filters(next, shared.b[tiles ^ 1]);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        loader.load(next, next_side, half, corners);
+        loader.store(next_side, half, corners, shared.a[tiles ^ 1]);
+        if (half == 0 && s + 2 < share.end && after.begins_tap()) loader.weigh(after, side ^= 1);
+      }
+    }
+    product.finish();
+    next = after;
   }
 }
 
@@ -278,7 +363,7 @@ __device__ __forceinline__ void write_rows(T* rows, const float* slice, const Sc
 template <typename T, typename Row>
 __device__ __forceinline__ void write_rows(const DeformConvFusedParams& p, T* rows, const float* slice,
                                            const Scalar* bias, int count, Row row_of) {
-  if (p.O / p.size.G % 4 == 0) {
+  if (p.group_outputs % 4 == 0) {
     write_rows<4>(rows, slice, bias, count, row_of);
   } else {
     write_rows<1>(rows, slice, bias, count, row_of);
@@ -304,7 +389,7 @@ __device__ __forceinline__ void write_planes(Scalar* planes, int P, const float*
 // Writes a slice of finished sums, the outputs from `first` of a weight group on, to the output.
 __device__ __forceinline__ void write_output(const DeformConvFusedParams& p, const TilePixel* pixels,
                                              const float* slice, const BlockTile& tile, int first) {
-  const int outputs = p.O / p.size.G, count = min(kSlice, outputs - first), o = tile.g * outputs + first;
+  const int outputs = p.group_outputs, count = min(kSlice, outputs - first), o = tile.g * outputs + first;
   const int P = p.size.oh * p.size.ow;
   const Scalar* bias = p.bias ? p.bias + o : nullptr;
   if (p.channels_last) {
@@ -321,7 +406,7 @@ __device__ __forceinline__ void write_output(const DeformConvFusedParams& p, con
 // Writes a slice of a split's sums.
 __device__ __forceinline__ void write_partial(const DeformConvFusedParams& p, const float* slice, const BlockTile& tile,
                                               int first) {
-  const int outputs = p.O / p.size.G;
+  const int outputs = p.group_outputs;
   float* rows = p.partial + static_cast<long long>(tile.split) * p.rows * p.O + tile.g * outputs + first;
   write_rows(p, rows, slice, nullptr, min(kSlice, outputs - first), [&](int r) {
     const int q = tile.first_row + r;
@@ -330,23 +415,27 @@ __device__ __forceinline__ void write_partial(const DeformConvFusedParams& p, co
 }
 
 // Grid: the tiles, those of the same pixels together.
-extern "C" __global__ void __launch_bounds__(256, DCN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(kThreads, DCN_BLOCKS)
     DCN_KERNEL(deform_conv2d_fused)(const DeformConvFusedParams p) {
   DCN_SHARED_MEMORY(memory);
-  SharedMemory& shared = *reinterpret_cast<SharedMemory*>(memory);
+  SharedMemory& shared = tile_memory(memory);
   const int tiles = count_block_tiles(p);
   for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
     const BlockTile tile = find_block_tile(p, t);
     if (threadIdx.x < kTileRows) shared.pixels[threadIdx.x] = find_tile_pixel(p, tile.first_row + threadIdx.x);
     __syncthreads();
     Product product;
-    multiply(p, tile, shared, product);
+    if constexpr (Product::kIsAsync) {
+      multiply_beside(p, tile, shared, product);
+    } else {
+      multiply_in_turn(p, tile, shared, product);
+    }
 
     float* slice = reinterpret_cast<float*>(shared.a);
 #pragma unroll
     for (int i = 0; i < DCN_OUTPUTS / kSlice; ++i) {
       const int first = tile.first_output + i * kSlice;
-      if (first >= p.O / p.size.G) break;
+      if (first >= p.group_outputs) break;
       __syncthreads();
       if (p.partial || p.channels_last) {
         product.visit(
@@ -367,26 +456,60 @@ extern "C" __global__ void __launch_bounds__(256, DCN_BLOCKS)
   }
 }
 
-// Adds the parts of split sums, always in the same order. Grid: tiles of kTileRows pixels by kSlice outputs.
+// The sums of all splits of `width` outputs from `at` on, always in the same order.
+template <int width>
+__device__ __forceinline__ Vector<float, width> sum_of_splits(const DeformConvFusedParams& p, long long at) {
+  using Sums = Vector<float, width>;
+  constexpr int in_flight = 4;
+  const long long step = static_cast<long long>(p.rows) * p.O;
+  Sums sum = {};
+  for (int first = 0; first < p.splits; first += in_flight) {
+    Sums part[in_flight] = {};
+#pragma unroll
+    for (int i = 0; i < in_flight; ++i) {
+      if (first + i < p.splits) part[i] = *reinterpret_cast<const Sums*>(p.partial + (first + i) * step + at);
+    }
+#pragma unroll
+    for (int i = 0; i < in_flight; ++i) {
+#pragma unroll
+      for (int e = 0; e < width; ++e) sum.at[e] += part[i].at[e];
+    }
+  }
+  return sum;
+}
+
+template <int width>
+__device__ __forceinline__ void add_slice(const DeformConvFusedParams& p, const BlockTile& tile, float* slice) {
+  const int outputs = p.group_outputs;
+  for (int i = threadIdx.x; i < kTileRows * kSlice / width; i += blockDim.x) {
+    const int r = i / (kSlice / width), output = i % (kSlice / width) * width, q = tile.first_row + r;
+    if (q >= p.rows || tile.first_output + output >= outputs) continue;
+    const long long at = static_cast<long long>(q) * p.O + tile.g * outputs + tile.first_output + output;
+    const Vector<float, width> sums = sum_of_splits<width>(p, at);
+#pragma unroll
+    for (int e = 0; e < width; ++e) {
+      slice[p.channels_last ? r * kRowPitch + output + e
+                            : patch_place(r / kBand, r % kBand) + (output + e) * kOutputPitch] = sums.at[e];
+    }
+  }
+}
+
+// Grid: tiles of kTileRows pixels by kSlice outputs.
 extern "C" __global__ void __launch_bounds__(256, 2)
     DCN_KERNEL(deform_conv2d_add_splits)(const DeformConvFusedParams p) {
   DCN_SHARED_MEMORY(memory);
   TilePixel* pixels = reinterpret_cast<TilePixel*>(memory);
   float* slice = reinterpret_cast<float*>(pixels + kTileRows);
-  const int outputs = p.O / p.size.G, slices = (outputs + kSlice - 1) / kSlice;
+  const int outputs = p.group_outputs, slices = (outputs + kSlice - 1) / kSlice;
   const int tiles = (p.rows + kTileRows - 1) / kTileRows * p.size.G * slices;
   for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
     const int first = t % slices * kSlice;
     const BlockTile tile = {t / slices % p.size.G, t / slices / p.size.G * kTileRows, first, 0};
     if (threadIdx.x < kTileRows) pixels[threadIdx.x] = find_tile_pixel(p, tile.first_row + threadIdx.x);
-    for (int i = threadIdx.x; i < kTileRows * kSlice; i += blockDim.x) {
-      const int r = i / kSlice, output = i % kSlice, q = tile.first_row + r;
-      if (q >= p.rows || first + output >= outputs) continue;
-      float sum = 0.0f;
-      for (int split = 0; split < p.splits; ++split) {
-        sum += p.partial[(static_cast<long long>(split) * p.rows + q) * p.O + tile.g * outputs + first + output];
-      }
-      slice[p.channels_last ? r * kRowPitch + output : patch_place(r / kBand, r % kBand) + output * kOutputPitch] = sum;
+    if (outputs % 4 == 0) {
+      add_slice<4>(p, tile, slice);
+    } else {
+      add_slice<1>(p, tile, slice);
     }
     __syncthreads();
     write_output(p, pixels, slice, tile, first);

@@ -145,8 +145,15 @@ def kernel_name(kernel: str, macros: Macros) -> str:
 
 
 def compile_options(macros: Macros) -> tuple[str, ...]:
-    """NVRTC's options for one specialisation."""
-    return ("--std=c++17", "--generate-line-info", *(f"-D{name}={value}" for name, value in macros.items()))
+    """NVRTC's options for one specialisation.
+
+    The macro DCN_ARCHITECTURE names an architecture of which a specialisation uses instructions that no other has.
+    """
+    options = ["--std=c++17", "--generate-line-info", *(f"-D{name}={value}" for name, value in macros.items())]
+    if "DCN_ARCHITECTURE" in macros:
+        # NVRTC takes it before the device's own, which CuPy adds: the more specific one.
+        options.append(f"-arch=sm_{macros['DCN_ARCHITECTURE']}")
+    return tuple(options)
 
 
 @functools.cache

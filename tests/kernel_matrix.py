@@ -72,7 +72,11 @@ class Specialisation:
     unit: str
     macros_items: tuple[tuple[str, str | int], ...]
     least_architecture: int = 0
+    most_architecture: int = 999
     most_registers: int = 128
+
+    def is_for(self, architecture: int) -> bool:
+        return self.least_architecture <= architecture <= self.most_architecture
 
     @property
     def macros(self) -> Macros:
@@ -106,17 +110,20 @@ def specialisations() -> Iterator[Specialisation]:
 
     for dtype, offset_dtype, tiles in fused_tiles():
         # A kernel that has a multiprocessor to itself may use all the registers that a thread can have.
-        registers = 128 if tiles.blocks == 2 else 255
+        registers = 65536 // (tiles.blocks * tiles.threads)
         macros = dict(fused_macros(dtype, offset_dtype, tiles))
-        yield Specialisation("deform_conv2d_fused", tuple(macros.items()), 80, registers)
+        most = 90 if tiles.by_warpgroups else 999
+        least = 90 if tiles.by_warpgroups else 80
+        yield Specialisation("deform_conv2d_fused", tuple(macros.items()), least, most, min(registers, 255))
 
 
 def fused_tiles() -> Iterator[tuple[str, str, FusedTiles]]:
     """Element types of data and offsets, and tiles, of the fused kernel."""
     for suffix, dtype in {"f16": "float16", "bf16": "bfloat16", "tf32": "float32"}.items():
         for offset_dtype in dict.fromkeys((dtype, "float32")):
-            for outputs, blocks in ((64, 2), (128, 2), (256, 1)):
-                yield dtype, offset_dtype, FusedTiles("TensorProduct", suffix, outputs, blocks)
+            for product in ("TensorProduct", "WarpgroupProduct"):
+                for outputs, blocks in ((64, 2), (128, 2), (256, 1)):
+                    yield dtype, offset_dtype, FusedTiles(product, suffix, outputs, blocks)
     yield "float32", "float32", FusedTiles("SplitTensorProduct", "3xtf32", 64, 1)
     yield "float32", "float32", FusedTiles("FmaProduct", "f32", 64, 1)
 

@@ -38,11 +38,14 @@ KIND_NAMES = [dtype if precision == "ieee" else precision for dtype, precision i
 # TF32 has the 10 bits of float16.
 TOLERANCE_OF = {"tf32": "float16"}
 
-WIDE = Device(0, 90, 1, 227 * 1024)
-"""One multiprocessor is filled by few blocks: outputs come 256 at a time."""
+SINGLE = Device(0, 90, 1, 227 * 1024)
+"""One multiprocessor is filled by few blocks."""
 
 MANY = Device(0, 90, 132, 227 * 1024)
 """So many multiprocessors that sums are split."""
+
+AMPERE = Device(0, 80, 4, 163 * 1024)
+"""Without the instructions of warpgroups."""
 
 SMALL_MEMORY = Device(0, 89, 1, 99 * 1024)
 
@@ -71,19 +74,28 @@ def fused_cases(draw: st.DrawFn, dtype: str, **fixed: Any) -> ConvCase:
 @pytest.mark.parametrize("dtype, precision", KINDS, ids=KIND_NAMES)
 @given(data=st.data())
 def test_equals_the_reference(dtype: str, precision: str, data: st.DataObject):
-    device = data.draw(st.sampled_from([HOPPER, MANY]))
+    device = data.draw(st.sampled_from([HOPPER, MANY, AMPERE]))
     assert_fused(fused(precision, device), data.draw(fused_cases(dtype, max_batch=3)))
 
 
 @pytest.mark.parametrize("dtype, precision", KINDS, ids=KIND_NAMES)
 @pytest.mark.parametrize(
-    "outputs, device", [(60, HOPPER), (130, HOPPER), (130, WIDE), (300, WIDE), (130, SMALL_MEMORY)]
+    "outputs, device",
+    [
+        (60, HOPPER),
+        (130, HOPPER),
+        (300, HOPPER),
+        (60, AMPERE),
+        (130, AMPERE),
+        (300, AMPERE),
+        (130, SMALL_MEMORY),
+    ],
 )
 def test_tiles_of_every_width(dtype: str, precision: str, outputs: int, device: Device):
     """More pixels than a tile, in bands that are not all as high, and outputs that leave the last tile partly empty."""
     case = make_conv(N=2, C=72, O=outputs, H=11, W=13, dtype=dtype, kernel=(2, 1), padding=0, seed=3)
     problem = ForwardProblem(case.geometry(), dtype, precision, device)
-    wide = device is WIDE and problem.has_tensor_product and precision != "3xtf32"
+    wide = outputs > 128 and device is not SMALL_MEMORY and problem.has_tensor_product and precision != "3xtf32"
     middle = outputs > 64 and problem.has_tensor_product and precision != "3xtf32"
     assert choose_tiles(problem).outputs == (256 if wide else 128 if middle else 64)
     assert_fused(fused(precision, device), case)
@@ -203,10 +215,10 @@ def problem_of(dtype: str = "float16", precision: str = "ieee", device: Device =
         (problem_of("float64"), "float64 goes through columns"),
         (problem_of(C=68), "16 bytes at a time"),
         (problem_of(C=96, G=2, D=3), "one contains the other"),
-        (problem_of(device=WIDE._replace(shared_bytes=48 * 1024)), "fit into shared memory"),
+        (problem_of(device=SINGLE._replace(shared_bytes=48 * 1024)), "fit into shared memory"),
         (problem_of(C=64, D=4), "less than half"),
         (problem_of(O=16), "64 outputs"),
-        (problem_of("float32", N=9, device=WIDE), "without tensor cores"),
+        (problem_of("float32", N=9, device=SINGLE), "without tensor cores"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -220,7 +232,7 @@ def test_what_is_fused():
     assert choose_path(problem_of()) == "fused"
     assert choose_path(problem_of("float32")) == "fused"
     for precision in ("tf32", "3xtf32"):
-        assert choose_path(problem_of("float32", precision, WIDE, N=9)) == "fused"
+        assert choose_path(problem_of("float32", precision, SINGLE, N=9)) == "fused"
     assert choose_path(problem_of(C=32, D=32, device=HOPPER)) == "columns"
 
 
@@ -271,12 +283,26 @@ def test_both_ways_agree(path: str, G: int, D: int, N: int, chunk_bytes: int):
 
 BROKEN = {
     "no barrier before a step": (
+        AMPERE,
         "    wait_for_copies<0>();\n    __syncthreads();",
         "    wait_for_copies<0>();",
     ),
-    "no wait for the filters": ("    wait_for_copies<0>();\n", ""),
-    "weights of the wrong side": ("      side ^= 1;\n", ""),
-    "a pixel in another's place": ("row * p.size.ow + column}", "row * p.size.ow + column / 2}"),
+    "no barrier before a step of warpgroups": (
+        HOPPER,
+        "    show_to_products();\n    __syncthreads();",
+        "    show_to_products();",
+    ),
+    "no wait for the filters": (AMPERE, "    wait_for_copies<0>();\n", ""),
+    "no wait for the filters of warpgroups": (HOPPER, "    wait_for_copies<0>();\n", ""),
+    "no wait for the products": (HOPPER, "    product.finish();\n", ""),
+    "a tile that is still multiplied": (HOPPER, "shared.a[tiles ^ 1]", "shared.a[tiles]"),
+    "weights of the wrong side": (AMPERE, "      side ^= 1;\n", ""),
+    "weights of the wrong side for warpgroups": (
+        HOPPER,
+        "const int next_side = side",
+        "const int next_side = side ^ 1",
+    ),
+    "a pixel in another's place": (HOPPER, "row * p.size.ow + column}", "row * p.size.ow + column / 2}"),
 }
 
 
@@ -289,12 +315,13 @@ def break_fused(old: str, new: str, **options: Any) -> EmulatedRunner:
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_copies_are_caught(name: str):
     case = make_conv(N=1, C=136, O=66, H=11, W=7, dtype="float16", seed=1)
+    device, old, new = BROKEN[name]
     failures = 0
     for seed in range(4):
-        options = {"schedule": "random", "seed": seed, "single_block": True}
+        options = {"schedule": "random", "seed": seed, "single_block": True, "device": device}
         assert_fused(fused(**options), case)
         try:
-            assert_fused(break_fused(*BROKEN[name], **options), case)
+            assert_fused(break_fused(old, new, **options), case)
         except (AssertionError, KernelFault):
             failures += 1
     assert failures

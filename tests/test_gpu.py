@@ -138,3 +138,76 @@ def test_offsets_beyond_32_bit_indices(cupy):
     output = dcnops.deform_conv2d(image, offset, weight)
     assert bool((output[0, 0, :, :-1] == image[0, 0, :, 1:]).all())
     assert bool((output[0, 0, :, -1] == 0).all())
+
+
+SIZES = {"fused": {"C": 256, "O": 320, "H": 25, "W": 42}, "columns": {"C": 100, "O": 60, "H": 25, "W": 42, "D": 4}}
+KINDS = [("float16", None), ("bfloat16", None), ("float32", "ieee"), ("float32", "tf32"), ("float32", "3xtf32")]
+# TF32 has the 10 bits of float16.
+TOLERANCE_OF = {"tf32": "float16"}
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype, precision", KINDS, ids=[precision or dtype for dtype, precision in KINDS])
+@pytest.mark.parametrize("size", SIZES)
+def test_real_sizes_in_each_precision_and_layout(cupy, size: str, dtype: str, precision: str | None, layout: str):
+    case = make_conv(N=2, dtype=dtype, seed=7, spread=2.0, **SIZES[size])
+    tolerance = TOLERANCE_OF.get(precision or "", dtype)
+    arrays = on_gpu(cupy, case)
+    grad_out = cupy.asarray(case.grad_out)
+    images = ("input", "offset", "mask")
+    if layout == "NHWC":
+        arrays |= {name: cupy.ascontiguousarray(moved(arrays[name], to="NHWC")) for name in images}
+        grad_out = cupy.ascontiguousarray(moved(grad_out, to="NHWC"))
+    options = {"layout": layout, "precision": precision}
+    output = dcnops.deform_conv2d(**arrays, **options)
+    gradients = dcnops.deform_conv2d_backward(grad_out, **arrays, **options)._asdict()
+    results = {"output": output, **gradients}
+    if layout == "NHWC":
+        results |= {name: moved(results[name], to="NCHW") for name in ("output", *images)}
+    expected = {"output": case.expected(), **case.expected_gradients()}
+    for name, array in expected.items():
+        assert_close(cupy.asnumpy(results[name]), array, tolerance, name)
+
+
+def moved(array, to: str):
+    return array.transpose(0, 2, 3, 1) if to == "NHWC" else array.transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any order", "deterministic"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_capture_in_a_graph_of_cupy(cupy, dtype: str, deterministic: bool):
+    """Both directions are captured by CuPy's stream, and follow their inputs in every replay."""
+    case = make_conv(N=2, C=64, O=64, H=20, W=20, dtype=dtype)
+    arrays, grad_out = on_gpu(cupy, case), cupy.asarray(case.grad_out)
+
+    def call():
+        output = dcnops.deform_conv2d(**arrays)
+        return output, dcnops.deform_conv2d_backward(grad_out, **arrays, deterministic=deterministic)
+
+    pool = cupy.cuda.MemoryPool()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with cupy.cuda.using_allocator(pool.malloc), stream:
+        # What the graph uses must be in the pool before, and stay there.
+        call()
+        stream.synchronize()
+        stream.begin_capture()
+        output, gradients = call()
+        graph = stream.end_capture()
+        arrays["input"] *= 2
+        graph.launch(stream)
+        stream.synchronize()
+    doubled = case.with_arrays(input=2 * case.input)
+    assert_close(cupy.asnumpy(output), doubled.expected(), dtype)
+    expected = doubled.expected_gradients()
+    for name in case.needs:
+        assert_close(cupy.asnumpy(getattr(gradients, name)), expected[name], dtype, name)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_deterministic_gradients(cupy, dtype: str):
+    case = make_conv(N=2, C=64, O=64, H=40, W=40, spread=8.0, dtype=dtype)
+    arrays, grad_out = on_gpu(cupy, case), cupy.asarray(case.grad_out)
+    runs = [dcnops.deform_conv2d_backward(grad_out, **arrays, deterministic=True) for _ in range(10)]
+    for run in runs[1:]:
+        for ours, first in zip(run, runs[0]):
+            assert bool((ours.view(cupy.uint8) == first.view(cupy.uint8)).all())

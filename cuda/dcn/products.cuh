@@ -1,6 +1,7 @@
 // Products of two tiles in shared memory, kTileRows rows of `a` with `outputs` rows of `b`: sums[row, output] += the
-// dot product of 128 bytes of each. All 256 threads of a block work together. How they share the sums is the business
-// of each class; `visit` calls a function with (row, output, sum) for each sum that a thread holds.
+// dot product of 128 bytes of each. All kThreads threads of a block work together. How they share the sums is the
+// business of each class; `visit` calls a function with (row / 8, row % 8, output, sum) for each sum of a slice of
+// kSlice outputs that a thread holds.
 
 #include "dcn/types.cuh"
 
@@ -50,6 +51,8 @@ __device__ __forceinline__ unsigned tensor_operand<float>(unsigned bits) {
 // Fragments of 16 rows by 8 outputs: a warp has kI x kJ of them.
 template <int outputs>
 struct TensorSums {
+  static constexpr int kThreads = 256;
+  static constexpr bool kIsAsync = false;
   static constexpr int kAcross = outputs >= 128 ? 4 : 2, kDown = 8 / kAcross;  // warps
   static constexpr int kI = kTileRows / kDown / 16, kJ = outputs / kAcross / 8;
   float at[kI][kJ][4];
@@ -162,6 +165,8 @@ struct SplitTensorProduct : TensorSums<outputs> {
 // Floats by fused multiply-adds: a thread has every sixteenth row and output.
 template <typename T, int outputs>
 struct FmaProduct {
+  static constexpr int kThreads = 256;
+  static constexpr bool kIsAsync = false;
   static constexpr bool kRoundsA = false;
   static constexpr int kI = kTileRows / 16, kJ = outputs / 16;
   float at[kI][kJ];
@@ -197,6 +202,77 @@ struct FmaProduct {
 #pragma unroll
       for (int j = 0; j < kJ; ++j) {
         if (j / (kSlice / 16) == slice) see(row / 8 + 2 * i, row % 8, output + 16 * j % kSlice, at[i][j]);
+      }
+    }
+  }
+};
+
+// The instruction of a warpgroup.
+template <typename T>
+struct MultiplyTiles;
+template <>
+struct MultiplyTiles<Half> {
+  template <int n>
+  static __device__ __forceinline__ void run(float (&sums)[n], unsigned long long a, unsigned long long b) {
+    multiply_tiles_half(sums, a, b);
+  }
+};
+template <>
+struct MultiplyTiles<BFloat16> {
+  template <int n>
+  static __device__ __forceinline__ void run(float (&sums)[n], unsigned long long a, unsigned long long b) {
+    multiply_tiles_bfloat16(sums, a, b);
+  }
+};
+template <>
+struct MultiplyTiles<float> {
+  template <int n>
+  static __device__ __forceinline__ void run(float (&sums)[n], unsigned long long a, unsigned long long b) {
+    multiply_tiles_tf32(sums, a, b);
+  }
+};
+
+// As TensorProduct, by the instructions of compute capability 9.0, which take both tiles from shared memory and work
+// beside the threads. Tiles are 1024-byte aligned; rows of both are operands already.
+template <typename T, int outputs>
+struct WarpgroupProduct {
+  static constexpr bool kRoundsA = true, kIsAsync = true;
+  static constexpr int kDown = 2, kAcross = outputs > 128 ? 2 : 1;  // warpgroups
+  static constexpr int kThreads = 128 * kDown * kAcross, kOutputs = outputs / kAcross;
+  float at[kOutputs / 2];
+  int row, output;  // the warpgroup's first ones
+
+  __device__ __forceinline__ WarpgroupProduct() : at{} {
+    // The same for all lanes, as the compiler then knows, too.
+    const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
+    row = group % kDown * 64;
+    output = group / kDown * kOutputs;
+  }
+
+  __device__ __forceinline__ void start(const unsigned char* a, const unsigned char* b) {
+    const unsigned long long left = describe_tile(a + row * kRowBytes), right = describe_tile(b + output * kRowBytes);
+    begin_products(at);
+#pragma unroll
+    for (int pair = 0; pair < kPieces / 2; ++pair) {
+      MultiplyTiles<T>::run(at, tile_step(left, pair), tile_step(right, pair));
+    }
+    commit_products();
+  }
+
+  __device__ __forceinline__ void finish() { wait_for_products(at); }
+
+  template <typename Visit>
+  __device__ __forceinline__ void visit(int slice, Visit see) const {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int part = 0; part < kOutputs / kSlice; ++part) {
+      if (output / kSlice + part != slice) continue;
+#pragma unroll
+      for (int j = 0; j < kSlice / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          see(row / 8 + 2 * warp + e / 2, lane / 4, 8 * j + lane % 4 * 2 + e % 2, at[4 * (kSlice / 8 * part + j) + e]);
+        }
       }
     }
   }

@@ -150,6 +150,77 @@ inline void wait_for_copies() {
   cuda_on_cpu::copy_async_wait(pending);
 }
 
+// Products of warpgroups, four warps together: sums [64, 2 * n] += a [64, 32 bytes] * b [2 * n, 32 bytes], tiles of
+// rows of 128 bytes in shared memory whose pieces of 16 bytes are permuted as `piece_of` does. The warp number w of the
+// group has rows 16 * w on; sums[4 * j + e] of a lane are those of row lane / 4 + 8 * (e / 2), output 8 * j + lane % 4
+// * 2 + e % 2. Performed at the wait, so that whoever writes to a tile before is found out.
+inline unsigned long long describe_tile(const unsigned char* tile) {
+  const unsigned long long address = reinterpret_cast<unsigned long long>(tile);
+  if (address % 1024 >= 128 || address % 32) cuda_on_cpu::fail("describe_tile: tile not 1024-byte aligned");
+  return address;
+}
+inline unsigned long long tile_step(unsigned long long tile, int steps) {
+  return tile + 32 * static_cast<unsigned>(steps);
+}
+
+namespace cuda_on_cpu {
+
+template <int n, int k, class Element>
+void multiply_tiles(float (&sums)[n], unsigned long long a, unsigned long long b, Element element) {
+  struct Closure {
+    float* sums;
+    unsigned long long a, b;
+    unsigned warp, lane;
+    Element element;
+  } closure = {sums, a, b, current->linear / 32 % 4, current->lane, element};
+  defer(
+      [](const void* deferred) {
+        const Closure& c = *static_cast<const Closure*>(deferred);
+        const auto load = [&](unsigned long long tile, unsigned row, int i) {
+          unsigned long long at = tile + 128 * row + 32 / k * i;
+          at ^= ((at >> 7) & 7) << 4;
+          unsigned bits = 0;
+          __builtin_memcpy(&bits, reinterpret_cast<const void*>(at), 32 / k);
+          return c.element(bits);
+        };
+        for (int j = 0; j < n / 4; ++j) {
+          for (unsigned e = 0; e < 4; ++e) {
+            float sum = c.sums[4 * j + e];
+            for (int i = 0; i < k; ++i) {
+              sum += load(c.a, 16 * c.warp + c.lane / 4 + 8 * (e / 2), i) *
+                     load(c.b, 8 * static_cast<unsigned>(j) + c.lane % 4 * 2 + e % 2, i);
+            }
+            c.sums[4 * j + e] = sum;
+          }
+        }
+      },
+      &closure, sizeof closure);
+}
+
+}  // namespace cuda_on_cpu
+
+template <int n>
+void multiply_tiles_half(float (&sums)[n], unsigned long long a, unsigned long long b) {
+  cuda_on_cpu::multiply_tiles<n, 16>(sums, a, b,
+                                     [](unsigned bits) { return half_to_float(static_cast<unsigned short>(bits)); });
+}
+template <int n>
+void multiply_tiles_bfloat16(float (&sums)[n], unsigned long long a, unsigned long long b) {
+  cuda_on_cpu::multiply_tiles<n, 16>(sums, a, b, [](unsigned bits) { return __uint_as_float(bits << 16); });
+}
+template <int n>
+void multiply_tiles_tf32(float (&sums)[n], unsigned long long a, unsigned long long b) {
+  cuda_on_cpu::multiply_tiles<n, 8>(sums, a, b, [](unsigned bits) { return __uint_as_float(bits & 0xffffe000u); });
+}
+template <int n>
+void begin_products(float (&)[n]) {}
+inline void commit_products() {}
+template <int n>
+void wait_for_products(float (&)[n]) {
+  cuda_on_cpu::run_deferred();
+}
+inline void show_to_products() {}
+
 #else
 
 #define DCN_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
@@ -254,5 +325,76 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 #endif
 #undef DCN_MULTIPLY
+
+// What follows is of compute capability 9.0 alone, compiled for sm_90a.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// A tile of K-major rows of 128 bytes, in groups of eight rows, swizzled over 128 bytes.
+__device__ __forceinline__ unsigned long long describe_tile(const unsigned char* tile) {
+  constexpr unsigned long long swizzle_128 = 1ull << 62, group_step = (1024ull >> 4) << 32, unused_step = 1ull << 16;
+  return ((shared_address(tile) & 0x3ffffu) >> 4) | unused_step | group_step | swizzle_128;
+}
+
+// The tile's rows from 32 * steps bytes on.
+__device__ __forceinline__ unsigned long long tile_step(unsigned long long tile, int steps) { return tile + 2 * steps; }
+
+// clang-format off
+#define DCN_NAMES_32                                                                                  \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "   \
+  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define DCN_NAMES_64                                                                                  \
+  DCN_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "   \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define DCN_SUMS_8(i)                                                                                 \
+  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]),                             \
+  "+f"(sums[i + 4]), "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
+#define DCN_SUMS_32(i) DCN_SUMS_8(i), DCN_SUMS_8(i + 8), DCN_SUMS_8(i + 16), DCN_SUMS_8(i + 24)
+
+#define DCN_MULTIPLY_TILES(name, shape, types, order)                                                 \
+  __device__ __forceinline__ void name(float (&sums)[32], unsigned long long a, unsigned long long b) { \
+    asm volatile("{\n  .reg .pred adds;\n  setp.eq.u32 adds, 0, 0;\n  wgmma.mma_async.sync.aligned.m64n64" shape types \
+                 " {" DCN_NAMES_32 "}, %32, %33, adds, 1, 1" order ";\n}"                              \
+                 : DCN_SUMS_32(0) : "l"(a), "l"(b));                                                  \
+  }                                                                                                   \
+  __device__ __forceinline__ void name(float (&sums)[64], unsigned long long a, unsigned long long b) { \
+    asm volatile("{\n  .reg .pred adds;\n  setp.eq.u32 adds, 0, 0;\n  wgmma.mma_async.sync.aligned.m64n128" shape types \
+                 " {" DCN_NAMES_64 "}, %64, %65, adds, 1, 1" order ";\n}"                              \
+                 : DCN_SUMS_32(0), DCN_SUMS_32(32) : "l"(a), "l"(b));                                 \
+  }
+DCN_MULTIPLY_TILES(multiply_tiles_half, "k16", ".f32.f16.f16", ", 0, 0")
+DCN_MULTIPLY_TILES(multiply_tiles_bfloat16, "k16", ".f32.bf16.bf16", ", 0, 0")
+DCN_MULTIPLY_TILES(multiply_tiles_tf32, "k8", ".f32.tf32.tf32", "")
+#undef DCN_MULTIPLY_TILES
+#undef DCN_SUMS_32
+#undef DCN_SUMS_8
+#undef DCN_NAMES_64
+#undef DCN_NAMES_32
+// clang-format on
+
+// Keeps what is done to the sums on its side of this place.
+template <int n>
+__device__ __forceinline__ void pin(float (&sums)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// Before the first product of a group.
+template <int n>
+__device__ __forceinline__ void begin_products(float (&sums)[n]) {
+  pin(sums);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int n>
+__device__ __forceinline__ void wait_for_products(float (&sums)[n]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  pin(sums);
+}
+
+// What a thread has written to shared memory, products see after this and a barrier.
+__device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#endif
 
 #endif

@@ -238,7 +238,7 @@ def _matmul(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray, accumulate: boo
 
 
 class _Cublas:
-    """Two functions of the cuBLAS that CuPy has loaded. CuPy's own refuse to be captured in a graph; cuBLAS does not."""
+    """Two functions of the cuBLAS that CuPy has loaded: its own wrappers refuse to be captured in a graph."""
 
     def __init__(self) -> None:
         major = runtime.runtimeGetVersion() // 1000
@@ -246,10 +246,10 @@ class _Cublas:
         library = ctypes.CDLL(f"cublas64_{major}.dll" if sys.platform == "win32" else cublas.__file__)
         self._set_stream, self._gemm = library.cublasSetStream_v2, library.cublasGemmStridedBatchedEx
         pointer, integer, step = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
-        matrix = [pointer, integer, integer, step]
         self._set_stream.argtypes = [pointer, pointer]
-        scalar = [pointer]
-        self._gemm.argtypes = [pointer, *5 * [integer], *scalar, *matrix, *matrix, *scalar, *matrix, *3 * [integer]]
+        handle, scalar, matrix = [pointer], [pointer], [pointer, integer, integer, step]
+        types: list[Any] = [*handle, *5 * [integer], *scalar, *matrix, *matrix, *scalar, *matrix, *3 * [integer]]
+        self._gemm.argtypes = types
 
     def set_stream(self, handle: int, stream: int) -> None:
         self._check(self._set_stream(handle, stream))

@@ -149,6 +149,11 @@ struct Copy {
   Site site;
 };
 
+struct Deferred {
+  void (*run)(const void*);
+  alignas(16) unsigned char closure[DEFERRED_BYTES];
+};
+
 struct Fiber : Thread {
   State state;
   unsigned votes;
@@ -159,6 +164,7 @@ struct Fiber : Thread {
   void* out;
   Site site;
   std::vector<Copy> copies;
+  std::vector<Deferred> deferred;
 };
 
 struct Launch {
@@ -254,6 +260,8 @@ class Worker {
   void copy_async(const Copy& copy);
   void copy_async_commit() { ++self().copy_group; }
   void copy_async_wait(unsigned pending);
+  void defer(const Deferred& deferred) { self().deferred.push_back(deferred); }
+  void run_deferred();
   void live();
 
  private:
@@ -390,6 +398,7 @@ void Worker::finish() {
     const Site& site = fiber.copies.front().site;
     fail("leaves the kernel without waiting for its %s at %s:%d", site.name, site.file, site.line);
   }
+  if (!fiber.deferred.empty()) fail("leaves the kernel without waiting for what it began");
   fiber.state = State::done;
   clear_runnable(fiber);
   ++done_;
@@ -520,6 +529,12 @@ void Worker::copy_async_wait(unsigned pending) {
   fiber.copies.erase(fiber.copies.begin() + static_cast<std::ptrdiff_t>(kept), fiber.copies.end());
 }
 
+void Worker::run_deferred() {
+  Fiber& fiber = self();
+  for (const Deferred& deferred : fiber.deferred) deferred.run(deferred.closure);
+  fiber.deferred.clear();
+}
+
 void Worker::deadlock() {
   char text[MESSAGE_SIZE / 2] = "";
   size_t used = 0;
@@ -582,7 +597,10 @@ bool Worker::run_block(unsigned index) {
     snprintf(message_, sizeof message_, "block (%u, 0, 0): shared memory written at byte %ld of %u", index, overrun,
              block_.shared_bytes);
   }
-  for (Fiber& fiber : fibers_) fiber.copies.clear();
+  for (Fiber& fiber : fibers_) {
+    fiber.copies.clear();
+    fiber.deferred.clear();
+  }
   abandon_stacks();
   return false;
 }
@@ -692,6 +710,15 @@ void copy_async(void* shared, const void* global, unsigned bytes, unsigned valid
 void copy_async_commit() { worker->copy_async_commit(); }
 
 void copy_async_wait(unsigned pending) { worker->copy_async_wait(pending); }
+
+void defer(void (*run)(const void*), const void* closure, unsigned bytes) {
+  if (bytes > DEFERRED_BYTES) fail("defer: a closure of %u bytes, at most %u", bytes, DEFERRED_BYTES);
+  Deferred deferred = {run, {}};
+  memcpy(deferred.closure, closure, bytes);
+  worker->defer(deferred);
+}
+
+void run_deferred() { worker->run_deferred(); }
 
 const char* launch(Body body, const void* params, const LaunchConfig& config) {
   static thread_local std::string report;  // thread-local storage of a late library must be small

@@ -7,6 +7,7 @@
 //   current             the running thread: its index, lane, linear number and block
 //   collective(...)     the rendezvous of the lanes of a mask, behind every warp-wide instruction
 //   copy_async(...)     cp.async with its commit and wait
+//   defer(...)          what the hardware does beside the thread, with its wait
 //   fail(...)           report a misuse: the launch raises KernelFault
 //   Site::here(name)    as a default argument: the file and line of the caller, for the reports
 //
@@ -62,6 +63,12 @@ void interleave();
 void copy_async(void* shared, const void* global, unsigned bytes, unsigned valid, Site site);
 void copy_async_commit();
 void copy_async_wait(unsigned pending);
+
+constexpr unsigned DEFERRED_BYTES = 48;
+
+/** Calls run(closure) on a copy of the closure, at most DEFERRED_BYTES long, when the thread waits for it. */
+void defer(void (*run)(const void* closure), const void* closure, unsigned bytes);
+void run_deferred();
 
 /**
  * The rendezvous of exactly the lanes of `mask`, at one call site. The lane that comes last calls

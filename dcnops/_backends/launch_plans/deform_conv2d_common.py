@@ -72,7 +72,17 @@ def sizes_of(geometry: DeformConvGeometry, offset: Any, mask: Any | None) -> Def
     return geometry.params(is_channels_last(offset), mask is not None and is_channels_last(mask))
 
 
-def filters_job(engine: Engine, geometry: DeformConvGeometry, weight: Any, filters: Any) -> LayoutJob:
+def filters_job(
+    engine: Engine, geometry: DeformConvGeometry, weight: Any, filters: Any, round_to_tf32: bool = False
+) -> LayoutJob:
     """Write weights [O, C/G, kh, kw] to `filters` [O, K, C/G], channels innermost as in the columns."""
     g = geometry
-    return rows_job(engine, weight, g.C // g.G, g.K, RowRange(0, 0, g.O * g.K), filters)
+    return rows_job(
+        engine,
+        weight,
+        g.C // g.G,
+        g.K,
+        RowRange(0, 0, g.O * g.K),
+        filters,
+        **({"round_to_tf32": True} if round_to_tf32 else {}),
+    )

@@ -77,6 +77,8 @@ class DeformConvFusedParams(ctypes.Structure):
         ("size", DeformConvSizes),
         ("O", _int),
         ("rows", _int),
+        ("group_outputs", _int),
+        ("group_channels", _int),
         ("segment", _int),
         ("steps", _int),
         ("splits", _int),
@@ -108,11 +110,12 @@ def deform_conv2d(
     if output.size == 0:
         return output
     filters = engine.empty((geometry.O, geometry.K, geometry.C // geometry.G), weight.dtype)
-    jobs = [filters_job(engine, geometry, weight, filters)]
     problem = ForwardProblem(geometry, str(input.dtype.name), precision, engine.device)
     path = path or choose_path(problem)
     if path == "fused" and (reasons := failed(FUSED_NEEDS, problem)):
         raise ValueError(f"the fused kernel cannot do this: {'; '.join(reasons)}")
+    rounds_filters = path == "fused" and choose_tiles(problem).rounds_filters
+    jobs = [filters_job(engine, geometry, weight, filters, rounds_filters)]
     run = _run_fused if path == "fused" else _run_columns
     for images in _image_groups(engine, geometry, input, chunk_bytes, path):
         count = images.stop - images.start
@@ -192,17 +195,19 @@ def _run_fused(
         size=sizes_of(g, offset, mask),
         O=g.O,
         rows=g.N * g.pixels,
+        group_outputs=g.O // g.G,
+        group_channels=g.C // g.G,
         segment=problem.segment,
         steps=problem.steps,
         splits=splits,
         channels_last=is_channels_last(output),
     )
     unit, macros = "deform_conv2d_fused", fused_macros(problem.dtype, str(offset.dtype.name), tiles)
-    kernels = {unit: problem.blocks(tiles.outputs) * splits}
+    kernels = {unit: (problem.blocks(tiles.outputs) * splits, tiles.threads)}
     if partial is not None:
-        kernels["deform_conv2d_add_splits"] = problem.blocks(SLICE_OUTPUTS)
-    for kernel, blocks in kernels.items():
-        engine.launch(unit, kernel, macros, min(blocks, MAX_BLOCKS), (THREADS, 1), params, tiles.shared_bytes)
+        kernels["deform_conv2d_add_splits"] = problem.blocks(SLICE_OUTPUTS), THREADS
+    for kernel, (blocks, threads) in kernels.items():
+        engine.launch(unit, kernel, macros, min(blocks, MAX_BLOCKS), (threads, 1), params, tiles.shared_bytes)
 
 
 def fused_macros(dtype: str, offset_dtype: str, tiles: FusedTiles) -> Macros:
@@ -216,6 +221,7 @@ def fused_macros(dtype: str, offset_dtype: str, tiles: FusedTiles) -> Macros:
         "DCN_OUTPUTS": tiles.outputs,
         "DCN_BLOCKS": tiles.blocks,
         "DCN_SHARED_BYTES": tiles.shared_bytes,
+        **({"DCN_ARCHITECTURE": "90a"} if tiles.by_warpgroups else {}),
     }
 
 

@@ -95,9 +95,24 @@ class FusedTiles(NamedTuple):
     """Blocks that a multiprocessor has room for, by registers."""
 
     @property
+    def by_warpgroups(self) -> bool:
+        return self.product == "WarpgroupProduct"
+
+    @property
+    def threads(self) -> int:
+        return 512 if self.by_warpgroups and self.outputs > 128 else 256
+
+    @property
+    def rounds_filters(self) -> bool:
+        """Whether the kernel takes float32 filters that are rounded to TF32."""
+        return self.by_warpgroups and self.suffix == "tf32"
+
+    @property
     def shared_bytes(self) -> int:
-        """Two tiles of columns and of filters, and the pixels' places and sampling weights."""
-        return 2 * (TILE_ROWS + self.outputs) * _STEP_BYTES + TILE_ROWS * (2 * 20 + 16)
+        """Two tiles of columns and of filters, the pixels' places and sampling weights, and what aligns them."""
+        alignment = 1024 if self.by_warpgroups else 16
+        tiles = 2 * (TILE_ROWS + self.outputs) * _STEP_BYTES + TILE_ROWS * (2 * 20 + 16)
+        return ceil_div(tiles, alignment) * alignment + alignment - 16
 
 
 FUSED_NEEDS = (
@@ -156,16 +171,17 @@ def choose_path(problem: ForwardProblem) -> str:
 
 @functools.lru_cache(maxsize=256)
 def choose_tiles(problem: ForwardProblem) -> FusedTiles:
-    """Wide blocks sample each pixel for more outputs at once; narrow ones are more, and fit beside each other."""
+    """As wide as the outputs: the wider a block, the fewer times is a pixel sampled. Sums are split to be more blocks."""
     outputs = problem.geometry.O // problem.geometry.G
     if problem.dtype == "float32" and problem.precision == "ieee":
         return FusedTiles("FmaProduct", "f32", 64, 1)
     if problem.dtype == "float32" and problem.precision == "3xtf32":
         return FusedTiles("SplitTensorProduct", "3xtf32", 64, 1)
     suffix = {"float16": "f16", "bfloat16": "bf16", "float32": "tf32"}[problem.dtype]
-    wide, middle, narrow = (FusedTiles("TensorProduct", suffix, *size) for size in ((256, 1), (128, 2), (64, 2)))
-    fills = problem.blocks(wide.outputs) >= 2 * problem.device.multiprocessors
-    if outputs > 128 and fills and wide.shared_bytes <= problem.device.shared_bytes:
+    # Only compute capability 9.0 has the instructions of warpgroups.
+    product = "WarpgroupProduct" if problem.device.architecture == 90 else "TensorProduct"
+    wide, middle, narrow = (FusedTiles(product, suffix, *size) for size in ((256, 1), (128, 2), (64, 2)))
+    if outputs > 128 and wide.shared_bytes <= problem.device.shared_bytes:
         return wide
     return middle if outputs > 64 and middle.shared_bytes <= problem.device.shared_bytes else narrow
 
