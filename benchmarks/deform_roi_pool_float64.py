@@ -30,7 +30,7 @@ def evaluate(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") 
     coordinates : str
         Dtype of the sampling positions.
     device : str
-        Not looked at: sparse matrices are multiplied on the CPU.
+        Where torch multiplies the sparse matrices.
     """
     import torch
 
@@ -42,11 +42,11 @@ def evaluate(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") 
     row, weight_y, slope_y = _neighbours(rows, H)
     column, weight_x, slope_x = _neighbours(columns, W)
     pixel = row[:, :, None] * W + column[:, None, :]
-    entries = torch.from_numpy(np.stack([np.indices(pixel.shape)[0].ravel(), pixel.ravel()]))
+    entries = torch.from_numpy(np.stack([np.indices(pixel.shape)[0].ravel(), pixel.ravel()])).to(device)
 
     def matrix(of_rows: np.ndarray, of_columns: np.ndarray) -> torch.Tensor:
         values = torch.from_numpy(of_rows[:, :, None] * of_columns[:, None, :] / SAMPLING_RATIO**2).ravel()
-        return torch.sparse_coo_tensor(entries, values, (R * P * Q, H * W), check_invariants=True).coalesce()
+        return torch.sparse_coo_tensor(entries, values.to(device), (R * P * Q, H * W), check_invariants=True).coalesce()
 
     pool = matrix(weight_y, weight_x)
     scatter = matrix(mask * weight_y, weight_x).T
@@ -56,15 +56,15 @@ def evaluate(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") 
     by_mask, by_x, by_y = np.zeros((3, R * P * Q))
     for begin in range(0, C, _CHANNELS_AT_ONCE):
         part = slice(begin, begin + _CHANNELS_AT_ONCE)
-        image = torch.from_numpy(arrays["input"][0, part]).double().flatten(1).T.contiguous()
-        grad = torch.from_numpy(arrays["grad_out"][:, part]).double().movedim(1, -1).flatten(0, 2)
+        image = torch.from_numpy(arrays["input"][0, part]).to(device).double().flatten(1).T.contiguous()
+        grad = torch.from_numpy(arrays["grad_out"][:, part]).to(device).double().movedim(1, -1).flatten(0, 2)
         pooled = pool @ image
-        results["output"][:, part] = np.moveaxis((mask * pooled.numpy()).reshape(R, P, Q, -1), -1, 1)
-        results["input"][0, part] = (scatter @ grad).T.reshape(-1, H, W).numpy()
+        results["output"][:, part] = np.moveaxis((mask * pooled.cpu().numpy()).reshape(R, P, Q, -1), -1, 1)
+        results["input"][0, part] = (scatter @ grad).T.reshape(-1, H, W).cpu().numpy()
         if modulated:
-            by_mask += (pooled * grad).sum(1).numpy()
-            by_x += ((move_x @ image) * grad).sum(1).numpy()
-            by_y += ((move_y @ image) * grad).sum(1).numpy()
+            by_mask += (pooled * grad).sum(1).cpu().numpy()
+            by_x += ((move_x @ image) * grad).sum(1).cpu().numpy()
+            by_y += ((move_y @ image) * grad).sum(1).cpu().numpy()
     if modulated:
         results["mask"] = by_mask.reshape(R, P, Q)
         by_shift = np.stack([by_x.reshape(R, P, Q) * widths, by_y.reshape(R, P, Q) * heights], axis=1)

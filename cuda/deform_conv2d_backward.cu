@@ -221,7 +221,7 @@ __device__ __forceinline__ void start_lists(const DeformConvBackwardParams& p, u
 }
 
 // Block: 256 threads in one row. Grid: the tiles of all changes of layout, then the sampling points.
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, kManyBlocks)
     DCN_KERNEL(deform_conv2d_prepare)(const DeformConvBackwardParams p) {
   DCN_SHARED_MEMORY(shared);
   const unsigned samples = sample_count(p);
@@ -323,7 +323,7 @@ __device__ __forceinline__ void add_alone(Sum* to, const Sum (&sums)[DCN_VEC]) {
 
 // Block: x (a power of two up to 32) over the channel vectors of a deformable group, 256 threads. Grid: warps, one for
 // each list. The parts of long lists follow, and only they need atomic additions.
-extern "C" __global__ void __launch_bounds__(256, sizeof(Sum) == 8 ? 3 : 4)
+extern "C" __global__ void __launch_bounds__(256, sizeof(Sum) == 8 ? 3 : kManyBlocks)
     DCN_KERNEL(deform_conv2d_gather_input)(const DeformConvBackwardParams p) {
   const ListTeam team = list_team();
   const int channels = p.size.C / p.size.D;

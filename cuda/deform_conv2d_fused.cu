@@ -261,6 +261,7 @@ __device__ __forceinline__ void multiply_in_turn(const DeformConvFusedParams& p,
   const Share share = share_of(p, tile);
   const Loader loader(p, tile, shared);
   constexpr int elements = 32 / sizeof(Scalar);  // of a row that a product takes at once
+  constexpr int pairs = kPieces / 2 / kHalves;
   CornerWords corners[2];
   Step next = find_step(p, share.begin);
   int side = 0;  // of the weights: sides alternate with taps, those of the tiles with steps
@@ -289,7 +290,7 @@ __device__ __forceinline__ void multiply_in_turn(const DeformConvFusedParams& p,
     for (int half = 0; half < kHalves; ++half) {
       if (more) loader.load(next, side, half, corners);
 #pragma unroll
-      for (int pair = 2 * half; pair < 2 * half + 2; ++pair) {
+      for (int pair = half * pairs; pair < (half + 1) * pairs; ++pair) {
         if (pair * elements < channels) product.add(shared.a[now], shared.b[now], pair);
       }
       if (more) loader.store(side, half, corners, shared.a[now ^ 1]);

@@ -125,7 +125,8 @@ def fused_tiles() -> Iterator[tuple[str, str, FusedTiles]]:
                 for outputs, blocks in ((64, 2), (128, 2), (256, 1)):
                     yield dtype, offset_dtype, FusedTiles(product, suffix, outputs, blocks)
     yield "float32", "float32", FusedTiles("SplitTensorProduct", "3xtf32", 64, 1)
-    yield "float32", "float32", FusedTiles("FmaProduct", "f32", 64, 1)
+    for outputs in (64, 128):
+        yield "float32", "float32", FusedTiles("FmaProduct", "f32", outputs, 1)
 
 
 def layout_assertions(struct: type[ctypes.Structure]) -> str:

@@ -96,7 +96,7 @@ def test_tiles_of_every_width(dtype: str, precision: str, outputs: int, device: 
     case = make_conv(N=2, C=72, O=outputs, H=11, W=13, dtype=dtype, kernel=(2, 1), padding=0, seed=3)
     problem = ForwardProblem(case.geometry(), dtype, precision, device)
     wide = outputs > 128 and device is not SMALL_MEMORY and problem.has_tensor_product and precision != "3xtf32"
-    middle = outputs > 64 and problem.has_tensor_product and precision != "3xtf32"
+    middle = outputs > 64 and precision != "3xtf32"
     assert choose_tiles(problem).outputs == (256 if wide else 128 if middle else 64)
     assert_fused(fused(precision, device), case)
 

@@ -6,12 +6,29 @@
 
 enum LayoutTask {
   kNothing,
-  kPixelsToRows,  // Scalar [N, C, P] to Scalar [rows, C]
-  kRowsToPixels,  // Sum [rows, C] plus bias to Scalar [N, C, P]
-  kSumPixels,     // Scalar [N, C, P] to Sum [N, C]
-  kSumRows,       // Sum [P, C] to Scalar [C]
-  kSumRowParts,   // Scalar [rows, C] to Sum [parts, C], a part being P rows
-  kFillPixels,    // Scalar [N, C, P] with Scalar [C]
+  kPixelsToRows,         // Scalar [N, C, P] to Scalar [rows, C]
+  kPixelsToRoundedRows,  // likewise, floats rounded to TF32
+  kRowsToPixels,         // Sum [rows, C] plus bias to Scalar [N, C, P]
+  kSumPixels,            // Scalar [N, C, P] to Sum [N, C]
+  kSumRows,              // Sum [P, C] to Scalar [C]
+  kSumRowParts,          // Scalar [rows, C] to Sum [parts, C], a part being P rows
+  kFillPixels,           // Scalar [N, C, P] with Scalar [C]
+};
+
+// An unsigned integer of so many bytes.
+template <int bytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned;
+};
+template <>
+struct WordOf<8> {
+  using type = unsigned long long;
 };
 
 struct LayoutJob {
@@ -30,55 +47,253 @@ struct LayoutParams {
   LayoutJob jobs[kLayoutJobs];
 };
 
-constexpr int kTile = 32;
+// A tile goes through shared memory, so that both sides are read and written in whole lines: kSide pixels of an image
+// by kSide channels, kPitch elements from one channel to the next.
+template <typename T>
+struct LayoutTile {
+  static constexpr int kSide = sizeof(T) == 8 ? 32 : 64;
+  static constexpr int kPitch = kSide + (sizeof(T) == 2 ? 2 : 1);
+  static constexpr int kVector = 16 / sizeof(T);
 
-// What the tiles need of shared memory, in elements of type Sum.
-constexpr int kLayoutShared = kTile * (kTile + 1);
+  int image, pixel, pixels;  // the first one, and how many
+  int channel, channels;
+  long long row;  // of the first pixel
+  T* memory;
 
-// Index in [N, C, P] of channel c of a row.
-__device__ __forceinline__ long long image_index(const LayoutJob& job, int row, int c) {
-  const ImagePixel at = find_pixel(job.range, row, job.P);
-  return (static_cast<long long>(at.image) * job.C + c) * job.P + at.pixel;
+  __device__ __forceinline__ LayoutTile(const LayoutJob& job, int t, unsigned char* shared)
+      : memory(reinterpret_cast<T*>(shared)) {
+    const int channel_tiles = (job.C + kSide - 1) / kSide, image_tiles = (job.P + kSide - 1) / kSide;
+    const int from_first = job.range.first_pixel / kSide + t / channel_tiles;
+    image = job.range.first_image + from_first / image_tiles;
+    pixel = from_first % image_tiles * kSide;
+    // Where the rows before and behind this image begin.
+    row = static_cast<long long>(image - job.range.first_image) * job.P - job.range.first_pixel;
+    const long long behind = min(static_cast<long long>(job.P), job.range.rows - row);
+    const int begin = max(pixel, static_cast<int>(max(-row, 0ll)));
+    pixels = static_cast<int>(min(behind, static_cast<long long>(pixel + kSide))) - begin;
+    pixel = begin;
+    row += begin;
+    channel = t % channel_tiles * kSide;
+    channels = min(kSide, job.C - channel);
+  }
+
+  __device__ __forceinline__ T& at(int c, int p) const { return memory[c * kPitch + p]; }
+
+  // Index in [N, C, P] of the tile's first element.
+  __device__ __forceinline__ long long first(const LayoutJob& job) const {
+    return (static_cast<long long>(image) * job.C + channel) * job.P + pixel;
+  }
+};
+
+__device__ __forceinline__ bool is_aligned(const void* at, int bytes) {
+  return reinterpret_cast<unsigned long long>(at) % bytes == 0;
 }
 
-// Tiles of 32 rows by 32 channels go through shared memory, so that both sides are read and written in whole lines.
-template <typename Scalar>
-__device__ __forceinline__ void transpose_tile(const LayoutJob& job, int t, unsigned char* shared) {
-  using Sum = Accumulator<Scalar>;
-  Sum(*tile)[kTile + 1] = reinterpret_cast<Sum(*)[kTile + 1]>(shared);
-  const int channel_tiles = (job.C + kTile - 1) / kTile;
-  const int row = t / channel_tiles * kTile, channel = t % channel_tiles * kTile;
-  const int rows = min(kTile, job.range.rows - row), channels = min(kTile, job.C - channel);
-  const int x = threadIdx.x % kTile, y = threadIdx.x / kTile, step = blockDim.x / kTile;
-  if (job.task == kPixelsToRows) {
-    const Scalar* source = static_cast<const Scalar*>(job.source);
-    Scalar* target = static_cast<Scalar*>(job.target);
-    for (int c = y; c < channels; c += step) {
-      if (x < rows) tile[c][x] = widen(source[image_index(job, row + x, channel + c)]);
+template <typename Words, typename T, int count>
+__device__ __forceinline__ void copy_words(T* to, const Vector<T, count>& from) {
+  Words words[sizeof(from) / sizeof(Words)];
+  memcpy(words, &from, sizeof from);
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(from) / sizeof(Words); ++i) reinterpret_cast<Words*>(to)[i] = words[i];
+}
+
+template <typename T, int count, typename Words>
+__device__ __forceinline__ Vector<T, count> take_words(const T* from) {
+  Words words[sizeof(T) * count / sizeof(Words)];
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(words) / sizeof(Words); ++i) words[i] = reinterpret_cast<const Words*>(from)[i];
+  Vector<T, count> vector;
+  memcpy(&vector, words, sizeof vector);
+  return vector;
+}
+
+// Reads a tile of [N, C, P], `width` pixels at a time. All loads of a thread are under way before the first is used.
+template <int width, typename T>
+__device__ __forceinline__ void read_pixels(const LayoutJob& job, const LayoutTile<T>& tile) {
+  using Pixels = Vector<T, width>;
+  using Words = typename WordOf<(width * sizeof(T) < 8 ? width * sizeof(T) : (sizeof(T) == 8 ? 8 : 4))>::type;
+  constexpr int across = LayoutTile<T>::kSide / width, step = 256 / across, turns = LayoutTile<T>::kSide / step;
+  const int p = threadIdx.x % across * width, c = threadIdx.x / across;
+  const T* source = static_cast<const T*>(job.source) + tile.first(job) + p;
+  Pixels pixels[turns];
+#pragma unroll
+  for (int i = 0; i < turns; ++i) {
+    if (p < tile.pixels && c + i * step < tile.channels) {
+      pixels[i] = *reinterpret_cast<const Pixels*>(source + static_cast<long long>(c + i * step) * job.P);
     }
-    __syncthreads();
-    for (int r = y; r < rows; r += step) {
-      if (x < channels) {
-        target[static_cast<long long>(row + r) * job.C + channel + x] = narrow<Scalar>(tile[x][r]);
-      }
+  }
+#pragma unroll
+  for (int i = 0; i < turns; ++i) {
+    if (p < tile.pixels && c + i * step < tile.channels) copy_words<Words>(&tile.at(c + i * step, p), pixels[i]);
+  }
+}
+
+template <int width, typename T>
+__device__ __forceinline__ void write_pixels(const LayoutJob& job, const LayoutTile<T>& tile) {
+  using Pixels = Vector<T, width>;
+  using Words = typename WordOf<(width * sizeof(T) < 8 ? width * sizeof(T) : (sizeof(T) == 8 ? 8 : 4))>::type;
+  constexpr int across = LayoutTile<T>::kSide / width, step = 256 / across;
+  const int p = threadIdx.x % across * width;
+  T* target = static_cast<T*>(job.target) + tile.first(job) + p;
+#pragma unroll 1
+  for (int c = threadIdx.x / across; c < tile.channels && p < tile.pixels; c += step) {
+    const Pixels pixels = take_words<T, width, Words>(&tile.at(c, p));
+    *reinterpret_cast<Pixels*>(target + static_cast<long long>(c) * job.P) = pixels;
+  }
+}
+
+// Calls visit(channel, pixel) for the elements of a tile, neighbouring threads with neighbouring pixels.
+template <typename T, typename Visit>
+__device__ __forceinline__ void visit_pixels(const LayoutTile<T>& tile, Visit visit) {
+  const unsigned pixels = tile.pixels;
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i < pixels * tile.channels; i += blockDim.x) {
+    visit(static_cast<int>(i / pixels), static_cast<int>(i % pixels));
+  }
+}
+
+// ... with neighbouring channels.
+template <typename T, typename Visit>
+__device__ __forceinline__ void visit_channels(const LayoutTile<T>& tile, Visit visit) {
+  const unsigned channels = tile.channels;
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i < channels * tile.pixels; i += blockDim.x) {
+    visit(static_cast<int>(i % channels), static_cast<int>(i / channels));
+  }
+}
+
+// The most pixels that every access to the pixels of a tile can move at once.
+template <typename T>
+__device__ __forceinline__ int pixels_at_once(const LayoutJob& job, const LayoutTile<T>& tile, const void* pixels) {
+  const T* first = static_cast<const T*>(pixels) + tile.first(job);
+  constexpr int widest = LayoutTile<T>::kVector;
+  if (job.P % widest == 0 && tile.pixels % widest == 0 && is_aligned(first, 16)) return widest;
+  if (sizeof(T) == 2 && job.P % 2 == 0 && tile.pixels % 2 == 0 && is_aligned(first, 4)) return 2;
+  return 1;
+}
+
+template <typename T>
+__device__ __forceinline__ T rounded_if(T value, bool) {
+  return value;
+}
+template <>
+__device__ __forceinline__ float rounded_if<float>(float value, bool rounds) {
+  return rounds ? round_to_tf32(value) : value;
+}
+
+template <typename T>
+__device__ __forceinline__ void pixels_to_rows(const LayoutJob& job, int t, unsigned char* shared) {
+  using Tile = LayoutTile<T>;
+  const Tile tile(job, t, shared);
+  const bool rounds = job.task == kPixelsToRoundedRows;
+  const int width = pixels_at_once(job, tile, job.source);
+  if (width == Tile::kVector) {
+    read_pixels<Tile::kVector>(job, tile);
+  } else if (width == 2) {
+    read_pixels<2>(job, tile);
+  } else {
+    const T* source = static_cast<const T*>(job.source) + tile.first(job);
+    visit_pixels(tile, [&](int c, int p) { tile.at(c, p) = source[static_cast<long long>(c) * job.P + p]; });
+  }
+  __syncthreads();
+  T* target = static_cast<T*>(job.target) + tile.row * job.C + tile.channel;
+  if (job.C % Tile::kVector == 0 && is_aligned(target, 16)) {
+    constexpr int across = Tile::kSide / Tile::kVector;
+    const int c = threadIdx.x % across * Tile::kVector;
+#pragma unroll 1
+    for (int r = threadIdx.x / across; r < tile.pixels && c < tile.channels; r += blockDim.x / across) {
+      Vector<T, Tile::kVector> channels;
+#pragma unroll
+      for (int e = 0; e < Tile::kVector; ++e) channels.at[e] = rounded_if(tile.at(c + e, r), rounds);
+      *reinterpret_cast<Vector<T, Tile::kVector>*>(target + static_cast<long long>(r) * job.C + c) = channels;
     }
   } else {
-    const Sum* source = static_cast<const Sum*>(job.source);
-    const Scalar* bias = static_cast<const Scalar*>(job.bias);
-    Scalar* target = static_cast<Scalar*>(job.target);
-    for (int r = y; r < rows; r += step) {
-      if (x < channels) tile[x][r] = source[static_cast<long long>(row + r) * job.C + channel + x];
-    }
-    __syncthreads();
-    for (int c = y; c < channels; c += step) {
-      if (x < rows) {
-        const Sum added = bias ? widen(bias[channel + c]) : Sum(0);
-        target[image_index(job, row + x, channel + c)] = narrow<Scalar>(tile[c][x] + added);
-      }
-    }
+    visit_channels(
+        tile, [&](int c, int p) { target[static_cast<long long>(p) * job.C + c] = rounded_if(tile.at(c, p), rounds); });
   }
   __syncthreads();
 }
+
+template <typename T>
+__device__ __forceinline__ void rows_to_pixels(const LayoutJob& job, int t, unsigned char* shared) {
+  using Tile = LayoutTile<T>;
+  using Sum = Accumulator<T>;
+  constexpr int vector = 16 / sizeof(Sum);
+  const Tile tile(job, t, shared);
+  const Sum* source = static_cast<const Sum*>(job.source) + tile.row * job.C + tile.channel;
+  const T* bias = job.bias ? static_cast<const T*>(job.bias) + tile.channel : nullptr;
+  if (job.C % vector == 0 && is_aligned(source, 16)) {
+    using Sums = Vector<Sum, vector>;
+    constexpr int across = Tile::kSide / vector, step = 256 / across, turns = Tile::kSide / step;
+    const int c = threadIdx.x % across * vector, r = threadIdx.x / across;
+    Sums sums[turns];
+#pragma unroll
+    for (int i = 0; i < turns; ++i) {
+      if (c < tile.channels && r + i * step < tile.pixels) {
+        sums[i] = *reinterpret_cast<const Sums*>(source + static_cast<long long>(r + i * step) * job.C + c);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < turns; ++i) {
+      if (c < tile.channels && r + i * step < tile.pixels) {
+#pragma unroll
+        for (int e = 0; e < vector; ++e) {
+          tile.at(c + e, r + i * step) = narrow<T>(sums[i].at[e] + (bias ? widen(bias[c + e]) : Sum(0)));
+        }
+      }
+    }
+  } else {
+    visit_channels(tile, [&](int c, int p) {
+      tile.at(c, p) = narrow<T>(source[static_cast<long long>(p) * job.C + c] + (bias ? widen(bias[c]) : Sum(0)));
+    });
+  }
+  __syncthreads();
+  const int width = pixels_at_once(job, tile, job.target);
+  if (width == Tile::kVector) {
+    write_pixels<Tile::kVector>(job, tile);
+  } else if (width == 2) {
+    write_pixels<2>(job, tile);
+  } else {
+    T* target = static_cast<T*>(job.target) + tile.first(job);
+    visit_pixels(tile, [&](int c, int p) { target[static_cast<long long>(c) * job.P + p] = tile.at(c, p); });
+  }
+  __syncthreads();
+}
+
+// Images of one pixel: both sides are in the same order. Tile: kSide * kSide elements.
+template <typename T, typename From>
+__device__ __forceinline__ void copy_rows(const LayoutJob& job, int t) {
+  constexpr unsigned elements = LayoutTile<T>::kSide * LayoutTile<T>::kSide, vector = 16 / sizeof(From);
+  const bool to_rows = job.task != kRowsToPixels, rounds = job.task == kPixelsToRoundedRows;
+  const long long skipped = static_cast<long long>(job.range.first_image) * job.C;
+  const long long all = static_cast<long long>(job.range.rows) * job.C, begin = static_cast<long long>(t) * elements;
+  const From* source = static_cast<const From*>(job.source) + begin + (to_rows ? skipped : 0);
+  T* target = static_cast<T*>(job.target) + begin + (to_rows ? 0 : skipped);
+  const T* bias = static_cast<const T*>(job.bias);
+  const unsigned first_channel = bias ? static_cast<unsigned>(begin % job.C) : 0;
+  const unsigned count = static_cast<unsigned>(min(all - begin, static_cast<long long>(elements)));
+  const auto converted = [&](From value, unsigned i) {
+    if constexpr (sizeof(From) == sizeof(T)) {
+      if (to_rows) return rounded_if(value, rounds);
+    }
+    return narrow<T>(widen(value) + (bias ? widen(bias[(first_channel + i) % job.C]) : Accumulator<T>(0)));
+  };
+  const unsigned in_vectors =
+      is_aligned(source, 16) && is_aligned(target, vector * sizeof(T)) ? count / vector * vector : 0;
+#pragma unroll 1
+  for (unsigned i = threadIdx.x * vector; i < in_vectors; i += blockDim.x * vector) {
+    const auto values = *reinterpret_cast<const Vector<From, vector>*>(source + i);
+    Vector<T, vector> results;
+#pragma unroll
+    for (unsigned e = 0; e < vector; ++e) results.at[e] = converted(values.at[e], i + e);
+    *reinterpret_cast<Vector<T, vector>*>(target + i) = results;
+  }
+#pragma unroll 1
+  for (unsigned i = in_vectors + threadIdx.x; i < count; i += blockDim.x) target[i] = converted(source[i], i);
+}
+
+// Channels of a tile of sums.
+constexpr int kTile = 32;
 
 // Adds the sums of all threads of a block in a fixed order; the total is thread 0's.
 template <typename Sum>
@@ -100,8 +315,15 @@ template <typename Scalar>
 __device__ __forceinline__ void sum_pixels(const LayoutJob& job, int t, unsigned char* shared) {
   using Sum = Accumulator<Scalar>;
   const Scalar* pixels = static_cast<const Scalar*>(job.source) + static_cast<long long>(t) * job.P;
+  constexpr int vector = 16 / sizeof(Scalar);
+  const int in_vectors = is_aligned(pixels, 16) ? job.P / vector * vector : 0;
   Sum sum = Sum(0);
-  for (int i = threadIdx.x; i < job.P; i += blockDim.x) sum += widen(pixels[i]);
+  for (int i = threadIdx.x * vector; i < in_vectors; i += blockDim.x * vector) {
+    const auto values = *reinterpret_cast<const Vector<Scalar, vector>*>(pixels + i);
+#pragma unroll
+    for (int e = 0; e < vector; ++e) sum += widen(values.at[e]);
+  }
+  for (int i = in_vectors + threadIdx.x; i < job.P; i += blockDim.x) sum += widen(pixels[i]);
   const Sum total = block_sum(sum, shared);
   if (threadIdx.x == 0) static_cast<Sum*>(job.target)[t] = total;
 }
@@ -154,11 +376,26 @@ constexpr int kFill = 4096;
 
 template <typename Scalar>
 __device__ __forceinline__ void fill_pixels(const LayoutJob& job, int t) {
+  constexpr unsigned vector = 16 / sizeof(Scalar);
+  const long long all = static_cast<long long>(job.N) * job.C * job.P, first = static_cast<long long>(t) * kFill;
+  const unsigned count = static_cast<unsigned>(min(all - first, static_cast<long long>(kFill)));
+  const unsigned first_channel = static_cast<unsigned>(first / job.P % job.C);
+  const unsigned first_pixel = static_cast<unsigned>(first % job.P);
   const Scalar* source = static_cast<const Scalar*>(job.source);
-  Scalar* target = static_cast<Scalar*>(job.target);
-  const long long first = static_cast<long long>(t) * kFill, end = static_cast<long long>(job.N) * job.C * job.P;
-  for (long long i = first + threadIdx.x; i < min(end, first + kFill); i += blockDim.x) {
-    target[i] = source[i / job.P % job.C];
+  Scalar* target = static_cast<Scalar*>(job.target) + first;
+  const auto value_at = [&](unsigned i) { return source[(first_channel + (first_pixel + i) / job.P) % job.C]; };
+  // A vector is of one channel, or of consecutive ones.
+  if (is_aligned(target, 16) && (job.P == 1 ? job.C : job.P) % vector == 0) {
+#pragma unroll 1
+    for (unsigned i = threadIdx.x * vector; i < count; i += blockDim.x * vector) {
+      Vector<Scalar, vector> elements;
+#pragma unroll
+      for (unsigned e = 0; e < vector; ++e) elements.at[e] = value_at(job.P == 1 ? i + e : i);
+      *reinterpret_cast<Vector<Scalar, vector>*>(target + i) = elements;
+    }
+  } else {
+#pragma unroll 1
+    for (unsigned i = threadIdx.x; i < count; i += blockDim.x) target[i] = value_at(i);
   }
 }
 
@@ -172,15 +409,26 @@ __device__ __forceinline__ long long layout_tiles(const LayoutParams& p) {
 // One tile of one job. Block: 256 threads in one row, all with the same t.
 template <typename Scalar>
 __device__ __forceinline__ void do_layout_tile(const LayoutParams& p, long long t, unsigned char* shared) {
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kLayoutJobs; ++i) {
     const LayoutJob& job = p.jobs[i];
     if (t >= 0 && t < job.tiles) {
       const int tile = static_cast<int>(t);
       switch (job.task) {
         case kPixelsToRows:
+        case kPixelsToRoundedRows:
+          if (job.P == 1) {
+            copy_rows<Scalar, Scalar>(job, tile);
+          } else {
+            pixels_to_rows<Scalar>(job, tile, shared);
+          }
+          break;
         case kRowsToPixels:
-          transpose_tile<Scalar>(job, tile, shared);
+          if (job.P == 1) {
+            copy_rows<Scalar, Accumulator<Scalar>>(job, tile);
+          } else {
+            rows_to_pixels<Scalar>(job, tile, shared);
+          }
           break;
         case kSumPixels:
           sum_pixels<Scalar>(job, tile, shared);

@@ -162,13 +162,12 @@ struct SplitTensorProduct : TensorSums<outputs> {
   }
 };
 
-// Floats by fused multiply-adds: a thread has every sixteenth row and output.
+// Floats by fused multiply-adds: a thread has every sixteenth row, and every kStep-th output.
 template <typename T, int outputs>
 struct FmaProduct {
-  static constexpr int kThreads = 256;
-  static constexpr bool kIsAsync = false;
-  static constexpr bool kRoundsA = false;
-  static constexpr int kI = kTileRows / 16, kJ = outputs / 16;
+  static constexpr int kThreads = outputs > 64 ? 512 : 256;
+  static constexpr bool kIsAsync = false, kRoundsA = false;
+  static constexpr int kStep = kThreads / 16, kI = kTileRows / 16, kJ = outputs / kStep;
   float at[kI][kJ];
 
   __device__ __forceinline__ FmaProduct() : at{} {}
@@ -176,19 +175,21 @@ struct FmaProduct {
   __device__ __forceinline__ void add(unsigned char* a, unsigned char* b, int pair) {
     using Piece = Vector<float, 4>;
     const int row = threadIdx.x % 16, output = threadIdx.x / 16;
-#pragma unroll
+    // One after the other, so that few registers hold factors.
+#pragma unroll 1
     for (int half = 0; half < 2; ++half) {
-      Piece left[kI];
-#pragma unroll
-      for (int i = 0; i < kI; ++i)
-        left[i] = *reinterpret_cast<const Piece*>(piece_of(a, row + 16 * i, 2 * pair + half));
+      Piece right[kJ];
 #pragma unroll
       for (int j = 0; j < kJ; ++j) {
-        const Piece right = *reinterpret_cast<const Piece*>(piece_of(b, output + 16 * j, 2 * pair + half));
+        right[j] = *reinterpret_cast<const Piece*>(piece_of(b, output + kStep * j, 2 * pair + half));
+      }
+#pragma unroll
+      for (int i = 0; i < kI; ++i) {
+        const Piece left = *reinterpret_cast<const Piece*>(piece_of(a, row + 16 * i, 2 * pair + half));
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
 #pragma unroll
-          for (int i = 0; i < kI; ++i) at[i][j] += left[i].at[e] * right.at[e];
+          for (int j = 0; j < kJ; ++j) at[i][j] += left.at[e] * right[j].at[e];
         }
       }
     }
@@ -198,11 +199,10 @@ struct FmaProduct {
   __device__ __forceinline__ void visit(int slice, Visit see) const {
     const int row = threadIdx.x % 16, output = threadIdx.x / 16;
 #pragma unroll
-    for (int i = 0; i < kI; ++i) {
+    for (int j = 0; j < kJ; ++j) {
+      if (kStep * j / kSlice != slice) continue;
 #pragma unroll
-      for (int j = 0; j < kJ; ++j) {
-        if (j / (kSlice / 16) == slice) see(row / 8 + 2 * i, row % 8, output + 16 * j % kSlice, at[i][j]);
-      }
+      for (int i = 0; i < kI; ++i) see(row / 8 + 2 * i, row % 8, (output + kStep * j) % kSlice, at[i][j]);
     }
   }
 };

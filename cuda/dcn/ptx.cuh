@@ -261,6 +261,18 @@ __device__ __forceinline__ void load_16_if(unsigned (&words)[4], const void* fro
       : "l"(from), "r"(static_cast<unsigned>(valid)));
 }
 
+// To nearest, ties away from zero.
+__device__ __forceinline__ float round_to_tf32(float value) {
+#if __CUDA_ARCH__ >= 800
+  unsigned rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
+  return __uint_as_float(rounded);
+#else
+  const unsigned bits = __float_as_uint(value);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? value : __uint_as_float((bits + 0x1000u) & 0xffffe000u);
+#endif
+}
+
 // What follows needs sm_80.
 
 __device__ __forceinline__ unsigned shared_address(const void* shared) {
@@ -280,12 +292,6 @@ __device__ __forceinline__ unsigned shared_address(const void* shared) {
 DCN_MULTIPLY(multiply_half, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
 DCN_MULTIPLY(multiply_bfloat16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
 DCN_MULTIPLY(multiply_tf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
-
-__device__ __forceinline__ float round_to_tf32(float value) {
-  unsigned rounded;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
-  return __uint_as_float(rounded);
-}
 
 // Two floats as 16-bit elements, the first in the lower half.
 __device__ __forceinline__ unsigned pack_half(float low, float high) {

@@ -16,6 +16,13 @@
 // which it would rather spill than use more than 64.
 #define DCN_KERNEL(name) DCN_JOIN(name, DCN_SUFFIX)
 
+// Blocks of a kernel that waits for memory rather than computes: as many as leave each thread the registers it needs.
+#if __CUDA_ARCH__ >= 1000
+constexpr int kManyBlocks = 3;
+#else
+constexpr int kManyBlocks = 4;
+#endif
+
 struct Half {
   unsigned short bits;
 };

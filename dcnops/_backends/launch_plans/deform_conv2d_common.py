@@ -77,12 +77,5 @@ def filters_job(
 ) -> LayoutJob:
     """Write weights [O, C/G, kh, kw] to `filters` [O, K, C/G], channels innermost as in the columns."""
     g = geometry
-    return rows_job(
-        engine,
-        weight,
-        g.C // g.G,
-        g.K,
-        RowRange(0, 0, g.O * g.K),
-        filters,
-        **({"round_to_tf32": True} if round_to_tf32 else {}),
-    )
+    rows = RowRange(0, 0, g.O * g.K)
+    return rows_job(engine, weight, g.C // g.G, g.K, rows, filters, round_to_tf32)

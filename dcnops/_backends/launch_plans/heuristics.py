@@ -100,7 +100,7 @@ class FusedTiles(NamedTuple):
 
     @property
     def threads(self) -> int:
-        return 512 if self.by_warpgroups and self.outputs > 128 else 256
+        return 512 if self.outputs > {"WarpgroupProduct": 128, "FmaProduct": 64}.get(self.product, 256) else 256
 
     @property
     def rounds_filters(self) -> bool:
@@ -171,10 +171,10 @@ def choose_path(problem: ForwardProblem) -> str:
 
 @functools.lru_cache(maxsize=256)
 def choose_tiles(problem: ForwardProblem) -> FusedTiles:
-    """As wide as the outputs: the wider a block, the fewer times is a pixel sampled. Sums are split to be more blocks."""
+    """As wide as the outputs: the wider a block, the fewer times is a pixel sampled. Split sums make it more blocks."""
     outputs = problem.geometry.O // problem.geometry.G
     if problem.dtype == "float32" and problem.precision == "ieee":
-        return FusedTiles("FmaProduct", "f32", 64, 1)
+        return FusedTiles("FmaProduct", "f32", 128 if outputs > 64 else 64, 1)
     if problem.dtype == "float32" and problem.precision == "3xtf32":
         return FusedTiles("SplitTensorProduct", "3xtf32", 64, 1)
     suffix = {"float16": "f16", "bfloat16": "bf16", "float32": "tf32"}[problem.dtype]

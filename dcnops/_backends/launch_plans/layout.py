@@ -63,7 +63,12 @@ MAX_BLOCKS = 2**20
 MOST_LAYOUT_JOBS = 4
 
 _TILE = 32
-LAYOUT_SHARED_BYTES = _TILE * (_TILE + 1) * 8
+"""Channels of a tile of sums."""
+
+_LAYOUT_SIDE = {2: 64, 4: 64, 8: 32}
+"""Pixels and channels of a tile, by the size of an element (`LayoutTile` in dcn/layout.cuh)."""
+
+LAYOUT_SHARED_BYTES = 64 * 65 * 4
 """Shared memory of a block that changes layouts."""
 
 _MAX_ROWS = 2**30
@@ -82,11 +87,12 @@ class LayoutTask(IntEnum):
 
     NOTHING = 0
     PIXELS_TO_ROWS = 1
-    ROWS_TO_PIXELS = 2
-    SUM_PIXELS = 3
-    SUM_ROWS = 4
-    SUM_ROW_PARTS = 5
-    FILL_PIXELS = 6
+    PIXELS_TO_ROUNDED_ROWS = 2
+    ROWS_TO_PIXELS = 3
+    SUM_PIXELS = 4
+    SUM_ROWS = 5
+    SUM_ROW_PARTS = 6
+    FILL_PIXELS = 7
 
 
 class LayoutJob(ctypes.Structure):
@@ -179,12 +185,19 @@ def are_rows(engine: Engine, images: Any) -> bool:
     return is_channels_last(images) and (engine.pointer(images) or 0) % VECTOR_BYTES == 0
 
 
-def rows_job(engine: Engine, images: Any, C: int, P: int, rows: RowRange, target: Any) -> LayoutJob:
-    """Write `rows` of images [N, C, P], in either memory order, to the rows of `target`."""
+def rows_job(
+    engine: Engine, images: Any, C: int, P: int, rows: RowRange, target: Any, round_to_tf32: bool = False
+) -> LayoutJob:
+    """Write `rows` of images [N, C, P], in either memory order, to the rows of `target`.
+
+    `round_to_tf32` is for float32 only.
+    """
+    assert not round_to_tf32 or images.dtype == target.dtype == "float32"
+    task = LayoutTask.PIXELS_TO_ROUNDED_ROWS if round_to_tf32 else LayoutTask.PIXELS_TO_ROWS
     if is_channels_last(images):
-        source = _flat(images, C)[_first(rows, P) :]
-        return _transpose_job(engine, LayoutTask.PIXELS_TO_ROWS, source, target, C, 1, RowRange(0, 0, rows.rows), None)
-    return _transpose_job(engine, LayoutTask.PIXELS_TO_ROWS, images, target, C, P, rows, None)
+        # Channels-last images are images of one pixel, one for each row.
+        images, P, rows = _flat(images, C)[_first(rows, P) :], 1, RowRange(0, 0, rows.rows)
+    return _transpose_job(engine, task, images, target, C, P, rows, None, target.dtype.itemsize)
 
 
 def pixels_job(
@@ -192,10 +205,8 @@ def pixels_job(
 ) -> LayoutJob:
     """Round sums, an array that begins with `rows`, into images [N, C, P] in either memory order, plus `bias` [C]."""
     if is_channels_last(images):
-        # Channels-last images are images of one pixel, one for each row.
-        target = _flat(images, C)[_first(rows, P) :]
-        return _transpose_job(engine, LayoutTask.ROWS_TO_PIXELS, sums, target, C, 1, RowRange(0, 0, rows.rows), bias)
-    return _transpose_job(engine, LayoutTask.ROWS_TO_PIXELS, sums, images, C, P, rows, bias)
+        images, P, rows = _flat(images, C)[_first(rows, P) :], 1, RowRange(0, 0, rows.rows)
+    return _transpose_job(engine, LayoutTask.ROWS_TO_PIXELS, sums, images, C, P, rows, bias, images.dtype.itemsize)
 
 
 def channel_sums_jobs(engine: Engine, images: Any, N: int, C: int, P: int, result: Any) -> tuple[Any, Any, Any]:
@@ -282,8 +293,23 @@ def _first(rows: RowRange, P: int) -> int:
 
 
 def _transpose_job(
-    engine: Engine, task: LayoutTask, source: Any, target: Any, C: int, P: int, rows: RowRange, bias: Any | None
+    engine: Engine,
+    task: LayoutTask,
+    source: Any,
+    target: Any,
+    C: int,
+    P: int,
+    rows: RowRange,
+    bias: Any | None,
+    itemsize: int,
 ) -> LayoutJob:
     job = LayoutJob(engine.pointer(source), engine.pointer(bias), engine.pointer(target), task, 0, C, P, rows)
-    job.tiles = ceil_div(rows.rows, _TILE) * ceil_div(C, _TILE)
+    side = _LAYOUT_SIDE[itemsize]
+    if P == 1:
+        job.tiles = ceil_div(rows.rows * C, side * side)
+    elif rows.rows:
+        # A tile is within an image.
+        end = rows.first_pixel + rows.rows
+        across = end // P * ceil_div(P, side) + ceil_div(end % P, side)
+        job.tiles = (across - rows.first_pixel // side) * ceil_div(C, side)
     return job
