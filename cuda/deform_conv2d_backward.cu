@@ -44,12 +44,16 @@ struct DeformConvBackwardParams {
   ListCounters* counters;      // 0 at first
   DeformConvSizes size;
   RowRange range;
-  long long lists;     // N * H * W * D: pixel * D + deformable group
-  int part_entries;    // of a list that one warp sums
-  int sorted_entries;  // the longest list that is put in order
-  int warp_bytes;      // of shared memory, for putting lists in order
-  int tile_rows;       // sampling points that a block prepares at once
+  Divisor by_taps, by_group_taps, by_kernel_width;  // K, D * K, kw
+  Divisor by_pixels, by_output_width;               // oh * ow, ow
+  Divisor by_rows, by_groups, by_group_channels;    // range.rows, D, C / G
+  long long lists;                                  // N * H * W * D: pixel * D + deformable group
+  int part_entries;                                 // of a list that one warp sums
+  int sorted_entries;                               // the longest list that is put in order
+  int warp_bytes;                                   // of shared memory, for putting lists in order
+  int tile_samples;                                 // sampling points that a block prepares at once
   int write_columns;
+  int count_blocks;  // of those that prepare the lists, the first ones, which count
   LayoutParams layout;
 };
 
@@ -61,85 +65,90 @@ using SumVector = Vector<Sum, (DCN_VEC < 16 / sizeof(Sum) ? DCN_VEC : 16 / sizeo
 constexpr int kSumVector = sizeof(SumVector) / sizeof(Sum);
 
 // What all channels of a sampling point share.
-struct SamplePlan {
-  long long first;  // index in the input of the first neighbour's channel 0; the neighbour itself may lie outside
-  Sum weight[4];    // modulated
+struct alignas(16) SamplePlan {
+  long long first;   // index in the input of channel 0 of the first neighbour that is a pixel
+  long long column;  // index in the columns of the tap's channel 0; -1: there is no such point
+  Sum weight[4];     // modulated
   Sum ly, lx, modulation;
-  int inside;  // bit i: neighbour i is a pixel; kIsNaN
+  int flags;  // bit i: neighbour i is a pixel; kIsNaN; kHasRight and kHasLower: a step leads to another neighbour
 };
 
-constexpr int kIsNaN = 1 << 4;
+constexpr int kAnyPixel = 15, kIsNaN = 1 << 4, kHasRight = 1 << 5, kHasLower = 1 << 6;
 
-// Dot products of the column's gradient with the neighbours' channels.
-struct SampleDots {
+// Dot products of the column's gradient with the neighbours' channels. Where a neighbour is no pixel, it stands for
+// another one.
+struct alignas(16) SampleDots {
   Sum at[4];
 };
 
 static_assert(sizeof(SamplePlan) + sizeof(SampleDots) <= DCN_SAMPLE_BYTES, "shared memory per sampling point");
 
+__device__ __forceinline__ Tap find_tap(const DeformConvBackwardParams& p, int row, int group_tap) {
+  const Division at = divide(static_cast<unsigned>(p.range.first_pixel + row), p.by_pixels);
+  const ImagePixel pixel = {p.range.first_image + static_cast<int>(at.quotient), static_cast<int>(at.remainder)};
+  return tap_of_pixel(p.size, pixel, group_tap);
+}
+
+__device__ __forceinline__ SamplePoint<Sum> locate_tap(const DeformConvBackwardParams& p, const Tap& tap, int k) {
+  const Division output = divide(tap.pixel, p.by_output_width), cell = divide(k, p.by_kernel_width);
+  const int a = output.quotient, b = output.remainder, i = cell.quotient, j = cell.remainder;
+  const int y = a * p.size.sh - p.size.pad_top + i * p.size.dh, x = b * p.size.sw - p.size.pad_left + j * p.size.dw;
+  return locate_shifted(p.size, tap, y, x, p.offset);
+}
+
 __device__ __forceinline__ Sum modulation_of(const DeformConvBackwardParams& p, const Tap& tap) {
   return p.mask ? widen(p.mask[tap.mask_at]) : Sum(1);
 }
 
-__device__ __forceinline__ SamplePlan plan_sample(const DeformConvBackwardParams& p, int row, int group_tap) {
-  const Tap tap = find_tap(p.size, p.range, row, group_tap);
-  const SamplePoint<Sum> point = locate_tap(p.size, tap, group_tap, p.offset);
-  SamplePlan plan;
-  plan.first = first_neighbour(p.size, tap.image, point.y0, point.x0) * p.size.C;
-  plan.modulation = modulation_of(p, tap);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) plan.weight[i] = weighted(bilinear_weight(point, i), plan.modulation);
-  plan.ly = point.ly;
-  plan.lx = point.lx;
-  plan.inside = point.inside | (point.is_nan ? kIsNaN : 0);
-  return plan;
-}
-
-// Index in the input, or in its gradient, of channel 0 of neighbour i.
-__device__ __forceinline__ long long neighbour_index(const DeformConvSizes& size, const SamplePlan& plan, int i) {
-  return plan.first + (i & 2 ? static_cast<long long>(size.W) * size.C : 0) + (i & 1 ? size.C : 0);
-}
-
 // ---- lists
 
-// Calls visit(list, weight) for the neighbours to which a sampling point adds.
-template <typename Visit>
-__device__ __forceinline__ void visit_lists(const DeformConvBackwardParams& p, int row, int group_tap, Visit visit) {
-  const Tap tap = find_tap(p.size, p.range, row, group_tap);
-  const SamplePoint<Sum> point = locate_tap(p.size, tap, group_tap, p.offset);
+// The lists to which a sampling point adds, with the weights; where a weight is 0, there is no such list.
+struct SampleLists {
+  long long list[4];
+  Sum weight[4];
+};
+
+__device__ __forceinline__ SampleLists lists_of(const DeformConvBackwardParams& p, int row, int d, int k) {
+  const Tap tap = find_tap(p, row, d * (p.size.kh * p.size.kw) + k);
+  // Asked for before the offsets have come.
   const Sum modulation = modulation_of(p, tap);
-  const long long first = first_neighbour(p.size, tap.image, point.y0, point.x0);
-  const int d = group_tap / (p.size.kh * p.size.kw);
+  const SamplePoint<Sum> point = locate_tap(p, tap, k);
+  const long long first = first_neighbour(p.size, tap.image, point.y0, point.x0) * p.size.D + d;
+  const long long row_lists = static_cast<long long>(p.size.W) * p.size.D;
+  SampleLists lists;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const Sum weight = weighted(bilinear_weight(point, i), modulation);
-    if (weight != Sum(0)) visit(neighbour(p.size, first, i) * p.size.D + d, weight);
+    lists.list[i] = first + (i & 2 ? row_lists : 0) + (i & 1 ? p.size.D : 0);
+    lists.weight[i] = weighted(bilinear_weight(point, i), modulation);
   }
+  return lists;
 }
 
 __device__ __forceinline__ unsigned sample_count(const DeformConvBackwardParams& p) {
   return static_cast<unsigned>(p.range.rows) * (p.size.D * p.size.kh * p.size.kw);
 }
 
+// One (row, deformable group, tap).
+struct Sample {
+  int row, d, k;
+};
+
 // Sampling point number s, numbered in the memory order of the offsets: neighbouring threads read neighbouring words.
-template <typename Visit>
-__device__ __forceinline__ void visit_lists_of(const DeformConvBackwardParams& p, unsigned s, Visit visit) {
-  const unsigned rows = p.range.rows, group_taps = p.size.D * p.size.kh * p.size.kw;
+__device__ __forceinline__ Sample sample_number(const DeformConvBackwardParams& p, unsigned s) {
   const bool rows_together = p.size.offset_pixel == 1;
-  const unsigned row = rows_together ? s % rows : s / group_taps;
-  const unsigned group_tap = rows_together ? s / rows : s % group_taps;
-  visit_lists(p, static_cast<int>(row), static_cast<int>(group_tap), [&](long long list, Sum weight) {
-    visit(list, weight, static_cast<int>(row * (p.size.kh * p.size.kw) + group_tap % (p.size.kh * p.size.kw)));
-  });
+  const Division at = divide(s, rows_together ? p.by_rows : p.by_group_taps);
+  const Division group_tap = divide(rows_together ? at.quotient : at.remainder, p.by_taps);
+  return {static_cast<int>(rows_together ? at.remainder : at.quotient), static_cast<int>(group_tap.quotient),
+          static_cast<int>(group_tap.remainder)};
 }
 
-// Whether this block is the last of the grid to come here. It then sees what all others wrote before.
-__device__ __forceinline__ bool arrives_last(unsigned* blocks, unsigned char* shared) {
+// Whether this block is the last of `count` to come here. It then sees what all others wrote before.
+__device__ __forceinline__ bool arrives_last(unsigned* blocks, unsigned count, unsigned char* shared) {
   int* is_last = reinterpret_cast<int*>(shared);
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    *is_last = atomicAdd(blocks, 1u) == gridDim.x - 1;
+    *is_last = atomicAdd(blocks, 1u) == count - 1;
     if (*is_last) *blocks = 0;
   }
   __syncthreads();
@@ -220,21 +229,29 @@ __device__ __forceinline__ void start_lists(const DeformConvBackwardParams& p, u
   }
 }
 
-// Block: 256 threads in one row. Grid: the tiles of all changes of layout, then the sampling points.
+// Block: 256 threads in one row. Grid: count_blocks of them count, and the last of these starts the lists while others
+// still change layouts; then the tiles of all changes of layout.
 extern "C" __global__ void __launch_bounds__(256, kManyBlocks)
     DCN_KERNEL(deform_conv2d_prepare)(const DeformConvBackwardParams p) {
   DCN_SHARED_MEMORY(shared);
-  const unsigned samples = sample_count(p);
-  const long long tiles = layout_tiles(p.layout), counts = (samples + kThreads - 1) / kThreads;
-  for (long long t = blockIdx.x; t < tiles + counts; t += gridDim.x) {
-    if (t < tiles) {
+  const unsigned count_blocks = p.count_blocks;
+  if (blockIdx.x >= count_blocks) {
+    const long long tiles = layout_tiles(p.layout);
+    for (long long t = blockIdx.x - count_blocks; t < tiles; t += gridDim.x - count_blocks) {
       do_layout_tile<Scalar>(p.layout, t, shared);
-      continue;
     }
-    const unsigned s = static_cast<unsigned>(t - tiles) * kThreads + threadIdx.x;
-    if (s < samples) visit_lists_of(p, s, [&](long long list, Sum, int) { atomicAdd(p.lengths + list, 1); });
+    return;
   }
-  if (arrives_last(&p.counters->blocks, shared)) start_lists(p, shared);
+  const unsigned samples = sample_count(p), threads = count_blocks * kThreads;
+  for (unsigned s = blockIdx.x * kThreads + threadIdx.x; s < samples; s += threads) {
+    const Sample sample = sample_number(p, s);
+    const SampleLists lists = lists_of(p, sample.row, sample.d, sample.k);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (lists.weight[i] != Sum(0)) atomicAdd(p.lengths + lists.list[i], 1);
+    }
+  }
+  if (arrives_last(&p.counters->blocks, count_blocks, shared)) start_lists(p, shared);
 }
 
 // Fills each list from its end, which takes its length back to 0, ready for the next count. Grid: sampling points.
@@ -242,10 +259,23 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     DCN_KERNEL(deform_conv2d_fill_lists)(const DeformConvBackwardParams p) {
   const unsigned samples = sample_count(p), threads = gridDim.x * kThreads;
   for (unsigned s = blockIdx.x * kThreads + threadIdx.x; s < samples; s += threads) {
-    visit_lists_of(p, s, [&](long long list, Sum weight, int column) {
-      const int at = p.starts[list] + atomicAdd(p.lengths + list, -1) - 1;
-      p.entries[at] = {column, weight};
-    });
+    const Sample sample = sample_number(p, s);
+    const SampleLists lists = lists_of(p, sample.row, sample.d, sample.k);
+    const int column = sample.row * (p.size.kh * p.size.kw) + sample.k;
+    // All four at once, not one after the other: each has far to go.
+    int start[4], left[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (lists.weight[i] != Sum(0)) start[i] = p.starts[lists.list[i]];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (lists.weight[i] != Sum(0)) left[i] = atomicAdd(p.lengths + lists.list[i], -1);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (lists.weight[i] != Sum(0)) p.entries[start[i] + left[i] - 1] = {column, lists.weight[i]};
+    }
   }
 }
 
@@ -407,9 +437,11 @@ __device__ __forceinline__ void add_by_search(const DeformConvBackwardParams& p,
     if (s < rows * K) {
       const int row = first_row + s % rows, k = s / rows;
       entry.column = row * K + k;
-      visit_lists(p, row, d * K + k, [&](long long other, Sum weight) {
-        if (other == list) entry.weight = weight;
-      });
+      const SampleLists lists = lists_of(p, row, d, k);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (lists.weight[i] != Sum(0) && lists.list[i] == list) entry.weight = lists.weight[i];
+      }
     }
     const unsigned found = __ballot_sync(kAllLanes, entry.weight != Sum(0));
     if (entry.weight != Sum(0)) order.found[__popc(found & ((1u << team.lane) - 1))] = entry;
@@ -453,25 +485,98 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 
 // ---- sampling points
 
-// Block: x (a power of two up to 32) over the channel vectors of a deformable group, y over sampling points. Grid: a
-// tile of rows for one (deformable group, tap); neighbouring blocks share rows.
+// Sampling points are taken in bands of so many rows, tap by tap: those of a block share most of their neighbours.
+constexpr int kBand = 8;
+
+// Some consecutive sampling points of a deformable group.
+struct BandTile {
+  int d;
+  unsigned first;  // the number of its first one
+  int first_channel, channels;
+};
+
+__device__ __forceinline__ unsigned tiles_of_group(const DeformConvBackwardParams& p) {
+  const unsigned bands = (p.range.rows + kBand - 1) / kBand, samples = bands * kBand * (p.size.kh * p.size.kw);
+  return (samples + p.tile_samples - 1) / p.tile_samples;
+}
+
+__device__ __forceinline__ BandTile band_tile(const DeformConvBackwardParams& p, unsigned t) {
+  const Division at = divide(t, p.by_groups);
+  BandTile tile;
+  tile.d = at.remainder;
+  tile.first = at.quotient * p.tile_samples;
+  tile.channels = p.size.C / p.size.D;
+  tile.first_channel = tile.d * tile.channels;
+  return tile;
+}
+
+// Sampling point number s of a tile; its row may be beyond the last.
+__device__ __forceinline__ Sample sample_of_tile(const DeformConvBackwardParams& p, const BandTile& tile, int s) {
+  const unsigned q = tile.first + s;
+  const Division at = divide(q / kBand, p.by_taps);
+  return {static_cast<int>(at.quotient * kBand + q % kBand), tile.d, static_cast<int>(at.remainder)};
+}
+
+__device__ __forceinline__ SamplePlan plan_sample(const DeformConvBackwardParams& p, const Sample& sample) {
+  SamplePlan plan = {};
+  plan.column = -1;
+  if (sample.row >= p.range.rows) return plan;
+  const int K = p.size.kh * p.size.kw;
+  const Tap tap = find_tap(p, sample.row, sample.d * K + sample.k);
+  plan.modulation = modulation_of(p, tap);
+  const SamplePoint<Sum> point = locate_tap(p, tap, sample.k);
+  plan.column = static_cast<long long>(sample.row) * K * p.size.C +
+                static_cast<long long>(sample.k) * static_cast<int>(p.by_group_channels.value);
+  // Outside, the first neighbour that is a pixel stands for both.
+  const int right = point.x0 >= 0 && point.x0 + 1 < p.size.W, lower = point.y0 >= 0 && point.y0 + 1 < p.size.H;
+  plan.first = first_neighbour(p.size, tap.image, max(point.y0, 0), max(point.x0, 0)) * p.size.C;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) plan.weight[i] = weighted(bilinear_weight(point, i), plan.modulation);
+  plan.ly = point.ly;
+  plan.lx = point.lx;
+  plan.flags = point.inside | (point.is_nan ? kIsNaN : 0) | (right ? kHasRight : 0) | (lower ? kHasLower : 0);
+  return plan;
+}
+
+// Steps from a sampling point's first neighbour to others, in elements of the input or of its gradient.
+struct NeighbourSteps {
+  int right;
+  long long lower;
+
+  __device__ __forceinline__ NeighbourSteps(const DeformConvSizes& size, int flags)
+      : right(flags & kHasRight ? size.C : 0), lower(flags & kHasLower ? static_cast<long long>(size.W) * size.C : 0) {}
+
+  __device__ __forceinline__ long long to(int i) const { return (i & 2 ? lower : 0) + (i & 1 ? right : 0); }
+};
+
+// Channel c of a column, from channel 0 on.
+__device__ __forceinline__ long long channel_of_column(const DeformConvBackwardParams& p, int c) {
+  if (p.size.G == 1) return c;
+  const int group_channels = p.by_group_channels.value, g = divide(c, p.by_group_channels).quotient;
+  return c + static_cast<long long>(g) * (p.size.kh * p.size.kw - 1) * group_channels;
+}
+
+// Block: x (a power of two up to 32) over the channel vectors of a deformable group, y over sampling points. Grid:
+// tiles.
 extern "C" __global__ void __launch_bounds__(256, 2)
     DCN_KERNEL(deform_conv2d_scatter_input)(const DeformConvBackwardParams p) {
   DCN_SHARED_MEMORY(shared);
   SamplePlan* plans = reinterpret_cast<SamplePlan*>(shared);
-  const int tiles = sample_tiles(p.size, p.range, p.tile_rows);
-  for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
-    const SampleTile tile = sample_tile(p.size, p.range, p.tile_rows, t);
-    for (int s = thread_of_block(); s < tile.samples; s += threads_of_block()) {
-      plans[s] = plan_sample(p, tile.first_row + s, tile.group_tap);
+  const unsigned tiles = tiles_of_group(p) * p.size.D;
+  for (unsigned t = blockIdx.x; t < tiles; t += gridDim.x) {
+    const BandTile tile = band_tile(p, t);
+    for (int s = thread_of_block(); s < p.tile_samples; s += threads_of_block()) {
+      plans[s] = plan_sample(p, sample_of_tile(p, tile, s));
     }
     __syncthreads();
 
-    for (int s = threadIdx.y; s < tile.samples; s += blockDim.y) {
+    for (int s = threadIdx.y; s < p.tile_samples; s += blockDim.y) {
       const SamplePlan& plan = plans[s];
+      if (!(plan.flags & kAnyPixel)) continue;
+      const NeighbourSteps steps(p.size, plan.flags);
       for (int v = threadIdx.x * DCN_VEC; v < tile.channels; v += blockDim.x * DCN_VEC) {
         const int c = tile.first_channel + v;
-        const ScalarVector grad = load_vector(p.columns + column_index(p.size, tile.first_row + s, tile.k, c));
+        const ScalarVector grad = load_vector(p.columns + plan.column + channel_of_column(p, c));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const Sum weight = plan.weight[i];
@@ -479,7 +584,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
             Sum value[DCN_VEC];
 #pragma unroll
             for (int e = 0; e < DCN_VEC; ++e) value[e] = weight * widen(grad.at[e]);
-            add_vector(p.grad_input + neighbour_index(p.size, plan, i) + c, value);
+            add_vector(p.grad_input + plan.first + steps.to(i) + c, value);
           }
         }
       }
@@ -491,13 +596,13 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 // The sums of four values over the `lanes` threads of a sampling point, each where x is its number (modulo 4, where
 // there are at least 4 threads; all are thread 0's otherwise). Threads trade values before they add, which takes fewer
 // shuffles than four sums one by one.
-__device__ __forceinline__ void sum_over_lanes(int lanes, const Sum (&value)[4], SampleDots& dots, bool is_kept) {
+__device__ __forceinline__ void sum_over_lanes(int lanes, const Sum (&value)[4], SampleDots& dots) {
   const int x = threadIdx.x;
   if (lanes < 4) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Sum sum = lanes == 2 ? value[i] + __shfl_xor_sync(kAllLanes, value[i], 1) : value[i];
-      if (is_kept && x == 0) dots.at[i] = sum;
+      if (x == 0) dots.at[i] = sum;
     }
     return;
   }
@@ -505,8 +610,12 @@ __device__ __forceinline__ void sum_over_lanes(int lanes, const Sum (&value)[4],
   const Sum low = (odd ? value[1] : value[0]) + __shfl_xor_sync(kAllLanes, odd ? value[0] : value[1], 1);
   const Sum high = (odd ? value[3] : value[2]) + __shfl_xor_sync(kAllLanes, odd ? value[2] : value[3], 1);
   Sum sum = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, 2);
-  for (int distance = 4; distance < lanes; distance *= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
-  if (is_kept && x < 4) dots.at[x] = sum;
+#pragma unroll
+  for (int distance = 4; distance < 32; distance *= 2) {
+    const Sum other = __shfl_xor_sync(kAllLanes, sum, distance);
+    if (distance < lanes) sum += other;
+  }
+  if (x < 4) dots.at[x] = sum;
 }
 
 // Gradients of one sampling point.
@@ -515,76 +624,112 @@ struct SampleGradient {
 };
 
 __device__ __forceinline__ SampleGradient differentiate(const SamplePlan& plan, const SampleDots& dots) {
-  const Sum(&dot)[4] = dots.at;
+  Sum dot[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) dot[i] = plan.flags >> i & 1 ? dots.at[i] : Sum(0);
   const Sum ly = plan.ly, lx = plan.lx;
   SampleGradient gradient;
   gradient.y = weighted(plan.modulation, weighted(Sum(1) - lx, dot[2] - dot[0]) + weighted(lx, dot[3] - dot[1]));
   gradient.x = weighted(plan.modulation, weighted(Sum(1) - ly, dot[1] - dot[0]) + weighted(ly, dot[3] - dot[2]));
-  const SamplePoint<Sum> point = {0, 0, ly, lx, plan.inside, false};
+  const SamplePoint<Sum> point = {0, 0, ly, lx, plan.flags, false};
   gradient.modulation = Sum(0);
 #pragma unroll
   for (int i = 0; i < 4; ++i) gradient.modulation += weighted(bilinear_weight(point, i), dot[i]);
-  if (plan.inside & kIsNaN) gradient.y = gradient.x = gradient.modulation = not_a_number<Sum>();
+  if (plan.flags & kIsNaN) gradient.y = gradient.x = gradient.modulation = not_a_number<Sum>();
   return gradient;
+}
+
+#if defined(DCN_HOST) || __CUDA_ARCH__ >= 800
+template <typename T>
+__device__ __forceinline__ unsigned pack(float low, float high);
+template <>
+__device__ __forceinline__ unsigned pack<Half>(float low, float high) {
+  return pack_half(low, high);
+}
+template <>
+__device__ __forceinline__ unsigned pack<BFloat16>(float low, float high) {
+  return pack_bfloat16(low, high);
+}
+#endif
+
+// Two elements at once where there is an instruction that rounds both.
+template <typename T>
+__device__ __forceinline__ Vector<T, DCN_VEC> narrow_vector(const Accumulator<T> (&value)[DCN_VEC]) {
+  Vector<T, DCN_VEC> narrowed;
+#if defined(DCN_HOST) || __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(T) == 2 && DCN_VEC % 2 == 0) {
+#pragma unroll
+    for (int e = 0; e < DCN_VEC; e += 2) {
+      const unsigned word = pack<T>(value[e], value[e + 1]);
+      memcpy(narrowed.at + e, &word, 4);
+    }
+    return narrowed;
+  }
+#endif
+#pragma unroll
+  for (int e = 0; e < DCN_VEC; ++e) narrowed.at[e] = narrow<T>(value[e]);
+  return narrowed;
 }
 
 // Block and grid as above; a tile has a multiple of the block's y, so that all lanes of a warp reach the shuffles
 // together.
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, kManyBlocks)
     DCN_KERNEL(deform_conv2d_grad_samples)(const DeformConvBackwardParams p) {
   DCN_SHARED_MEMORY(shared);
   SamplePlan* plans = reinterpret_cast<SamplePlan*>(shared);
-  SampleDots* dots = reinterpret_cast<SampleDots*>(plans + p.tile_rows);
-  const int tiles = sample_tiles(p.size, p.range, p.tile_rows);
-  for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
-    const SampleTile tile = sample_tile(p.size, p.range, p.tile_rows, t);
-    for (int s = thread_of_block(); s < tile.samples; s += threads_of_block()) {
-      plans[s] = plan_sample(p, tile.first_row + s, tile.group_tap);
+  SampleDots* dots = reinterpret_cast<SampleDots*>(plans + p.tile_samples);
+  const unsigned tiles = tiles_of_group(p) * p.size.D;
+  for (unsigned t = blockIdx.x; t < tiles; t += gridDim.x) {
+    const BandTile tile = band_tile(p, t);
+    for (int s = thread_of_block(); s < p.tile_samples; s += threads_of_block()) {
+      plans[s] = plan_sample(p, sample_of_tile(p, tile, s));
     }
     __syncthreads();
 
-    for (int s = threadIdx.y; s < p.tile_rows; s += blockDim.y) {
+    for (int s = threadIdx.y; s < p.tile_samples; s += blockDim.y) {
       Sum dot[4] = {};
-      if (s < tile.samples) {
-        const SamplePlan& plan = plans[s];
+      const long long column = plans[s].column, first = plans[s].first;
+      if (column >= 0) {
+        const int flags = plans[s].flags;
+        const NeighbourSteps steps(p.size, flags);
+        Sum weight[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) weight[i] = plans[s].weight[i];
         for (int v = threadIdx.x * DCN_VEC; v < tile.channels; v += blockDim.x * DCN_VEC) {
           const int c = tile.first_channel + v;
-          Scalar* at = p.columns + column_index(p.size, tile.first_row + s, tile.k, c);
-          const ScalarVector grad = load_vector(at);
-          ScalarVector pixel[4];
+          Scalar* const at = p.columns + column + channel_of_column(p, c);
+          Sum sums[DCN_VEC] = {};
+          if (flags & kAnyPixel) {
+            const Scalar* const from = p.input + first + c;
+            const ScalarVector grad = load_vector(at);
+            ScalarVector pixel[4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (plan.inside >> i & 1) pixel[i] = load_vector(p.input + neighbour_index(p.size, plan, i) + c);
-          }
-          Sum sums[DCN_VEC];
+            for (int i = 0; i < 4; ++i) pixel[i] = load_vector(from + steps.to(i));
 #pragma unroll
-          for (int e = 0; e < DCN_VEC; ++e) sums[e] = plan.inside & kIsNaN ? not_a_number<Sum>() : Sum(0);
+            for (int i = 0; i < 4; ++i) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (plan.inside >> i & 1) {
+              for (int e = 0; e < DCN_VEC; ++e) dot[i] += widen(grad.at[e]) * widen(pixel[i].at[e]);
+              if (weight[i] != Sum(0)) {
 #pragma unroll
-              for (int e = 0; e < DCN_VEC; ++e) {
-                const Sum value = widen(pixel[i].at[e]);
-                dot[i] += widen(grad.at[e]) * value;
-                sums[e] += weighted(plan.weight[i], value);
+                for (int e = 0; e < DCN_VEC; ++e) sums[e] += weight[i] * widen(pixel[i].at[e]);
               }
             }
-          }
-          if (p.write_columns) {
-            ScalarVector column;
+          } else if (flags & kIsNaN) {
 #pragma unroll
-            for (int e = 0; e < DCN_VEC; ++e) column.at[e] = narrow<Scalar>(sums[e]);
-            *reinterpret_cast<ScalarVector*>(at) = column;
+            for (int e = 0; e < DCN_VEC; ++e) sums[e] = not_a_number<Sum>();
           }
+          if (p.write_columns) *reinterpret_cast<ScalarVector*>(at) = narrow_vector<Scalar>(sums);
         }
       }
-      sum_over_lanes(blockDim.x, dot, dots[s], s < tile.samples);
+      sum_over_lanes(blockDim.x, dot, dots[s]);
     }
     __syncthreads();
 
-    for (int s = thread_of_block(); s < tile.samples; s += threads_of_block()) {
+    for (int s = thread_of_block(); s < p.tile_samples; s += threads_of_block()) {
+      const Sample sample = sample_of_tile(p, tile, s);
+      if (sample.row >= p.range.rows) continue;
       const SampleGradient gradient = differentiate(plans[s], dots[s]);
-      const Tap tap = find_tap(p.size, p.range, tile.first_row + s, tile.group_tap);
+      const Tap tap = find_tap(p, sample.row, sample.d * (p.size.kh * p.size.kw) + sample.k);
       if (p.grad_offset) {
         p.grad_offset[tap.offset_at] = narrow<OffsetScalar>(gradient.y);
         p.grad_offset[tap.offset_at + p.size.offset_channel] = narrow<OffsetScalar>(gradient.x);

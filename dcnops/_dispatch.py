@@ -62,18 +62,34 @@ def check_arrays(
         When arrays of different libraries or devices are mixed.
     """
     arrays = {
-        name: (_library(name, array), array)
+        name: array
         for name, array in {**data, **sampling, **(regions or {})}.items()
         if array is not None or name not in optional
     }
-    first = next(iter(arrays))
-    library = arrays[first][0]
-    for name, (other, _) in arrays.items():
+    kinds = [(name, type(array), _dtype(array)) for name, array in arrays.items()]
+    library = _check_kinds(tuple(kinds), tuple(data), tuple(sampling), tuple(regions or ()))
+    if library == "cupy":
+        _check_devices(arrays)
+    return library
+
+
+@functools.lru_cache(maxsize=256)
+def _check_kinds(
+    kinds: tuple[tuple[str, type, Any], ...],
+    data: tuple[str, ...],
+    sampling: tuple[str, ...],
+    regions: tuple[str, ...],
+) -> str:
+    """Check library and dtype of arrays of these names, types and dtypes; return the library's name."""
+    libraries = {name: _check_library(name, kind) for name, kind, _ in kinds}
+    first = kinds[0][0]
+    library = libraries[first]
+    for name, other in libraries.items():
         if other != library:
             raise DeviceError(f"{name} must be a {library} array like {first}, got a {other} array")
 
-    dtypes = {name: _dtype(name, array) for name, (_, array) in arrays.items()}
-    for name in (first, *(regions or {})):
+    dtypes = {name: _native_name(name, dtype) for name, _, dtype in kinds}
+    for name in (first, *regions):
         if dtypes[name] not in FLOAT_DTYPES:
             raise DtypeError(f"{name} must be {', '.join(FLOAT_DTYPES[:-1])} or {FLOAT_DTYPES[-1]}, got {dtypes[name]}")
     dtype = dtypes[first]
@@ -86,45 +102,49 @@ def check_arrays(
             raise DtypeError(f"{name} must be {' or '.join(legal)} beside {dtype} {first}, got {got}")
         if name in sampling and got != dtypes[lead]:
             raise DtypeError(f"{name} must be {dtypes[lead]} like {lead}, got {got}")
-    if library == "cupy":
-        _check_devices({name: array for name, (_, array) in arrays.items()})
     return library
 
 
+@functools.cache
 def load_backend(library: str) -> ModuleType:
     """Import the backend that owns arrays of `library`, on first use."""
     return importlib.import_module(_BACKENDS[library])
 
 
-def _library(name: str, array: object) -> str:
-    for base in type(array).__mro__:
+@functools.lru_cache(maxsize=256)
+def _library(kind: type) -> str | None:
+    """The library of a class of arrays."""
+    for base in kind.__mro__:
         library = base.__module__.partition(".")[0]
         if base.__name__ == "ndarray" and library in _BACKENDS:
             return library
-    kind = type(array)
+    return None
+
+
+def _check_library(name: str, kind: type) -> str:
+    library = _library(kind)
+    if library is not None:
+        return library
     got = f"{kind.__module__}.{kind.__qualname__}" if kind.__module__ != "builtins" else kind.__qualname__
     advice = _ADVICE.get(kind.__module__.partition(".")[0], "pass numpy.asarray(...) or cupy.asarray(...) of it")
     raise DtypeError(f"{name} must be a NumPy or CuPy array, got {got}; {advice}")
 
 
-def _dtype(name: str, array: Any) -> str:
-    dtype = _native_name(array.dtype)
-    if dtype is None:
-        raise DtypeError(
-            f"{name} must be in native byte order, got {array.dtype!r}; pass {name}.astype({array.dtype.name!r})"
-        )
-    return dtype
+def _dtype(array: Any) -> Any:
+    kind: type = type(array)
+    return array.dtype if _library(kind) else None
 
 
-@functools.lru_cache(maxsize=64)
-def _native_name(dtype: Any) -> str | None:
-    """The name of a dtype in native byte order; NumPy makes it up anew each time it is asked."""
-    return str(dtype.name) if dtype.isnative else None
+def _native_name(name: str, dtype: Any) -> str:
+    if not dtype.isnative:
+        raise DtypeError(f"{name} must be in native byte order, got {dtype!r}; pass {name}.astype({dtype.name!r})")
+    return str(dtype.name)
 
 
 def _check_devices(arrays: dict[str, Any]) -> None:
-    devices = {name: int(array.device.id) for name, array in arrays.items()}
-    first = next(iter(devices))
-    for name, device in devices.items():
-        if device != devices[first]:
-            raise DeviceError(f"{name} must be on device {devices[first]} like {first}, got device {device}")
+    first = next(iter(arrays))
+    expected = int(arrays[first].device.id)
+    for name, array in arrays.items():
+        device = int(array.device.id)
+        if device != expected:
+            raise DeviceError(f"{name} must be on device {expected} like {first}, got device {device}")

@@ -7,12 +7,13 @@ raised here, before anything is allocated.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from numbers import Real
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from dcnops._errors import ArgumentError, ShapeError
 from dcnops._layout import NCHW, Layout
@@ -87,6 +88,13 @@ class DeformConvGeometry:
     G: int
     D: int
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(astuple(self))
+
+    def __hash__(self) -> int:
+        return self._hash
+
     @property
     def K(self) -> int:
         """Taps of the kernel."""
@@ -134,22 +142,29 @@ class DeformConvGeometry:
         ArgumentError
             When `stride`, `padding` or `dilation` is not a legal value.
         """
-        for name, shape, order, letters in (
-            ("input", input, layout, ("N", "C", "H", "W")),
-            ("weight", weight, NCHW, ("O", "C/G", "kh", "kw")),
-            ("offset", offset, layout, ("N", "2*D*kh*kw", "oh", "ow")),
-            ("mask", mask, layout, ("N", "D*kh*kw", "oh", "ow")),
-        ):
-            if shape is not None and len(shape) != 4:
-                raise ShapeError(f"{name} must have 4 dimensions [{order.text(*letters)}], got shape {shape}")
-        N, C, H, W = _image_sizes(input, layout)
-        O, channels_per_group, kh, kw = weight
-        if min(O, channels_per_group, kh, kw) < 1:
-            raise ShapeError(f"weight must be [O >= 1, C/G >= 1, kh >= 1, kw >= 1], got shape {weight}")
-        sh, sw = expand_pair("stride", stride)
-        dh, dw = expand_pair("dilation", dilation)
-        (pad_top, pad_bottom), (pad_left, pad_right) = expand_padding(padding)
+        _check_conv_ranks(input, offset, weight, mask, layout)
+        strides, dilations = expand_pair("stride", stride), expand_pair("dilation", dilation)
+        return cls._infer(input, offset, weight, bias, mask, strides, expand_padding(padding), dilations, layout)
 
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def _infer(
+        cls,
+        input: tuple[int, ...],
+        offset: tuple[int, ...],
+        weight: tuple[int, ...],
+        bias: tuple[int, ...] | None,
+        mask: tuple[int, ...] | None,
+        stride: tuple[int, int],
+        padding: tuple[tuple[int, int], tuple[int, int]],
+        dilation: tuple[int, int],
+        layout: Layout,
+    ) -> DeformConvGeometry:
+        """The same of shapes of the right rank and legal parameters; one object for each call."""
+        N, C, H, W = layout.sizes(input)
+        O, channels_per_group, kh, kw = weight
+        (sh, sw), (dh, dw) = stride, dilation
+        (pad_top, pad_bottom), (pad_left, pad_right) = padding
         if C % channels_per_group:
             raise ShapeError(f"weight must be [O, C/G, kh, kw] with C/G a divisor of input's C={C}, got shape {weight}")
         G = C // channels_per_group
@@ -248,7 +263,7 @@ class DeformRoIPoolGeometry:
 
     def params(self) -> DeformRoIPoolSizes:
         """The struct the kernels take."""
-        return DeformRoIPoolSizes(**asdict(self))
+        return DeformRoIPoolSizes(**vars(self))
 
     @classmethod
     def check(
@@ -302,6 +317,28 @@ class DeformRoIPoolGeometry:
             R, C, P, Q = self.output_shape
             needed = layout.text(f"R={R}", f"C={C}", f"P={P}", f"Q={Q}")
             raise ShapeError(f"grad_out must be [{needed}], got shape {grad_out}")
+
+
+@functools.lru_cache(maxsize=256)
+def _check_conv_ranks(
+    input: tuple[int, ...],
+    offset: tuple[int, ...],
+    weight: tuple[int, ...],
+    mask: tuple[int, ...] | None,
+    layout: Layout,
+) -> None:
+    """Check what of the shapes of a convolution can be checked without its parameters."""
+    for name, shape, order, letters in (
+        ("input", input, layout, ("N", "C", "H", "W")),
+        ("weight", weight, NCHW, ("O", "C/G", "kh", "kw")),
+        ("offset", offset, layout, ("N", "2*D*kh*kw", "oh", "ow")),
+        ("mask", mask, layout, ("N", "D*kh*kw", "oh", "ow")),
+    ):
+        if shape is not None and len(shape) != 4:
+            raise ShapeError(f"{name} must have 4 dimensions [{order.text(*letters)}], got shape {shape}")
+    _image_sizes(input, layout)
+    if min(weight) < 1:
+        raise ShapeError(f"weight must be [O >= 1, C/G >= 1, kh >= 1, kw >= 1], got shape {weight}")
 
 
 def _image_sizes(input: tuple[int, ...], layout: Layout) -> tuple[int, int, int, int]:
@@ -370,8 +407,16 @@ def _sequence(value: object) -> list[object] | None:
 
 def expand_pair(name: str, value: Pair, minimum: int = 1) -> tuple[int, int]:
     """(vertical, horizontal) of an integer or a pair of them, from `minimum` on."""
-    if type(value) is int and minimum <= value <= MAX_EXTENT:
-        return value, value
+    # What is given nearly always, without the questions below.
+    plain: Any = (value, value) if type(value) is int else value
+    if type(plain) in (tuple, list) and len(plain) == 2:
+        vertical, horizontal = plain
+        if (
+            type(vertical) is type(horizontal) is int
+            and minimum <= vertical <= MAX_EXTENT
+            and minimum <= horizontal <= MAX_EXTENT
+        ):
+            return vertical, horizontal
     items = _sequence(value)
     numbers = [_integer(item) for item in ([value, value] if items is None else items)]
     if len(numbers) == 2:
@@ -387,7 +432,7 @@ def expand_pair(name: str, value: Pair, minimum: int = 1) -> tuple[int, int]:
 
 def expand_padding(value: Padding) -> tuple[tuple[int, int], tuple[int, int]]:
     """((top, bottom), (left, right)) of any form of padding."""
-    items = _sequence(value)
+    items = None if type(value) is int else _sequence(value)
     try:
         if items is not None and len(items) == 2 and all(_sequence(item) is not None for item in items):
             vertical, horizontal = items

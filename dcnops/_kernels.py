@@ -6,19 +6,32 @@ host compiler in the tests.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-__all__ = ["DTYPE_SUFFIX", "Device", "Engine", "Launcher", "Macros", "compile_options", "kernel_name", "kernel_source"]
+__all__ = [
+    "DTYPE_SUFFIX",
+    "Device",
+    "Engine",
+    "Launcher",
+    "Macros",
+    "compile_options",
+    "dtype_name",
+    "kernel_name",
+    "kernel_source",
+]
 
 DTYPE_SUFFIX = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 
 Macros = Mapping[str, "str | int"]
+
+_T = TypeVar("_T")
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 _PACKAGE = Path(__file__).resolve().parent
@@ -59,6 +72,8 @@ class Engine:
         Describes the current `Device`; kernels are compiled once for each.
     pointer : callable
         Address of an array's first element.
+    session : callable
+        A context within which `matmul` can be called any number of times.
     """
 
     def __init__(
@@ -68,14 +83,17 @@ class Engine:
         matmul: Callable[[Any, Any, Any, bool, str], None],
         device: Callable[[], Device],
         pointer: Callable[[Any], int],
+        session: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self.xp = xp
         self._compile = compile
         self._matmul = matmul
         self._device = device
         self._pointer = pointer
+        self._session = session
         self._launchers: dict[tuple[object, ...], Launcher] = {}
         self._lock = threading.Lock()
+        self._recall = functools.lru_cache(maxsize=512)(self._make)
 
     @property
     def device(self) -> Device:
@@ -94,6 +112,29 @@ class Engine:
         """Address of an array's first element, null for None."""
         return None if array is None else self._pointer(array)
 
+    def recall(self, make: Callable[..., _T], *key: Any) -> _T:
+        """``make(self, device, *key)`` for the current device, made once: what it returns must not be changed.
+
+        `key` is hashable and says all that the result depends on.
+        """
+        found: _T = self._recall(make, self._device(), *key)
+        return found
+
+    def _make(self, make: Callable[..., Any], *key: Any) -> Any:
+        return make(self, *key)
+
+    def kernel(self, unit: str, kernel: str, macros: Macros) -> Launcher:
+        """`kernel` of ``cuda/<unit>.cu``, specialised by `macros`, for the current device."""
+        key = (unit, kernel, tuple(macros.items()), self._device().id)
+        launcher = self._launchers.get(key)
+        if launcher is None:
+            with self._lock:
+                launcher = self._launchers.get(key)
+                if launcher is None:
+                    launcher = self._compile(kernel_source(unit), kernel_name(kernel, macros), compile_options(macros))
+                    self._launchers[key] = launcher
+        return launcher
+
     def launch(
         self,
         unit: str,
@@ -108,17 +149,8 @@ class Engine:
 
         `block` is (x, y); `params` is the kernel's only argument.
         """
-        if grid == 0:
-            return
-        key = (unit, kernel, tuple(macros.items()), self._device().id)
-        launcher = self._launchers.get(key)
-        if launcher is None:
-            with self._lock:
-                launcher = self._launchers.get(key)
-                if launcher is None:
-                    launcher = self._compile(kernel_source(unit), kernel_name(kernel, macros), compile_options(macros))
-                    self._launchers[key] = launcher
-        launcher(grid, block, shared_bytes, params)
+        if grid:
+            self.kernel(unit, kernel, macros)(grid, block, shared_bytes, params)
 
     def matmul(self, a: Any, b: Any, out: Any, accumulate: bool = False, precision: str = "ieee") -> None:
         """``out (+)= a @ b`` with sums in float32 (float64 for float64).
@@ -135,8 +167,24 @@ class Engine:
             "tf32" allows float32 factors to be rounded to the 10 bits of mantissa that tensor cores take; any other
             does not.
         """
+        with self._session():
+            self._multiply(a, b, out, accumulate, precision)
+
+    @contextlib.contextmanager
+    def products(self) -> Iterator[Callable[..., None]]:
+        """For many products in a row: a context with a cheaper `matmul`."""
+        with self._session():
+            yield self._multiply
+
+    def _multiply(self, a: Any, b: Any, out: Any, accumulate: bool = False, precision: str = "ieee") -> None:
         if out.size:
             self._matmul(a, b, out, accumulate, precision)
+
+
+@functools.cache
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype; NumPy makes it up anew each time it is asked."""
+    return str(dtype.name)
 
 
 def kernel_name(kernel: str, macros: Macros) -> str:

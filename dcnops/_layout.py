@@ -13,9 +13,9 @@ __all__ = ["NCHW", "Layout", "check_layout"]
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """An order of four axes.
+    """An order of four axes; there is one object for each.
 
     Attributes
     ----------

@@ -113,8 +113,8 @@ def test_seven_launches_at_most(dtype: str, order: str, way: str):
     """Products included; of a call whose columns fit one chunk."""
     runner = Recorder(deterministic=WAYS[way])
     products: list[Any] = []
-    multiply = runner.engine.matmul
-    runner.engine.matmul = lambda *args: (products.append(args), multiply(*args))  # type: ignore[assignment]
+    multiply = runner.engine._matmul
+    runner.engine._matmul = lambda *args: (products.append(args), multiply(*args))  # type: ignore[assignment]
     runner.backward(in_order(make_conv(C=32, O=8, H=8, W=8, dtype=dtype), order))
     names = [kernel for _, kernel, *_ in runner.launches]
     gather = "deform_conv2d_gather_input" + ("_in_order" if WAYS[way] else "")
@@ -145,8 +145,8 @@ def test_seven_launches_at_most(dtype: str, order: str, way: str):
 def test_only_what_is_needed_is_launched(needs: tuple[str, ...], kernels: list[str], products: int):
     runner = Recorder()
     count = []
-    multiply = runner.engine.matmul
-    runner.engine.matmul = lambda *args: (count.append(1), multiply(*args))  # type: ignore[assignment]
+    multiply = runner.engine._matmul
+    runner.engine._matmul = lambda *args: (count.append(1), multiply(*args))  # type: ignore[assignment]
     runner.backward(make_conv(C=32), needs)
     assert [kernel for _, kernel, *_ in runner.launches] == kernels
     assert len(count) == products

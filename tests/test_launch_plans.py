@@ -125,14 +125,17 @@ class Recorder(EmulatedRunner):
         super().__init__(**options)
         self.launches: list[tuple[Any, ...]] = []
         self.params: list[Any] = []
-        launch = self.engine.launch
+        compiled = self.engine.kernel
 
-        def record(unit, kernel, macros, grid, block, params, shared_bytes=0):
-            self.launches.append((unit, kernel, dict(macros), grid, block, shared_bytes))
-            self.params.append(params)
-            launch(unit, kernel, macros, grid, block, params, shared_bytes)
+        def recorded(unit, kernel, macros):
+            def launch(grid, block, shared_bytes, params):
+                self.launches.append((unit, kernel, dict(macros), grid, block, shared_bytes))
+                self.params.append(type(params).from_buffer_copy(params))
+                compiled(unit, kernel, macros)(grid, block, shared_bytes, params)
 
-        self.engine.launch = record
+            return launch
+
+        self.engine.kernel = recorded
 
 
 @given(case=st.one_of(conv_cases(dtypes=tuple(DTYPES)), roi_pool_cases(dtypes=tuple(DTYPES))))

@@ -1,8 +1,12 @@
-"""NHWC is NCHW with its axes in another order: every operation, gradient, dtype, and error; natively on a GPU."""
+"""NHWC is NCHW with its axes in another order: every operation, gradient, dtype, and error; natively on a GPU.
+
+And the kernel that changes the memory order, with each of its jobs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,9 +15,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dcnops
+from dcnops._backends.launch_plans.layout import (
+    RowRange,
+    change_layout,
+    channel_sums,
+    fill_job,
+    pixels_job,
+    rows_job,
+    sum_dtype,
+)
+from dcnops._kernels import Engine
 from dcnops._layout import check_layout
 from tests.cases import DTYPES, Case, assert_close, conv_cases, make_conv, make_roi_pool, roi_pool_cases
+from tests.cuda_on_cpu import host_engine
 from tests.emulated_cupy import StandIn, emulated_cupy
+
+# On both sides of the borders of tiles, of pieces of 16 bytes and of pairs.
+EDGES = (1, 2, 3, 4, 6, 8, 9, 16, 31, 32, 33, 40, 63, 64, 65, 72, 127, 128, 129, 136)
 
 IMAGES = {"deform_conv2d": ("input", "offset", "mask", "grad_out"), "deform_roi_pool": ("input", "grad_out")}
 
@@ -137,6 +155,126 @@ def test_contiguous_nhwc_arrays_of_cupy_are_not_copied(make: Any, dtype: str):
         stand_in.copies = 0
         both_directions(case, arguments)
         assert stand_in.copies == 0
+
+
+@dataclass(frozen=True)
+class Move:
+    """Images [N, C, 1, P], in either memory order, and the rows of them that are moved."""
+
+    dtype: str
+    N: int
+    C: int
+    P: int
+    first: int
+    rows: int
+    shift: int  # of all arrays, in elements, from aligned addresses
+    channels_last: bool
+    bias: bool
+    schedule: str
+
+    @property
+    def range(self) -> RowRange:
+        return RowRange(self.first // self.P, self.first % self.P, self.rows)
+
+    def array(self, engine: Engine, values: np.ndarray) -> np.ndarray:
+        """A copy of `values` at an address that is aligned or not."""
+        memory = engine.empty((values.size + self.shift,), values.dtype)[self.shift :]
+        memory[:] = values.reshape(-1)
+        return memory.reshape(values.shape)
+
+    def images(self, engine: Engine, values: np.ndarray) -> np.ndarray:
+        """... of images, in the memory order of the case."""
+        if self.channels_last:
+            return self.array(engine, values.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+        return self.array(engine, values)
+
+
+@st.composite
+def moves(draw: st.DrawFn) -> Move:
+    N, P = draw(st.integers(1, 3)), draw(st.sampled_from(EDGES))
+    first = draw(st.sampled_from([0, 1, 4, 8, P // 2, P, N * P // 2]).filter(lambda first: first < N * P))
+    rows = draw(st.sampled_from([N * P - first, 1, 8, 64]).filter(lambda rows: rows <= N * P - first))
+    dtype, schedule = draw(st.sampled_from(list(DTYPES))), draw(st.sampled_from(["forward", "reverse", "random"]))
+    C, shift = draw(st.sampled_from(EDGES)), draw(st.sampled_from([0, 0, 1, 2]))
+    return Move(dtype, N, C, P, first, rows, shift, draw(st.booleans()), draw(st.booleans()), schedule)
+
+
+@given(move=moves(), rounds=st.booleans())
+def test_images_become_rows(move: Move, rounds: bool):
+    engine = host_engine(schedule=move.schedule, seed=1)
+    values = np.random.default_rng(0).standard_normal((move.N, move.C, 1, move.P)).astype(DTYPES[move.dtype])
+    rounds = rounds and move.dtype == "float32"
+    rows = move.array(engine, np.full((move.rows + 2, move.C), 7, values.dtype))
+    images = move.images(engine, values)
+    change_layout(engine, move.dtype, [rows_job(engine, images, move.C, move.P, move.range, rows[1:], rounds)])
+    expected = to_nhwc(values).reshape(-1, move.C)[move.first : move.first + move.rows]
+    if rounds:
+        expected = to_tf32(expected)
+    np.testing.assert_array_equal(rows[1:-1], expected)
+    np.testing.assert_array_equal(rows[[0, -1]], 7)
+
+
+@given(move=moves())
+def test_sums_become_images(move: Move):
+    engine = host_engine(schedule=move.schedule, seed=1)
+    dtype, random = DTYPES[move.dtype], np.random.default_rng(0)
+    sums = random.standard_normal((move.rows, move.C)).astype(sum_dtype(engine, dtype))
+    bias = random.standard_normal(move.C).astype(dtype) if move.bias else None
+    images = move.images(engine, np.full((move.N, move.C, 1, move.P), 7, dtype))
+    source = move.array(engine, sums)
+    change_layout(engine, move.dtype, [pixels_job(engine, source, images, move.C, move.P, move.range, bias)])
+    rows = np.full((move.N * move.P, move.C), 7, dtype)
+    rows[move.first : move.first + move.rows] = sums if bias is None else sums + bias.astype(sums.dtype)
+    np.testing.assert_array_equal(to_nhwc(images).reshape(-1, move.C), rows)
+
+
+@given(move=moves())
+def test_sums_over_pixels_and_images_of_a_bias(move: Move):
+    engine = host_engine(schedule=move.schedule, seed=1)
+    N, C, P, dtype = move.N, move.C, move.P, DTYPES[move.dtype]
+    values = np.random.default_rng(0).integers(-3, 4, (N, C, 1, P)).astype(dtype)
+    images = move.images(engine, values)
+    sums = channel_sums(engine, images, N, C, P)
+    np.testing.assert_array_equal(sums.astype(np.float64), values.astype(np.float64).sum((0, 2, 3)).astype(dtype))
+    bias = np.arange(C).astype(dtype)
+    change_layout(engine, move.dtype, [fill_job(engine, bias, images, N, C, P)])
+    np.testing.assert_array_equal(images, np.broadcast_to(bias[:, None, None], images.shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 5000), (3, 4, 1, 4096), (9, 1000, 1, 1)], ids=str)
+def test_more_than_a_tile_of_fillings_and_sums(shape: tuple[int, ...]):
+    engine, dtype = host_engine(), DTYPES["float16"]
+    N, C, _, P = shape
+    images, bias = engine.empty(shape, dtype), np.arange(C).astype(dtype)
+    change_layout(engine, "float16", [fill_job(engine, bias, images, N, C, P)])
+    np.testing.assert_array_equal(images, np.broadcast_to(bias[:, None, None], shape))
+    expected = (N * P * np.arange(C, dtype=np.float32)).astype(dtype)
+    np.testing.assert_array_equal(channel_sums(engine, images, N, C, P), expected)
+
+
+@pytest.mark.parametrize("C, P", [(64, 64), (3, 5), (8, 1)])
+def test_rounded_rows_keep_what_is_not_finite(C: int, P: int):
+    engine = host_engine()
+    images = engine.empty((1, C, 1, P), np.float32)
+    special = np.float32([np.inf, -np.inf, np.nan, 0, -0.0, 1 + 2**-11, 1 + 2**-12, 3e38, 1e-45])
+    images.reshape(-1)[:] = np.resize(special, images.size)
+    rows = engine.empty((P, C), np.float32)
+    change_layout(engine, "float32", [rows_job(engine, images, C, P, RowRange(0, 0, P), rows, round_to_tf32=True)])
+    np.testing.assert_array_equal(rows, to_tf32(images.reshape(C, P).T))
+
+
+def test_other_data_is_not_rounded_to_tf32():
+    engine = host_engine()
+    images, rows = engine.empty((1, 8, 1, 8), np.float64), engine.empty((8, 8), np.float64)
+    with pytest.raises(AssertionError):
+        rows_job(engine, images, 8, 8, RowRange(0, 0, 8), rows, round_to_tf32=True)
+
+
+def to_tf32(values: np.ndarray) -> np.ndarray:
+    """To nearest, ties away from zero; what is not finite stays."""
+    values = np.ascontiguousarray(values)
+    rounded = ((values.view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
+    return np.where(np.isfinite(values), rounded, values)
 
 
 def test_a_layout_turns_shapes_and_back():

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import cupy
 import numpy
@@ -18,10 +18,10 @@ from cupy_backends.cuda.api import runtime
 from cupy_backends.cuda.libs import cublas
 
 from dcnops._backends import launch_plans
-from dcnops._backends.launch_plans.layout import is_channels_last
+from dcnops._backends.launch_plans.layout import is_channels_last, sum_dtype
 from dcnops._errors import KernelCompileError
 from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
-from dcnops._kernels import Device, Engine, Launcher
+from dcnops._kernels import Device, Engine, Launcher, dtype_name
 
 __all__ = [
     "ENGINE",
@@ -38,6 +38,11 @@ _CUDA_TYPE = {
     "float32": runtime.CUDA_R_32F,
     "float64": runtime.CUDA_R_64F,
 }
+
+_FLOAT32 = numpy.dtype(numpy.float32)
+
+_Matrices: TypeAlias = tuple[Any, tuple[int, ...], tuple[int, ...]]
+"""The dtype, shape and strides of a stack of matrices."""
 
 _SHARED_BYTES_OF_ALL = 48 * 1024
 """Dynamic shared memory that a kernel has without asking for more."""
@@ -144,11 +149,10 @@ def deform_roi_pool_backward(
 
 def _coordinates(rois: cupy.ndarray, input: cupy.ndarray) -> cupy.ndarray:
     """The regions in the dtype of coordinates beside `input`."""
-    if rois.dtype.name == "bfloat16":
+    if dtype_name(rois.dtype) == "bfloat16":
         # Not every CuPy converts bfloat16: its bits are the upper half of a float32's.
         rois = (cupy.ascontiguousarray(rois.view(numpy.uint16)).astype(numpy.uint32) << 16).view(numpy.float32)
-    dtype = numpy.float64 if input.dtype.name == "float64" else numpy.float32
-    return cupy.ascontiguousarray(rois, dtype)
+    return cupy.ascontiguousarray(rois, sum_dtype(ENGINE, input.dtype))
 
 
 def contiguous(array: cupy.ndarray) -> cupy.ndarray:
@@ -162,7 +166,7 @@ def contiguous(array: cupy.ndarray) -> cupy.ndarray:
 
 
 def _images(array: cupy.ndarray) -> cupy.ndarray:
-    return array if is_channels_last(array) else contiguous(array)
+    return array if array.flags.c_contiguous or is_channels_last(array) else contiguous(array)
 
 
 def _given(change: Callable[[cupy.ndarray], cupy.ndarray], array: cupy.ndarray | None) -> cupy.ndarray | None:
@@ -171,7 +175,7 @@ def _given(change: Callable[[cupy.ndarray], cupy.ndarray], array: cupy.ndarray |
 
 def _precision(precision: str | None, input: cupy.ndarray) -> str:
     """The precision of matrix products; None is what CuPy's own products have, by its compute type or CUPY_TF32."""
-    if input.dtype != numpy.float32:
+    if input.dtype != _FLOAT32:
         return "ieee"
     if precision is not None:
         return precision
@@ -186,55 +190,56 @@ def _compile(source: str, kernel: str, options: tuple[str, ...]) -> Launcher:
     except cupy.cuda.compiler.CompileException as error:
         raise KernelCompileError(f"{kernel} must compile, got from NVRTC:\n{error}") from error
     allowed_bytes = _SHARED_BYTES_OF_ALL
+    as_argument, address = cupy.cuda.function.CPointer, ctypes.addressof
 
     def launch(grid: int, block: tuple[int, int], shared_bytes: int, params: ctypes.Structure) -> None:
         nonlocal allowed_bytes
         if shared_bytes > allowed_bytes:
             raw.max_dynamic_shared_size_bytes = allowed_bytes = shared_bytes
-        argument = cupy.cuda.function.CPointer(ctypes.addressof(params))
-        function((grid,), block, (argument,), shared_mem=shared_bytes)
+        function((grid,), block, (as_argument(address(params)),), shared_mem=shared_bytes)
 
     return launch
 
 
 def _matmul(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray, accumulate: bool, precision: str) -> None:
-    # cuBLAS stores columns first, so it is asked for the transposed product: out.T (+)= b.T @ a.T.
-    batch, rows, columns = out.shape
-    scalar_type, compute_type = _gemm_type(a.dtype.name, precision)
-    a_operation, a_stride = _gemm_operand(a)
-    b_operation, b_stride = _gemm_operand(b)
-    handle = cupy.cuda.device.get_cublas_handle()
-    _CUBLAS.set_stream(handle, cupy.cuda.get_current_stream().ptr)
-    mode = cublas.getMathMode(handle)
-    cublas.setMathMode(handle, _MATH_MODE)
-    try:
-        _CUBLAS.gemm(
-            handle,
-            b_operation,
-            a_operation,
-            columns,
-            rows,
-            a.shape[2],
-            scalar_type(1),
-            b.data.ptr,
-            _CUDA_TYPE[b.dtype.name],
-            b_stride,
-            b.strides[0] // b.itemsize,
-            a.data.ptr,
-            _CUDA_TYPE[a.dtype.name],
-            a_stride,
-            a.strides[0] // a.itemsize,
-            scalar_type(accumulate),
-            out.data.ptr,
-            _CUDA_TYPE[out.dtype.name],
-            _gemm_operand(out)[1],
-            out.strides[0] // out.itemsize,
-            batch,
-            compute_type,
-            cublas.CUBLAS_GEMM_DEFAULT,
-        )
-    finally:
-        cublas.setMathMode(handle, mode)
+    sizes, after_b, after_a, after_out = _gemm_arguments(
+        (a.dtype, a.shape, a.strides), (b.dtype, b.shape, b.strides), (out.dtype, out.shape, out.strides),
+        accumulate, precision,
+    )  # fmt: skip
+    address = ctypes.c_void_p
+    _CUBLAS.gemm(
+        address(cupy.cuda.device.get_cublas_handle()), *sizes,
+        address(b.data.ptr), *after_b, address(a.data.ptr), *after_a, address(out.data.ptr), *after_out,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _gemm_arguments(
+    a: _Matrices, b: _Matrices, out: _Matrices, accumulate: bool, precision: str
+) -> tuple[tuple[Any, ...], ...]:
+    """What cublasGemmStridedBatchedEx takes between the handle and the addresses of `b`, `a` and `out`, and after them.
+
+    cuBLAS stores columns first, so it is asked for the transposed product: out.T (+)= b.T @ a.T.
+    """
+    batch, rows, columns = out[1]
+    scalar_type, compute_type = _gemm_type(dtype_name(a[0]), precision)
+    (a_operation, after_a), (b_operation, after_b), (_, after_out) = map(_gemm_operand, (a, b, out))
+    factor, old_factor = (ctypes.byref(scalar_type(value)) for value in (1, accumulate))
+    sizes = b_operation, a_operation, columns, rows, a[1][2], factor
+    return sizes, after_b, (*after_a, old_factor), (*after_out, batch, compute_type, cublas.CUBLAS_GEMM_DEFAULT)
+
+
+class _Session:
+    """Readies CuPy's cuBLAS for products on the current stream."""
+
+    def __enter__(self) -> None:
+        self._handle = cupy.cuda.device.get_cublas_handle()
+        _CUBLAS.set_stream(self._handle, cupy.cuda.get_current_stream().ptr)
+        self._mode = cublas.getMathMode(self._handle)
+        cublas.setMathMode(self._handle, _MATH_MODE)
+
+    def __exit__(self, *_: object) -> None:
+        cublas.setMathMode(self._handle, self._mode)
 
 
 class _Cublas:
@@ -244,21 +249,15 @@ class _Cublas:
         major = runtime.runtimeGetVersion() // 1000
         # What is looked up in an extension module is found in the libraries that it is linked with.
         library = ctypes.CDLL(f"cublas64_{major}.dll" if sys.platform == "win32" else cublas.__file__)
+        # Without types of arguments, whose conversion takes longer than the call: all but ints are ctypes objects.
         self._set_stream, self._gemm = library.cublasSetStream_v2, library.cublasGemmStridedBatchedEx
-        pointer, integer, step = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
-        self._set_stream.argtypes = [pointer, pointer]
-        handle, scalar, matrix = [pointer], [pointer], [pointer, integer, integer, step]
-        types: list[Any] = [*handle, *5 * [integer], *scalar, *matrix, *matrix, *scalar, *matrix, *3 * [integer]]
-        self._gemm.argtypes = types
 
     def set_stream(self, handle: int, stream: int) -> None:
-        self._check(self._set_stream(handle, stream))
+        self._check(self._set_stream(ctypes.c_void_p(handle), ctypes.c_void_p(stream)))
 
     def gemm(self, *arguments: Any) -> None:
-        """cublasGemmStridedBatchedEx; scalars are ctypes numbers in the host's memory."""
-        *numbers, alpha = arguments[:7]
-        *matrices, beta = arguments[7:16]
-        self._check(self._gemm(*numbers, ctypes.byref(alpha), *matrices, ctypes.byref(beta), *arguments[16:]))
+        """cublasGemmStridedBatchedEx."""
+        self._check(self._gemm(*arguments))
 
     @staticmethod
     def _check(status: int) -> None:
@@ -275,14 +274,15 @@ def _gemm_type(dtype: str, precision: str) -> tuple[Any, int]:
     return ctypes.c_float, cublas.CUBLAS_COMPUTE_32F
 
 
-def _gemm_operand(matrices: cupy.ndarray) -> tuple[int, int]:
-    """cuBLAS's operation and leading dimension for the transposes of a stack of matrices."""
-    _, rows, columns = matrices.shape
-    row_stride, column_stride = (stride // matrices.itemsize for stride in matrices.strides[1:])
+def _gemm_operand(matrices: _Matrices) -> tuple[int, tuple[Any, ...]]:
+    """cuBLAS's operation for the transposes of a stack of matrices; their type, leading dimension and distance."""
+    dtype, (_, rows, columns), strides = matrices
+    distance, row_stride, column_stride = (stride // dtype.itemsize for stride in strides)
+    kind, step = _CUDA_TYPE[dtype_name(dtype)], ctypes.c_longlong(distance)
     # The stride of an axis of length 1 says nothing.
     if columns == 1 or column_stride == 1:
-        return cublas.CUBLAS_OP_N, max(columns, 1 if rows == 1 else row_stride)
-    return cublas.CUBLAS_OP_T, max(rows, column_stride)
+        return cublas.CUBLAS_OP_N, (kind, max(columns, 1 if rows == 1 else row_stride), step)
+    return cublas.CUBLAS_OP_T, (kind, max(rows, column_stride), step)
 
 
 def _current_device() -> Device:
@@ -311,4 +311,4 @@ _MATH_MODE = cublas.CUBLAS_DEFAULT_MATH | _DISALLOW_REDUCED_PRECISION_REDUCTION
 """Whatever a program has set on CuPy's handle: no TF32 but by the compute type, and partial sums of 16-bit products are
 added in float32."""
 
-ENGINE = Engine(cupy, _compile, _matmul, _current_device, _pointer)
+ENGINE = Engine(cupy, _compile, _matmul, _current_device, _pointer, _Session)

@@ -58,6 +58,9 @@ With fewer, an entry of a list weighs about as much as the channels that it stan
 _MOST_ENTRIES = 2**30
 _MOST_ROWS = 2**30
 _LISTS_OF_THREAD = 16
+_COUNT_BLOCKS = 4
+"""Blocks per multiprocessor that count the entries of lists, at most."""
+
 _ALIGNED_ROWS = 64
 _PART_BYTES = 16
 _SMALL_BYTES = 256
@@ -78,6 +81,18 @@ class ListLimits:
     """The longest list that the deterministic mode sorts, at most 65535; longer ones are summed by a search."""
 
 
+class Divisor(ctypes.Structure):
+    """Divides numbers below 2**31 by a product and a shift (`Divisor` in dcn/rows.cuh)."""
+
+    _fields_ = [("value", ctypes.c_uint), ("magic", ctypes.c_uint), ("shift", ctypes.c_uint)]
+
+
+def divisor(value: int) -> Divisor:
+    assert 1 <= value < 2**31
+    shift = (value - 1).bit_length()
+    return Divisor(value, 2**32 * (2**shift - value) // value + 1, shift)
+
+
 class DeformConvBackwardParams(ctypes.Structure):
     """What the kernels of deform_conv2d_backward.cu take."""
 
@@ -96,19 +111,28 @@ class DeformConvBackwardParams(ctypes.Structure):
         ("counters", _pointer),
         ("size", DeformConvSizes),
         ("range", RowRange),
+        ("by_taps", Divisor),
+        ("by_group_taps", Divisor),
+        ("by_kernel_width", Divisor),
+        ("by_pixels", Divisor),
+        ("by_output_width", Divisor),
+        ("by_rows", Divisor),
+        ("by_groups", Divisor),
+        ("by_group_channels", Divisor),
         ("lists", ctypes.c_longlong),
         ("part_entries", _int),
         ("sorted_entries", _int),
         ("warp_bytes", _int),
-        ("tile_rows", _int),
+        ("tile_samples", _int),
         ("write_columns", _int),
+        ("count_blocks", _int),
         ("layout", LayoutParams),
     ]
 
 
 def gradient_sample_bytes(dtype: str) -> int:
     """Shared memory per sampling point, in bytes; the kernels assert that it is enough."""
-    return 112 if dtype == "float64" else 56
+    return 112 if dtype == "float64" else 64
 
 
 def deform_conv2d_backward(
@@ -307,11 +331,18 @@ class _Call:
             grad_mask=engine.pointer(gradients.get("mask")),
             grad_input=engine.pointer(grad_input),
             size=sizes_of(g, offset, mask),
-            tile_rows=self.gradient_launch.tile_rows,
+            by_taps=divisor(g.K),
+            by_group_taps=divisor(g.D * g.K),
+            by_kernel_width=divisor(g.kw),
+            by_pixels=divisor(g.pixels),
+            by_output_width=divisor(g.ow),
+            by_groups=divisor(g.D),
+            by_group_channels=divisor(g.C // g.G),
+            tile_samples=self.gradient_launch.tile_rows,
             write_columns=self.makes_columns,
         )
         for rows in row_ranges(g.N, g.pixels, self.rows):
-            params.range = rows
+            params.range, params.by_rows = rows, divisor(rows.rows)
             if self.lists is not None:
                 self.lists.make(self.gradient_launch, params, g, jobs)
             else:
@@ -398,7 +429,9 @@ class _Lists:
         params.sorted_entries = self._limits.sorted_entries
         params.layout = layout_params(jobs)
         counts = ceil_div(params.range.rows * g.D * g.K, THREADS)
-        self._launch(launch, "prepare", layout_tiles(jobs) + counts, (THREADS, 1), params, LAYOUT_SHARED_BYTES)
+        params.count_blocks = min(counts, _COUNT_BLOCKS * self._engine.device.multiprocessors)
+        blocks = params.count_blocks + layout_tiles(jobs)
+        self._launch(launch, "prepare", blocks, (THREADS, 1), params, LAYOUT_SHARED_BYTES)
         self._launch(launch, "fill_lists", counts, (THREADS, 1), params)
 
     def gather(self, launch: SampleLaunch, params: DeformConvBackwardParams) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from dcnops._backends.launch_plans.deform_conv2d_common import (
-    SampleLaunch,
+    SampleKernels,
     column_sample_bytes,
     filters_job,
-    sizes_of,
 )
 from dcnops._backends.launch_plans.heuristics import (
     FUSED_NEEDS,
@@ -41,7 +40,7 @@ from dcnops._backends.launch_plans.layout import (
     rows_job,
 )
 from dcnops._geometry import DeformConvGeometry, DeformConvSizes
-from dcnops._kernels import Engine, Macros
+from dcnops._kernels import Device, Engine, Macros, dtype_name
 
 __all__ = ["DeformConvForwardParams", "DeformConvFusedParams", "deform_conv2d", "fused_macros"]
 
@@ -109,105 +108,130 @@ def deform_conv2d(
     output = empty_images(engine, geometry.output_shape, input.dtype, input)
     if output.size == 0:
         return output
+    call = _Call(
+        geometry,
+        dtype_name(input.dtype),
+        dtype_name(offset.dtype),
+        are_rows(engine, input),
+        is_channels_last(offset),
+        mask is not None and is_channels_last(mask),
+        is_channels_last(output),
+        precision,
+        chunk_bytes,
+        path,
+    )
+    groups = engine.recall(_groups, call)
     filters = engine.empty((geometry.O, geometry.K, geometry.C // geometry.G), weight.dtype)
-    problem = ForwardProblem(geometry, str(input.dtype.name), precision, engine.device)
-    path = path or choose_path(problem)
-    if path == "fused" and (reasons := failed(FUSED_NEEDS, problem)):
-        raise ValueError(f"the fused kernel cannot do this: {'; '.join(reasons)}")
-    rounds_filters = path == "fused" and choose_tiles(problem).rounds_filters
-    jobs = [filters_job(engine, geometry, weight, filters, rounds_filters)]
-    run = _run_fused if path == "fused" else _run_columns
-    for images in _image_groups(engine, geometry, input, chunk_bytes, path):
-        count = images.stop - images.start
-        part = problem if count == geometry.N else replace(problem, geometry=replace(geometry, N=count))
-        run(
-            engine,
-            part,
-            input[images],
-            offset[images],
-            None if mask is None else mask[images],
-            filters,
-            bias,
-            output[images],
-            jobs,
-            chunk_bytes,
-        )
+    jobs = [filters_job(engine, geometry, weight, filters, groups[0][1].rounds_filters)]
+    if len(groups) == 1:
+        groups[0][1].run(input, offset, mask, output, filters, bias, jobs)
+        return output
+    for images, group in groups:
+        part_of_mask = None if mask is None else mask[images]
+        group.run(input[images], offset[images], part_of_mask, output[images], filters, bias, jobs)
         jobs = []
     return output
 
 
-def _image_groups(
-    engine: Engine, geometry: DeformConvGeometry, input: Any, chunk_bytes: int, path: str
-) -> Iterator[slice]:
-    """The batch in equal groups, such that their copies of the input fit."""
-    g = geometry
-    itemsize = ITEMSIZE[str(input.dtype.name)]
+class _Call(NamedTuple):
+    """All that the plan of a call depends on: everything but addresses."""
+
+    geometry: DeformConvGeometry
+    dtype: str
+    offset_dtype: str
+    has_rows: bool
+    """Whether the input is read as it is."""
+    offset_last: bool
+    mask_last: bool
+    output_last: bool
+    precision: str
+    chunk_bytes: int
+    path: str | None
+
+
+def _groups(engine: Engine, device: Device, call: _Call) -> list[tuple[slice, _Fused | _Columns]]:
+    """The batch in equal groups of images, and how each is computed."""
+    g = call.geometry
+    problem = ForwardProblem(g, call.dtype, call.precision, device)
+    path = call.path or choose_path(problem)
+    if path == "fused" and (reasons := failed(FUSED_NEEDS, problem)):
+        raise ValueError(f"the fused kernel cannot do this: {'; '.join(reasons)}")
+    # As many images as leave room for their copies of the input.
     image = g.H * g.W * g.C
-    most = g.N if are_rows(engine, input) else max(1, chunk_bytes // (image * itemsize))
+    image_bytes = image * ITEMSIZE[call.dtype]
+    most = g.N if call.has_rows else max(1, call.chunk_bytes // image_bytes)
     if path == "fused":
         most = min(most, max(1, (2**31 - 1) // max(image, g.pixels)))
     else:
         # Columns take their share, too.
-        most = min(most, max(1, chunk_bytes // (2 * image * itemsize)))
+        most = min(most, max(1, call.chunk_bytes // (2 * image_bytes)))
     size = ceil_div(g.N, ceil_div(g.N, most))
-    for first in range(0, g.N, size):
-        yield slice(first, min(first + size, g.N))
+    make: Callable[..., _Fused | _Columns] = _Fused if path == "fused" else _Columns
+    ranges = [slice(first, min(first + size, g.N)) for first in range(0, g.N, size)]
+    parts = [call._replace(geometry=replace(g, N=images.stop - images.start)) for images in ranges]
+    return [(images, engine.recall(make, part)) for images, part in zip(ranges, parts)]
 
 
-def _prepare(
-    engine: Engine, geometry: DeformConvGeometry, input: Any, jobs: list[LayoutJob]
-) -> tuple[Any, list[LayoutJob]]:
+def _input_rows(engine: Engine, call: _Call, input: Any, jobs: list[LayoutJob]) -> tuple[Any, list[LayoutJob]]:
     """The input's rows, and the jobs to be done before they are used."""
-    g = geometry
-    if are_rows(engine, input):
+    if call.has_rows:
         return input, jobs
+    g = call.geometry
     rows = engine.empty((g.N * g.H * g.W, g.C), input.dtype)
     return rows, [*jobs, rows_job(engine, input, g.C, g.H * g.W, RowRange(0, 0, g.N * g.H * g.W), rows)]
 
 
-def _run_fused(
-    engine: Engine,
-    problem: ForwardProblem,
-    input: Any,
-    offset: Any,
-    mask: Any | None,
-    filters: Any,
-    bias: Any | None,
-    output: Any,
-    jobs: list[LayoutJob],
-    chunk_bytes: int,
-) -> None:
-    g = problem.geometry
-    input_rows, jobs = _prepare(engine, g, input, jobs)
-    change_layout(engine, problem.dtype, jobs)
-    tiles = choose_tiles(problem)
-    copied = 0 if input_rows is input else g.N * g.H * g.W * g.C * ITEMSIZE[problem.dtype]
-    splits = choose_splits(problem, tiles, chunk_bytes - copied)
-    partial = engine.empty((splits, g.N * g.pixels, g.O), engine.xp.float32) if splits > 1 else None
-    params = DeformConvFusedParams(
-        input=engine.pointer(input_rows),
-        offset=engine.pointer(offset),
-        mask=engine.pointer(mask),
-        filters=engine.pointer(filters),
-        bias=engine.pointer(bias),
-        output=engine.pointer(output),
-        partial=engine.pointer(partial),
-        size=sizes_of(g, offset, mask),
-        O=g.O,
-        rows=g.N * g.pixels,
-        group_outputs=g.O // g.G,
-        group_channels=g.C // g.G,
-        segment=problem.segment,
-        steps=problem.steps,
-        splits=splits,
-        channels_last=is_channels_last(output),
-    )
-    unit, macros = "deform_conv2d_fused", fused_macros(problem.dtype, str(offset.dtype.name), tiles)
-    kernels = {unit: (problem.blocks(tiles.outputs) * splits, tiles.threads)}
-    if partial is not None:
-        kernels["deform_conv2d_add_splits"] = problem.blocks(SLICE_OUTPUTS), THREADS
-    for kernel, (blocks, threads) in kernels.items():
-        engine.launch(unit, kernel, macros, min(blocks, MAX_BLOCKS), (threads, 1), params, tiles.shared_bytes)
+class _Fused:
+    """A group of images in one fused kernel, and one that adds up where sums are split."""
+
+    def __init__(self, engine: Engine, device: Device, call: _Call) -> None:
+        g = call.geometry
+        problem = ForwardProblem(g, call.dtype, call.precision, device)
+        tiles = choose_tiles(problem)
+        copied = 0 if call.has_rows else g.N * g.H * g.W * g.C * ITEMSIZE[call.dtype]
+        splits = choose_splits(problem, tiles, call.chunk_bytes - copied)
+        self.rounds_filters = tiles.rounds_filters
+        self._engine, self._call = engine, call
+        self._partial = (splits, g.N * g.pixels, g.O) if splits > 1 else None
+        self._numbers = (
+            g.params(call.offset_last, call.mask_last),
+            g.O,
+            g.N * g.pixels,
+            g.O // g.G,
+            g.C // g.G,
+            problem.segment,
+            problem.steps,
+            splits,
+            call.output_last,
+        )
+        unit, macros = "deform_conv2d_fused", fused_macros(call.dtype, call.offset_dtype, tiles)
+        kernels = {unit: (problem.blocks(tiles.outputs) * splits, tiles.threads)}
+        if splits > 1:
+            kernels["deform_conv2d_add_splits"] = problem.blocks(SLICE_OUTPUTS), THREADS
+        self._shared_bytes = tiles.shared_bytes
+        self._launches = [
+            (engine.kernel(unit, kernel, macros), min(blocks, MAX_BLOCKS), (threads, 1))
+            for kernel, (blocks, threads) in kernels.items()
+        ]
+
+    def run(
+        self,
+        input: Any,
+        offset: Any,
+        mask: Any | None,
+        output: Any,
+        filters: Any,
+        bias: Any | None,
+        jobs: list[LayoutJob],
+    ) -> None:
+        engine, call = self._engine, self._call
+        input_rows, jobs = _input_rows(engine, call, input, jobs)
+        change_layout(engine, call.dtype, jobs)
+        partial = None if self._partial is None else engine.empty(self._partial, engine.xp.float32)
+        arrays = input_rows, offset, mask, filters, bias, output, partial
+        params = DeformConvFusedParams(*map(engine.pointer, arrays), *self._numbers)
+        for launch, blocks, block in self._launches:
+            launch(blocks, block, self._shared_bytes, params)
 
 
 def fused_macros(dtype: str, offset_dtype: str, tiles: FusedTiles) -> Macros:
@@ -225,45 +249,46 @@ def fused_macros(dtype: str, offset_dtype: str, tiles: FusedTiles) -> Macros:
     }
 
 
-def _run_columns(
-    engine: Engine,
-    problem: ForwardProblem,
-    input: Any,
-    offset: Any,
-    mask: Any | None,
-    filters: Any,
-    bias: Any | None,
-    output: Any,
-    jobs: list[LayoutJob],
-    chunk_bytes: int,
-) -> None:
-    g = problem.geometry
-    input_rows, jobs = _prepare(engine, g, input, jobs)
-    if bias is not None:
-        jobs = [*jobs, fill_job(engine, bias, output, g.N, g.O, g.pixels)]
-    change_layout(engine, problem.dtype, jobs)
+class _Columns:
+    """A group of images in chunks of columns, each multiplied by the filters."""
 
-    samples = SampleLaunch(engine, g, problem.dtype, offset, column_sample_bytes(problem.dtype))
-    itemsize = ITEMSIZE[problem.dtype]
-    copied = 0 if input_rows is input else g.N * g.H * g.W * g.C * itemsize
-    most_rows = max(1, max(chunk_bytes - copied, chunk_bytes // 2) // (g.K * g.C * itemsize))
-    columns = engine.empty((min(most_rows, g.N * g.pixels), g.G, g.K * g.C // g.G), input.dtype)
-    for rows in _column_chunks(g, most_rows, is_channels_last(output)):
-        samples.launch(
-            "deform_conv2d_forward",
-            "deform_conv2d_columns",
-            DeformConvForwardParams(
-                engine.pointer(input_rows),
-                engine.pointer(offset),
-                engine.pointer(mask),
-                engine.pointer(columns),
-                sizes_of(g, offset, mask),
-                rows,
-                samples.tile_rows,
-            ),
-            rows.rows,
+    rounds_filters = False
+
+    def __init__(self, engine: Engine, device: Device, call: _Call) -> None:
+        g = call.geometry
+        itemsize = ITEMSIZE[call.dtype]
+        copied = 0 if call.has_rows else g.N * g.H * g.W * g.C * itemsize
+        most_rows = max(1, max(call.chunk_bytes - copied, call.chunk_bytes // 2) // (g.K * g.C * itemsize))
+        self._engine, self._call, self._most_rows = engine, call, most_rows
+        self._columns = (min(most_rows, g.N * g.pixels), g.G, g.K * g.C // g.G)
+        self._sizes = g.params(call.offset_last, call.mask_last)
+        self._kernels = engine.recall(
+            SampleKernels, "deform_conv2d_forward", g, call.dtype, call.offset_dtype, column_sample_bytes(call.dtype)
         )
-        _multiply_columns(engine, problem, columns[: rows.rows], filters, output, rows, bias is not None)
+
+    def run(
+        self,
+        input: Any,
+        offset: Any,
+        mask: Any | None,
+        output: Any,
+        filters: Any,
+        bias: Any | None,
+        jobs: list[LayoutJob],
+    ) -> None:
+        engine, call, g = self._engine, self._call, self._call.geometry
+        input_rows, jobs = _input_rows(engine, call, input, jobs)
+        if bias is not None:
+            jobs = [*jobs, fill_job(engine, bias, output, g.N, g.O, g.pixels)]
+        change_layout(engine, call.dtype, jobs)
+        columns = engine.empty(self._columns, input.dtype)
+        pointers = map(engine.pointer, (input_rows, offset, mask, columns))
+        params = DeformConvForwardParams(*pointers, self._sizes, tile_rows=self._kernels.tile_rows)
+        with engine.products() as matmul:
+            for rows in _column_chunks(g, self._most_rows, call.output_last):
+                params.range = rows
+                self._kernels.launch("deform_conv2d_columns", params, rows.rows)
+                _multiply_columns(engine, matmul, call, columns[: rows.rows], filters, output, rows, bias is not None)
 
 
 def _column_chunks(geometry: DeformConvGeometry, most_rows: int, channels_last: bool) -> Iterator[RowRange]:
@@ -284,16 +309,23 @@ def _column_chunks(geometry: DeformConvGeometry, most_rows: int, channels_last: 
 
 
 def _multiply_columns(
-    engine: Engine, problem: ForwardProblem, columns: Any, filters: Any, output: Any, rows: RowRange, accumulate: bool
+    engine: Engine,
+    matmul: Callable[..., None],
+    call: _Call,
+    columns: Any,
+    filters: Any,
+    output: Any,
+    rows: RowRange,
+    accumulate: bool,
 ) -> None:
     """Output of `rows` (+)= columns [rows, G, K*C/G] times filters, each product straight into its place."""
-    g = problem.geometry
+    g = call.geometry
     outputs, inner = g.O // g.G, g.K * g.C // g.G
     by_group = filters.reshape(g.G, outputs, inner)
-    if is_channels_last(output):
+    if call.output_last:
         first = rows.first_image * g.pixels + rows.first_pixel
         place = output.transpose(0, 2, 3, 1).reshape(-1, g.G, outputs)[first : first + rows.rows].transpose(1, 0, 2)
-        engine.matmul(columns.transpose(1, 0, 2), by_group.transpose(0, 2, 1), place, accumulate, problem.precision)
+        matmul(columns.transpose(1, 0, 2), by_group.transpose(0, 2, 1), place, accumulate, call.precision)
         return
     pixels = min(rows.rows, g.pixels)
     images = rows.rows // pixels
@@ -302,7 +334,7 @@ def _multiply_columns(
     sampled = columns.reshape(images, pixels, g.G, inner).transpose(0, 2, 3, 1)
     if g.G == 1:
         shared = engine.xp.broadcast_to(by_group, (images, outputs, inner))
-        engine.matmul(shared, sampled[:, 0], place[:, 0], accumulate, problem.precision)
+        matmul(shared, sampled[:, 0], place[:, 0], accumulate, call.precision)
         return
     for image in range(images):
-        engine.matmul(by_group, sampled[image], place[image], accumulate, problem.precision)
+        matmul(by_group, sampled[image], place[image], accumulate, call.precision)
