@@ -52,6 +52,8 @@ struct DeformConvBackwardParams {
   int sorted_entries;                               // the longest list that is put in order
   int warp_bytes;                                   // of shared memory, for putting lists in order
   int tile_samples;                                 // sampling points that a block prepares at once
+  unsigned tiles;                                   // of sampling points, of all deformable groups
+  int channels;                                     // C / D
   int write_columns;
   int count_blocks;  // of those that prepare the lists, the first ones, which count
   LayoutParams layout;
@@ -234,12 +236,15 @@ __device__ __forceinline__ void start_lists(const DeformConvBackwardParams& p, u
 extern "C" __global__ void __launch_bounds__(256, kManyBlocks)
     DCN_KERNEL(deform_conv2d_prepare)(const DeformConvBackwardParams p) {
   DCN_SHARED_MEMORY(shared);
-  const unsigned count_blocks = p.count_blocks;
-  if (blockIdx.x >= count_blocks) {
+  // A grid of fewer blocks counts with all of them, and changes layouts afterwards.
+  const unsigned count_blocks = min(static_cast<unsigned>(p.count_blocks), gridDim.x);
+  const unsigned first_other = gridDim.x > count_blocks ? count_blocks : 0, others = gridDim.x - first_other;
+  const auto change_layouts = [&] {
     const long long tiles = layout_tiles(p.layout);
-    for (long long t = blockIdx.x - count_blocks; t < tiles; t += gridDim.x - count_blocks) {
-      do_layout_tile<Scalar>(p.layout, t, shared);
-    }
+    for (long long t = blockIdx.x - first_other; t < tiles; t += others) do_layout_tile<Scalar>(p.layout, t, shared);
+  };
+  if (blockIdx.x >= count_blocks) {
+    change_layouts();
     return;
   }
   const unsigned samples = sample_count(p), threads = count_blocks * kThreads;
@@ -252,6 +257,7 @@ extern "C" __global__ void __launch_bounds__(256, kManyBlocks)
     }
   }
   if (arrives_last(&p.counters->blocks, count_blocks, shared)) start_lists(p, shared);
+  if (first_other == 0) change_layouts();
 }
 
 // Fills each list from its end, which takes its length back to 0, ready for the next count. Grid: sampling points.
@@ -492,21 +498,15 @@ constexpr int kBand = 8;
 struct BandTile {
   int d;
   unsigned first;  // the number of its first one
-  int first_channel, channels;
+  int first_channel;
 };
-
-__device__ __forceinline__ unsigned tiles_of_group(const DeformConvBackwardParams& p) {
-  const unsigned bands = (p.range.rows + kBand - 1) / kBand, samples = bands * kBand * (p.size.kh * p.size.kw);
-  return (samples + p.tile_samples - 1) / p.tile_samples;
-}
 
 __device__ __forceinline__ BandTile band_tile(const DeformConvBackwardParams& p, unsigned t) {
   const Division at = divide(t, p.by_groups);
   BandTile tile;
   tile.d = at.remainder;
   tile.first = at.quotient * p.tile_samples;
-  tile.channels = p.size.C / p.size.D;
-  tile.first_channel = tile.d * tile.channels;
+  tile.first_channel = tile.d * p.channels;
   return tile;
 }
 
@@ -562,8 +562,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     DCN_KERNEL(deform_conv2d_scatter_input)(const DeformConvBackwardParams p) {
   DCN_SHARED_MEMORY(shared);
   SamplePlan* plans = reinterpret_cast<SamplePlan*>(shared);
-  const unsigned tiles = tiles_of_group(p) * p.size.D;
-  for (unsigned t = blockIdx.x; t < tiles; t += gridDim.x) {
+  for (unsigned t = blockIdx.x; t < p.tiles; t += gridDim.x) {
     const BandTile tile = band_tile(p, t);
     for (int s = thread_of_block(); s < p.tile_samples; s += threads_of_block()) {
       plans[s] = plan_sample(p, sample_of_tile(p, tile, s));
@@ -574,7 +573,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       const SamplePlan& plan = plans[s];
       if (!(plan.flags & kAnyPixel)) continue;
       const NeighbourSteps steps(p.size, plan.flags);
-      for (int v = threadIdx.x * DCN_VEC; v < tile.channels; v += blockDim.x * DCN_VEC) {
+      for (int v = threadIdx.x * DCN_VEC; v < p.channels; v += blockDim.x * DCN_VEC) {
         const int c = tile.first_channel + v;
         const ScalarVector grad = load_vector(p.columns + plan.column + channel_of_column(p, c));
 #pragma unroll
@@ -678,8 +677,7 @@ extern "C" __global__ void __launch_bounds__(256, kManyBlocks)
   DCN_SHARED_MEMORY(shared);
   SamplePlan* plans = reinterpret_cast<SamplePlan*>(shared);
   SampleDots* dots = reinterpret_cast<SampleDots*>(plans + p.tile_samples);
-  const unsigned tiles = tiles_of_group(p) * p.size.D;
-  for (unsigned t = blockIdx.x; t < tiles; t += gridDim.x) {
+  for (unsigned t = blockIdx.x; t < p.tiles; t += gridDim.x) {
     const BandTile tile = band_tile(p, t);
     for (int s = thread_of_block(); s < p.tile_samples; s += threads_of_block()) {
       plans[s] = plan_sample(p, sample_of_tile(p, tile, s));
@@ -695,7 +693,7 @@ extern "C" __global__ void __launch_bounds__(256, kManyBlocks)
         Sum weight[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) weight[i] = plans[s].weight[i];
-        for (int v = threadIdx.x * DCN_VEC; v < tile.channels; v += blockDim.x * DCN_VEC) {
+        for (int v = threadIdx.x * DCN_VEC; v < p.channels; v += blockDim.x * DCN_VEC) {
           const int c = tile.first_channel + v;
           Scalar* const at = p.columns + column + channel_of_column(p, c);
           Sum sums[DCN_VEC] = {};

@@ -10,10 +10,10 @@ import ctypes
 import functools
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 from dcnops._errors import ArgumentError, ShapeError
 from dcnops._layout import NCHW, Layout
@@ -38,8 +38,23 @@ MAX_EXTENT = 2**24
 """Largest padded extent: float32 coordinates hold every pixel position up to here exactly."""
 
 _MAX_PIXELS = 2**31
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _SIZE_NAMES = ("N", "C", "H", "W", "oh", "ow", "kh", "kw", "sh", "sw", "dh", "dw", "pad_top", "pad_left", "G", "D")
 _STEP_NAMES = ("offset_channel", "offset_pixel", "mask_channel", "mask_pixel")
+
+
+def _recalled(function: _Function) -> _Function:
+    """Remember results; sizes that are symbols of a trace (`torch.SymInt`) have no hash and are worked out anew."""
+    remembered = functools.lru_cache(maxsize=256)(function)
+
+    @functools.wraps(function)
+    def recall(*args: Any) -> Any:
+        try:
+            return remembered(*args)
+        except TypeError:
+            return function(*args)
+
+    return cast(_Function, recall)
 
 
 class DeformConvSizes(ctypes.Structure):
@@ -147,7 +162,7 @@ class DeformConvGeometry:
         return cls._infer(input, offset, weight, bias, mask, strides, expand_padding(padding), dilations, layout)
 
     @classmethod
-    @functools.lru_cache(maxsize=256)
+    @_recalled
     def _infer(
         cls,
         input: tuple[int, ...],
@@ -319,7 +334,7 @@ class DeformRoIPoolGeometry:
             raise ShapeError(f"grad_out must be [{needed}], got shape {grad_out}")
 
 
-@functools.lru_cache(maxsize=256)
+@_recalled
 def _check_conv_ranks(
     input: tuple[int, ...],
     offset: tuple[int, ...],

@@ -331,7 +331,7 @@ BROKEN_BOUNDS = {
     "no bottom border": ("point.y0 + 1 < H", "true"),
     "no far border": ("y < A(H)", "true"),
     "rows beyond the last": ("min(tile_rows, range.rows - tile.first_row)", "tile_rows"),
-    "a row too far": ("i & 2 ? size.W : 0", "i & 2 ? 3 * size.W : 0"),
+    "a row too far": ("(i & 2 ? lower : 0)", "(i & 2 ? 3 * lower : 0)"),
     "a clamp forgotten": ("min(at.low + 1, extent - 1)", "at.low + 1"),
     "an image that does not exist": ("image < static_cast<Sum>(bins.size.N)", "true"),
     "bins beyond the last": ("min(static_cast<long long>(tile_rows), rest)", "tile_rows"),

@@ -260,6 +260,94 @@ __device__ __forceinline__ void rows_to_pixels(const LayoutJob& job, int t, unsi
   __syncthreads();
 }
 
+// Whole images of few pixels, as the taps of weights are: a tile is as many channels of an image as there is room for,
+// in the order [C, P] in shared memory.
+template <typename T>
+struct SmallImages {
+  static constexpr int kVector = 16 / sizeof(T);
+
+  static __device__ __forceinline__ bool are(const LayoutJob& job) {
+    return job.P <= LayoutTile<T>::kSide / 2 && job.range.first_pixel == 0 && job.range.rows % job.P == 0;
+  }
+
+  int image, channel, channels;  // image: among those of the range
+  long long first;               // index in [N, C, P]
+
+  __device__ __forceinline__ SmallImages(const LayoutJob& job, int t) {
+    constexpr int elements = LayoutTile<T>::kSide * LayoutTile<T>::kSide;
+    const int most = elements / job.P / kVector * kVector, channel_tiles = (job.C + most - 1) / most;
+    image = t / channel_tiles;
+    channel = t % channel_tiles * most;
+    channels = min(most, job.C - channel);
+    first = (static_cast<long long>(job.range.first_image + image) * job.C + channel) * job.P;
+  }
+
+  // Index in [rows, C].
+  __device__ __forceinline__ long long first_of_rows(const LayoutJob& job) const {
+    return static_cast<long long>(image) * job.P * job.C + channel;
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ void copy_elements(T* to, const T* from, int count) {
+  using Elements = Vector<T, 16 / sizeof(T)>;
+  constexpr int vector = 16 / sizeof(T);
+  const int in_vectors = is_aligned(from, 16) && is_aligned(to, 16) ? count / vector * vector : 0;
+#pragma unroll 1
+  for (int i = threadIdx.x * vector; i < in_vectors; i += blockDim.x * vector) {
+    *reinterpret_cast<Elements*>(to + i) = *reinterpret_cast<const Elements*>(from + i);
+  }
+#pragma unroll 1
+  for (int i = in_vectors + threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+}
+
+template <typename T>
+__device__ __forceinline__ void small_pixels_to_rows(const LayoutJob& job, int t, unsigned char* shared) {
+  constexpr int vector = SmallImages<T>::kVector;
+  const SmallImages<T> tile(job, t);
+  const bool rounds = job.task == kPixelsToRoundedRows;
+  T* memory = reinterpret_cast<T*>(shared);
+  copy_elements(memory, static_cast<const T*>(job.source) + tile.first, tile.channels * job.P);
+  __syncthreads();
+  T* target = static_cast<T*>(job.target) + tile.first_of_rows(job);
+  const bool is_vector = job.C % vector == 0 && is_aligned(target, 16);
+  const unsigned width = is_vector ? vector : 1, across = tile.channels / width;
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i < across * job.P; i += blockDim.x) {
+    const unsigned p = i / across, c = i % across * width;
+    const T* elements = memory + c * job.P + p;
+    T* to = target + static_cast<long long>(p) * job.C + c;
+    if (is_vector) {
+      Vector<T, vector> channels;
+#pragma unroll
+      for (int e = 0; e < vector; ++e) channels.at[e] = rounded_if(elements[e * job.P], rounds);
+      *reinterpret_cast<Vector<T, vector>*>(to) = channels;
+    } else {
+      *to = rounded_if(*elements, rounds);
+    }
+  }
+  __syncthreads();
+}
+
+template <typename T>
+__device__ __forceinline__ void small_rows_to_pixels(const LayoutJob& job, int t, unsigned char* shared) {
+  using Sum = Accumulator<T>;
+  const SmallImages<T> tile(job, t);
+  T* memory = reinterpret_cast<T*>(shared);
+  const Sum* source = static_cast<const Sum*>(job.source) + tile.first_of_rows(job);
+  const T* bias = job.bias ? static_cast<const T*>(job.bias) + tile.channel : nullptr;
+  const unsigned across = tile.channels;
+#pragma unroll 4
+  for (unsigned i = threadIdx.x; i < across * job.P; i += blockDim.x) {
+    const unsigned p = i / across, c = i % across;
+    const Sum sum = source[static_cast<long long>(p) * job.C + c];
+    memory[c * job.P + p] = narrow<T>(sum + (bias ? widen(bias[c]) : Sum(0)));
+  }
+  __syncthreads();
+  copy_elements(static_cast<T*>(job.target) + tile.first, const_cast<const T*>(memory), tile.channels * job.P);
+  __syncthreads();
+}
+
 // Images of one pixel: both sides are in the same order. Tile: kSide * kSide elements.
 template <typename T, typename From>
 __device__ __forceinline__ void copy_rows(const LayoutJob& job, int t) {
@@ -419,6 +507,8 @@ __device__ __forceinline__ void do_layout_tile(const LayoutParams& p, long long 
         case kPixelsToRoundedRows:
           if (job.P == 1) {
             copy_rows<Scalar, Scalar>(job, tile);
+          } else if (SmallImages<Scalar>::are(job)) {
+            small_pixels_to_rows<Scalar>(job, tile, shared);
           } else {
             pixels_to_rows<Scalar>(job, tile, shared);
           }
@@ -426,6 +516,8 @@ __device__ __forceinline__ void do_layout_tile(const LayoutParams& p, long long 
         case kRowsToPixels:
           if (job.P == 1) {
             copy_rows<Scalar, Accumulator<Scalar>>(job, tile);
+          } else if (SmallImages<Scalar>::are(job)) {
+            small_rows_to_pixels<Scalar>(job, tile, shared);
           } else {
             rows_to_pixels<Scalar>(job, tile, shared);
           }

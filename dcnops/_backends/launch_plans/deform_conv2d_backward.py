@@ -58,13 +58,14 @@ With fewer, an entry of a list weighs about as much as the channels that it stan
 _MOST_ENTRIES = 2**30
 _MOST_ROWS = 2**30
 _LISTS_OF_THREAD = 16
+_BAND = 8
+"""Rows of a band of sampling points (`kBand` in the kernels)."""
+
 _COUNT_BLOCKS = 4
 """Blocks per multiprocessor that count the entries of lists, at most."""
 
 _ALIGNED_ROWS = 64
 _PART_BYTES = 16
-_SMALL_BYTES = 256
-"""Counters, and what rounds the lists up."""
 
 _pointer = ctypes.c_void_p
 _int = ctypes.c_int
@@ -124,6 +125,8 @@ class DeformConvBackwardParams(ctypes.Structure):
         ("sorted_entries", _int),
         ("warp_bytes", _int),
         ("tile_samples", _int),
+        ("tiles", ctypes.c_uint),
+        ("channels", _int),
         ("write_columns", _int),
         ("count_blocks", _int),
         ("layout", LayoutParams),
@@ -160,7 +163,7 @@ def deform_conv2d_backward(
     precision : {"ieee", "tf32", "3xtf32"}
         Of the matrix products of float32 data.
     chunk_bytes : int
-        What scratch memory is to keep within.
+        What scratch memory is to keep within, that of the weights not counted.
     limits : ListLimits
         Of the lists that the input's gradient is gathered by.
 
@@ -179,9 +182,9 @@ def deform_conv2d_backward(
     - R, for each row of a chunk: columns (``K*C*s``); entries of lists (``8*D*K*S``) and parts of long lists
       (``D*K/16``).
 
-    With ``B = max(chunk_bytes - F, chunk_bytes / 2)``, a group has as many images as fit in B with all their rows, at
-    least one. Of a single image, a chunk has as many rows as fit in ``max(B - I, B / 2)``, at least one. In all that is
-    at most ``F + max(B, I + max(B / 2, R))``: within `chunk_bytes` unless weights or a single image are large.
+    With ``B = chunk_bytes``, a group has as many images as fit in B with all their rows, at least one. Of a single
+    image, a chunk has as many rows as fit in ``max(B - I, B / 2)``, at least one. In all that is at most
+    ``F + max(B, I + max(B / 2, R))``: within `chunk_bytes`, unless a single image is large, beside what weights need.
     """
     call = _Call(
         engine, geometry, grad_out, input, offset, weight, mask, needs, deterministic, precision, chunk_bytes, limits
@@ -235,7 +238,6 @@ class _Call:
         """Changes of layout that share a launch with the first group's."""
         self.closing: list[LayoutJob] = []
         """... with the last group's."""
-        once_bytes = _SMALL_BYTES
         if "bias" in needs:
             self.gradients["bias"] = engine.empty((g.O,), grad_out.dtype)
             sum_parts, sum_up, self._bias_parts = channel_sums_jobs(
@@ -243,11 +245,9 @@ class _Call:
             )
             self.opening.append(sum_parts)
             self.closing.append(sum_up)
-            once_bytes += self._bias_parts.nbytes
         if not self.propagates and not self.makes_columns:
             return
 
-        once_bytes += g.O * g.C // g.G * g.K * (copies_weight * itemsize + sums_weight * sum_size)
         image_bytes = g.H * g.W * g.C * (copies_input * itemsize + sums_input * sum_size)
         row_bytes = g.K * g.C * itemsize
         if gathers:
@@ -259,7 +259,7 @@ class _Call:
         is_aligned = g.pixels * itemsize % VECTOR_BYTES == 0
         self.images, self.rows = _cut(
             g,
-            max(chunk_bytes - once_bytes, chunk_bytes // 2),
+            chunk_bytes,
             image_bytes + (0 if is_aligned else grad_out_bytes),
             image_bytes + grad_out_bytes,
             row_bytes,
@@ -288,6 +288,21 @@ class _Call:
 
         self.column_launch = SampleLaunch(engine, g, self.dtype, offset, column_sample_bytes(self.dtype))
         self.gradient_launch = SampleLaunch(engine, g, self.dtype, offset, gradient_sample_bytes(self.dtype))
+        self.params = DeformConvBackwardParams(
+            columns=engine.pointer(self.columns),
+            size=sizes_of(g, offset, mask),
+            by_taps=divisor(g.K),
+            by_group_taps=divisor(g.D * g.K),
+            by_kernel_width=divisor(g.kw),
+            by_pixels=divisor(g.pixels),
+            by_output_width=divisor(g.ow),
+            by_groups=divisor(g.D),
+            by_group_channels=divisor(g.C // g.G),
+            tile_samples=self.gradient_launch.tile_rows,
+            channels=g.C // g.D,
+            write_columns=self.makes_columns,
+        )
+        """What the kernels take; groups and chunks fill in their part."""
 
     def run(self) -> dict[str, Any]:
         g = self.geometry
@@ -295,8 +310,9 @@ class _Call:
             change_layout(self.engine, self.dtype, self.opening)
             change_layout(self.engine, self.dtype, self.closing)
             return self.gradients
-        for first in range(0, g.N, self.images):
-            self._run_group(slice(first, min(first + self.images, g.N)))
+        with self.engine.products() as self.multiply:
+            for first in range(0, g.N, self.images):
+                self._run_group(slice(first, min(first + self.images, g.N)))
         return self.gradients
 
     def _run_group(self, images: slice) -> None:
@@ -322,27 +338,17 @@ class _Call:
         if grad_input is not None:
             grad_input.fill(0)
 
-        params = DeformConvBackwardParams(
-            input=engine.pointer(input if self.input_rows is None else self.input_rows),
-            offset=engine.pointer(offset),
-            mask=engine.pointer(mask),
-            columns=engine.pointer(self.columns),
-            grad_offset=engine.pointer(gradients.get("offset")),
-            grad_mask=engine.pointer(gradients.get("mask")),
-            grad_input=engine.pointer(grad_input),
-            size=sizes_of(g, offset, mask),
-            by_taps=divisor(g.K),
-            by_group_taps=divisor(g.D * g.K),
-            by_kernel_width=divisor(g.kw),
-            by_pixels=divisor(g.pixels),
-            by_output_width=divisor(g.ow),
-            by_groups=divisor(g.D),
-            by_group_channels=divisor(g.C // g.G),
-            tile_samples=self.gradient_launch.tile_rows,
-            write_columns=self.makes_columns,
-        )
+        params = self.params
+        params.size.N = g.N
+        params.input = engine.pointer(input if self.input_rows is None else self.input_rows)
+        params.offset, params.mask = engine.pointer(offset), engine.pointer(mask)
+        params.grad_offset = engine.pointer(gradients.get("offset"))
+        params.grad_mask = engine.pointer(gradients.get("mask"))
+        params.grad_input = engine.pointer(grad_input)
         for rows in row_ranges(g.N, g.pixels, self.rows):
             params.range, params.by_rows = rows, divisor(rows.rows)
+            samples = ceil_div(rows.rows, _BAND) * _BAND * g.K
+            params.tiles = g.D * ceil_div(samples, params.tile_samples)
             if self.lists is not None:
                 self.lists.make(self.gradient_launch, params, g, jobs)
             else:
@@ -362,10 +368,10 @@ class _Call:
         return together[first : first + rows.rows].reshape(rows.rows, g.G, g.O // g.G).transpose(1, 0, 2)
 
     def _run_chunk(self, geometry: DeformConvGeometry, params: DeformConvBackwardParams, grad_out: Any) -> None:
-        engine, rows = self.engine, params.range
+        rows = params.range
         columns = self.columns[: rows.rows].transpose(1, 0, 2)
         if self.propagates:
-            engine.matmul(grad_out, self.filters, columns, False, self.precision)
+            self.multiply(grad_out, self.filters, columns, False, self.precision)
         if self.lists is not None:
             self.lists.gather(self.gradient_launch, params)
         elif self.scatters:
@@ -377,7 +383,7 @@ class _Call:
             forward = DeformConvForwardParams(*arguments, self.column_launch.tile_rows)
             self.column_launch.launch("deform_conv2d_forward", "deform_conv2d_columns", forward, rows.rows)
         if self.makes_columns:
-            engine.matmul(grad_out.transpose(0, 2, 1), columns, self.grad_filters, True, self.precision)
+            self.multiply(grad_out.transpose(0, 2, 1), columns, self.grad_filters, True, self.precision)
 
 
 class _Lists:

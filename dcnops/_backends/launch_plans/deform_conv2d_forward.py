@@ -17,6 +17,7 @@ from dcnops._backends.launch_plans.heuristics import (
     SLICE_OUTPUTS,
     ForwardProblem,
     FusedTiles,
+    choose_images,
     choose_path,
     choose_splits,
     choose_tiles,
@@ -150,7 +151,7 @@ class _Call(NamedTuple):
 
 
 def _groups(engine: Engine, device: Device, call: _Call) -> list[tuple[slice, _Fused | _Columns]]:
-    """The batch in equal groups of images, and how each is computed."""
+    """The batch in groups of images, and how each is computed."""
     g = call.geometry
     problem = ForwardProblem(g, call.dtype, call.precision, device)
     path = call.path or choose_path(problem)
@@ -161,11 +162,11 @@ def _groups(engine: Engine, device: Device, call: _Call) -> list[tuple[slice, _F
     image_bytes = image * ITEMSIZE[call.dtype]
     most = g.N if call.has_rows else max(1, call.chunk_bytes // image_bytes)
     if path == "fused":
-        most = min(most, max(1, (2**31 - 1) // max(image, g.pixels)))
+        size = choose_images(problem, choose_tiles(problem), min(most, max(1, (2**31 - 1) // max(image, g.pixels))))
     else:
         # Columns take their share, too.
         most = min(most, max(1, call.chunk_bytes // (2 * image_bytes)))
-    size = ceil_div(g.N, ceil_div(g.N, most))
+        size = ceil_div(g.N, ceil_div(g.N, most))
     make: Callable[..., _Fused | _Columns] = _Fused if path == "fused" else _Columns
     ranges = [slice(first, min(first + size, g.N)) for first in range(0, g.N, size)]
     parts = [call._replace(geometry=replace(g, N=images.stop - images.start)) for images in ranges]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ __all__ = [
     "ForwardProblem",
     "FusedTiles",
     "Requirement",
+    "choose_images",
     "choose_path",
     "choose_splits",
     "choose_tiles",
@@ -196,3 +197,18 @@ def choose_splits(problem: ForwardProblem, tiles: FusedTiles, partial_bytes: int
     fit = partial_bytes // max(1, 4 * g.N * g.pixels * g.O)
     splits = min(idle, problem.steps // _LEAST_STEPS, fit)
     return splits if splits > 1 else 1
+
+
+def choose_images(problem: ForwardProblem, tiles: FusedTiles, most: int) -> int:
+    """Images of a group, at most so many: those with which the blocks of all groups take the fewest turns."""
+    g = problem.geometry
+    if most >= g.N:
+        return g.N
+    places = problem.device.multiprocessors * tiles.blocks
+
+    def turns(images: int) -> int:
+        groups, rest = divmod(g.N, images)
+        full, last = (replace(problem, geometry=replace(g, N=count)).blocks(tiles.outputs) for count in (images, rest))
+        return groups * ceil_div(full, places) + ceil_div(last, places)
+
+    return min(range(most, most // 4, -1), key=turns)

@@ -307,6 +307,10 @@ def _transpose_job(
     side = _LAYOUT_SIDE[itemsize]
     if P == 1:
         job.tiles = ceil_div(rows.rows * C, side * side)
+    elif rows.first_pixel == 0 and rows.rows % P == 0 and side // 2 >= P:
+        # Whole images of few pixels (`SmallImages` there).
+        vector = VECTOR_BYTES // itemsize
+        job.tiles = rows.rows // P * ceil_div(C, side * side // P // vector * vector)
     elif rows.rows:
         # A tile is within an image.
         end = rows.first_pixel + rows.rows
