@@ -17,8 +17,9 @@ __all__ = ["CudaMeter", "is_available"]
 _FLUSH_BYTES = 2**28
 _HOST_CALLS = 7
 
-_HEAD_START_CYCLES = 4_000_000
-"""About two milliseconds, in which a call's kernels line up behind the first event."""
+_LEAST_HEAD_START = 2e-3
+_CYCLES_PER_SECOND = 2e9
+"""Not less than a GPU's clock: a head start is that long or longer."""
 
 
 def is_available() -> bool:
@@ -35,8 +36,10 @@ class CudaMeter:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         l2_bytes = int(getattr(properties, "L2_cache_size", 0))
         self._flush = torch.empty(max(_FLUSH_BYTES, 4 * l2_bytes), dtype=torch.uint8, device="cuda")
+        self._head_starts: dict[Callable[[], object], float] = {}
 
     def start(self, case: Case) -> None:
+        self._head_starts.clear()
         torch.backends.cuda.matmul.allow_tf32 = case.products == "tf32"
         torch.backends.cudnn.allow_tf32 = case.products == "tf32"
         torch.backends.cudnn.benchmark = True
@@ -50,13 +53,18 @@ class CudaMeter:
             call()
             seconds.append(time.perf_counter() - begin)
         torch.cuda.synchronize()
+        self._head_starts[call] = 1.5 * statistics.median(seconds)
         return statistics.median(seconds)
 
     def clock(self, call: Callable[[], object]) -> float:
-        """The L2 cache holds nothing of the inputs, and the CPU is ahead: its share is `host_seconds`."""
+        """The L2 cache holds nothing of the inputs, and the CPU is ahead: its share is `host_seconds`.
+
+        While the GPU sleeps, the call's kernels line up behind the first event.
+        """
+        head_start = max(_LEAST_HEAD_START, self._head_starts.get(call, 0.0))
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
-        torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(int(_CYCLES_PER_SECOND * head_start))  # type: ignore[no-untyped-call]
         begin.record()
         result = call()
         end.record()
