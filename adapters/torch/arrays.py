@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -29,7 +29,8 @@ def as_array(tensor: Tensor | None) -> Any:
         return tensor.numpy(force=True)
     import cupy
 
-    return cupy.from_dlpack(tensor.detach())
+    # A capsule: torch and CuPy are on the same stream, so that what `Tensor.__dlpack__` sees to is not needed.
+    return cupy.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))  # type: ignore[attr-defined]
 
 
 def as_tensor(array: Any) -> Tensor:
@@ -38,7 +39,7 @@ def as_tensor(array: Any) -> Tensor:
         return as_tensor(array.view("int16")).view(torch.bfloat16)
     if type(array).__module__.startswith("numpy"):
         return torch.from_numpy(array)
-    return torch.utils.dlpack.from_dlpack(array)
+    return torch.utils.dlpack.from_dlpack(array.__dlpack__(stream=-1))
 
 
 @contextlib.contextmanager
@@ -54,21 +55,22 @@ def on_device_of(tensor: Tensor) -> Iterator[None]:
     with (
         torch.cuda.device(index),
         cupy.cuda.Device(index),
-        cupy.cuda.using_allocator(_torch_memory()),
+        cupy.cuda.using_allocator(_torch_memory(index)),
         cupy.cuda.Stream.from_external(CudaStream(torch.cuda.current_stream(index).cuda_stream)),
     ):
         yield
 
 
 @cache
-def _torch_memory() -> Any:
-    """CuPy's malloc over torch's caching allocator: one pool for both, whose memory follows streams and graphs."""
-    import cupy
+def _torch_memory(index: int) -> Callable[[int], Any]:
+    """CuPy's allocator over torch's: one pool for both, whose memory follows streams and graphs."""
+    from cupy.cuda import MemoryPointer, UnownedMemory
 
-    def malloc(size: int, device: int) -> int:
-        return int(torch.cuda.caching_allocator_alloc(size, device, torch.cuda.current_stream(device)))
+    device = torch.device("cuda", index)
 
-    def free(pointer: int, device: int) -> None:
-        torch.cuda.caching_allocator_delete(pointer)
+    def allocate(size: int) -> Any:
+        # A storage, as a tensor would be filled where torch is told to be deterministic.
+        storage = torch.UntypedStorage(size, device=device)
+        return MemoryPointer(UnownedMemory(storage.data_ptr(), size, storage, index), 0)
 
-    return cupy.cuda.PythonFunctionAllocator(malloc, free).malloc
+    return allocate
