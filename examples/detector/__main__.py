@@ -13,6 +13,7 @@ from typing import Literal, NoReturn
 
 import torch
 
+from .ablation import TRAIN_IMAGES, VAL_IMAGES, VARIANTS, run_ablation
 from .checkpoint import load_detector
 from .coco import CocoDataset, check_categories, find_data
 from .config import Config, describe_options
@@ -156,6 +157,20 @@ def run_synth(options: argparse.Namespace) -> None:
     print(f"{options.train} + {options.val} images in {options.folder}; train with --data {options.folder}")
 
 
+def run_ablate(options: argparse.Namespace) -> None:
+    run_ablation(
+        options.out,
+        options.device,
+        variants=options.variants,
+        seeds=options.seeds,
+        data=options.data,
+        scale=options.scale,
+        assignments=options.set,
+        weights=options.weights,
+    )
+    print(f"{options.out}: table.md, results.json, plot.png")
+
+
 def _config(options: argparse.Namespace) -> Config:
     named = [
         f"network.{name}={value}"
@@ -276,6 +291,36 @@ def _parser() -> Parser:
     command.add_argument("--size", type=int, default=160, help="sides of an image, pixels; default: %(default)s")
     command.add_argument("--deformation", type=float, default=1.0, help="0: all upright; default: %(default)s")
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+    command = commands.add_parser(
+        "ablate",
+        help="train presets and ways of mimicking with several seeds; a table and a plot",
+        description="Train each variant with each seed on one data set and compare them. The same command goes on "
+        "where it was interrupted, and adds variants and seeds to what is there. reduced: Mask R-CNN on the small "
+        "backbone, the demo's schedule, two mimicking crops for an image; full: ResNet-50, the paper's schedule.",
+    )
+    command.set_defaults(run=run_ablate)
+    command.add_argument("--out", type=_path, default=Path("out/ablation"), help="default: %(default)s")
+    command.add_argument(
+        "--variants",
+        nargs="+",
+        default=VARIANTS,
+        metavar="PRESET[:MIMIC]",
+        help=f"MIMIC is fg, bg, all or none; default: {' '.join(VARIANTS)}",
+    )
+    command.add_argument("--seeds", type=_positive, default=3, help="runs of each variant; default: %(default)s")
+    command.add_argument(
+        "--data",
+        type=_path,
+        help="folder of a COCO data set as for train; default: deformed shapes as from synth, "
+        f"{TRAIN_IMAGES} + {VAL_IMAGES} images",
+    )
+    command.add_argument(
+        "--scale", choices=("auto", "reduced", "full"), default="auto", help="default: full on a GPU, reduced on a CPU"
+    )
+    command.add_argument("--weights", help="for the backbone, as for train")
+    _add_set(command)
+    _add_device(command)
 
     command = commands.add_parser("demo", help="all of it on a small synthetic set, in minutes on a CPU")
     command.set_defaults(run=lambda options: run_demo(options.out, options.device))
