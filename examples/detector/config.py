@@ -117,6 +117,7 @@ class MimickingConfig:
         "auto", "RoIs that learn from their crops: objects, background, all or none; auto: fg for dcnv2-mimic"
     )
     boxes: int = option(32, "such RoIs of an image, at most", 1)
+    crop: int = option(224, "sides of the crops, pixels: 224 for images of 800, whose features then are 14x14", 32)
     weight: float = option(0.1, "weight of the loss of equation 3", 0)
     classifier_weight: float = option(0.1, "weight of the cross-entropy of the crops", 0)
     reduction: Literal["sum", "mean"] = option("sum", "over the RoIs of an image")

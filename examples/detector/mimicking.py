@@ -16,9 +16,7 @@ from torchvision.ops import box_iou, roi_align
 from .config import MimickingConfig
 from .network import precise
 
-__all__ = ["CROP", "MimickingDetector", "cut_crops", "labels_of", "mimic_loss"]
-
-CROP = 224  # pixels: conv5 at stride 16, and the pyramid's level for regions of this size, are maps of 14x14
+__all__ = ["MimickingDetector", "cut_crops", "labels_of", "mimic_loss"]
 
 
 class MimickingDetector(nn.Module):
@@ -65,7 +63,7 @@ class MimickingDetector(nn.Module):
         features = torch.cat(
             [item[chosen] for item, chosen in zip(seen["features"].split([len(boxes) for boxes in regions]), rows)]
         )
-        crops = cut_crops(resized.tensors, [boxes[chosen] for boxes, chosen in zip(regions, rows)])
+        crops = cut_crops(resized.tensors, [boxes[chosen] for boxes, chosen in zip(regions, rows)], self.config.crop)
         crop_features = self._crop_features(crops)
         # Nothing in an image without boxes to imitate, but for the gradient that data-parallel training waits for.
         scores = precise(self.classifier(functional.relu(crop_features)))
@@ -95,10 +93,10 @@ class MimickingDetector(nn.Module):
         return torch.cat([none, *(precise(checkpoint(self._chunk, chunk, use_reentrant=False)) for chunk in chunks)])
 
     def _chunk(self, crops: Tensor) -> Tensor:
-        heads = self.detector.roi_heads
-        whole = crops.new_tensor([[0, 0, CROP, CROP]])
+        heads, side = self.detector.roi_heads, self.config.crop
+        whole = crops.new_tensor([[0, 0, side, side]])
         maps = self.detector.backbone(crops)
-        pooled = heads.box_roi_pool(maps, [whole] * len(crops), [(CROP, CROP)] * len(crops))
+        pooled = heads.box_roi_pool(maps, [whole] * len(crops), [(side, side)] * len(crops))
         hidden: Tensor = functional.relu(heads.box_head.fc6(pooled.flatten(1)))
         return heads.box_head.fc7(hidden)
 
@@ -111,9 +109,9 @@ def labels_of(boxes: Tensor, truth: Tensor, labels: Tensor, threshold: float) ->
     return torch.where(overlap >= threshold, labels[index], 0)
 
 
-def cut_crops(images: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-    """Each box [R_n, 4] of the images [N, 3, H, W], resized bilinearly to [3, 224, 224], one after the other."""
-    crops: Tensor = roi_align(images, [item.to(images.dtype) for item in boxes], (CROP, CROP), 1.0, -1, aligned=True)
+def cut_crops(images: Tensor, boxes: Sequence[Tensor], side: int) -> Tensor:
+    """Each box [R_n, 4] of the images [N, 3, H, W], resized bilinearly to [3, side, side], one after the other."""
+    crops: Tensor = roi_align(images, [item.to(images.dtype) for item in boxes], (side, side), 1.0, -1, aligned=True)
     return crops.detach()
 
 

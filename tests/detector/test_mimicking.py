@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from examples.detector.checkpoint import load_checkpoint, load_detector
 from examples.detector.coco import CocoDataset, find_data
 from examples.detector.config import Config
-from examples.detector.mimicking import CROP, MimickingDetector, cut_crops, labels_of, mimic_loss
+from examples.detector.mimicking import MimickingDetector, cut_crops, labels_of, mimic_loss
 from examples.detector.network import build_detector
 from examples.detector.synth import write_synthetic
 from examples.detector.training import CHECKPOINT, MODEL, train
@@ -26,6 +26,8 @@ SMALL = [
     "network.roi_batch=32",
 ]
 DETECTORS = ["faster", "mask"]
+
+CROP = 224
 
 
 def config(*assignments: str) -> Config:
@@ -94,7 +96,7 @@ def test_labels() -> None:
 def test_crops_are_the_boxes() -> None:
     row, column = torch.meshgrid(torch.arange(60.0), torch.arange(80.0), indexing="ij")
     images = torch.stack([row, column, row + column]).expand(2, 3, 60, 80)
-    crops = cut_crops(images, [torch.tensor([[8.0, 4, 64, 46]]), torch.zeros(0, 4)])
+    crops = cut_crops(images, [torch.tensor([[8.0, 4, 64, 46]]), torch.zeros(0, 4)], CROP)
     assert crops.shape == (1, 3, CROP, CROP)
     # Pixel i of the crop is the middle of the i-th of 224 parts of the box; pixel k of the image lies at k + 0.5.
     parts = (torch.arange(CROP) + 0.5) / CROP
