@@ -153,9 +153,6 @@ class OffsetBranchConv(DeformConvBase):
 
     channels_per_tap: int
 
-    def offsets_and_masks(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError
-
     def __init__(
         self,
         in_channels: int,
@@ -239,12 +236,9 @@ class DeformConv2dPack(OffsetBranchConv):
         ShapeError, DtypeError, DeviceError
             As in `deform_conv2d`.
         """
-        offset, _ = self.offsets_and_masks(input)
-        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation)
-
-    def offsets_and_masks(self, input: Tensor) -> tuple[Tensor, None]:
-        """The offsets [N, 2*D*kh*kw, oh, ow] that `forward` takes for `input`; v1 has no masks."""
-        return self.conv_offset(input), None
+        return deform_conv2d(
+            input, self.conv_offset(input), self.weight, self.bias, self.stride, self.padding, self.dilation
+        )
 
 
 class ModulatedDeformConv2dPack(OffsetBranchConv):
@@ -318,14 +312,10 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
         ShapeError, DtypeError, DeviceError
             As in `deform_conv2d`.
         """
-        offset, mask = self.offsets_and_masks(input)
-        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
-
-    def offsets_and_masks(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """The offsets [N, 2*D*kh*kw, oh, ow] and masks [N, D*kh*kw, oh, ow] that `forward` takes for `input`."""
         points = self.sampling_points
         offset, logits = self.conv_offset(input).split((2 * points, points), dim=1)
-        return offset, self.mask_scale * torch.sigmoid(logits)
+        mask = self.mask_scale * torch.sigmoid(logits)
+        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask_scale={self.mask_scale}"

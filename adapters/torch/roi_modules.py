@@ -120,13 +120,10 @@ class LastLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-class PackedRoIPool(RoIPoolBase):
+class _PackedRoIPool(RoIPoolBase):
     """A pooling whose branch `offset_fc` looks at the regions' RoIAlign features."""
 
     values_per_bin: int
-
-    def offsets_and_masks(self, input: Tensor, rois: Tensor) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError
 
     def __init__(
         self,
@@ -165,7 +162,7 @@ class PackedRoIPool(RoIPoolBase):
         return f"{super().extra_repr()}, output_channels={self.output_channels}"
 
 
-class DeformRoIPoolPack(PackedRoIPool):
+class DeformRoIPoolPack(_PackedRoIPool):
     """Deformable RoI pooling (v1) that makes its own offsets; RoIAlign (``aligned=True``) at the start.
 
     The regions are pooled by RoIAlign, fully connected layers turn these features into offsets, and the regions are
@@ -235,14 +232,10 @@ class DeformRoIPoolPack(PackedRoIPool):
         ShapeError, ArgumentError, DtypeError, DeviceError
             As in `deform_roi_pool`.
         """
-        return self.pool(input, rois, *self.offsets_and_masks(input, rois))
-
-    def offsets_and_masks(self, input: Tensor, rois: Tensor) -> tuple[Tensor, None]:
-        """The offsets [R, 2, P, Q] that `forward` takes for `rois` of `input`; v1 has no masks."""
-        return self._branch(input, rois), None
+        return self.pool(input, rois, self._branch(input, rois))
 
 
-class ModulatedDeformRoIPoolPack(PackedRoIPool):
+class ModulatedDeformRoIPoolPack(_PackedRoIPool):
     """Modulated deformable RoI pooling (v2) that makes its own offsets and masks; half of RoIAlign at the start.
 
     The regions are pooled by RoIAlign, fully connected layers turn these features into offsets and masks, and the
@@ -317,12 +310,8 @@ class ModulatedDeformRoIPoolPack(PackedRoIPool):
         ShapeError, ArgumentError, DtypeError, DeviceError
             As in `deform_roi_pool`.
         """
-        return self.pool(input, rois, *self.offsets_and_masks(input, rois))
-
-    def offsets_and_masks(self, input: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
-        """The offsets [R, 2, P, Q] and masks [R, P, Q] that `forward` takes for `rois` of `input`."""
         values = self._branch(input, rois)
-        return values[:, :2], self.mask_scale * torch.sigmoid(values[:, 2])
+        return self.pool(input, rois, values[:, :2], self.mask_scale * torch.sigmoid(values[:, 2]))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask_scale={self.mask_scale}"
