@@ -1,0 +1,199 @@
+"""What of a network is looked at: a pixel of a layer's map, or a region in the head of a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from dcnops._errors import ArgumentError, ShapeError
+
+__all__ = ["LayerNode", "Node", "RoINode", "as_node", "layer_map"]
+
+
+class LayerNode(NamedTuple):
+    """A pixel of a layer's map; its response are the map's C channels there.
+
+    Attributes
+    ----------
+    layer : str
+        Name of the layer, as in ``model.named_modules()``. It must give one map [N, C, H, W]; if it is called several
+        times, the first counts.
+    y, x : int
+        Row and column.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dcnops.adapters.torch.support import LayerNode
+    >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU())
+    >>> LayerNode("1", y=2, x=3)(network, torch.zeros(1, 3, 6, 6)).shape
+    torch.Size([1, 8])
+    """
+
+    layer: str
+    y: int
+    x: int
+
+    def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
+        """The response [N, C] to images [N, C_image, H, W]."""
+        return self.of(layer_map(model, images, self.layer))
+
+    def of(self, feature_map: Tensor) -> Tensor:
+        """The response [N, C] that is in a map [N, C, H, W] of the layer."""
+        height, width = feature_map.shape[2:]
+        if not (0 <= self.y < height and 0 <= self.x < width):
+            raise ArgumentError(
+                f"node must be in the map of {self.layer!r}, {height} rows and {width} columns, "
+                f"got y={self.y}, x={self.x}"
+            )
+        return feature_map[:, :, self.y, self.x]
+
+
+class RoINode(NamedTuple):
+    """A region in the box head of a detector of torchvision's kind (`backbone` and `roi_heads`).
+
+    Attributes
+    ----------
+    box : sequence of 4 numbers
+        x1, y1, x2, y2, in pixels of the network's input.
+    output : int, optional
+        Number of the class, 0 being the background, or of the unit; by default all of them are the response.
+    part : "class" or "unit"
+        The scores (logits) of the classes, or the features that the box head gives.
+
+    Examples
+    --------
+    >>> import torch, torchvision
+    >>> from dcnops.adapters.torch.support import RoINode
+    >>> detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_fpn(
+    ...     weights=None, weights_backbone=None, num_classes=5).eval()
+    >>> RoINode((10, 10, 60, 50), output=3)(detector, torch.zeros(1, 3, 64, 96)).shape
+    torch.Size([1, 1])
+    """
+
+    box: Sequence[float]
+    output: int | None = None
+    part: Literal["class", "unit"] = "class"
+
+    def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
+        """The response [N, 1], or [N, all], to images [N, 3, H, W] that are resized and normalised."""
+        heads: Any = getattr(model, "roi_heads", None)
+        if not is_detector(model):
+            raise ArgumentError(
+                "model must have backbone and roi_heads with box_roi_pool, box_head and box_predictor for a RoINode, "
+                f"got {type(model).__name__}; a function (model, images) -> response can be the node of any model"
+            )
+        if len(self.box) != 4 or self.part not in ("class", "unit"):
+            raise ArgumentError(f'node must have a box of 4 numbers and part "class" or "unit", got {self}')
+        features = model.backbone(images)  # type: ignore[operator]
+        if isinstance(features, Tensor):
+            features = {"0": features}
+        boxes = [images.new_tensor([self.box])] * len(images)
+        pooled = heads.box_roi_pool(features, boxes, [tuple(images.shape[-2:])] * len(images))
+        response: Tensor = heads.box_head(pooled)
+        if self.part == "class":
+            response = heads.box_predictor(response)[0]
+        if self.output is None:
+            return response
+        if not 0 <= self.output < response.shape[1]:
+            raise ArgumentError(f"node must have an output in [0, {response.shape[1]}), got {self.output}")
+        return response[:, self.output, None]
+
+
+Respond: TypeAlias = LayerNode | RoINode | Callable[[nn.Module, Tensor], Tensor]
+Node: TypeAlias = Respond | tuple[Any, ...]
+"""A node, the plain tuple of one, or any function (model, images [N, C, H, W]) -> response [N, any]."""
+
+
+def as_node(node: Node) -> Respond:
+    """The node that a plain tuple stands for.
+
+    Raises
+    ------
+    ArgumentError
+        It stands for none.
+    """
+    if callable(node):
+        return node
+    if isinstance(node, tuple) and len(node) == 3 and isinstance(node[0], str):
+        return LayerNode(*node)
+    if isinstance(node, tuple) and 1 <= len(node) <= 3 and isinstance(node[0], Sequence):
+        return RoINode(*node)
+    raise ArgumentError(
+        "node must be (layer, y, x), (box,), (box, class), (box, unit, 'unit') or a function of model and images, "
+        f"got {node!r}"
+    )
+
+
+def as_image(image: Tensor) -> Tensor:
+    """A copy of the image as a batch of one.
+
+    Raises
+    ------
+    ShapeError
+        It is not [C, H, W] or [1, C, H, W], or of an integer type.
+    """
+    if not isinstance(image, Tensor) or not image.is_floating_point() or image.ndim not in (3, 4):
+        got = f"{tuple(image.shape)}, {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
+        raise ShapeError(f"image must be a tensor [C, H, W] or [1, C, H, W] of a floating type, got {got}")
+    batch = image if image.ndim == 4 else image[None]
+    if len(batch) != 1 or not batch.numel():
+        raise ShapeError(f"image must be one image, and not empty, got shape {tuple(image.shape)}")
+    return batch.detach().clone()
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Whether a model is a two-stage detector of torchvision's kind, called with a list of images of any size."""
+    heads = getattr(model, "roi_heads", None)
+    return hasattr(model, "backbone") and all(
+        hasattr(heads, name) for name in ("box_roi_pool", "box_head", "box_predictor")
+    )
+
+
+class _Reached(Exception):
+    """Ends a forward pass after the layer of interest."""
+
+
+def layer_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:
+    """The map [N, C, H, W] of a layer; what comes after it does not run.
+
+    Raises
+    ------
+    ArgumentError
+        There is no such layer, or it does not run, or gives something else.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if layer not in modules:
+        raise ArgumentError(f"node must name a layer of the model, got {layer!r} (see model.named_modules())")
+    found: list[object] = []
+
+    def take(module: nn.Module, args: Any, result: object) -> None:
+        found.append(result)
+        raise _Reached
+
+    hook = modules[layer].register_forward_hook(take)
+    try:
+        # Detectors take lists of raw images, and what they resize and normalise them with is no part of the network.
+        (model.backbone if is_detector(model) else model)(images)  # type: ignore[operator]
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    if not found:
+        raise ArgumentError(f"node must name a layer that runs for an image, {layer!r} does not")
+    result = found[0]
+    if not isinstance(result, Tensor) or result.ndim != 4:
+        got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        raise ArgumentError(f"node must name a layer that gives a map [N, C, H, W], {layer!r} gives {got}")
+    return result
+
+
+def magnitude(response: Tensor) -> Tensor:
+    """The norm of a response [1, any], a number; that of a response of one number is its absolute value."""
+    if response.ndim < 1 or not response.is_floating_point():
+        raise ArgumentError(f"node must have a response [N, any], got {tuple(response.shape)}, {response.dtype}")
+    norm: Tensor = torch.linalg.vector_norm(response)
+    return norm
