@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from dcnops._errors import ArgumentError, ShapeError
 
+from .grids import Grid
+from .recording import Recorder, undisturbed
+
 __all__ = ["LayerNode", "Node", "RoINode", "as_node", "layer_map"]
 
 
@@ -40,6 +43,28 @@ class LayerNode(NamedTuple):
     def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
         """The response [N, C] to images [N, C_image, H, W]."""
         return self.of(layer_map(model, images, self.layer))
+
+    @staticmethod
+    def at(model: nn.Module, image: Tensor, layer: str, y: float, x: float) -> LayerNode:
+        """The pixel of a layer's map that is nearest to a position of the image [C, H, W], in pixels.
+
+        Raises
+        ------
+        ArgumentError
+            There is no such layer, or the position is outside the image.
+        """
+        feature_map, grid = _located(model, image, layer)
+        if not (0 <= y < image.shape[-2] and 0 <= x < image.shape[-1]):
+            raise ArgumentError(f"y and x must be in the image of {tuple(image.shape[-2:])}, got {y} and {x}")
+        row, column = grid.from_image(torch.tensor([y, x], dtype=torch.float64)).round().tolist()
+        height, width = feature_map.shape[2:]
+        return LayerNode(layer, int(min(max(row, 0), height - 1)), int(min(max(column, 0), width - 1)))
+
+    def position(self, model: nn.Module, image: Tensor) -> tuple[float, float]:
+        """Where the node lies in the image [C, H, W], (y, x) in pixels."""
+        _, grid = _located(model, image, self.layer)
+        y, x = grid.to_image(torch.tensor([self.y, self.x], dtype=torch.float64)).tolist()
+        return y, x
 
     def of(self, feature_map: Tensor) -> Tensor:
         """The response [N, C] that is in a map [N, C, H, W] of the layer."""
@@ -189,6 +214,17 @@ def layer_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:
         got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         raise ArgumentError(f"node must name a layer that gives a map [N, C, H, W], {layer!r} gives {got}")
     return result
+
+
+def _located(model: nn.Module, image: Tensor, layer: str) -> tuple[Tensor, Grid]:
+    """The map of a layer and where it lies."""
+    images = as_image(image)
+    with undisturbed(model), torch.no_grad(), Recorder(model, images) as recorder:
+        feature_map = layer_map(model, images, layer)
+    grid = recorder.grids[feature_map]
+    if grid is None:
+        raise ArgumentError(f"node must be made of the image alone, the map of {layer!r} cannot be located in it")
+    return feature_map, grid
 
 
 def magnitude(response: Tensor) -> Tensor:

@@ -224,19 +224,28 @@ class _Search:
                 possible.pop()  # nothing at all is no region
             if not possible:
                 return True
-            # As many at a time as the bound allows, found by halving.
-            number = len(possible)
-            while True:
-                mask = self._without(possible[:number])
-                error = errors[order[0]] if number == 1 else None
-                if error is None:
-                    if not self.left():
-                        return False
-                    (error,) = self.errors([mask])
-                if error <= self.bound:
-                    self._accept(mask, error)
-                    break
+            if not self._drop_in_order(possible):
+                return False
+
+    def _drop_in_order(self, cells: Sequence[tuple[slice, slice]]) -> bool:
+        """Drop as many of the cells at a time as the bound allows, until that is none; False: the budget ends it."""
+        begin, number = 0, len(cells)
+        while begin < len(cells):
+            numbers = []
+            while number:
+                numbers.append(number)
                 number //= 2
+            masks = [self._without(cells[begin : begin + count]) for count in numbers]
+            if len(masks) > self.left():
+                return False
+            errors = self.errors(masks)
+            chosen = next((index for index, error in enumerate(errors) if error <= self.bound), None)
+            if chosen is None:
+                return True
+            self._accept(masks[chosen], errors[chosen])
+            begin += numbers[chosen]
+            number = min(2 * numbers[chosen], len(cells) - begin)
+        return True
 
     def errors(self, masks: Sequence[Tensor]) -> list[float]:
         """The relative error of the response for each mask [H, W]; one that is not a number counts as infinite."""
