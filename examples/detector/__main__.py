@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -28,6 +28,7 @@ from .interruption import Interrupted
 from .network import build_detector
 from .prediction import predict, write_predictions
 from .presets import PRESETS
+from .support import CONV5, run_support
 from .synth import write_synthetic
 from .training import train
 from .weights import load_backbone
@@ -171,6 +172,28 @@ def run_ablate(options: argparse.Namespace) -> None:
     print(f"{options.out}: table.md, results.json, plot.png")
 
 
+def run_support_command(options: argparse.Namespace) -> None:
+    with session(options.device) as device:
+        if world_size() > 1:
+            raise UserError("support runs in one process, not under torchrun")
+        paths = run_support(
+            options.checkpoint,
+            options.image,
+            options.out,
+            device,
+            figure=options.figure,
+            points=options.node,
+            boxes=options.roi,
+            category=options.category,
+            layer=options.layer,
+            depth=options.depth,
+            bound=options.bound,
+            budget=options.budget,
+            assignments=options.set,
+        )
+    print("\n".join(map(str, paths)))
+
+
 def _config(options: argparse.Namespace) -> Config:
     named = [
         f"network.{name}={value}"
@@ -277,6 +300,42 @@ def _parser() -> Parser:
     _add_amp(command)
     _add_device(command)
 
+    command = commands.add_parser(
+        "support",
+        help="where trained detectors look: figures 1 and 2 of the paper for an image",
+        description="Effective sampling points or bins, receptive field and saliency region of three nodes, for each "
+        "checkpoint; and histograms of its offsets and masks. Without --node and --roi: the smallest and the largest "
+        "object that the last network detects, and the background.",
+    )
+    command.set_defaults(run=run_support_command)
+    command.add_argument(
+        "--checkpoint", type=_path, nargs="+", required=True, help="what `train` wrote; several: beside"
+    )
+    command.add_argument("--image", type=_path, required=True)
+    command.add_argument("--out", type=_path, required=True, help="folder for the pictures")
+    command.add_argument(
+        "--figure", type=int, choices=(1, 2), default=1, help="1: pixels of a layer; 2: regions; default: %(default)s"
+    )
+    command.add_argument(
+        "--node", type=_numbers(2), action="append", default=[], metavar="X,Y", help="pixel; repeatable"
+    )
+    command.add_argument(
+        "--roi", type=_numbers(4), action="append", default=[], metavar="X1,Y1,X2,Y2", help="region; repeatable"
+    )
+    command.add_argument("--category", help="whose score a region's node is; default: the best")
+    command.add_argument("--layer", default=CONV5, help="whose pixels are the nodes of figure 1; default: %(default)s")
+    command.add_argument(
+        "--depth", type=_positive, default=3, help="layers whose points are drawn; default: %(default)s"
+    )
+    command.add_argument(
+        "--bound", type=_share, default=0.1, help="error of the response to the saliency region; default: %(default)s"
+    )
+    command.add_argument(
+        "--budget", type=_positive, default=4000, help="images run to find such a region; default: %(default)s"
+    )
+    _add_set(command)
+    _add_device(command)
+
     command = commands.add_parser("flops", help="parameters and multiply-adds of all presets beside the paper's")
     command.set_defaults(run=run_flops)
     command.add_argument("--backbone", metavar="NAME", help="network.backbone; default: resnet50, the paper's")
@@ -370,6 +429,21 @@ def _share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text!r}")
     return value
+
+
+def _numbers(count: int) -> Callable[[str], list[float]]:
+    """A parser of so many numbers with commas between them."""
+
+    def parse(text: str) -> list[float]:
+        try:
+            values = [float(part) for part in text.split(",")]
+        except ValueError:
+            values = []
+        if len(values) != count or not all(map(math.isfinite, values)):
+            raise argparse.ArgumentTypeError(f"must be {count} numbers with commas between them, got {text!r}")
+        return values
+
+    return parse
 
 
 def _path(text: str) -> Path:

@@ -106,6 +106,9 @@ class TrainingConfig:
     workers: int = option(2, "processes that read images", 0)
     seed: int = option(0, "of everything random", 0, 2**63 - 1)
     save_every: int = option(500, "iterations between checkpoints; one is written at the end of each epoch too", 1)
+    log_offsets_every: int = option(
+        200, "iterations between histograms of offsets and masks in TensorBoard; 0: none", 0
+    )
     evaluate_every: int = option(1, "epochs between evaluations; 0: only after the last", 0)
 
 

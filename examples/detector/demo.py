@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from dcnops.adapters.torch.support import offset_statistics
+from dcnops.adapters.torch.support.plots import plot_statistics
 from PIL import Image
 
 from .checkpoint import load_detector
@@ -20,6 +22,7 @@ from .images import to_picture
 from .inference import encode_rle
 from .network import build_detector
 from .prediction import Prediction, predict, write_predictions
+from .support import draw_support
 from .synth import write_synthetic
 from .training import MODEL, train
 
@@ -28,6 +31,8 @@ __all__ = ["demo_config", "run_demo"]
 TRAIN_IMAGES, VAL_IMAGES, SIZE = 400, 80, 128
 DEFORMATION = 0.6  # of the shapes: what can be learnt in so few minutes
 SHOWN, CELL = 8, 300  # pictures on the sheet, and their sides
+CONV4 = "backbone.body.layer3"  # conv5 has maps of 4x4 for such small images
+BUDGET = 800  # images that are run to find a saliency region
 
 
 def demo_config() -> Config:
@@ -79,11 +84,19 @@ def run_demo(out: Path, device_name: str) -> None:
         model, _, categories = load_detector(run / MODEL, device)
         paths = [val_set.path(index) for index in range(min(SHOWN, len(val_set)))]
         predictions = list(predict(model, paths, device))
+        image = val_set[_most_varied(predictions)][0].to(device)
+        support = draw_support(
+            {config.network.preset: model}, image, [item.name for item in categories], layer=CONV4, budget=BUDGET
+        )
+        offsets = plot_statistics(offset_statistics(model, image))
     write_predictions(iter(predictions), pictures, categories, inputs=paths)
     _beside_ground_truth(predictions, val_set).save(out / "detections.png")
+    support.savefig(out / "support.png")
+    offsets.savefig(out / "offsets.png")
     box, mask = metrics["bbox"], metrics["segm"]
     print(f"box AP {box.AP:.3f}, AP50 {box.AP50:.3f}; mask AP {mask.AP:.3f}, AP50 {mask.AP50:.3f}")
     print(f"{out / 'detections.png'}: what was found in images that were not trained on, beside the truth")
+    print(f"{out / 'support.png'}: where the network looks; {out / 'offsets.png'}: how far its points have moved")
     print(f"{time.perf_counter() - begin:.0f} s in all")
 
 
@@ -99,6 +112,17 @@ def _clear(out: Path, folders: Iterable[Path]) -> None:
         marker.touch()
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+
+
+def _most_varied(predictions: list[Prediction]) -> int:
+    """The image in which the largest object found is largest beside the smallest."""
+
+    def ratio(index: int) -> float:
+        boxes = predictions[index].detections.boxes
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        return float(areas.max() / areas.min()) if len(areas) else 0.0
+
+    return max(range(len(predictions)), key=ratio)
 
 
 def _beside_ground_truth(predictions: list[Prediction], dataset: CocoDataset) -> Image.Image:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from dcnops.adapters.torch.support import LayerStatistics
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -96,6 +97,15 @@ class Progress:
             if not math.isnan(value):
                 self.writer.add_scalar(name, value, done)
         self.writer.flush()
+
+    def offsets(self, done: int, statistics: Mapping[str, LayerStatistics]) -> None:
+        """Histograms of the offsets and masks of each deformable layer, and the share of samples off the map."""
+        for name, layer in statistics.items():
+            for kind, values in (("offsets", layer.lengths), ("masks", layer.masks)):
+                if values is not None and (finite := values[values.isfinite()]).numel():
+                    self.writer.add_histogram(f"{kind}/{name}", finite, done)
+                    self.writer.add_scalar(f"{kind}_mean/{name}", finite.mean(), done)
+            self.writer.add_scalar(f"off_the_map/{name}", layer.outside, done)
 
     def say(self, text: str) -> None:
         """Print on stdout without disturbing the bar."""

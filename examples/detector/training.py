@@ -6,7 +6,7 @@ import inspect
 import math
 import signal
 import sys
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from dcnops.adapters.torch import param_groups
+from dcnops.adapters.torch.support import OffsetObserver
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -39,7 +40,7 @@ MOST_SKIPPED = 30
 KNOWN = inspect.signature(DistributedDataParallel).parameters
 NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in KNOWN else "broadcast_buffers": False}
 # All that may differ in a resumed run, as it changes nothing in the iterations before.
-CHANGEABLE = [("training", name) for name in ("epochs", "workers", "save_every", "evaluate_every")]
+CHANGEABLE = [("training", name) for name in ("epochs", "workers", "save_every", "evaluate_every", "log_offsets_every")]
 
 
 def train(
@@ -132,9 +133,14 @@ def train(
             )
 
         for done, batch in enumerate(loader, first + 1):
-            step = trainer.step(batch, done - 1, requests.received)
+            observer = None
+            if progress and options.log_offsets_every and done % options.log_offsets_every == 0:
+                observer = OffsetObserver(model)
+            step = trainer.step(batch, done - 1, requests.received, observer)
             if step.not_finite:
                 raise _not_finite(done, batch, step, train_set)
+            if progress and observer:
+                progress.offsets(done, observer.statistics())
             if progress:
                 progress.iteration(done, step.losses, step.lr, step.gradient_norm)
             epoch, rest = divmod(done, len(batches))
@@ -199,10 +205,10 @@ class Trainer:
         # The buffers, those of frozen BatchNorm, are constants.
         self.parallel = DistributedDataParallel(model, **NO_BUFFERS) if world_size() > 1 else model
 
-    def step(self, batch: Batch, iteration: int, stop: int = 0) -> Step:
+    def step(self, batch: Batch, iteration: int, stop: int = 0, observer: OffsetObserver | None = None) -> Step:
         """Run iteration number `iteration`, counted from 0, unless the loss is not finite.
 
-        `stop` is the signal that this process has received, or 0.
+        `stop` is the signal that this process has received, or 0. The `observer` watches the forward pass.
         """
         seed = np.random.SeedSequence((self.config.seed, iteration, rank())).generate_state(1)
         torch.manual_seed(int(seed[0]))
@@ -212,7 +218,7 @@ class Trainer:
 
         flags = torch.tensor([stop == signal.SIGINT, stop == signal.SIGTERM], device=self.device)
         dtype = AMP_TYPES[self.config.amp]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None), observer or nullcontext():
             losses: dict[str, Tensor] = self.parallel(batch.images, batch.targets)
         values = torch.stack([value.float() for value in losses.values()])
         loss = values.sum()

@@ -26,6 +26,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert (config.network.preset, config.network.backbone) == ("dcnv2", "small")
     monkeypatch.setattr(demo, "TRAIN_IMAGES", 4)
     monkeypatch.setattr(demo, "VAL_IMAGES", 2)
+    monkeypatch.setattr(demo, "BUDGET", 20)
     monkeypatch.setattr(demo, "demo_config", lambda: config.set(["training.epochs=1"]))
     for _ in range(2):  # the second replaces the first
         assert main(["demo", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
@@ -35,7 +36,9 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert str(out / "detections.png") in printed
     sheet = Image.open(out / "detections.png")
     assert sheet.width > 4 * demo.SIZE  # truth and detections of two images in a row
-    assert {path.name for path in out.iterdir()} == {".demo", "data", "run", "predictions", "detections.png"}
+    folders, pictures = {"data", "run", "predictions"}, {"detections.png", "support.png", "offsets.png"}
+    assert {path.name for path in out.iterdir()} == {".demo"} | folders | pictures
+    assert all(str(out / name) in printed for name in pictures)
     assert len(json.loads((out / "predictions" / "predictions.json").read_text())["images"]) == 2
     metrics = json.loads((out / "run" / "metrics.json").read_text())
     assert set(metrics) == {"bbox", "segm"}

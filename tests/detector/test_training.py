@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,10 +158,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, *iterations: int, number: int = sig
     """Have the process receive a signal in the iterations that are given, counted from 1."""
     step = Trainer.step
 
-    def interrupted(self: Trainer, batch: Batch, iteration: int, stop: int = 0):
+    def interrupted(self: Trainer, batch: Batch, iteration: int, *rest: Any):
         if iteration + 2 in iterations:  # too late for this iteration, whose flag has been read
             signal.raise_signal(number)
-        return step(self, batch, iteration, stop)
+        return step(self, batch, iteration, *rest)
 
     monkeypatch.setattr(Trainer, "step", interrupted)
 
@@ -379,10 +380,10 @@ import os, signal, torch
 from pathlib import Path
 from tests.detector import test_training as tests
 step = tests.Trainer.step
-def killed(self, batch, iteration, stop=0):
+def killed(self, batch, iteration, *rest):
     if iteration == 8:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch, iteration, stop)
+    return step(self, batch, iteration, *rest)
 tests.Trainer.step = killed
 tests.progress_module.LOG_EVERY = 1
 torch.set_num_threads(1)
@@ -468,12 +469,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(data, tmp_
     indices = batches(images).epoch(1)[1]  # of iteration 7
     step = Trainer.step
 
-    def poison(self: Trainer, batch: Batch, iteration: int, stop: int = 0):
+    def poison(self: Trainer, batch: Batch, iteration: int, *rest: Any):
         if iteration == 6 and poisoned == "loss":
             batch.images[0][:] = float("nan")
         elif iteration == 6:
             self.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
-        return step(self, batch, iteration, stop)
+        return step(self, batch, iteration, *rest)
 
     monkeypatch.setattr(Trainer, "step", poison)
     with pytest.raises(UserError) as raised:
@@ -502,6 +503,22 @@ def test_evaluations(data, tmp_path, capsys):
     (line,) = re.findall(r"^iteration 15/15.*$", output.err, re.MULTILINE)
     for part in (r"epoch 3/3", r"loss \d+\.\d+ \(classifier \d", r"lr 0\.002,", r"s/iteration", "ETA 0:00:00", "MiB"):
         assert re.search(part, line), line
+
+
+def test_offsets_and_masks_are_logged_and_change_nothing(data, tmp_path):
+    run(tmp_path / "logged", data, "training.log_offsets_every=4")
+    run(tmp_path / "not", data, "training.log_offsets_every=0")
+    assert_equal(*(load_checkpoint(tmp_path / name / MODEL)["model"] for name in ("logged", "not")))
+    logged, not_logged = (EventAccumulator(str(tmp_path / name / "tensorboard")).Reload() for name in ("logged", "not"))
+    assert not not_logged.Tags()["histograms"]
+    layers = {name.partition("/")[2] for name in logged.Tags()["histograms"]}
+    assert {"backbone.body.layer4.1.conv2", "roi_heads.box_roi_pool.pools.0"} <= layers
+    for layer in layers:
+        for tag in (f"offsets/{layer}", f"masks/{layer}"):
+            assert [event.step for event in logged.Histograms(tag)] == [4, 8]
+        assert 0 <= logged.Scalars(f"off_the_map/{layer}")[-1].value <= 1
+        # The masks are sigmoids, which start at one half.
+        assert logged.Scalars(f"masks_mean/{layer}")[0].value == pytest.approx(0.5, abs=0.1)
 
 
 def test_the_bar_of_a_terminal(data, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,18 +21,18 @@ from .test_training import CPU, EVALUATED, TINY, build, dataset
 STEP = Trainer.step
 
 
-def stop_second(self: Trainer, batch: Batch, iteration: int, stop: int = 0) -> Step:
+def stop_second(self: Trainer, batch: Batch, iteration: int, *rest: Any) -> Step:
     """A step in which the second process receives a signal, for the next one to notice."""
     if rank() == 1 and iteration == 2:
         signal.raise_signal(signal.SIGTERM)
-    return STEP(self, batch, iteration, stop)
+    return STEP(self, batch, iteration, *rest)
 
 
-def poison_second(self: Trainer, batch: Batch, iteration: int, stop: int = 0) -> Step:
+def poison_second(self: Trainer, batch: Batch, iteration: int, *rest: Any) -> Step:
     """A step in which an image of the second process is not finite."""
     if rank() == 1 and iteration == 2:
         batch.images[0][:] = float("nan")
-    return STEP(self, batch, iteration, stop)
+    return STEP(self, batch, iteration, *rest)
 
 
 def message(function: Callable[[], object]) -> str:

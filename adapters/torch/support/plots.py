@@ -407,4 +407,7 @@ def _histogram(axes: Axes, values: Any, limits: tuple[float, float], colour: str
 
 def _short(name: str) -> str:
     """The last parts of a long name."""
-    return name if len(name) <= 24 else "…" + name[-23:]
+    parts = name.split(".")
+    while len(parts) > 1 and len(".".join(parts)) > 24:
+        del parts[0]
+    return ".".join(parts)

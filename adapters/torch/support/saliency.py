@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -107,7 +108,8 @@ def error_bounded_saliency_region(
     bound : float
         Largest relative error of the response, between 0 and 1.
     cell : int, optional
-        Side of a cell, pixels; by default the image's longer side is 32 cells.
+        Side of a cell, pixels. By default the image's longer side is 32 cells, or fewer if the budget is small: a step
+        of the search tries each cell.
     batch_size : int
         Images that are run at a time.
     budget : int
@@ -149,7 +151,7 @@ def error_bounded_saliency_region(
         images = as_image(image)
         search = _Search(model, images, as_node(node), bound, batch_size, budget, _bar(progress, budget))
         try:
-            side = cell or max(1, -(-max(images.shape[2:]) // 32))
+            side = cell or math.ceil(max(images.shape[2:]) / max(1, min(32, math.isqrt(budget // 4))))
             finished = search.shrink(side) and search.drop(side)
         finally:
             search.bar.close()
