@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dcnops.adapters.torch import deform_conv2d, deform_roi_pool
+from dcnops.adapters.torch import DeformConv2dPack, ModulatedDeformConv2dPack, deform_conv2d, deform_roi_pool
+from dcnops.adapters.torch.support import (
+    effective_receptive_field,
+    effective_sampling_locations,
+    error_bounded_saliency_region,
+    offset_statistics,
+    sampling_locations,
+)
 
 from dcnops import ArgumentError, DeviceError
 from tests.cases import Case, assert_close, make_conv, make_roi_pool
@@ -166,3 +173,28 @@ def test_compiled(kind: str):
     arguments = on_gpu(case)
     function = torch.compile(lambda **kwargs: call(case, kwargs) * 2, fullgraph=True)
     torch.testing.assert_close(function(**arguments), call(case, arguments) * 2)
+
+
+def test_spatial_support_is_that_of_the_cpu():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding=1),
+        ModulatedDeformConv2dPack(4, 4, 3, stride=2, padding=1),
+        DeformConv2dPack(4, 4, 3, padding=1),
+    ).double()
+    for layer in network[1:]:
+        torch.nn.init.normal_(layer.conv_offset.weight, std=0.1)
+    image, node = torch.rand(3, 24, 24, dtype=torch.float64), ("2", 5, 6)
+    found = {}
+    for device in ("cpu", "cuda"):
+        network.to(device)
+        arguments = (network, image.to(device), node)
+        points, effective = sampling_locations(*arguments), effective_sampling_locations(*arguments)
+        found[device] = [
+            *(value.cpu() for item in (points, effective) for value in (item.positions, item.strength)),
+            effective_receptive_field(*arguments).cpu(),
+            error_bounded_saliency_region(*arguments, cell=2).mask.cpu(),
+            torch.cat([layer.offsets for layer in offset_statistics(*arguments[:2]).values()]),
+        ]
+    for cpu, cuda in zip(found["cpu"], found["cuda"]):
+        torch.testing.assert_close(cuda.double().sum(0), cpu.double().sum(0))

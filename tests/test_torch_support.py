@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import itertools
 import math
 from collections import defaultdict
@@ -712,3 +714,9 @@ class TestErrors:
             sampling_locations(nn.Conv2d(1, 1, 1), image, ("", 1, 1))
         with pytest.raises(ArgumentError, match="images must hold at least one image"):
             offset_statistics(network, [])
+
+
+@pytest.mark.parametrize("module", ["locations", "nodes", "plots", "saliency", "statistics"])
+def test_docstring_examples(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"dcnops.adapters.torch.support.{module}"))
+    assert result.attempted > 0 and result.failed == 0
