@@ -356,7 +356,8 @@ def _parser() -> Parser:
         help="train presets and ways of mimicking with several seeds; a table and a plot",
         description="Train each variant with each seed on one data set and compare them. The same command goes on "
         "where it was interrupted, and adds variants and seeds to what is there. reduced: Mask R-CNN on the small "
-        "backbone, the demo's schedule, two mimicking crops for an image; full: ResNet-50, the paper's schedule.",
+        "backbone, the demo's recipe with 12 epochs and 8 mimicking crops of 56x56 for an image; full: ResNet-50, the "
+        "paper's recipe.",
     )
     command.set_defaults(run=run_ablate)
     command.add_argument("--out", type=_path, default=Path("out/ablation"), help="default: %(default)s")

@@ -101,7 +101,7 @@ def test_variants_change_the_preset_the_mimicking_and_the_seed_only() -> None:
     config = ablation_config("reduced")
     assert Variant.parse("regular").configure(config, 0).mimics() is None
     mimics = Variant.parse("dcnv2-mimic").configure(config, 3).mimics()
-    assert mimics is not None and mimics.regions == "fg" and mimics.boxes == 2
+    assert mimics is not None and mimics.regions == "fg" and mimics.boxes == 8
     assert Variant.parse("dcnv2-mimic:none").configure(config, 3).mimics() is None
     changed = Variant.parse("regular:bg").configure(config, 3)
     found = changed.mimics()
