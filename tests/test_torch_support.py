@@ -254,6 +254,18 @@ class TestSamplingLocations:
         assert points.strength.tolist() == [9, 6, 6, 6, 6]
         assert points.positions[0].tolist() == [6, 6]
 
+    def test_a_compiled_model_runs_as_it_was_written(self) -> None:
+        network = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3))
+        compiled = torch.compile(network, backend="eager")
+        image = torch.rand(1, 9, 9)
+        points = sampling_locations(compiled, image, ("_orig_mod.1", 1, 1))
+        assert as_dict(points) == as_dict(sampling_locations(network, image, ("1", 1, 1)))
+
+    def test_one_stage_detectors_run_their_backbone(self) -> None:
+        detector = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None)
+        points = sampling_locations(detector, torch.rand(3, 64, 64), ("backbone.fpn.layer_blocks.0", 4, 4), depth=1)
+        assert points.positions.mean(0).tolist() == [32, 32]
+
     def test_what_is_not_finite_is_left_out(self) -> None:
         layer = DeformConv2dPack(1, 1, 3, padding=1)
         layer.conv_offset.bias.data[:3] = torch.tensor([math.nan, 0, math.inf])
@@ -675,6 +687,7 @@ class TestErrors:
         [
             (("9", 1, 1), "node must name a layer of the model, got '9'"),
             (("1", 1, 1), "gives a map .* '1' gives tuple"),
+            (("0", 1.0, 1), r"node must be in the map of '0', 7 rows and 7 columns, got y=1.0, x=1"),
             (("0", 7, 1), r"node must be in the map of '0', 7 rows and 7 columns, got y=7, x=1"),
             (("unused", 1, 1), "node must name a layer that runs for an image, 'unused' does not"),
             ("0", "node must be .* got '0'"),
@@ -703,6 +716,23 @@ class TestErrors:
     def test_images(self, image: Tensor) -> None:
         with pytest.raises(ShapeError, match="image must be"):
             effective_receptive_field(nn.Conv2d(1, 1, 3), image, ("", 1, 1))
+
+    @pytest.mark.parametrize("box", [(1, 2, 3), (5, 1, 5, 9), (1, 1, float("nan"), 9)])
+    def test_boxes(self, box: Any) -> None:
+        detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_fpn(
+            weights=None, weights_backbone=None, num_classes=4
+        )
+        with pytest.raises(ArgumentError, match="node must have a box x1, y1, x2, y2 with x1 < x2 and y1 < y2"):
+            effective_bin_locations(detector, torch.rand(3, 64, 64), (box, 1))
+
+    def test_scripted_modules(self) -> None:
+        model = torch.jit.script(nn.Sequential(nn.Conv2d(1, 1, 3)))
+        with pytest.raises(ArgumentError, match="model must not hold scripted modules"):
+            sampling_locations(model, torch.rand(1, 9, 9), ("0", 1, 1))
+
+    def test_no_room_for_the_kernel_is_the_error_of_the_convolution(self) -> None:
+        with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+            sampling_locations(nn.Conv2d(1, 1, 12), torch.rand(1, 9, 9), ("", 1, 1))
 
     def test_numbers(self) -> None:
         network, image = nn.Conv2d(1, 1, 3), torch.rand(1, 9, 9)

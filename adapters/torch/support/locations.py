@@ -319,7 +319,7 @@ def _stack(calls: dict[int, ConvCall], root: Grid | None, depth: int | None, lay
     if depth < 1:
         raise ArgumentError(f"depth must be at least 1, got {depth}")
     fine = [number for number, call in calls.items() if root is None or not _coarser(call.output_grid, root)]
-    return fine[-depth:][::-1]
+    return (fine or list(names))[-depth:][::-1]
 
 
 def _coarser(grid: Grid | None, root: Grid) -> bool:

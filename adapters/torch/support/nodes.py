@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -69,7 +70,8 @@ class LayerNode(NamedTuple):
     def of(self, feature_map: Tensor) -> Tensor:
         """The response [N, C] that is in a map [N, C, H, W] of the layer."""
         height, width = feature_map.shape[2:]
-        if not (0 <= self.y < height and 0 <= self.x < width):
+        whole = all(isinstance(value, Integral) for value in (self.y, self.x))
+        if not (whole and 0 <= self.y < height and 0 <= self.x < width):
             raise ArgumentError(
                 f"node must be in the map of {self.layer!r}, {height} rows and {width} columns, "
                 f"got y={self.y}, x={self.x}"
@@ -106,13 +108,15 @@ class RoINode(NamedTuple):
     def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
         """The response [N, 1], or [N, all], to images [N, 3, H, W] that are resized and normalised."""
         heads: Any = getattr(model, "roi_heads", None)
-        if not is_detector(model):
+        if not all(hasattr(heads, name) for name in ("box_roi_pool", "box_head", "box_predictor")):
             raise ArgumentError(
                 "model must have backbone and roi_heads with box_roi_pool, box_head and box_predictor for a RoINode, "
                 f"got {type(model).__name__}; a function (model, images) -> response can be the node of any model"
             )
-        if len(self.box) != 4 or self.part not in ("class", "unit"):
-            raise ArgumentError(f'node must have a box of 4 numbers and part "class" or "unit", got {self}')
+        if self.part not in ("class", "unit"):
+            raise ArgumentError(f'node must have the part "class" or "unit", got {self.part!r}')
+        if len(self.box) != 4 or not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
+            raise ArgumentError(f"node must have a box x1, y1, x2, y2 with x1 < x2 and y1 < y2, got {self.box}")
         features = model.backbone(images)  # type: ignore[operator]
         if isinstance(features, Tensor):
             features = {"0": features}
@@ -171,11 +175,8 @@ def as_image(image: Tensor) -> Tensor:
 
 
 def is_detector(model: nn.Module) -> bool:
-    """Whether a model is a two-stage detector of torchvision's kind, called with a list of images of any size."""
-    heads = getattr(model, "roi_heads", None)
-    return hasattr(model, "backbone") and all(
-        hasattr(heads, name) for name in ("box_roi_pool", "box_head", "box_predictor")
-    )
+    """Whether a model is a detector of torchvision's kind, called with a list of images, which it resizes itself."""
+    return hasattr(model, "backbone") and hasattr(model, "transform")
 
 
 class _Reached(Exception):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dcnops._errors import ArgumentError
+
 from ..functional import deform_conv2d, deform_roi_pool
 from .grids import Grid, Grids
 
@@ -143,10 +145,16 @@ class Recorder(TorchFunctionMode):
         self.grids = Grids(image)
         self.calls: list[ConvCall | PoolCall] = []
         self._running: list[str] = []
-        self._hooks: list[Any] = []
+        self._context = ExitStack()
 
     def __enter__(self) -> Recorder:
-        for name, module in self.model.named_modules():
+        modules = dict(self.model.named_modules())
+        for name, module in modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ArgumentError(f"model must not hold scripted modules, which cannot be watched, {name!r} is one")
+        if any(isinstance(module, torch._dynamo.OptimizedModule) for module in modules.values()):
+            self._context.enter_context(torch.compiler.set_stance("force_eager"))  # it would compile anew
+        for name, module in modules.items():
 
             def begin(module: nn.Module, args: Any, name: str = name) -> None:
                 self._running.append(name)
@@ -154,16 +162,14 @@ class Recorder(TorchFunctionMode):
             def end(module: nn.Module, args: Any, result: Any) -> None:
                 self._running.pop()
 
-            self._hooks.append(module.register_forward_pre_hook(begin))
-            self._hooks.append(module.register_forward_hook(end, always_call=True))
+            self._context.callback(module.register_forward_pre_hook(begin).remove)
+            self._context.callback(module.register_forward_hook(end, always_call=True).remove)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._context.close()
 
     def __torch_function__(
         self,
@@ -197,15 +203,15 @@ class Recorder(TorchFunctionMode):
             result: Tensor = function(input, weight, bias, stride, padding, dilation, groups)
             return result
 
-        if kernel == (1, 1) or input.ndim != 4:
-            result = regular()
+        sizes = [
+            (size + sum(side) - step * (count - 1) - 1) // each + 1
+            for size, side, step, count, each in zip(input.shape[2:], sides, dilations, kernel, strides)
+        ]
+        if kernel == (1, 1) or input.ndim != 4 or min(sizes) < 1:
+            result = regular()  # an error where there is no room for the kernel
             if input.ndim == 4 and (grid := self.grids[input]):
                 self.grids.set(result, grid.windows(kernel, strides, (sides[0][0], sides[1][0]), dilations))
             return result
-        sizes = (
-            (size + sum(side) - step * (count - 1) - 1) // each + 1
-            for size, side, step, count, each in zip(input.shape[2:], sides, dilations, kernel, strides)
-        )
         offset = input.new_zeros(1, 1, 1, 1).expand(len(input), 2 * kernel[0] * kernel[1], *sizes)
         return self._convolution(regular, True, input, offset, weight, bias, None, strides, sides, dilations, None)
 
