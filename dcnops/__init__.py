@@ -8,6 +8,7 @@ from dcnops._errors import (
     KernelCompileError,
     ShapeError,
 )
+from dcnops._prefetch import prefetch
 from dcnops.deform_conv import DeformConv2dGradients, deform_conv2d, deform_conv2d_backward
 from dcnops.deform_roi_pool import DeformRoIPoolGradients, deform_roi_pool, deform_roi_pool_backward
 
@@ -26,4 +27,5 @@ __all__ = [
     "deform_conv2d_backward",
     "deform_roi_pool",
     "deform_roi_pool_backward",
+    "prefetch",
 ]

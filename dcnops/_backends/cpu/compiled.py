@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numba
+from numba.core.caching import FunctionCache
 
 __all__ = ["exact", "inner", "kernel"]
 
@@ -22,11 +26,40 @@ def kernel(function: Function) -> Function:
 
     Numba looks for changes in the file of the cached function only, not in those of the functions that it calls.
     """
+    dispatcher = numba.njit(**_options({"contract"}))(function)
     try:
-        return cast(Function, numba.njit(cache=True, **_options({"contract"}))(function))
+        dispatcher._cache = _Cache(function)  # what njit(cache=True) does with Numba's own class
     except RuntimeError:
-        # Neither the package's folder nor the user's cache folder can be written to.
-        return cast(Function, numba.njit(**_options({"contract"}))(function))
+        _warn("neither the package's folder nor the user's cache folder can be written to")
+    return cast(Function, dispatcher)
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """Numba's cache on disk; damaged files count as missing, and what cannot be written only costs time."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # unpickling raises nearly everything
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            _warn(f"{error.filename or self.cache_path}: {error.strerror}")
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    """Say once that compiled code is lost."""
+    warnings.warn(
+        f"dcnops cannot keep its compiled CPU code, every process will spend seconds on it: {reason}; "
+        "set NUMBA_CACHE_DIR to a folder that can be written to",
+        stacklevel=2,
+    )
 
 
 def inner(*fastmath: str) -> Callable[[Function], Function]:
