@@ -2,13 +2,14 @@
 # make lint    ruff, mypy, clang-format
 # make demo    train a small DCNv2 detector on synthetic images, evaluate it, draw what it finds; out/detector/
 # make bench   time the operations beside their peers; table, and out/benchmark.json
+# make docs    build the documentation; out/site/
 # make gpu     on a machine with a GPU and the packages installed (no .venv is made): GPU tests, sanitizers, benchmarks
 #              in ten minutes, one table, out/gpu/gpu.json; PARTS="tests sanitizers benchmark model" for some of them
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test lint format demo bench gpu clean
+.PHONY: setup test lint format demo bench docs gpu clean
 
 setup: .venv/.installed
 
@@ -36,6 +37,9 @@ demo: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+docs: setup
+	$(BIN)/mkdocs build --strict
 
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --no-index --editable .

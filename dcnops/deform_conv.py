@@ -40,7 +40,7 @@ def deform_conv2d(
     layout: str = "NCHW",
     precision: str | None = None,
 ) -> ArrayT:
-    r"""Deformable convolution; modulated (v2) when `mask` is given.
+    """Deformable convolution; modulated (v2) when `mask` is given.
 
     The arguments are those of ``torchvision.ops.deform_conv2d``, in the same order. NumPy arrays are computed on the
     CPU, CuPy arrays on their GPU and the current stream; all arrays of a call share library and device.
@@ -87,16 +87,15 @@ def deform_conv2d(
 
     Notes
     -----
-    Deformable ConvNets v2 (CVPR 2019), equation 1, with weight groups:
+    Deformable ConvNets v2 (CVPR 2019), equation 1, with weight groups::
 
-    .. math::
-        y_{n,o,a,b} = bias_o + \sum_{c,i,j} w_{o,c,i,j} \; m_{n,dK+k,a,b} \; B(x_{n,c}, p_y, p_x)
+        y[n,o,a,b] = bias[o] + sum over c, i, j:  w[o,c,i,j] * mask[n,d*K+k,a,b] * B(x[n,c], py, px)
 
-        p_y = a \, s_h - pad_{top} + i \, d_h + offset_{n,2(dK+k),a,b}, \quad
-        p_x = b \, s_w - pad_{left} + j \, d_w + offset_{n,2(dK+k)+1,a,b}
+        py = a*stride - pad_top  + i*dilation + offset[n,2*(d*K+k),a,b]
+        px = b*stride - pad_left + j*dilation + offset[n,2*(d*K+k)+1,a,b]
 
-    for k = i*kw + j and K = kh*kw. B is bilinear interpolation of the image extended by zeros, inside the open box
-    -1 < p_y < H, -1 < p_x < W, and 0 outside of it. A pixel of weight zero does not take part, whatever its value.
+    for ``k = i*kw + j`` and ``K = kh*kw``. B is bilinear interpolation of the image extended by zeros, inside the
+    open box -1 < py < H, -1 < px < W, and 0 outside of it. A pixel of weight zero does not take part, whatever its value.
     A NaN coordinate makes the sample NaN; infinite and far-away ones make it 0. Coordinates and sums are float32,
     or float64 for float64 data.
 

@@ -36,7 +36,7 @@ def deform_roi_pool(
     gamma: float = 0.1,
     layout: str = "NCHW",
 ) -> ArrayT:
-    r"""Deformable RoI pooling; modulated (v2) when `mask` is given, RoIAlign when neither `offset` nor `mask` is.
+    """Deformable RoI pooling; modulated (v2) when `mask` is given, RoIAlign when neither `offset` nor `mask` is.
 
     NumPy arrays are computed on the CPU, CuPy arrays on their GPU and the current stream; all arrays of a call share
     library and device.
@@ -80,14 +80,13 @@ def deform_roi_pool(
 
     Notes
     -----
-    Deformable ConvNets v2 (CVPR 2019), equation 2, with RoIAlign's sampling: with s = spatial_scale,
-    :math:`X_1 = s x_1 - 1/2`, :math:`R_w = s (x_2 - x_1)`, :math:`b_w = R_w / Q`, :math:`S_w` samples a bin, and
-    likewise for y,
+    Deformable ConvNets v2 (CVPR 2019), equation 2, with RoIAlign's sampling: with s = `spatial_scale`,
+    ``X1 = s*x1 - 1/2``, ``Rw = s*(x2 - x1)``, ``bw = Rw/Q``, Sw samples of a bin, and likewise for y::
 
-    .. math::
-        y_{r,c,p,q} = \frac{mask_{r,p,q}}{\max(S_h S_w, 1)} \sum_{i,j} A\bigl(x_c,
-            Y_1 + p b_h + \gamma R_h \, offset_{r,1,p,q} + (i + 1/2) b_h / S_h, \;
-            X_1 + q b_w + \gamma R_w \, offset_{r,0,p,q} + (j + 1/2) b_w / S_w \bigr)
+        y[r,c,p,q] = mask[r,p,q] / max(Sh*Sw, 1) * sum over i, j:  A(x[c], py, px)
+
+        py = Y1 + p*bh + gamma*Rh*offset[r,1,p,q] + (i + 1/2)*bh/Sh
+        px = X1 + q*bw + gamma*Rw*offset[r,0,p,q] + (j + 1/2)*bw/Sw
 
     A is 0 outside of [-1, H] x [-1, W]; inside, the position is clamped to the image and interpolated bilinearly.
     Without offset and mask this is ``torchvision.ops.roi_align(..., aligned=True)``. A pixel of weight zero does not

@@ -15,7 +15,7 @@ import dcnops
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
-@pytest.mark.parametrize("module", ["dcnops.deform_conv", "dcnops.deform_roi_pool"])
+@pytest.mark.parametrize("module", ["dcnops.deform_conv", "dcnops.deform_roi_pool", "dcnops._prefetch"])
 def test_docstring_examples(module: str):
     result = doctest.testmod(importlib.import_module(module), raise_on_error=False)
     assert result.attempted > 0 and result.failed == 0
@@ -26,7 +26,8 @@ def test_every_public_function_documents_its_parameters_errors_and_an_example():
     assert functions
     for function in functions:
         text = inspect.getdoc(function) or ""
-        for section in ("Parameters", "Returns", "Raises", "Notes", "Examples"):
+        returns = inspect.signature(function).return_annotation not in (None, "None")
+        for section in ("Parameters", *(["Returns"] if returns else []), "Raises", "Notes", "Examples"):
             assert f"\n{section}\n---" in text, f"{function.__name__} has no section {section}"
         for parameter in inspect.signature(function).parameters:
             assert re.search(rf"\b{parameter}\b", text), f"{function.__name__} does not document {parameter}"
