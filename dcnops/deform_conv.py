@@ -95,9 +95,9 @@ def deform_conv2d(
         px = b*stride - pad_left + j*dilation + offset[n,2*(d*K+k)+1,a,b]
 
     for ``k = i*kw + j`` and ``K = kh*kw``. B is bilinear interpolation of the image extended by zeros, inside the
-    open box -1 < py < H, -1 < px < W, and 0 outside of it. A pixel of weight zero does not take part, whatever its value.
-    A NaN coordinate makes the sample NaN; infinite and far-away ones make it 0. Coordinates and sums are float32,
-    or float64 for float64 data.
+    open box -1 < py < H, -1 < px < W, and 0 outside of it. A pixel of weight zero does not take part, whatever its
+    value. A NaN coordinate makes the sample NaN; infinite and far-away ones make it 0. Coordinates and sums are
+    float32, or float64 for float64 data.
 
     Examples
     --------
