@@ -12,7 +12,7 @@ from dcnops._prefetch import prefetch
 from dcnops.deform_conv import DeformConv2dGradients, deform_conv2d, deform_conv2d_backward
 from dcnops.deform_roi_pool import DeformRoIPoolGradients, deform_roi_pool, deform_roi_pool_backward
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -11,6 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+PROJECT = (
+    *("dcnops", "adapters", "cuda", "tests", "examples", "benchmarks", "docs"),
+    *("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "Makefile", "CHANGELOG.md", "CONTRIBUTING.md"),
+    *("constraints.txt", "mkdocs.yml", ".clang-format"),
+)
 
 USE = """
 import numpy as np
@@ -30,14 +38,44 @@ print(dcnops.__version__, dcnops.__file__)
 """
 
 
+EXTRAS = {
+    "torch": """
+import torch
+from dcnops.adapters.torch import ModulatedDeformConv2dPack
+from dcnops.adapters.torch.support import sampling_locations
+layer = ModulatedDeformConv2dPack(3, 4, 3, padding=1)
+layer(torch.rand(1, 3, 8, 8)).sum().backward()
+assert len(sampling_locations(layer, torch.rand(3, 8, 8), ("", 4, 4)).positions) == 9
+""",
+    "plots": """
+import torch
+from dcnops.adapters.torch.support.plots import plot_support
+plot_support({"": torch.nn.Conv2d(3, 4, 3)}, torch.rand(3, 8, 8), {"": ("", 2, 2)}, torch.rand(3, 8, 8), budget=20)
+""",
+    "onnx": """
+import torch
+from dcnops.adapters.torch import DeformConv2dPack
+from dcnops.adapters.torch.onnx import export
+export(DeformConv2dPack(3, 4, 3).eval(), (torch.rand(1, 3, 8, 8),), "model.onnx")
+""",
+    "jax": """
+import jax, numpy as np
+from dcnops.adapters.jax import deform_conv2d
+x, weight = np.ones((1, 2, 5, 5), np.float32), np.ones((2, 2, 1, 1), np.float32)
+assert jax.grad(lambda o: deform_conv2d(x, o, weight).sum())(np.zeros((1, 2, 5, 5), np.float32)).shape == (1, 2, 5, 5)
+""",
+}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy of the tracked files, in the environment of the tests."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in ("dcnops", "adapters", "cuda", "pyproject.toml", "README.md", "LICENSE"):
+    for name in PROJECT:
         copy_into(ROOT / name, source / name)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
+    # The source distribution, and the wheel from it.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
     subprocess.run(command, check=True, capture_output=True)
     (built,) = folder.glob("dcnops-*.whl")
     assert built.name.endswith("-py3-none-any.whl")
@@ -76,3 +114,33 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path):
     assert "cupy" not in listed and "torch" not in listed
     result = subprocess.run([str(python), "-c", USE], cwd="/", check=True, capture_output=True, text=True)
     assert str(tmp_path / "venv") in result.stdout
+
+
+def test_the_source_distribution_holds_the_project(wheel: Path):
+    (built,) = wheel.parent.glob("dcnops-*.tar.gz")
+    with tarfile.open(built) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    for name in PROJECT:
+        files = (
+            [path for path in (ROOT / name).rglob("*") if path.is_file()] if (ROOT / name).is_dir() else [ROOT / name]
+        )
+        for path in files:
+            if "__pycache__" not in path.parts:
+                assert path.relative_to(ROOT).as_posix() in held
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_wheel_works_with_what_an_extra_brings(extra: str, wheel: Path, tmp_path: Path):
+    """The packages are those of this environment, the library is the wheel's."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = next((tmp_path / "venv" / "lib").iterdir()) / "site-packages"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    # A folder that a .pth file names is not searched for .pth files itself: the editable installation stays out.
+    (site / "packages.pth").write_text(sysconfig.get_paths()["purelib"])
+    place = "import dcnops\nassert 'venv' in dcnops.__file__, dcnops.__file__\n"
+    (tmp_path / "empty").mkdir()
+    command = [str(python), "-c", place + EXTRAS[extra]]
+    result = subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
