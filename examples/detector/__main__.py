@@ -28,7 +28,7 @@ from .interruption import Interrupted
 from .network import build_detector
 from .prediction import predict, write_predictions
 from .presets import PRESETS
-from .support import CONV5, run_support
+from .support import View, run_support
 from .synth import write_synthetic
 from .training import train
 from .weights import load_backbone
@@ -181,14 +181,16 @@ def run_support_command(options: argparse.Namespace) -> None:
             options.image,
             options.out,
             device,
-            figure=options.figure,
-            points=options.node,
-            boxes=options.roi,
-            category=options.category,
-            layer=options.layer,
-            depth=options.depth,
-            bound=options.bound,
-            budget=options.budget,
+            View(
+                figure=options.figure,
+                points=options.node,
+                boxes=options.roi,
+                category=options.category,
+                layer=options.layer,
+                depth=options.depth,
+                bound=options.bound,
+                budget=options.budget,
+            ),
             assignments=options.set,
         )
     print("\n".join(map(str, paths)))
@@ -314,7 +316,11 @@ def _parser() -> Parser:
     command.add_argument("--image", type=_path, required=True)
     command.add_argument("--out", type=_path, required=True, help="folder for the pictures")
     command.add_argument(
-        "--figure", type=int, choices=(1, 2), default=1, help="1: pixels of a layer; 2: regions; default: %(default)s"
+        "--figure",
+        type=int,
+        choices=(1, 2),
+        default=View.figure,
+        help="1: pixels of a layer; 2: regions; default: %(default)s",
     )
     command.add_argument(
         "--node", type=_numbers(2), action="append", default=[], metavar="X,Y", help="pixel; repeatable"
@@ -323,15 +329,20 @@ def _parser() -> Parser:
         "--roi", type=_numbers(4), action="append", default=[], metavar="X1,Y1,X2,Y2", help="region; repeatable"
     )
     command.add_argument("--category", help="whose score a region's node is; default: the best")
-    command.add_argument("--layer", default=CONV5, help="whose pixels are the nodes of figure 1; default: %(default)s")
     command.add_argument(
-        "--depth", type=_positive, default=3, help="layers whose points are drawn; default: %(default)s"
+        "--layer", default=View.layer, help="whose pixels are the nodes of figure 1; default: %(default)s"
     )
     command.add_argument(
-        "--bound", type=_share, default=0.1, help="error of the response to the saliency region; default: %(default)s"
+        "--depth", type=_positive, default=View.depth, help="layers whose points are drawn; default: %(default)s"
     )
     command.add_argument(
-        "--budget", type=_positive, default=4000, help="images run to find such a region; default: %(default)s"
+        "--bound",
+        type=_share,
+        default=View.bound,
+        help="error of the response to the saliency region; default: %(default)s",
+    )
+    command.add_argument(
+        "--budget", type=_positive, default=View.budget, help="images run to find such a region; default: %(default)s"
     )
     _add_set(command)
     _add_device(command)
@@ -368,7 +379,9 @@ def _parser() -> Parser:
         metavar="PRESET[:MIMIC]",
         help=f"MIMIC is fg, bg, all or none; default: {' '.join(VARIANTS)}",
     )
-    command.add_argument("--seeds", type=_positive, default=3, help="runs of each variant; default: %(default)s")
+    command.add_argument(
+        "--seeds", type=_positive, default=View.depth, help="runs of each variant; default: %(default)s"
+    )
     command.add_argument(
         "--data",
         type=_path,

@@ -22,7 +22,7 @@ from .images import to_picture
 from .inference import encode_rle
 from .network import build_detector
 from .prediction import Prediction, predict, write_predictions
-from .support import draw_support
+from .support import View, draw_support
 from .synth import write_synthetic
 from .training import MODEL, train
 
@@ -89,7 +89,10 @@ def run_demo(out: Path, device_name: str) -> None:
         predictions = list(predict(model, paths, device))
         image = val_set[_most_varied(predictions)][0].to(device)
         support = draw_support(
-            {config.network.preset: model}, image, [item.name for item in categories], layer=CONV4, budget=BUDGET
+            {config.network.preset: model},
+            image,
+            [item.name for item in categories],
+            View(layer=CONV4, budget=BUDGET),
         )
         offsets = plot_statistics(offset_statistics(model, image))
     write_predictions(iter(predictions), pictures, categories, inputs=paths)

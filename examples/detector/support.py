@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from .errors import UserError
 from .images import pad_elongated, read_image
 from .inference import Detections, evaluating, infer
 
-__all__ = ["CONV5", "draw_support", "run_support"]
+__all__ = ["CONV5", "View", "draw_support", "run_support"]
 
 CONV5 = "backbone.body.layer4"
 LARGEST = 4096  # pixels of a side, as in prediction
@@ -41,28 +42,14 @@ class _Input(NamedTuple):
     scale: tuple[float, float]  # pixels of it for one of the image file, vertical and horizontal
 
 
-def run_support(
-    checkpoints: Sequence[Path],
-    image: Path,
-    out: Path,
-    device: torch.device,
-    *,
-    figure: int = 1,
-    points: Sequence[tuple[float, float]] = (),
-    boxes: Sequence[Box] = (),
-    category: str | None = None,
-    layer: str = CONV5,
-    depth: int = 3,
-    bound: float = 0.1,
-    budget: int = 4000,
-    assignments: Sequence[str] = (),
-) -> list[Path]:
-    """Draw a figure for an image and, for each network with deformable layers, the histograms.
+@dataclass(frozen=True)
+class View:
+    """What is drawn.
 
-    Parameters
+    Attributes
     ----------
-    checkpoints
-        Of networks for the same categories; each has its part of the figure.
+    figure
+        1: of pixels of a layer; 2: of regions.
     points
         (x, y) in pixels of the image, the nodes of figure 1.
     boxes
@@ -73,7 +60,34 @@ def run_support(
     layer
         Whose pixels are the nodes of figure 1.
     depth, bound, budget
-        As in `dcnops.adapters.torch.support`.
+        As in `dcnops.adapters.torch.support.plots.plot_support`.
+    """
+
+    figure: int = 1
+    points: Sequence[tuple[float, float]] = ()
+    boxes: Sequence[Box] = ()
+    category: str | None = None
+    layer: str = CONV5
+    depth: int = 3
+    bound: float = 0.1
+    budget: int = 4000
+
+
+def run_support(
+    checkpoints: Sequence[Path],
+    image: Path,
+    out: Path,
+    device: torch.device,
+    view: View,
+    *,
+    assignments: Sequence[str] = (),
+) -> list[Path]:
+    """Draw a figure for an image and, for each network with deformable layers, the histograms.
+
+    Parameters
+    ----------
+    checkpoints
+        Of networks for the same categories; each has its part of the figure.
 
     Returns
     -------
@@ -97,20 +111,8 @@ def run_support(
         raise UserError(f"--checkpoint: networks with the same preset must lie in different folders, got {checkpoints}")
     pixels, _ = read_image(image, LARGEST)
     try:
-        drawn = draw_support(
-            networks,
-            pixels.to(device),
-            [item.name for item in categories],
-            figure=figure,
-            points=points,
-            boxes=boxes,
-            category=category,
-            layer=layer,
-            depth=depth,
-            bound=bound,
-            budget=budget,
-        )
-        figures = {f"{image.stem}-figure{figure}.png": drawn}
+        drawn = draw_support(networks, pixels.to(device), [item.name for item in categories], view)
+        figures = {f"{image.stem}-figure{view.figure}.png": drawn}
         for title, network in networks.items():
             if statistics := offset_statistics(network, pixels.to(device)):
                 figures[f"{image.stem}-offsets-{title}.png"] = plot_statistics(statistics)
@@ -127,55 +129,42 @@ def run_support(
     return paths
 
 
-def draw_support(
-    networks: dict[str, GeneralizedRCNN],
-    image: Tensor,
-    names: Sequence[str],
-    *,
-    figure: int = 1,
-    points: Sequence[tuple[float, float]] = (),
-    boxes: Sequence[Box] = (),
-    category: str | None = None,
-    layer: str = CONV5,
-    depth: int = 3,
-    bound: float = 0.1,
-    budget: int = 4000,
-) -> Figure:
-    """The figure of `run_support` for networks with titles, an image [3, H, W] in 0..1 and names of the categories."""
+def draw_support(networks: dict[str, GeneralizedRCNN], image: Tensor, names: Sequence[str], view: View) -> Figure:
+    """The figure for networks with titles, an image [3, H, W] in 0..1 and names of the categories."""
     inputs = [_prepare(network, image) for network in networks.values()]
     if any(item.network.shape != inputs[0].network.shape for item in inputs):
         shapes = [tuple(item.network.shape[1:]) for item in inputs]
         raise UserError(f"the networks must take images of the same size, got {shapes}: set network.min_size")
     given, last = inputs[-1], list(networks.values())[-1]
-    if category is not None and category not in names:
-        raise UserError(f"--category must be one of {', '.join(names)}, got {category!r}")
-    if not points and not boxes:
-        points, boxes, titles = _choose(last, image)
-    elif figure == 1:
-        titles = [f"x {x:g}, y {y:g}" for x, y in points]
+    if view.category is not None and view.category not in names:
+        raise UserError(f"--category must be one of {', '.join(names)}, got {view.category!r}")
+    if view.points or view.boxes:
+        points, boxes = view.points, view.boxes
+        titles = [f"x {x:g}, y {y:g}" for x, y in points] if view.figure == 1 else [""] * len(boxes)
     else:
-        titles = []
+        points, boxes, titles = _choose(last, image)
     nodes: dict[str, LayerNode | RoINode] = {}
-    for number, (x, y) in enumerate(points if figure == 1 else ()):
+    for (x, y), title in zip(points, titles) if view.figure == 1 else ():
         if not (0 <= x < image.shape[2] and 0 <= y < image.shape[1]):
             raise UserError(f"--node must be in the image of {image.shape[2]}x{image.shape[1]} pixels, got {x:g},{y:g}")
         row, column = ((value + 0.5) * scale - 0.5 for value, scale in zip((y, x), given.scale))
-        nodes[_free(titles[number], nodes)] = LayerNode.at(last, given.network, layer, max(row, 0), max(column, 0))
-    for number, box in enumerate(boxes if figure == 2 else ()):
+        nodes[_free(title, nodes)] = LayerNode.at(last, given.network, view.layer, max(row, 0), max(column, 0))
+    for box, of in zip(boxes, titles) if view.figure == 2 else ():
         vertical, horizontal = given.scale
         scaled = [value * scale for value, scale in zip(box, (horizontal, vertical) * 2)]
         if scaled[2] <= scaled[0] or scaled[3] <= scaled[1]:
             raise UserError(f"--roi must be x1,y1,x2,y2 with x1 < x2 and y1 < y2, got {','.join(map(str, box))}")
-        of = titles[number] if titles else ""
         if of == BACKGROUND:
             nodes[of] = RoINode(scaled, 0)
             continue
-        label = _best_class(last, given.network, scaled) if category is None else names.index(category) + 1
+        label = _best_class(last, given.network, scaled) if view.category is None else names.index(view.category) + 1
         title = f"{of}: {names[label - 1]}" if of else names[label - 1]
         nodes[_free(title, nodes)] = RoINode(scaled, label)
     if not nodes:
         raise UserError("figure 1 is of pixels (--node), figure 2 of regions (--roi)")
-    return plot_support(networks, given.network, nodes, given.picture, depth=depth, bound=bound, budget=budget)
+    return plot_support(
+        networks, given.network, nodes, given.picture, depth=view.depth, bound=view.bound, budget=view.budget
+    )
 
 
 def _prepare(network: GeneralizedRCNN, image: Tensor) -> _Input:

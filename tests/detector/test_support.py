@@ -14,7 +14,7 @@ from examples.detector.checkpoint import save_checkpoint
 from examples.detector.coco import Category
 from examples.detector.config import Config
 from examples.detector.network import build_detector
-from examples.detector.support import draw_support
+from examples.detector.support import View, draw_support
 from examples.detector.synth import write_synthetic
 
 SMALL = ["network.backbone=small", "network.detector=mask", "network.min_size=64", "network.max_size=64"]
@@ -70,7 +70,9 @@ def test_nodes_are_where_the_image_says(image: Path) -> None:
     config = Config().set([*SMALL[:2], "network.min_size=120", "network.max_size=200", "network.preset=regular"])
     torch.manual_seed(0)
     network = build_detector(config.network, 2)
-    figure = draw_support({"a network": network}, torch.rand(3, 60, 90), ["club", "ring"], points=[(45, 30)], budget=10)
+    figure = draw_support(
+        {"a network": network}, torch.rand(3, 60, 90), ["club", "ring"], View(points=[(45, 30)], budget=10)
+    )
     panel = figure.axes[0]
     assert panel.get_title() == "x 45, y 30"
     # 120x180 pixels are padded to 128x192; conv5 has a pixel at each multiple of 32.
@@ -88,16 +90,13 @@ def test_regions_of_the_background_and_of_categories() -> None:
     config = Config().set([*SMALL, "network.preset=dcnv2", "network.score_threshold=1"])  # nothing is an object
     torch.manual_seed(1)
     network = build_detector(config.network, 2)
-    figure = draw_support({"a": network}, torch.rand(3, 64, 64), ["club", "ring"], figure=2, budget=10)
+    figure = draw_support({"a": network}, torch.rand(3, 64, 64), ["club", "ring"], View(2, budget=10))
     assert figure.axes[0].get_title() == "background"
     figure = draw_support(
         {"a": network},
         torch.rand(3, 64, 64),
         ["club", "ring"],
-        figure=2,
-        boxes=[(5, 5, 30, 40)],
-        category="ring",
-        budget=10,
+        View(2, boxes=[(5, 5, 30, 40)], category="ring", budget=10),
     )
     assert figure.axes[0].get_title() == "ring"
 
