@@ -22,7 +22,7 @@ from .errors import UserError
 from .images import pad_elongated, read_image
 from .inference import Detections, evaluating, infer
 
-__all__ = ["CONV5", "View", "draw_support", "run_support"]
+__all__ = ["View", "draw_support", "run_support"]
 
 CONV5 = "backbone.body.layer4"
 LARGEST = 4096  # pixels of a side, as in prediction
