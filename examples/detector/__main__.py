@@ -380,7 +380,7 @@ def _parser() -> Parser:
         help=f"MIMIC is fg, bg, all or none; default: {' '.join(VARIANTS)}",
     )
     command.add_argument(
-        "--seeds", type=_positive, default=View.depth, help="runs of each variant; default: %(default)s"
+        "--seeds", type=_positive, default=3, help="runs of each variant; default: %(default)s"
     )
     command.add_argument(
         "--data",
