@@ -126,7 +126,7 @@ class MimickingConfig:
     reduction: Literal["sum", "mean"] = option("sum", "over the RoIs of an image")
     features: Literal["after", "before"] = option("after", "the ReLU of the second fully connected layer")
     detach: bool = option(False, "the features of the crops do not learn from those of the image")
-    chunk: int = option(8, "crops at a time: activations of more are not kept", 1)
+    chunk: int = option(32, "crops at a time: activations of more are not kept", 1)
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,16 @@ class MimickingDetector(nn.Module):
         return rows[torch.randperm(len(rows), device=rows.device)[: self.config.boxes]]
 
     def _crop_features(self, crops: Tensor) -> Tensor:
-        """f_RCNN before its last ReLU [n, width]; a chunk at a time, whose activations are not kept but made again."""
-        none = crops.new_zeros(0, self.classifier.in_features)
-        chunks = crops.split(self.config.chunk) if len(crops) else ()
-        return torch.cat([none, *(precise(checkpoint(self._chunk, chunk, use_reentrant=False)) for chunk in chunks)])
+        """f_RCNN before its last ReLU [n, width], a chunk of crops at a time.
+
+        The activations of all chunks but the last are not kept but made again in the backward pass, which is done with
+        those of the last when it comes to the others.
+        """
+        if not len(crops):
+            return crops.new_zeros(0, self.classifier.in_features)
+        *others, last = crops.split(self.config.chunk)
+        features = [precise(checkpoint(self._chunk, chunk, use_reentrant=False)) for chunk in others]
+        return torch.cat([*features, precise(self._chunk(last))])
 
     def _chunk(self, crops: Tensor) -> Tensor:
         heads, side = self.detector.roi_heads, self.config.crop
