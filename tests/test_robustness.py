@@ -193,6 +193,39 @@ def test_worker_processes(method: str) -> None:
             assert pool.map_async(in_child, range(4)).get(timeout=120) == expected
 
 
+class Samples:
+    """A data set that deforms its images with PyTorch."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Any:
+        import torch
+        from dcnops.adapters.torch import deform_conv2d
+
+        random = torch.Generator().manual_seed(index)
+        image = torch.randn(1, 4, 9, 8, generator=random)
+        offset = torch.randn(1, 18, 9, 8, generator=random)
+        weight = torch.randn(3, 4, 3, 3, generator=random)
+        return deform_conv2d(image, offset, weight, padding=1)[0]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_data_loaders_of_torch(method: str) -> None:
+    torch = pytest.importorskip("torch")
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"there is no {method} here")
+    samples = Samples()
+    expected = torch.stack([samples[index] for index in range(len(samples))])
+    loader = torch.utils.data.DataLoader(
+        samples, batch_size=2, num_workers=2, multiprocessing_context=method, timeout=120
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        found = list(loader)
+    torch.testing.assert_close(torch.cat(found), expected, rtol=0, atol=0)
+
+
 USE = """
 import numpy as np, dcnops, sys
 x = np.ones((1, 1, 3, 3), np.float32)

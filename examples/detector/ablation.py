@@ -235,7 +235,16 @@ def table(rows: Sequence[Row]) -> str:
     parts = []
     for kind in [kind for kind in TITLES if kind in first.metrics[0]]:
         lines = [
-            ["preset", "mimics", TITLES[kind], *SUMMARY[1:], "seeds", "parameters", "multiply-adds", "s / iteration"],
+            [
+                "preset",
+                "mimics",
+                TITLES[kind],
+                *SUMMARY[1:],
+                "seeds",
+                "parameters / 2^20",
+                "multiply-adds / 2^30",
+                "s / iteration",
+            ],
             ["---", "---", *["---:"] * (len(SUMMARY) + 4)],
         ]
         for row in rows:
@@ -246,8 +255,8 @@ def table(rows: Sequence[Row]) -> str:
                     config.regions if config else "",
                     *(_mean(row.values(kind, name)) for name in SUMMARY),
                     str(len(row.seeds)),
-                    f"{row.cost.parameters / 1e6:.2f} M",
-                    f"{row.cost.macs / 1e9:.1f} G",
+                    f"{row.cost.parameters / 2**20:.2f}",
+                    f"{row.cost.macs / 2**30:.1f}",
                     f"{row.seconds:.2f}",
                 ]
             )

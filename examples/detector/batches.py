@@ -21,7 +21,7 @@ from .images import pad_elongated
 
 __all__ = ["AspectRatioBatches", "Batch", "MirroredImages", "load_batches"]
 
-WORKER_GRACE = 60  # seconds that a process reading images lives on after SIGTERM
+WORKER_GRACE = 600  # seconds that a process reading images lives on after SIGTERM
 
 
 class Batch(NamedTuple):

@@ -120,14 +120,14 @@ def test_table() -> None:
         return {"bbox": {**dict.fromkeys(SUMMARY, ap), "APl": None}}
 
     rows = [
-        Row(Variant("regular", None), (0, 1), (run(0.25), run(0.35)), Count(2_500_000, 17_000_000_000), 0.25),
-        Row(Variant("dcnv2-mimic", None), (0,), (run(0.5),), Count(3_000_000, 18_000_000_000), 1.5),
+        Row(Variant("regular", None), (0, 1), (run(0.25), run(0.35)), Count(5 * 2**19, 17 * 2**30), 0.25),
+        Row(Variant("dcnv2-mimic", None), (0,), (run(0.5),), Count(3 * 2**20, 18 * 2**30), 1.5),
     ]
     lines = table(rows).splitlines()
     assert len(lines) == 4
     spread = f"30.0 ± {100 * math.sqrt(2 * 0.05**2):.1f}"
     assert lines[2] == (
-        f"| `regular` |  | {spread} | {spread} | {spread} | {spread} | {spread} | - | 2 | 2.50 M | 17.0 G | 0.25 |"
+        f"| `regular` |  | {spread} | {spread} | {spread} | {spread} | {spread} | - | 2 | 2.50 | 17.0 | 0.25 |"
     )
-    assert lines[3] == "| `dcnv2-mimic` | fg | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | - | 1 | 3.00 M | 18.0 G | 1.50 |"
+    assert lines[3] == "| `dcnv2-mimic` | fg | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | - | 1 | 3.00 | 18.0 | 1.50 |"
     assert re.fullmatch(r"\| preset \| mimics \| box AP \| AP50 .*", lines[0])
