@@ -273,7 +273,8 @@ def _parser() -> Parser:
         "--mimic",
         metavar="REGIONS",
         help="mimicking.regions: fg, bg, all or none; R-CNN feature mimicking, which the preset dcnv2-mimic has (fg). "
-        "With 32 crops of 224x224 an image it is about 150%% more work for the backbone in training, none after it",
+        "An iteration with 2 images of 800x1333 and 32 crops for each took 3 times as long on an H200, 1.9 times with "
+        "training.amp=bfloat16; prediction costs nothing more",
     )
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     _add_set(command)
@@ -379,9 +380,7 @@ def _parser() -> Parser:
         metavar="PRESET[:MIMIC]",
         help=f"MIMIC is fg, bg, all or none; default: {' '.join(VARIANTS)}",
     )
-    command.add_argument(
-        "--seeds", type=_positive, default=3, help="runs of each variant; default: %(default)s"
-    )
+    command.add_argument("--seeds", type=_positive, default=3, help="runs of each variant; default: %(default)s")
     command.add_argument(
         "--data",
         type=_path,
