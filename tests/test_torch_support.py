@@ -691,6 +691,7 @@ class TestErrors:
             (("0", 7, 1), r"node must be in the map of '0', 7 rows and 7 columns, got y=7, x=1"),
             (("unused", 1, 1), "node must name a layer that runs for an image, 'unused' does not"),
             ("0", "node must be .* got '0'"),
+            (("0", 1), r"node must be .* got \('0', 1\)"),
             (((1, 2, 3, 4), 1), "model must have backbone and roi_heads"),
         ],
     )

@@ -380,6 +380,7 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
         panel.set_xlabel(f"{TITLES[kind]}, %")
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.tick_params(axis="y", length=0)
     panels[0].set_yticks(range(len(rows)), [_label(row) for row in rows])
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
     figure.suptitle("mean (blue) and standard deviation of the runs (orange)", fontsize=9)

@@ -149,7 +149,8 @@ def as_node(node: Node) -> Respond:
         return node
     if isinstance(node, tuple) and len(node) == 3 and isinstance(node[0], str):
         return LayerNode(*node)
-    if isinstance(node, tuple) and 1 <= len(node) <= 3 and isinstance(node[0], Sequence):
+    region = isinstance(node, tuple) and 1 <= len(node) <= 3 and isinstance(node[0], Sequence)
+    if region and not isinstance(node[0], str):
         return RoINode(*node)
     raise ArgumentError(
         "node must be (layer, y, x), (box,), (box, class), (box, unit, 'unit') or a function of model and images, "
