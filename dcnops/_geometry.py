@@ -415,7 +415,7 @@ def _number(value: object) -> float | None:
 
 
 def _sequence(value: object) -> list[object] | None:
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
         return None
     return list(value)
 
