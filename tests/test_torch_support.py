@@ -8,7 +8,7 @@ import importlib
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -140,6 +140,29 @@ def stacks(draw: st.DrawFn, depth: int) -> tuple[nn.Sequential, Tensor, int, int
     return network, image, draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
 
 
+class Branched(nn.Module):
+    """Layers of 1x3 that take sums of earlier results, and remember what their branches gave."""
+
+    def __init__(self, sources: Sequence[set[int]]) -> None:
+        super().__init__()
+        self.sources = sources
+        self.layers = nn.ModuleList(ModulatedDeformConv2dPack(2, 2, (1, 3), padding=(0, 1)) for _ in sources[1:])
+        self.end = nn.Identity()
+        self.seen: list[Tensor] = []
+
+    def forward(self, image: Tensor) -> Tensor:
+        results, seen = {-1: image}, []
+        for number, sources in enumerate(self.sources):
+            x = sum(results[source] for source in sources)
+            assert isinstance(x, Tensor)
+            if number == len(self.layers):
+                break
+            results[number] = self.layers[number](x)
+            seen.append(self.layers[number].conv_offset(x).detach())
+        self.seen = seen
+        return self.end(x)
+
+
 class TestSamplingLocations:
     @settings(max_examples=25, deadline=None)
     @given(st.integers(2, 3).flatmap(stacks))
@@ -150,6 +173,85 @@ class TestSamplingLocations:
         points = sampling_locations(network, image, (f"{len(network) - 1}", y, x), depth=len(network))
         assert_same(as_dict(points), expected)
         assert points.strength.sum() == pytest.approx(sum(expected.values()))
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.data())
+    def test_is_the_enumeration_of_all_paths_through_branches_and_shortcuts(self, data: st.DataObject) -> None:
+        count = data.draw(st.integers(2, 4))
+        # What the inputs of the layers, and the node at the end, are the sums of: the image (-1) and earlier layers.
+        sources = [
+            data.draw(st.sets(st.integers(-1, number - 1), min_size=1), label=f"sources of {number}")
+            for number in range(count + 1)
+        ]
+        if sources[-1] == {-1}:
+            sources[-1] = {0}
+        depth = data.draw(st.integers(1, 4))
+        torch.manual_seed(data.draw(st.integers(0, 2**31)))
+        network = wake(Branched(sources)).double()
+        image = torch.rand(1, 2, 8, 8, dtype=torch.float64)
+        with torch.no_grad():
+            network(image)
+
+        def steps(above: int, below: int) -> int:
+            """The longest way, in layers; 0 if there is none."""
+            further = [way for source in sources[above] if source >= 0 and (way := steps(source, below))]
+            return max(further) + 1 if further else int(below in sources[above])
+
+        longest = {(a, b): steps(a, b) for a in range(count + 1) for b in range(a)}
+        expected: dict[str, Points] = defaultdict(lambda: defaultdict(float))
+
+        def follow(above: int, y: int, x: int, strength: float, left: int) -> None:
+            for below in (b for b in range(above) if longest[above, b] == 1):
+                values = network.seen[below]
+                for k in range(3):
+                    py = y + float(values[0, 2 * k, y, x])
+                    px = x - 1 + k + float(values[0, 2 * k + 1, y, x])
+                    weight = strength * float(values[0, 6 + k, y, x].sigmoid())
+                    if left == 1 or not any(longest[below, b] for b in range(below)):
+                        expected[f"layers.{below}"][(py, px)] += weight
+                        continue
+                    for r, s in itertools.product(
+                        (math.floor(py), math.floor(py) + 1), (math.floor(px), math.floor(px) + 1)
+                    ):
+                        share = (1 - abs(py - r)) * (1 - abs(px - s))
+                        if 0 <= r < 8 and 0 <= s < 8 and share > 0:
+                            follow(below, r, s, weight * share, left - 1)
+
+        follow(count, 3, 4, 1.0, depth)
+        points = sampling_locations(network, image, ("end", 3, 4), depth=depth)
+        assert set(points.layers) == set(expected)
+        for index, name in enumerate(points.layers):
+            chosen = points.layer == index
+            found = points._replace(positions=points.positions[chosen], strength=points.strength[chosen])
+            assert_same(as_dict(found), expected[name])
+
+    def test_parallel_branches_are_side_by_side(self) -> None:
+        pooling = torchvision.models.segmentation.deeplabv3.ASPP(2, [2, 3], 4)
+        network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), pooling)
+        points = sampling_locations(network, torch.rand(1, 21, 21), ("1", 10, 10), depth=1)
+        assert points.layers == ["1.convs.2.0", "1.convs.1.0"]
+        for index, dilation in enumerate((3, 2)):
+            around = itertools.product((-dilation, 0, dilation), repeat=2)
+            assert {(y - 10, x - 10) for y, x in points.positions[points.layer == index].tolist()} == set(around)
+        assert points.strength.tolist() == [1] * 18
+        together = effective_sampling_locations(network, torch.rand(1, 21, 21), ("1", 10, 10), depth=2)
+        assert together.layers == ["1.convs.2.0", "1.convs.1.0", "0"]
+
+    def test_pixels_are_found_again_on_grids_of_odd_scales(self) -> None:
+        there_and_back = nn.Sequential(nn.Upsample((36, 36), mode="bilinear"), nn.AvgPool2d(3))
+        network = nn.Sequential(
+            nn.AdaptiveAvgPool2d(12), nn.Conv2d(3, 2, 3, padding=1), there_and_back, nn.Conv2d(2, 2, 3, padding=1)
+        )
+        assert len(sampling_locations(network, torch.rand(3, 13, 13), ("3", 5, 5)).positions) == 25
+
+    def test_points_lie_between_the_pixels_of_a_coarser_map(self) -> None:
+        network = nn.Sequential(
+            nn.Conv2d(1, 1, 3, padding=1), nn.Upsample(scale_factor=2), nn.Conv2d(1, 1, 3, padding=1)
+        )
+        points = sampling_locations(network, torch.rand(1, 16, 16), ("2", 10, 10), depth=None)
+        # Rows 9 to 11 of the fine map are 4.25, 4.75 and 5.25 of the coarse one: rows 4, 5 and 6 with these weights.
+        ways = nn.functional.conv1d(torch.tensor([[[1, 1.75, 0.25]]]), torch.ones(1, 1, 3), padding=2)[0, 0].tolist()
+        assert as_dict(points) == {(3.0 + i, 3.0 + j): ways[i] * ways[j] for i in range(5) for j in range(5)}
 
     @pytest.mark.parametrize("depth", [1, 2, 3])
     def test_of_regular_convolutions_is_the_plain_grid(self, depth: int) -> None:
@@ -245,8 +347,11 @@ class TestSamplingLocations:
         network = nn.Sequential(*(nn.Conv2d(1, 1, 3) for _ in range(3)))
         image, node = torch.rand(1, 12, 12), ("2", 2, 2)
         assert len(sampling_locations(network, image, node, layers=["2", "1"]).positions) == 25
-        with pytest.raises(ArgumentError, match=r"layers must be among \['0', '1', '2'\], got \['3'\]"):
+        with pytest.raises(ArgumentError, match=r"layers must be .* among \['0', '1', '2'\], got \['3'\]"):
             sampling_locations(network, image, node, layers=["3"])
+        for none in ([], "1"):
+            with pytest.raises(ArgumentError, match="layers must be a sequence of names among"):
+                effective_sampling_locations(network, image, node, layers=none)
 
     def test_the_strongest_are_kept(self) -> None:
         network = nn.Sequential(*(nn.Conv2d(1, 1, 3, padding=1) for _ in range(2)))
@@ -279,6 +384,18 @@ class TestSamplingLocations:
         assert calls.positions.mean(0).tolist() == pytest.approx([24, 24])
 
 
+class Function(nn.Module):
+    def __init__(self, name: str, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.name, self.function = name, function
+
+    def extra_repr(self) -> str:
+        return self.name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 class TestGrids:
     NETWORKS: tuple[tuple[nn.Module, ...], ...] = (
         (nn.Conv2d(1, 2, 7, stride=2, padding=3), nn.MaxPool2d(3, 2, 1)),
@@ -291,6 +408,20 @@ class TestGrids:
         (nn.PixelUnshuffle(2), nn.Conv2d(4, 2, 3, padding=1)),
         (nn.AdaptiveAvgPool2d(10), nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")),
         (nn.Conv2d(1, 2, 1), nn.Upsample(size=(19, 19), mode="bilinear", align_corners=True)),
+        (
+            nn.Conv2d(1, 2, 3, stride=2),
+            Function("shuffle", lambda x: x.view(1, 2, 1, 19, 19).transpose(1, 2).flatten(1, 2)),
+        ),
+        (nn.AvgPool2d(2), Function("tokens", lambda x: x.flatten(2).mT.mT.reshape(1, 1, 20, 20)), nn.Conv2d(1, 2, 3)),
+        (nn.AvgPool2d(2), Function("right half", lambda x: x.chunk(2, -1)[1]), nn.Conv2d(1, 2, 3)),
+        (Function("from the top", lambda x: torch.split(x, [7, 33], 2)[1]), nn.Conv2d(1, 2, 3)),
+        (nn.Conv2d(1, 3, 3), Function("one of the channels", lambda x: x.split(1, 1)[2]), nn.Conv2d(1, 2, 3)),
+        (nn.Conv2d(1, 1, 3), Function("slices", lambda x: x[..., 3:, 2::2]), nn.Conv2d(1, 2, 3)),
+        (Function("narrow", lambda x: x.narrow(2, 5, 20).narrow(-1, 3, 30)), nn.Conv2d(1, 2, 3)),
+        (
+            Function("last channels", lambda x: x[:, :, None].permute(0, 1, 3, 4, 2).permute(0, 1, 4, 2, 3)[0]),
+            nn.ReLU(),
+        ),
     )
 
     @pytest.mark.parametrize("layers", NETWORKS, ids=str)
@@ -318,6 +449,31 @@ class TestGrids:
         if any(type(m) is nn.MaxPool2d and m.kernel_size == 2 for m in layers):
             return  # replaced above by one with another window; the following test has it
         assert [sum(c) / 4 for c in zip(*centres)] == pytest.approx(expected, abs=tolerance)
+
+    def test_indices_of_a_pooling_lie_where_its_values_do(self) -> None:
+        with Recorder(nn.Identity(), image := torch.rand(1, 1, 32, 32)) as recorder:
+            values, indices = nn.functional.max_pool2d(image, 3, stride=2, padding=1, return_indices=True)
+        assert recorder.grids[values] == recorder.grids[indices] == ((2, 2), (0, 0))
+
+    def test_shuffled_channels_stay_where_they_are(self) -> None:
+        network = torchvision.models.shufflenet_v2_x0_5(weights=None)
+        points = sampling_locations(network, torch.rand(3, 64, 64), ("stage3.2.branch2.3", 2, 1), depth=1)
+        assert points.positions.mean(0).tolist() == [32, 16]
+
+    def test_what_was_pooled_of_regions_has_no_place(self) -> None:
+        detector = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+        detector.roi_heads.box_roi_pool = MultiScaleDeformRoIPool(["0", "1"], DeformRoIPool(7))
+        head = detector.roi_heads.mask_head
+
+        def respond(model: nn.Module, images: Tensor) -> Tensor:
+            heads = detector.roi_heads
+            features, boxes = detector.backbone(images), [torch.tensor([[2.0, 3, 40, 50], [1, 1, 9, 9]])]
+            return head(heads.mask_roi_pool(features, boxes, [(64, 64)])).flatten(1)[:1]
+
+        with pytest.raises(
+            ArgumentError, match=r"the input of 'roi_heads\.mask_head\.3\.0' cannot be located: it is no map"
+        ):
+            effective_sampling_locations(detector, torch.rand(3, 64, 64), respond, depth=1)
 
     def test_pooling_of_two_lies_between_its_pixels(self) -> None:
         network = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(1, 1, 3, padding=1))
@@ -539,10 +695,12 @@ class TestSaliencyRegion:
 
     def test_errors(self) -> None:
         network, image = nn.Conv2d(1, 2, 3, bias=False), torch.rand(1, 9, 9)
-        with pytest.raises(ArgumentError, match=r"bound must be in \[0, 1\), got 1"):
-            error_bounded_saliency_region(network, image, ("", 3, 3), bound=1)
-        with pytest.raises(ArgumentError, match="budget must be at least 1, got 0"):
-            error_bounded_saliency_region(network, image, ("", 3, 3), budget=0)
+        for bound in (1, -0.1, math.nan, "a"):
+            with pytest.raises(ArgumentError, match=rf"bound must be a number in \[0, 1\), got {bound!r}"):
+                error_bounded_saliency_region(network, image, ("", 3, 3), bound=bound)  # type: ignore[arg-type]
+        for name, value in itertools.product(("budget", "cell", "batch_size"), (0, 2.5, "a")):
+            with pytest.raises(ArgumentError, match=f"{name} must be an integer of at least 1, got {value!r}"):
+                error_bounded_saliency_region(network, image, ("", 3, 3), **{name: value})  # type: ignore[arg-type]
         with pytest.raises(ArgumentError, match=r"node must respond to the image, its response has the norm 0\.0"):
             error_bounded_saliency_region(network, torch.zeros(1, 9, 9), ("", 3, 3))
 
@@ -673,6 +831,33 @@ class TestTheModelStaysAsItIs:
         assert not image.requires_grad
         network(image[None]) if not fails else None
 
+    def test_a_model_may_change_its_input_in_place(self) -> None:
+        torch.manual_seed(11)
+        plain = wake(nn.Sequential(nn.ReLU(), DeformConv2dPack(2, 3, 3, padding=1), nn.Conv2d(3, 2, 3, bias=False)))
+        hasty = copy.deepcopy(plain)
+        hasty[0] = Function("", lambda x: x.sub_(0.2).mul_(2).relu_())
+        plain[0] = Function("", lambda x: ((x - 0.2) * 2).relu())
+        image = torch.rand(2, 12, 12)
+        kept = image.clone()
+        for view in (*VIEWS[:4], offset_statistics):
+            rest = () if view is offset_statistics else (("2", 4, 5),)
+            one, other = (view(network, image, *rest) for network in (hasty, plain))
+            assert torch.equal(image, kept)
+            if view is offset_statistics:
+                one, other = ((found["1"].offsets,) for found in (one, other))
+            assert same_state(*((tuple(found) if isinstance(found, tuple) else (found,)) for found in (one, other)))
+
+    def test_an_observer_does_not_see_the_views(self) -> None:
+        network, image = nn.Sequential(DeformConv2dPack(2, 3, 3), nn.Conv2d(3, 2, 3)), torch.rand(2, 9, 9)
+        with OffsetObserver(network) as observer, OffsetObserver(network[0]) as inner:
+            for view in VIEWS:
+                view(network, image, ("1", 2, 2))
+            LayerNode.at(network, image, "1", 2, 2)
+            assert observer.statistics() == {}
+            network(image[None])
+        for each in (observer, inner):
+            assert [len(found.offsets) for found in each.statistics().values()] == [9 * 49]
+
     def test_in_inference_mode(self) -> None:
         network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3))
         with torch.inference_mode():
@@ -726,6 +911,35 @@ class TestErrors:
         with pytest.raises(ArgumentError, match="node must have a box x1, y1, x2, y2 with x1 < x2 and y1 < y2"):
             effective_bin_locations(detector, torch.rand(3, 64, 64), (box, 1))
 
+    @pytest.mark.parametrize(
+        ("node", "message"),
+        [
+            ((("a", "b", "c", "d"), 1), "node must have a box x1, y1, x2, y2"),
+            (((1, 1, 9, 9), 1.5), r"node must have an integer output in \[0, 4\), got 1.5"),
+            (((1, 1, 9, 9), "a"), r"node must have an integer output in \[0, 4\), got 'a'"),
+            (((1, 1, 9, 9), 4), r"node must have an integer output in \[0, 4\), got 4"),
+            (lambda model, images: [1.0], "node must have a response .* got list"),
+            (lambda model, images: images.sum(), r"node must have a response \[N, any\] .* got \(\), torch.float32"),
+        ],
+    )
+    def test_regions_and_functions(self, node: Any, message: str) -> None:
+        detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_fpn(
+            weights=None, weights_backbone=None, num_classes=4
+        )
+        with pytest.raises(ArgumentError, match=message):
+            effective_receptive_field(detector, torch.rand(3, 64, 64), node)
+
+    def test_models_and_values(self) -> None:
+        network, image, node = nn.Conv2d(1, 1, 3), torch.rand(1, 9, 9), ("", 1, 1)
+        for view in VIEWS:
+            with pytest.raises(ArgumentError, match=r"model must be a torch\.nn\.Module, got function"):
+                view(lambda x: x, image, node)
+            with pytest.raises(ArgumentError, match="image must be finite, got 1 values that are not"):
+                view(network, torch.cat([image.flatten()[1:], torch.tensor([math.nan])]).view(1, 9, 9), node)
+        for none in (None, 3, "image"):
+            with pytest.raises(ArgumentError, match="images must be an image or a sequence of images, got"):
+                offset_statistics(network, none)  # type: ignore[arg-type]
+
     def test_scripted_modules(self) -> None:
         model = torch.jit.script(nn.Sequential(nn.Conv2d(1, 1, 3)))
         with pytest.raises(ArgumentError, match="model must not hold scripted modules"):
@@ -737,10 +951,11 @@ class TestErrors:
 
     def test_numbers(self) -> None:
         network, image = nn.Conv2d(1, 1, 3), torch.rand(1, 9, 9)
-        with pytest.raises(ArgumentError, match="depth must be at least 1, got 0"):
-            sampling_locations(network, image, ("", 1, 1), depth=0)
-        with pytest.raises(ArgumentError, match="max_points must be at least 1, got 0"):
-            sampling_locations(network, image, ("", 1, 1), max_points=0)
+        for view in (sampling_locations, effective_sampling_locations):
+            for value in (0, 1.5, "a"):
+                for name in ("depth", "max_points"):
+                    with pytest.raises(ArgumentError, match=f"{name} must be an integer of at least 1, got {value!r}"):
+                        view(network, image, ("", 1, 1), **{name: value})  # type: ignore[arg-type]
         with pytest.raises(ArgumentError, match="there is none before it"):
             sampling_locations(nn.Conv2d(1, 1, 1), image, ("", 1, 1))
         with pytest.raises(ArgumentError, match="images must hold at least one image"):

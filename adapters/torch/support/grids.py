@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Grid", "Grids"]
+__all__ = ["LOST", "Grid", "Grids"]
+
+LOST = "cannot be located: it is no map [N, C, H, W] made of the image, or made in a way that cannot be followed"
+ROUNDING = 1e-9  # pixels: what a position may be off after it has been to another grid
 
 
 class Grid(NamedTuple):
@@ -28,6 +33,14 @@ class Grid(NamedTuple):
     def to_image(self, positions: Tensor) -> Tensor:
         """Positions [..., 2] (y, x) of the map in the image."""
         return positions * positions.new_tensor(self.scale) + positions.new_tensor(self.shift)
+
+    def moved(self, positions: Tensor, other: Grid) -> Tensor:
+        """Positions [..., 2] (y, x) of this map in another one of the same image; whole ones stay whole."""
+        if other == self:
+            return positions
+        found = other.from_image(self.to_image(positions))
+        whole = found.round()
+        return torch.where((found - whole).abs() < ROUNDING, whole, found)
 
     def from_image(self, positions: Tensor) -> Tensor:
         """Positions [..., 2] (y, x) of the image in the map."""
@@ -62,45 +75,60 @@ class Grid(NamedTuple):
 class Grids:
     """The grids of all maps [N, C, H, W] that were made of an image.
 
-    Convolutions, pooling, padding and interpolation move a grid as they say. Any other function leaves it where the
-    size stays, or is taken to stretch the map over the same part of the image.
+    Convolutions, pooling, padding, interpolation, slices and splits move a grid as they say. Any other function leaves
+    it where the size stays, or is taken to stretch the map over the same part of the image. A map that is reshaped is
+    found again in a later one of its size, as after a shuffle of channels or in transformers.
     """
 
     def __init__(self, image: Tensor | None = None) -> None:
+        # Of every tensor: the grid of the last map before it, and that map's size.
         self._known: Any = WeakTensorKeyDictionary()
-        if image is not None:
-            self._known[image] = Grid()
+        self.set(image, Grid())
 
     def __getitem__(self, tensor: Tensor) -> Grid | None:
         """The grid of a map; None where the map was not made of the image, or regions of it were pooled."""
-        grid: Grid | None = self._known.get(tensor)
-        return grid
+        grid, _ = self._known.get(tensor) or (None, ())
+        return grid if tensor.ndim == 4 else None
 
     def follow(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: object
     ) -> None:
-        """Note the grid of what `function` made of its arguments."""
-        if not isinstance(result, Tensor) or result.ndim != 4 or not result.numel():
+        """Note the grids of what `function` made of its arguments."""
+        sources = [item for item in _flat((*args, *kwargs.values())) if item in self._known]
+        if not sources:
             return
-        sources = [item for item in _flat((*args, *kwargs.values())) if item.ndim == 4 and item in self._known]
-        if not sources or result in self._known:
+        name, arguments = getattr(function, "__name__", ""), _Arguments(args, kwargs)
+        results = list(_flat([result]))
+        if name in SPLITS and isinstance(result, (list, tuple)) and sources[0].ndim == 4:
+            for part, moved in zip(results, _split(self._known[sources[0]][0], sources[0], results, arguments)):
+                self.set(part, moved)
             return
-        size = result.shape[-2:]
-        source = next((item for item in sources if item.shape[-2:] == size), sources[0])
-        grid: Grid = self._known[source]
-        move = MOVES.get(getattr(function, "__name__", ""))
-        if move is not None:
-            moved = move(grid, source, result, _Arguments(args, kwargs))
-        elif source.shape[-2:] == size:
-            moved = grid
-        else:
-            moved = grid.stretched(source.shape[-2:], size)
-        self._known[result] = moved
+        for item in results:
+            if item.numel() and item not in self._known:
+                self._follow(name, arguments, sources, item)
 
-    def set(self, tensor: Tensor, grid: Grid | None) -> None:
+    def set(self, tensor: Tensor | None, grid: Grid | None) -> None:
         """Note the grid of a map that is known otherwise."""
-        if grid is not None:
-            self._known[tensor] = grid
+        if tensor is not None and grid is not None:
+            self._known[tensor] = grid, tensor.shape[-2:]
+
+    def _follow(self, name: str, arguments: _Arguments, sources: Sequence[Tensor], result: Tensor) -> None:
+        maps = [source for source in sources if source.ndim == 4]
+        size = result.shape[-2:]
+        if result.ndim != 4:
+            grid, size = self._known[(maps or sources)[0]]
+            if _holds(result.shape, size):
+                self._known[result] = grid, size
+        elif maps:
+            source = next((item for item in maps if item.shape[-2:] == size), maps[0])
+            grid, _ = self._known[source]
+            if name in MOVES:
+                grid = MOVES[name](grid, source, result, arguments)
+            elif source.shape[-2:] != size:
+                grid = grid.stretched(source.shape[-2:], size)
+            self.set(result, grid)
+        else:
+            self.set(result, next((grid for grid, before in map(self._known.get, sources) if before == size), None))
 
 
 class _Arguments:
@@ -130,6 +158,38 @@ def _flat(items: Iterable[Any]) -> Iterable[Tensor]:
             yield item
         elif isinstance(item, (list, tuple)):
             yield from _flat(item)
+
+
+def _holds(shape: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether a tensor that is no map can still have the pixels of one of a size, side by side or in one row."""
+    height, width = size
+    return height * width in shape or (height, width) in pairwise(shape)
+
+
+def _split(grid: Grid, source: Tensor, parts: Sequence[Tensor], arguments: _Arguments) -> Iterable[Grid]:
+    """The grids of the parts that a map was split into along one of its dimensions."""
+    axis = arguments.get(2, "dim", 0) % 4
+    begin = 0
+    for part in parts:
+        yield grid._after((begin if axis == 2 else 0, begin if axis == 3 else 0), (1, 1))
+        begin += part.shape[axis]
+
+
+def _slice(grid: Grid, source: Tensor, result: Tensor, arguments: _Arguments) -> Grid:
+    index = arguments.get(1, "index", ())
+    items = list(index) if isinstance(index, tuple) else [index]
+    rest = next((number for number, item in enumerate(items) if item is Ellipsis), len(items))
+    items[rest : rest + 1] = [slice(None)] * (4 - len(items) + (rest < len(items)))
+    if not all(isinstance(item, slice) for item in items):
+        return grid if source.shape[2:] == result.shape[2:] else grid.stretched(source.shape[2:], result.shape[2:])
+    first, _, step = zip(*(item.indices(size) for item, size in zip(items[2:], source.shape[2:])))
+    return grid._after(first, step)
+
+
+def _narrow(grid: Grid, source: Tensor, result: Tensor, arguments: _Arguments) -> Grid:
+    axis, begin = arguments.get(1, "dim", 0) % 4, int(arguments.get(2, "start", 0))
+    begin %= source.shape[axis]
+    return grid._after((begin if axis == 2 else 0, begin if axis == 3 else 0), (1, 1))
 
 
 def _max_pool(grid: Grid, source: Tensor, result: Tensor, arguments: _Arguments) -> Grid:
@@ -162,8 +222,13 @@ def _transposed_convolution(grid: Grid, source: Tensor, result: Tensor, argument
 
 MOVES: dict[str, Callable[[Grid, Tensor, Tensor, _Arguments], Grid]] = {
     "max_pool2d": _max_pool,
+    "max_pool2d_with_indices": _max_pool,
     "avg_pool2d": _average_pool,
     "interpolate": _interpolate,
     "pad": _pad,
     "conv_transpose2d": _transposed_convolution,
+    "__getitem__": _slice,
+    "narrow": _narrow,
 }
+
+SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dcnops._errors import ArgumentError
 
-from .grids import Grid
-from .nodes import LayerNode, Node, Respond, as_image, as_node, layer_map, magnitude
-from .recording import ConvCall, PoolCall, Probe, Recorder, undisturbed
+from .graph import NODE, Feeds, Graph
+from .grids import LOST, Grid
+from .nodes import LayerNode, Node, Respond, as_image, as_node, check_count, layer_map, magnitude
+from .recording import ConvCall, PoolCall, Recorder, undisturbed
 
 __all__ = ["Bins", "SamplingPoints", "effective_bin_locations", "effective_sampling_locations", "sampling_locations"]
-
-Call = TypeVar("Call", ConvCall, PoolCall)
 
 MERGED = 1e-3  # pixels of the image: points that are nearer to each other are one
 
@@ -66,7 +66,7 @@ def sampling_locations(
     image: Tensor,
     node: Node,
     *,
-    depth: int = 3,
+    depth: int | None = 3,
     layers: Sequence[str] | None = None,
     max_points: int | None = None,
 ) -> SamplingPoints:
@@ -84,10 +84,11 @@ def sampling_locations(
     image : Tensor [C, H, W] or [1, C, H, W]
         The network's input, normalised.
     node : LayerNode or (layer, y, x)
-    depth : int
-        Convolutions in the stack, at most: the last ones before the node with a kernel larger than 1x1, in the order
-        in which they run, without those that make offsets, and without those on coarser maps than the node's (the way
-        down of a feature pyramid).
+    depth : int or None
+        Convolutions that follow each other in the stack, at most: the last ones before the node with a kernel larger
+        than 1x1, without those that make offsets, and without those on coarser maps than the node's (the way down of a
+        feature pyramid). Parallel branches all belong to it; where a shortcut leads round a convolution, it counts.
+        None for all before the node, those on coarser maps among them.
     layers : sequence of str, optional
         Their names instead, in any order.
     max_points : int, optional
@@ -96,21 +97,22 @@ def sampling_locations(
     Returns
     -------
     SamplingPoints
-        Points at the same place are one. The strength of a path from the node to a point is the product of the masks
-        on it and of the bilinear weights of the pixels between two layers; that of a point is the sum over its paths.
+        Of the layers at the far ends of the stack, one as a rule. Points of a layer at the same place are one. The
+        strength of a path from the node to a point is the product of the masks on it and of the bilinear weights of
+        the pixels between two layers; that of a point is the sum over its paths.
 
     Raises
     ------
     ArgumentError
-        The node does not exist, or there is no such convolution before it.
+        The node does not exist, or there is no such convolution before it, or an argument is not legal.
     ShapeError
         `image` is none.
 
     Notes
     -----
-    The model stays as it is: it runs in evaluation mode, and its modes and gradients are restored. Where a layer's
-    pixels lie in the image is followed through strides, padding, pooling and interpolation. Points without a finite
-    place are left out.
+    The model stays as it is: it runs in evaluation mode, and its modes and gradients are restored; what it raises
+    itself passes through. Where a layer's pixels lie in the image is followed through strides, padding, pooling and
+    interpolation. Points without a finite place are left out.
 
     Examples
     --------
@@ -123,18 +125,19 @@ def sampling_locations(
     >>> len(points.positions), points.positions[0].tolist(), points.strength[0].item()
     (25, [10.0, 10.0], 9.0)
     """
+    _check_counts(depth, max_points)
     node = as_node(node)
     if not isinstance(node, LayerNode):
         raise ArgumentError(f"node must be (layer, y, x): regions have effective_bin_locations, got {node!r}")
     with undisturbed(model):
-        images = as_image(image)
-        response = _respond(model, images, node, "held")
-        calls = _ancestors(response, ConvCall)
-    stack = [calls[number] for number in _stack(calls, response.root, depth, layers)]
-    positions, strength = _merge(*_tree(stack, response.root or _known_grid(stack[0], stack[0].output_grid), node))
-    kept = _strongest(strength, max_points)
-    layer = torch.zeros(len(kept), dtype=torch.int64, device=kept.device)
-    return SamplingPoints(positions[kept], strength[kept], [stack[-1].name], layer)
+        response = _respond(model, as_image(image), node)
+        stack = _stack(response, depth, layers)
+        if response.root is None:
+            raise ArgumentError(f"node must have a place in the image, the map of {node.layer!r} {LOST}")
+        ends = _tree(stack, response.root, node)
+    numbers = sorted(ends, reverse=True)
+    points = [_merge(*map(torch.cat, zip(*ends[number]))) for number in numbers]
+    return _collect(points, [stack.calls[number].name for number in numbers], max_points)
 
 
 def effective_sampling_locations(
@@ -152,13 +155,7 @@ def effective_sampling_locations(
     ----------
     model, image : as in `sampling_locations`
     node : LayerNode, RoINode, their plain tuples, or a function (model, images) -> response
-    depth : int or None
-        Convolutions in the stack, as in `sampling_locations`; None for all before the node, those on coarser maps
-        among them.
-    layers : sequence of str, optional
-        Their names instead.
-    max_points : int, optional
-        How many are given at most, the strongest.
+    depth, layers, max_points : as in `sampling_locations`
 
     Returns
     -------
@@ -187,31 +184,23 @@ def effective_sampling_locations(
     >>> points.layers, points.layer.bincount().tolist()  # each of the 9 points is a pixel below
     (['1', '0'], [9, 81])
     """
+    _check_counts(depth, max_points)
     node = as_node(node)
     with undisturbed(model):
-        images = as_image(image)
-        held = _respond(model, images, node, "held")
-        stack = _stack(_ancestors(held, ConvCall), held.root, depth, layers)
-        full = _respond(model, images, node, "full")
-        calls = [call for number in stack if isinstance(call := full.calls[number], ConvCall)]
-        gradients = full.gradients(calls)
-    positions, strengths, numbers, names = [], [], [], []
-    for index, (call, gradient) in enumerate(zip(calls, gradients)):
-        assert gradient is not None
-        grid = _known_grid(call)
+        response = _respond(model, as_image(image), node)
+        calls = list(_stack(response, depth, layers).calls.values())
+        gradients = response.gradients(calls)
+    points = []
+    for call, gradient in zip(calls, gradients):
+        grid = _known_grid(call, call.input_grid)
         size = gradient.shape[2:]
         scale = torch.tensor(grid.scale, dtype=torch.float64, device=gradient.device)
         per_pixel = gradient.double().reshape(-1, 2, *size) / scale[:, None, None]
         strength = torch.linalg.vector_norm(per_pixel, dim=1).flatten()
         position = grid.to_image(call.positions()[0].flatten(0, 1)).flatten(0, 2)
-        rows = torch.where((strength > 0) & position.isfinite().all(1))[0]
-        positions.append(position[rows])
-        strengths.append(strength[rows])
-        numbers.append(torch.full_like(rows, index))
-        names.append(call.name)
-    strength = torch.cat(strengths)
-    kept = _strongest(strength, max_points)
-    return SamplingPoints(torch.cat(positions)[kept], strength[kept], names, torch.cat(numbers)[kept])
+        seen = (strength > 0) & position.isfinite().all(1)
+        points.append((position[seen], strength[seen]))
+    return _collect(points, [call.name for call in calls], max_points)
 
 
 def effective_bin_locations(model: nn.Module, image: Tensor, node: Node) -> Bins:
@@ -251,18 +240,15 @@ def effective_bin_locations(model: nn.Module, image: Tensor, node: Node) -> Bins
     """
     node = as_node(node)
     with undisturbed(model):
-        images = as_image(image)
-        response = _respond(model, images, node, "full")
-        pools = list(_ancestors(response, PoolCall).values())
+        response = _respond(model, as_image(image), node)
+        pools = [call for call in response.graph.calls.values() if isinstance(call, PoolCall)]
         if not pools:
             raise ArgumentError("node must depend on a deformable RoI pooling or RoIAlign, there is none before it")
         call = pools[-1]
-        (found,) = response.gradients([call])
-    assert found is not None
-    gradient = found.double()
+        gradient = response.gradients([call])[0].double()
     # The region that the response depends on most is the node's; there is one as a rule.
     region = int(gradient.abs().sum((1, 2, 3)).argmax())
-    scale = gradient.new_tensor(_known_grid(call).scale[::-1])
+    scale = gradient.new_tensor(_known_grid(call, call.input_grid).scale[::-1])
     # Pooling takes the map's pixels for tiles of the image.
     boxes = call.boxes()[region] * scale.repeat(2)
     extent = (call.rois[region, 3:] - call.rois[region, 1:3]).double() * scale
@@ -271,79 +257,117 @@ def effective_bin_locations(model: nn.Module, image: Tensor, node: Node) -> Bins
     return Bins(boxes, torch.linalg.vector_norm(per_pixel, dim=-1), mask, call.name)
 
 
+def _check_counts(depth: int | None, max_points: int | None) -> None:
+    for name, value in (("depth", depth), ("max_points", max_points)):
+        if value is not None:
+            check_count(name, value)
+
+
 class _Response(NamedTuple):
-    """A node's response to an image: its norm, the grid of the node's map if it has one, and what was called."""
+    """A node's response to an image: its norm, the grid of the node's map if it has one, and what it is made of."""
 
     value: Tensor
     root: Grid | None
-    calls: list[ConvCall | PoolCall]
+    graph: Graph
 
-    def gradients(self, calls: Sequence[ConvCall | PoolCall]) -> list[Tensor | None]:
-        """With respect to what was added to the offsets of each call; None for those it does not depend on."""
-        deltas = [call.delta for call in calls if call.delta is not None]
-        if not deltas or not self.value.requires_grad:
-            return [None] * len(deltas)
-        return list(torch.autograd.grad(self.value, deltas, retain_graph=True, allow_unused=True))
+    def gradients(self, calls: Sequence[ConvCall | PoolCall]) -> tuple[Tensor, ...]:
+        """With respect to what was added to the offsets of each call."""
+        return torch.autograd.grad(self.value, [call.probe.delta for call in calls if call.probe is not None])
 
 
-def _respond(model: nn.Module, images: Tensor, node: Respond, probe: Probe) -> _Response:
-    with Recorder(model, images, probe) as recorder:
+def _respond(model: nn.Module, image: Tensor, node: Respond) -> _Response:
+    with Recorder(model, image, probe=True) as recorder:
         if isinstance(node, LayerNode):
-            feature_map = layer_map(model, images, node.layer)
-            return _Response(magnitude(node.of(feature_map)), recorder.grids[feature_map], recorder.calls)
-        return _Response(magnitude(node(model, images)), None, recorder.calls)
+            feature_map = layer_map(model, image, node.layer)
+            root, value = recorder.grids[feature_map], magnitude(node.of(feature_map))
+        else:
+            root, value = None, magnitude(node(model, image))
+    return _Response(value, root, Graph(value, recorder.calls))
 
 
-def _ancestors(response: _Response, kind: type[Call]) -> dict[int, Call]:
-    """The calls of a kind that the response is made of, by their numbers; not those that make offsets for others."""
-    numbers = [number for number, call in enumerate(response.calls) if call.delta is not None]
-    gradients = response.gradients([response.calls[number] for number in numbers])
-    return {
-        number: call
-        for number, gradient in zip(numbers, gradients)
-        if gradient is not None and isinstance(call := response.calls[number], kind)
-    }
+class _Stack(NamedTuple):
+    """The convolutions that are looked at.
+
+    Attributes
+    ----------
+    calls : dict of int to ConvCall
+        By number, the last one first.
+    feeds : Feeds
+    depth : int
+        How many of them follow each other at most.
+    """
+
+    calls: dict[int, ConvCall]
+    feeds: Feeds
+    depth: int
 
 
-def _stack(calls: dict[int, ConvCall], root: Grid | None, depth: int | None, layers: Sequence[str] | None) -> list[int]:
-    """The numbers of the chosen calls, the last one first."""
-    names = {number: call.name for number, call in calls.items()}
-    if not names:
+def _stack(response: _Response, depth: int | None, layers: Sequence[str] | None) -> _Stack:
+    calls = {number: call for number, call in response.graph.calls.items() if isinstance(call, ConvCall)}
+    if not calls:
         raise ArgumentError("node must depend on a convolution with a kernel larger than 1x1, there is none before it")
+    chosen = set(calls)
     if layers is not None:
-        if unknown := set(layers) - set(names.values()):
-            raise ArgumentError(f"layers must be among {list(names.values())}, got {sorted(unknown)}")
-        return [number for number in reversed(names) if names[number] in layers]
-    if depth is None:
-        return list(reversed(names))
-    if depth < 1:
-        raise ArgumentError(f"depth must be at least 1, got {depth}")
-    fine = [number for number, call in calls.items() if root is None or not _coarser(call.output_grid, root)]
-    return (fine or list(names))[-depth:][::-1]
+        names = list(dict.fromkeys(call.name for call in calls.values()))
+        if isinstance(layers, str) or not layers or not all(name in names for name in layers):
+            raise ArgumentError(f"layers must be a sequence of names among {names}, got {layers!r}")
+        chosen = {number for number, call in calls.items() if call.name in layers}
+    elif depth is not None:
+        fine = {number for number, call in calls.items() if not _coarser(call.output_grid, response.root)}
+        chosen = fine or chosen
+    steps = len(calls) if depth is None or layers is not None else depth
+    feeds = response.graph.feeds(chosen)
+    reached: set[int] = set()
+    front = {NODE}
+    for _ in range(steps):
+        front = {number for above in front for number in feeds[above]}
+        reached |= front
+    return _Stack({number: calls[number] for number in sorted(reached, reverse=True)}, feeds, steps)
 
 
-def _coarser(grid: Grid | None, root: Grid) -> bool:
-    return grid is not None and max(a / b for a, b in zip(grid.scale, root.scale)) > 1.01
+def _coarser(grid: Grid | None, root: Grid | None) -> bool:
+    return grid is not None and root is not None and max(a / b for a, b in zip(grid.scale, root.scale)) > 1.01
 
 
-def _tree(stack: Sequence[ConvCall], root: Grid, node: LayerNode) -> tuple[Tensor, Tensor]:
-    """Positions in the image and strengths of what the last of the calls samples; the first one is next to the node."""
-    where = torch.tensor([[node.y, node.x]], dtype=torch.float64, device=stack[0].offset.device)
-    strength = where.new_ones(1)
-    grid = root
-    for call in stack:
-        # The pixels of this call's result, and how much each counts.
-        output = _known_grid(call, call.output_grid)
-        weights = _spread(output.from_image(grid.to_image(where)), strength, call.offset.shape[2:])
-        rows, columns = torch.nonzero(weights, as_tuple=True)
-        where = call.positions()[0][:, :, rows, columns]
-        strength = weights[rows, columns].expand(where.shape[:-1])
-        if call.mask is not None:
-            strength = strength * call.mask[0].double().unflatten(0, where.shape[:2])[:, :, rows, columns]
-        finite = where.isfinite().all(-1)
-        where, strength = where[finite], strength[finite]
-        grid = _known_grid(call)
-    return grid.to_image(where), strength
+def _tree(stack: _Stack, root: Grid, node: LayerNode) -> dict[int, list[tuple[Tensor, Tensor]]]:
+    """What the calls at the far ends of the stack sample: positions in the image and strengths, by the calls' numbers.
+
+    A step leads from points in the input of each call to pixels in the results of those that feed it, and on to what
+    those sample.
+    """
+    device = next(iter(stack.calls.values())).offset.device
+    where = torch.tensor([[node.y, node.x]], dtype=torch.float64, device=device)
+    front = {NODE: (root, where, where.new_ones(1))}
+    found: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for step in range(stack.depth):
+        weights: dict[int, Tensor] = {}
+        for above, (grid, where, strength) in front.items():
+            for number in stack.feeds[above]:
+                call = stack.calls[number]
+                positions = grid.moved(where, _known_grid(call, call.output_grid))
+                share = _spread(positions, strength, call.offset.shape[2:])
+                weights[number] = weights[number] + share if number in weights else share
+        front = {}
+        for number, share in weights.items():
+            call = stack.calls[number]
+            where, strength = _sampled(call, share)
+            grid = _known_grid(call, call.input_grid)
+            if step + 1 < stack.depth and stack.feeds[number]:
+                front[number] = grid, where, strength
+            else:
+                found[number].append((grid.to_image(where), strength))
+    return found
+
+
+def _sampled(call: ConvCall, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a call samples its input for the pixels of its result, and the strengths, that count [H, W] each."""
+    rows, columns = torch.nonzero(weights, as_tuple=True)
+    where = call.positions()[0][:, :, rows, columns]
+    strength = weights[rows, columns].expand(where.shape[:-1])
+    if call.mask is not None:
+        strength = strength * call.mask[0].double().unflatten(0, where.shape[:2])[:, :, rows, columns]
+    finite = where.isfinite().all(-1)
+    return where[finite], strength[finite]
 
 
 def _spread(positions: Tensor, strength: Tensor, size: Sequence[int]) -> Tensor:
@@ -369,15 +393,16 @@ def _merge(positions: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
     return positions[first], torch.zeros_like(first, dtype=strength.dtype).index_add_(0, group, strength)
 
 
-def _strongest(strength: Tensor, max_points: int | None) -> Tensor:
-    """The rows of the strongest points, strongest first."""
-    if max_points is not None and max_points < 1:
-        raise ArgumentError(f"max_points must be at least 1, got {max_points}")
-    return torch.argsort(strength, descending=True, stable=True)[:max_points]
+def _collect(points: Sequence[tuple[Tensor, Tensor]], names: list[str], max_points: int | None) -> SamplingPoints:
+    """The positions and strengths of several layers, strongest first, cut off at a number."""
+    positions, strength = (torch.cat(parts) for parts in zip(*points))
+    layer = torch.arange(len(points), device=strength.device)
+    layer = layer.repeat_interleave(torch.tensor([len(one) for one, _ in points], device=strength.device))
+    kept = torch.argsort(strength, descending=True, stable=True)[:max_points]
+    return SamplingPoints(positions[kept], strength[kept], names, layer[kept])
 
 
-def _known_grid(call: ConvCall | PoolCall, grid: Grid | None = None) -> Grid:
-    grid = grid or call.input_grid
+def _known_grid(call: ConvCall | PoolCall, grid: Grid | None) -> Grid:
     if grid is None:
-        raise ArgumentError(f"node must depend on the image alone: the input of {call.name!r} cannot be located in it")
+        raise ArgumentError(f"node must depend on maps with a place in the image, the input of {call.name!r} {LOST}")
     return grid

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -11,10 +11,20 @@ from torch import Tensor, nn
 
 from dcnops._errors import ArgumentError, ShapeError
 
-from .grids import Grid
+from .grids import LOST, Grid
 from .recording import Recorder, undisturbed
 
-__all__ = ["LayerNode", "Node", "RoINode", "as_node", "layer_map"]
+__all__ = [
+    "LayerNode",
+    "Node",
+    "RoINode",
+    "as_image",
+    "as_node",
+    "check_count",
+    "is_detector",
+    "layer_map",
+    "magnitude",
+]
 
 
 class LayerNode(NamedTuple):
@@ -23,8 +33,8 @@ class LayerNode(NamedTuple):
     Attributes
     ----------
     layer : str
-        Name of the layer, as in ``model.named_modules()``. It must give one map [N, C, H, W]; if it is called several
-        times, the first counts.
+        Name of the layer, as in ``model.named_modules()``. It must give one map [N, C, H, W] (not [N, H, W, C], as some
+        layers of transformers do); if it is called several times, the first counts.
     y, x : int
         Row and column.
 
@@ -115,7 +125,8 @@ class RoINode(NamedTuple):
             )
         if self.part not in ("class", "unit"):
             raise ArgumentError(f'node must have the part "class" or "unit", got {self.part!r}')
-        if len(self.box) != 4 or not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
+        numbers = all(isinstance(value, Real) for value in self.box)
+        if len(self.box) != 4 or not numbers or not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
             raise ArgumentError(f"node must have a box x1, y1, x2, y2 with x1 < x2 and y1 < y2, got {self.box}")
         features = model.backbone(images)  # type: ignore[operator]
         if isinstance(features, Tensor):
@@ -127,8 +138,8 @@ class RoINode(NamedTuple):
             response = heads.box_predictor(response)[0]
         if self.output is None:
             return response
-        if not 0 <= self.output < response.shape[1]:
-            raise ArgumentError(f"node must have an output in [0, {response.shape[1]}), got {self.output}")
+        if not (isinstance(self.output, Integral) and 0 <= self.output < response.shape[1]):
+            raise ArgumentError(f"node must have an integer output in [0, {response.shape[1]}), got {self.output!r}")
         return response[:, self.output, None]
 
 
@@ -165,14 +176,35 @@ def as_image(image: Tensor) -> Tensor:
     ------
     ShapeError
         It is not [C, H, W] or [1, C, H, W], or of an integer type.
+    ArgumentError
+        It is not finite.
     """
     if not isinstance(image, Tensor) or not image.is_floating_point() or image.ndim not in (3, 4):
-        got = f"{tuple(image.shape)}, {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
-        raise ShapeError(f"image must be a tensor [C, H, W] or [1, C, H, W] of a floating type, got {got}")
+        raise ShapeError(
+            f"image must be a tensor [C, H, W] or [1, C, H, W] of a floating type, got {_described(image)}"
+        )
     batch = image if image.ndim == 4 else image[None]
     if len(batch) != 1 or not batch.numel():
         raise ShapeError(f"image must be one image, and not empty, got shape {tuple(image.shape)}")
+    if not image.isfinite().all():
+        raise ArgumentError(f"image must be finite, got {int((~image.isfinite()).sum())} values that are not")
     return batch.detach().clone()
+
+
+def check_count(name: str, value: object) -> None:
+    """A number of things, from 1 on.
+
+    Raises
+    ------
+    ArgumentError
+        It is none.
+    """
+    if not isinstance(value, Integral) or value < 1:
+        raise ArgumentError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def _described(value: object) -> str:
+    return f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def is_detector(model: nn.Module) -> bool:
@@ -213,8 +245,9 @@ def layer_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:
         raise ArgumentError(f"node must name a layer that runs for an image, {layer!r} does not")
     result = found[0]
     if not isinstance(result, Tensor) or result.ndim != 4:
-        got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-        raise ArgumentError(f"node must name a layer that gives a map [N, C, H, W], {layer!r} gives {got}")
+        raise ArgumentError(
+            f"node must name a layer that gives a map [N, C, H, W], {layer!r} gives {_described(result)}"
+        )
     return result
 
 
@@ -225,13 +258,13 @@ def _located(model: nn.Module, image: Tensor, layer: str) -> tuple[Tensor, Grid]
         feature_map = layer_map(model, images, layer)
     grid = recorder.grids[feature_map]
     if grid is None:
-        raise ArgumentError(f"node must be made of the image alone, the map of {layer!r} cannot be located in it")
+        raise ArgumentError(f"node must have a place in the image, the map of {layer!r} {LOST}")
     return feature_map, grid
 
 
-def magnitude(response: Tensor) -> Tensor:
+def magnitude(response: object) -> Tensor:
     """The norm of a response [1, any], a number; that of a response of one number is its absolute value."""
-    if response.ndim < 1 or not response.is_floating_point():
-        raise ArgumentError(f"node must have a response [N, any], got {tuple(response.shape)}, {response.dtype}")
+    if not isinstance(response, Tensor) or response.ndim < 1 or not response.is_floating_point():
+        raise ArgumentError(f"node must have a response [N, any] of a floating type, got {_described(response)}")
     norm: Tensor = torch.linalg.vector_norm(response)
     return norm

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node as Made
 from torch.overrides import TorchFunctionMode
 
 from dcnops._errors import ArgumentError
@@ -16,9 +18,25 @@ from dcnops._errors import ArgumentError
 from ..functional import deform_conv2d, deform_roi_pool
 from .grids import Grid, Grids
 
-__all__ = ["ConvCall", "PoolCall", "Recorder", "undisturbed"]
+__all__ = ["ConvCall", "PoolCall", "Probe", "Recorder", "undisturbed"]
 
-Probe = Literal["no", "held", "full"]
+_views: ContextVar[int] = ContextVar("views", default=0)  # within each other
+
+
+class Probe(NamedTuple):
+    """What was added to a call to see what depends on it.
+
+    Attributes
+    ----------
+    delta : Tensor, like the call's offset
+        Zeros that were added to the offsets, to differentiate by.
+    source, result : torch.autograd.graph.Node or None
+        What made the call's input (None if that depends on nothing that is differentiated by), and its result.
+    """
+
+    delta: Tensor
+    source: Made | None
+    result: Made | None
 
 
 @dataclass(frozen=True)
@@ -35,8 +53,7 @@ class ConvCall:
     input_size : (H, W)
     offset : Tensor [N, 2*D*kh*kw, oh, ow]
     mask : Tensor [N, D*kh*kw, oh, ow] or None
-    delta : Tensor like `offset`, or None
-        Zeros that were added to the offsets, to differentiate by.
+    probe : Probe or None
     input_grid, output_grid : Grid or None
     """
 
@@ -49,7 +66,7 @@ class ConvCall:
     input_size: tuple[int, int]
     offset: Tensor
     mask: Tensor | None
-    delta: Tensor | None
+    probe: Probe | None
     input_grid: Grid | None
     output_grid: Grid | None
 
@@ -89,8 +106,7 @@ class PoolCall:
     offset : Tensor [R, 2, P, Q]
         As fractions of the region, gamma being applied.
     mask : Tensor [R, P, Q] or None
-    delta : Tensor like `offset`, or None
-        Zeros that were added to the offsets, to differentiate by.
+    probe : Probe or None
     input_grid : Grid or None
     """
 
@@ -101,7 +117,7 @@ class PoolCall:
     rois: Tensor
     offset: Tensor
     mask: Tensor | None
-    delta: Tensor | None
+    probe: Probe | None
     input_grid: Grid | None
 
     def boxes(self) -> Tensor:
@@ -118,7 +134,8 @@ class PoolCall:
 class Recorder(TorchFunctionMode):
     """Notes the calls of convolutions with a kernel larger than 1x1 and of RoI poolings while its context lasts.
 
-    It watches the operations, not the modules: those of this library and torchvision's, wherever they are called.
+    It watches the operations, not the modules: those of this library and torchvision's, wherever they are called. What
+    a view runs within the context (`undisturbed`) is not noted.
 
     Parameters
     ----------
@@ -126,10 +143,9 @@ class Recorder(TorchFunctionMode):
         Whose modules give the names.
     image : Tensor [N, C, H, W], optional
         What the grids refer to.
-    probe : "no", "held" or "full"
-        "no" changes nothing. Otherwise regular convolutions and RoIAlign run as deformable ones, and every call gets
-        a `delta`; "held" cuts the gradient through offsets and masks, so that the branches that make them have no part
-        in the result.
+    probe : bool
+        Whether every call gets a `Probe`; regular convolutions and RoIAlign then run as deformable ones. Otherwise
+        nothing is changed.
 
     Attributes
     ----------
@@ -138,7 +154,7 @@ class Recorder(TorchFunctionMode):
     grids : Grids
     """
 
-    def __init__(self, model: nn.Module, image: Tensor | None = None, probe: Probe = "no") -> None:
+    def __init__(self, model: nn.Module, image: Tensor | None = None, probe: bool = False) -> None:
         super().__init__()
         self.model = model
         self.probe = probe
@@ -146,8 +162,10 @@ class Recorder(TorchFunctionMode):
         self.calls: list[ConvCall | PoolCall] = []
         self._running: list[str] = []
         self._context = ExitStack()
+        self._views = 0
 
     def __enter__(self) -> Recorder:
+        self._views = _views.get()
         modules = dict(self.model.named_modules())
         for name, module in modules.items():
             if isinstance(module, torch.jit.ScriptModule):
@@ -178,6 +196,8 @@ class Recorder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if _views.get() != self._views:
+            return function(*args, **(kwargs or {}))
         watch = WATCHED.get(_operation(function))
         if watch is not None:
             return watch(self, function, *args, **(kwargs or {}))
@@ -285,16 +305,15 @@ class Recorder(TorchFunctionMode):
     ) -> Tensor:
         """Run a convolution, probed if that is wanted, and note it."""
         kernel, begin = (weight.shape[2], weight.shape[3]), (sides[0][0], sides[1][0])
-        input_grid, delta = self.grids[input], None
-        if self.probe == "no":
-            result = plain()
-        else:
-            if self.probe == "held":
-                offset, mask = offset.detach(), None if mask is None else mask.detach()
-            delta = torch.zeros_like(offset, memory_format=torch.contiguous_format).requires_grad_()
+        input_grid, probe = self.grids[input], None
+        if self.probe:
+            delta = _zeros_like(offset)
             result = deform_conv2d(
                 input, offset + delta, weight, bias, stride, sides, dilation, mask, precision=precision
             )
+            probe = Probe(delta, input.grad_fn, result.grad_fn)
+        else:
+            result = plain()
         output_grid = input_grid and input_grid.windows(kernel, stride, begin, dilation)
         self.grids.set(result, output_grid)
         self.calls.append(
@@ -308,7 +327,7 @@ class Recorder(TorchFunctionMode):
                 (input.shape[2], input.shape[3]),
                 offset.detach(),
                 None if mask is None else mask.detach(),
-                delta,
+                probe,
                 input_grid,
                 output_grid,
             )
@@ -374,18 +393,17 @@ class Recorder(TorchFunctionMode):
         ratio: int,
     ) -> Tensor:
         """Run a RoI pooling, probed if that is wanted, and note it; `rois` and `offset` are scaled."""
-        regular, delta = offset is None, None
+        regular, probe = offset is None, None
         if offset is None:
             offset = input.new_zeros(len(rois), 2, *bins)
-        if self.probe == "no" or not len(rois):
-            result = plain()
-        else:
-            if self.probe == "held":
-                offset, mask = offset.detach(), None if mask is None else mask.detach()
-            delta = torch.zeros_like(offset, memory_format=torch.contiguous_format).requires_grad_()
+        if self.probe and len(rois):
+            delta = _zeros_like(offset)
             result = deform_roi_pool(
                 input, rois, offset + delta, mask, output_size=bins, sampling_ratio=ratio, gamma=1.0
             )
+            probe = Probe(delta, input.grad_fn, result.grad_fn)
+        else:
+            result = plain()
         if len(rois):
             self.calls.append(
                 PoolCall(
@@ -396,7 +414,7 @@ class Recorder(TorchFunctionMode):
                     rois.detach(),
                     offset.detach(),
                     None if mask is None else mask.detach(),
-                    delta,
+                    probe,
                     self.grids[input],
                 )
             )
@@ -418,8 +436,11 @@ WATCHED: dict[str, Callable[..., Tensor]] = {
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode and gradients on; afterwards as it was."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
+        stack.callback(_views.reset, _views.set(_views.get() + 1))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for module, mode in modes:
@@ -435,6 +456,10 @@ def _operation(function: Any) -> str:
     if isinstance(function, torch._ops.OpOverloadPacket):
         return str(function._qualified_op_name)
     return "conv2d" if function is torch.conv2d else ""
+
+
+def _zeros_like(offset: Tensor) -> Tensor:
+    return torch.zeros_like(offset, memory_format=torch.contiguous_format).requires_grad_()
 
 
 def _steps(count: int, like: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dcnops._errors import ArgumentError
 
-from .nodes import Node, Respond, as_image, as_node, magnitude
+from .nodes import Node, Respond, as_image, as_node, check_count, magnitude
 from .recording import undisturbed
 
 __all__ = ["SaliencyRegion", "effective_receptive_field", "error_bounded_saliency_region"]
@@ -77,10 +78,10 @@ def effective_receptive_field(model: nn.Module, image: Tensor, node: Node) -> Te
     node = as_node(node)
     with undisturbed(model):
         images = as_image(image).requires_grad_()
-        response = magnitude(node(model, images))
-        if not response.requires_grad:
-            return torch.zeros_like(images[0, 0])
-        (gradient,) = torch.autograd.grad(response, images, allow_unused=True)
+        response = magnitude(node(model, images.clone()))  # which the model may change in place
+        gradient = None
+        if response.requires_grad:
+            (gradient,) = torch.autograd.grad(response, images, allow_unused=True)
     return torch.zeros_like(images[0, 0]).detach() if gradient is None else gradient[0].abs().sum(0)
 
 
@@ -142,11 +143,10 @@ def error_bounded_saliency_region(
     min=tensor([4, 4]),
     max=tensor([6, 6]))
     """
-    if not 0 <= bound < 1:
-        raise ArgumentError(f"bound must be in [0, 1), got {bound}")
+    if not (isinstance(bound, Real) and 0 <= bound < 1):
+        raise ArgumentError(f"bound must be a number in [0, 1), got {bound!r}")
     for name, value in (("batch_size", batch_size), ("budget", budget), ("cell", 1 if cell is None else cell)):
-        if value < 1:
-            raise ArgumentError(f"{name} must be at least 1, got {value}")
+        check_count(name, value)
     with undisturbed(model), torch.no_grad():
         images = as_image(image)
         search = _Search(model, images, as_node(node), bound, batch_size, budget, _bar(progress, budget))
@@ -177,7 +177,7 @@ class _Search:
         self.error = 0.0
         self.areas = [self.mask.numel()]
         self.forwards = 1
-        self.reference = node(model, image)
+        self.reference = node(model, image.clone())  # which the model may change in place
         self.norm = float(magnitude(self.reference))
         if not self.norm > 0:
             raise ArgumentError(f"node must respond to the image, its response has the norm {self.norm}")

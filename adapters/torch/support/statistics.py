@@ -79,6 +79,8 @@ def offset_statistics(model: nn.Module, images: Tensor | Sequence[Tensor]) -> di
     >>> statistics.offsets.shape, statistics.lengths.max().item(), statistics.masks.mean().item()
     (torch.Size([576, 2]), 0.0, 0.5)
     """
+    if not isinstance(images, (Tensor, Sequence)) or isinstance(images, str):
+        raise ArgumentError(f"images must be an image or a sequence of images, got {type(images).__name__}")
     batches = [as_image(image) for image in ([images] if isinstance(images, Tensor) else images)]
     if not batches:
         raise ArgumentError("images must hold at least one image")
