@@ -46,11 +46,11 @@ class Graph:
                 waiting += self._next[number]
         self.calls = {number: calls[number] for number in sorted(self._next) if number != NODE}
 
-    def feeds(self, chosen: Collection[int]) -> Feeds:
+    def feeds(self, chosen: Collection[int], detours: Collection[int] = ()) -> Feeds:
         """What feeds what, if only the chosen calls are looked at.
 
         A call that can be reached both directly and through another one, as around a shortcut, counts as reached
-        through the other one alone.
+        through the other one alone. Not so if that is a detour, which counts only where there is no other way.
         """
         near: dict[int, set[int]] = {}  # the chosen calls with no other chosen one between
         far: dict[int, set[int]] = {}  # all chosen ones
@@ -59,10 +59,11 @@ class Graph:
             for other in self._next[number]:
                 near[number] |= {other} if other in chosen else near[other]
                 far[number] |= far[other] | ({other} if other in chosen else set())
-        return {
-            number: sorted(other for other in near[number] if not any(other in far[way] for way in near[number]))
-            for number in (*chosen, NODE)
-        }
+        feeds: Feeds = {}
+        for number in (*chosen, NODE):
+            ways = near[number].difference(detours) or near[number]
+            feeds[number] = sorted(other for other in ways if not any(other in far[way] for way in ways))
+        return feeds
 
 
 def _nearest(made: Made | None, results: dict[Made | None, int]) -> set[int]:

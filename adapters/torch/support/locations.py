@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from dcnops._errors import ArgumentError
 
 from .graph import NODE, Feeds, Graph
-from .grids import LOST, Grid
-from .nodes import LayerNode, Node, Respond, as_image, as_node, check_count, layer_map, magnitude
+from .nodes import LayerNode, Node, Respond, as_image, as_node, check_count, layer_map, magnitude, respond
+from .places import LOST, Grid
 from .recording import ConvCall, PoolCall, Recorder, undisturbed
 
 __all__ = ["Bins", "SamplingPoints", "effective_bin_locations", "effective_sampling_locations", "sampling_locations"]
 
 MERGED = 1e-3  # pixels of the image: points that are nearer to each other are one
+COARSER = 1.4  # times the scale of another map; sizes that are not divisible make small differences
 
 
 class SamplingPoints(NamedTuple):
@@ -86,9 +87,9 @@ def sampling_locations(
     node : LayerNode or (layer, y, x)
     depth : int or None
         Convolutions that follow each other in the stack, at most: the last ones before the node with a kernel larger
-        than 1x1, without those that make offsets, and without those on coarser maps than the node's (the way down of a
-        feature pyramid). Parallel branches all belong to it; where a shortcut leads round a convolution, it counts.
-        None for all before the node, those on coarser maps among them.
+        than 1x1, without those that make offsets. Parallel branches all belong to it. Where a shortcut leads round a
+        convolution, the convolution counts, unless it is on a coarser map than the node's (the way down of a feature
+        pyramid). None for all before the node, those on coarser maps among them.
     layers : sequence of str, optional
         Their names instead, in any order.
     max_points : int, optional
@@ -135,9 +136,10 @@ def sampling_locations(
         if response.root is None:
             raise ArgumentError(f"node must have a place in the image, the map of {node.layer!r} {LOST}")
         ends = _tree(stack, response.root, node)
-    numbers = sorted(ends, reverse=True)
-    points = [_merge(*map(torch.cat, zip(*ends[number]))) for number in numbers]
-    return _collect(points, [stack.calls[number].name for number in numbers], max_points)
+    by_name: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for number in sorted(ends, reverse=True):
+        by_name[stack.calls[number].name] += ends[number]
+    return _collect([(name, *_merge(*map(torch.cat, zip(*parts)))) for name, parts in by_name.items()], max_points)
 
 
 def effective_sampling_locations(
@@ -199,8 +201,8 @@ def effective_sampling_locations(
         strength = torch.linalg.vector_norm(per_pixel, dim=1).flatten()
         position = grid.to_image(call.positions()[0].flatten(0, 1)).flatten(0, 2)
         seen = (strength > 0) & position.isfinite().all(1)
-        points.append((position[seen], strength[seen]))
-    return _collect(points, [call.name for call in calls], max_points)
+        points.append((call.name, position[seen], strength[seen]))
+    return _collect(points, max_points)
 
 
 def effective_bin_locations(model: nn.Module, image: Tensor, node: Node) -> Bins:
@@ -279,10 +281,11 @@ def _respond(model: nn.Module, image: Tensor, node: Respond) -> _Response:
     with Recorder(model, image, probe=True) as recorder:
         if isinstance(node, LayerNode):
             feature_map = layer_map(model, image, node.layer)
-            root, value = recorder.grids[feature_map], magnitude(node.of(feature_map))
-        else:
-            root, value = None, magnitude(node(model, image))
-    return _Response(value, root, Graph(value, recorder.calls))
+            graph = Graph(value := magnitude(node.of(feature_map)), recorder.calls)
+            return _Response(value, recorder.grids[feature_map], graph)
+        graph = Graph(value := magnitude(respond(node, model, image)), recorder.calls)
+    pools = [call.input_grid for call in graph.calls.values() if isinstance(call, PoolCall)]
+    return _Response(value, pools[-1] if pools else None, graph)
 
 
 class _Stack(NamedTuple):
@@ -305,28 +308,37 @@ class _Stack(NamedTuple):
 def _stack(response: _Response, depth: int | None, layers: Sequence[str] | None) -> _Stack:
     calls = {number: call for number, call in response.graph.calls.items() if isinstance(call, ConvCall)}
     if not calls:
-        raise ArgumentError("node must depend on a convolution with a kernel larger than 1x1, there is none before it")
-    chosen = set(calls)
+        raise ArgumentError(
+            "node must depend on a convolution with a kernel larger than 1x1, there is none before it "
+            "(or none that gradients reach, as under torch.no_grad())"
+        )
+    detours: set[int] = set()
     if layers is not None:
         names = list(dict.fromkeys(call.name for call in calls.values()))
-        if isinstance(layers, str) or not layers or not all(name in names for name in layers):
+        layers = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else []
+        if not layers or not all(name in names for name in layers):
             raise ArgumentError(f"layers must be a sequence of names among {names}, got {layers!r}")
         chosen = {number for number, call in calls.items() if call.name in layers}
-    elif depth is not None:
-        fine = {number for number, call in calls.items() if not _coarser(call.output_grid, response.root)}
-        chosen = fine or chosen
+    else:
+        # Those in the head that has been given regions lie nowhere.
+        chosen = {number for number, call in calls.items() if call.input_grid is not None} or set(calls)
+        if depth is not None:
+            detours = {number for number in chosen if _coarser(calls[number].output_grid, response.root)}
     steps = len(calls) if depth is None or layers is not None else depth
-    feeds = response.graph.feeds(chosen)
+    feeds = response.graph.feeds(chosen, detours)
     reached: set[int] = set()
     front = {NODE}
     for _ in range(steps):
         front = {number for above in front for number in feeds[above]}
         reached |= front
+    for number in reached:
+        if (batch := len(calls[number].offset)) != 1:
+            raise ArgumentError(f"model must run {calls[number].name!r} on one image at a time, it ran on {batch}")
     return _Stack({number: calls[number] for number in sorted(reached, reverse=True)}, feeds, steps)
 
 
 def _coarser(grid: Grid | None, root: Grid | None) -> bool:
-    return grid is not None and root is not None and max(a / b for a, b in zip(grid.scale, root.scale)) > 1.01
+    return grid is not None and root is not None and max(a / b for a, b in zip(grid.scale, root.scale)) > COARSER
 
 
 def _tree(stack: _Stack, root: Grid, node: LayerNode) -> dict[int, list[tuple[Tensor, Tensor]]]:
@@ -393,11 +405,11 @@ def _merge(positions: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
     return positions[first], torch.zeros_like(first, dtype=strength.dtype).index_add_(0, group, strength)
 
 
-def _collect(points: Sequence[tuple[Tensor, Tensor]], names: list[str], max_points: int | None) -> SamplingPoints:
-    """The positions and strengths of several layers, strongest first, cut off at a number."""
-    positions, strength = (torch.cat(parts) for parts in zip(*points))
-    layer = torch.arange(len(points), device=strength.device)
-    layer = layer.repeat_interleave(torch.tensor([len(one) for one, _ in points], device=strength.device))
+def _collect(points: Sequence[tuple[str, Tensor, Tensor]], max_points: int | None) -> SamplingPoints:
+    """The positions and strengths of several layers, by name, strongest first, cut off at a number."""
+    names = list(dict.fromkeys(name for name, _, _ in points))
+    positions, strength = (torch.cat(parts) for parts in list(zip(*points))[1:])
+    layer = torch.cat([torch.full_like(each, names.index(name), dtype=torch.int64) for name, _, each in points])
     kept = torch.argsort(strength, descending=True, stable=True)[:max_points]
     return SamplingPoints(positions[kept], strength[kept], names, layer[kept])
 

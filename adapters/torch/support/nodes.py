@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dcnops._errors import ArgumentError, ShapeError
 
-from .grids import LOST, Grid
+from .places import LOST, Grid
 from .recording import Recorder, undisturbed
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "is_detector",
     "layer_map",
     "magnitude",
+    "respond",
 ]
 
 
@@ -64,6 +65,8 @@ class LayerNode(NamedTuple):
         ArgumentError
             There is no such layer, or the position is outside the image.
         """
+        if not (isinstance(y, Real) and isinstance(x, Real)):
+            raise ArgumentError(f"y and x must be numbers, got {y!r} and {x!r}")
         feature_map, grid = _located(model, image, layer)
         if not (0 <= y < image.shape[-2] and 0 <= x < image.shape[-1]):
             raise ArgumentError(f"y and x must be in the image of {tuple(image.shape[-2:])}, got {y} and {x}")
@@ -72,8 +75,15 @@ class LayerNode(NamedTuple):
         return LayerNode(layer, int(min(max(row, 0), height - 1)), int(min(max(column, 0), width - 1)))
 
     def position(self, model: nn.Module, image: Tensor) -> tuple[float, float]:
-        """Where the node lies in the image [C, H, W], (y, x) in pixels."""
-        _, grid = _located(model, image, self.layer)
+        """Where the node lies in the image [C, H, W], (y, x) in pixels.
+
+        Raises
+        ------
+        ArgumentError
+            There is no such layer, or the map has no such pixel.
+        """
+        feature_map, grid = _located(model, image, self.layer)
+        self.of(feature_map)
         y, x = grid.to_image(torch.tensor([self.y, self.x], dtype=torch.float64)).tolist()
         return y, x
 
@@ -253,8 +263,7 @@ def layer_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:
 
 def _located(model: nn.Module, image: Tensor, layer: str) -> tuple[Tensor, Grid]:
     """The map of a layer and where it lies."""
-    images = as_image(image)
-    with undisturbed(model), torch.no_grad(), Recorder(model, images) as recorder:
+    with undisturbed(model), torch.no_grad(), Recorder(model, images := as_image(image)) as recorder:
         feature_map = layer_map(model, images, layer)
     grid = recorder.grids[feature_map]
     if grid is None:
@@ -262,9 +271,24 @@ def _located(model: nn.Module, image: Tensor, layer: str) -> tuple[Tensor, Grid]
     return feature_map, grid
 
 
-def magnitude(response: object) -> Tensor:
+def respond(node: Respond, model: nn.Module, images: Tensor) -> Tensor:
+    """The response [N, any] to images [N, C, H, W].
+
+    Raises
+    ------
+    ArgumentError
+        The node gives something else.
+    """
+    response: object = node(model, images)
+    if not isinstance(response, Tensor) or not response.is_floating_point() or response.shape[:1] != images.shape[:1]:
+        raise ArgumentError(
+            f"node must give a response [N, any] of a floating type to N = {len(images)} images, "
+            f"got {_described(response)}"
+        )
+    return response.reshape(len(images), -1)
+
+
+def magnitude(response: Tensor) -> Tensor:
     """The norm of a response [1, any], a number; that of a response of one number is its absolute value."""
-    if not isinstance(response, Tensor) or response.ndim < 1 or not response.is_floating_point():
-        raise ArgumentError(f"node must have a response [N, any] of a floating type, got {_described(response)}")
     norm: Tensor = torch.linalg.vector_norm(response)
     return norm

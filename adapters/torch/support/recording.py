@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from dcnops._errors import ArgumentError
 
 from ..functional import deform_conv2d, deform_roi_pool
-from .grids import Grid, Grids
+from .grids import Grids
+from .places import Grid
 
 __all__ = ["ConvCall", "PoolCall", "Probe", "Recorder", "undisturbed"]
 
@@ -170,8 +171,7 @@ class Recorder(TorchFunctionMode):
         for name, module in modules.items():
             if isinstance(module, torch.jit.ScriptModule):
                 raise ArgumentError(f"model must not hold scripted modules, which cannot be watched, {name!r} is one")
-        if any(isinstance(module, torch._dynamo.OptimizedModule) for module in modules.values()):
-            self._context.enter_context(torch.compiler.set_stance("force_eager"))  # it would compile anew
+        self._context.enter_context(uncompiled())
         for name, module in modules.items():
 
             def begin(module: nn.Module, args: Any, name: str = name) -> None:
@@ -229,8 +229,7 @@ class Recorder(TorchFunctionMode):
         ]
         if kernel == (1, 1) or input.ndim != 4 or min(sizes) < 1:
             result = regular()  # an error where there is no room for the kernel
-            if input.ndim == 4 and (grid := self.grids[input]):
-                self.grids.set(result, grid.windows(kernel, strides, (sides[0][0], sides[1][0]), dilations))
+            self.grids.convolved(input, result, kernel, strides, (sides[0][0], sides[1][0]), dilations)
             return result
         offset = input.new_zeros(1, 1, 1, 1).expand(len(input), 2 * kernel[0] * kernel[1], *sizes)
         return self._convolution(regular, True, input, offset, weight, bias, None, strides, sides, dilations, None)
@@ -305,7 +304,7 @@ class Recorder(TorchFunctionMode):
     ) -> Tensor:
         """Run a convolution, probed if that is wanted, and note it."""
         kernel, begin = (weight.shape[2], weight.shape[3]), (sides[0][0], sides[1][0])
-        input_grid, probe = self.grids[input], None
+        probe = None
         if self.probe:
             delta = _zeros_like(offset)
             result = deform_conv2d(
@@ -314,8 +313,6 @@ class Recorder(TorchFunctionMode):
             probe = Probe(delta, input.grad_fn, result.grad_fn)
         else:
             result = plain()
-        output_grid = input_grid and input_grid.windows(kernel, stride, begin, dilation)
-        self.grids.set(result, output_grid)
         self.calls.append(
             ConvCall(
                 self._name(),
@@ -328,8 +325,8 @@ class Recorder(TorchFunctionMode):
                 offset.detach(),
                 None if mask is None else mask.detach(),
                 probe,
-                input_grid,
-                output_grid,
+                self.grids[input],
+                self.grids.convolved(input, result, kernel, stride, begin, dilation),
             )
         )
         return result
@@ -433,6 +430,12 @@ WATCHED: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def uncompiled() -> AbstractContextManager[object]:
+    """What is compiled runs as it was written."""
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode and gradients on; afterwards as it was."""
@@ -443,6 +446,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.callback(_views.reset, _views.set(_views.get() + 1))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(uncompiled())
         for module, mode in modes:
             stack.callback(setattr, module, "training", mode)
         model.eval()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dcnops._errors import ArgumentError
 
-from .nodes import Node, Respond, as_image, as_node, check_count, magnitude
+from .nodes import Node, Respond, as_image, as_node, check_count, magnitude, respond
 from .recording import undisturbed
 
 __all__ = ["SaliencyRegion", "effective_receptive_field", "error_bounded_saliency_region"]
@@ -78,7 +78,7 @@ def effective_receptive_field(model: nn.Module, image: Tensor, node: Node) -> Te
     node = as_node(node)
     with undisturbed(model):
         images = as_image(image).requires_grad_()
-        response = magnitude(node(model, images.clone()))  # which the model may change in place
+        response = magnitude(respond(node, model, images.clone()))  # which the model may change in place
         gradient = None
         if response.requires_grad:
             (gradient,) = torch.autograd.grad(response, images, allow_unused=True)
@@ -177,7 +177,7 @@ class _Search:
         self.error = 0.0
         self.areas = [self.mask.numel()]
         self.forwards = 1
-        self.reference = node(model, image.clone())  # which the model may change in place
+        self.reference = respond(node, model, image.clone())  # which the model may change in place
         self.norm = float(magnitude(self.reference))
         if not self.norm > 0:
             raise ArgumentError(f"node must respond to the image, its response has the norm {self.norm}")
@@ -255,8 +255,8 @@ class _Search:
         for begin in range(0, len(masks), self.batch_size):
             batch = torch.stack(list(masks[begin : begin + self.batch_size]))
             # Not a product: what is not a number outside the region must not matter.
-            response = self.node(self.model, torch.where(batch[:, None], self.image, 0))
-            difference = torch.linalg.vector_norm((response - self.reference).flatten(1).double(), dim=1)
+            response = respond(self.node, self.model, torch.where(batch[:, None], self.image, 0))
+            difference = torch.linalg.vector_norm((response - self.reference).double(), dim=1)
             found += (difference / self.norm).nan_to_num(nan=float("inf")).tolist()
             self.forwards += len(batch)
             self.bar.update(len(batch))

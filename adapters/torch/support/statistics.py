@@ -81,11 +81,11 @@ def offset_statistics(model: nn.Module, images: Tensor | Sequence[Tensor]) -> di
     """
     if not isinstance(images, (Tensor, Sequence)) or isinstance(images, str):
         raise ArgumentError(f"images must be an image or a sequence of images, got {type(images).__name__}")
-    batches = [as_image(image) for image in ([images] if isinstance(images, Tensor) else images)]
-    if not batches:
+    each = [images] if isinstance(images, Tensor) else images
+    if not each:
         raise ArgumentError("images must hold at least one image")
     with undisturbed(model), torch.no_grad(), Recorder(model) as recorder:
-        for batch in batches:
+        for batch in [as_image(image) for image in each]:
             model([batch[0]] if is_detector(model) else batch)
     return _summarise(recorder.calls)
 
