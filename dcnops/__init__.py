@@ -1,5 +1,7 @@
 """Deformable convolution and deformable RoI pooling on NumPy and CuPy arrays."""
 
+import os
+
 from dcnops._errors import (
     ArgumentError,
     DcnError,
@@ -13,6 +15,10 @@ from dcnops.deform_conv import DeformConv2dGradients, deform_conv2d, deform_conv
 from dcnops.deform_roi_pool import DeformRoIPoolGradients, deform_roi_pool, deform_roi_pool_backward
 
 __version__ = "0.1.0"
+
+# A checkout that is not installed has the adapters and the CUDA sources beside this folder, an installation in it.
+if not os.path.isdir(os.path.join(__path__[0], "adapters")):
+    __path__.append(os.path.dirname(__path__[0]))
 
 __all__ = [
     "ArgumentError",

@@ -115,6 +115,8 @@ def load_backend(library: str) -> ModuleType:
 def _library(kind: type) -> str | None:
     """The library of a class of arrays."""
     for base in kind.__mro__:
+        if base.__name__ == "MaskedArray":
+            return None  # its mask would be ignored
         library = base.__module__.partition(".")[0]
         if base.__name__ == "ndarray" and library in _BACKENDS:
             return library

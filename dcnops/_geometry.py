@@ -187,8 +187,8 @@ class DeformConvGeometry:
             raise ShapeError(
                 f"weight must have O divisible by the G=C/weight.shape[1]={G} weight groups, got shape {weight}"
             )
-        oh = _output_extent("height", H, pad_top + pad_bottom, kh, sh, dh)
-        ow = _output_extent("width", W, pad_left + pad_right, kw, sw, dw)
+        oh = output_extent("height", H, pad_top + pad_bottom, kh, sh, dh)
+        ow = output_extent("width", W, pad_left + pad_right, kw, sw, dw)
 
         _check_pixels("input", "height*width", H * W)
         _check_pixels("input", "oh*ow", oh * ow)
@@ -386,7 +386,7 @@ def _check_pixels(argument: str, what: str, number: int) -> None:
         raise ShapeError(f"{argument} must have {what} below {_MAX_PIXELS}, got {number}")
 
 
-def _output_extent(axis: str, size: int, padding: int, kernel: int, stride: int, dilation: int) -> int:
+def output_extent(axis: str, size: int, padding: int, kernel: int, stride: int, dilation: int) -> int:
     padded, reach = size + padding, dilation * (kernel - 1) + 1
     if padded > MAX_EXTENT:
         raise ArgumentError(

@@ -35,6 +35,11 @@ def test_it_builds(tmp_path: Path) -> None:
         assert (folder / "index.html").exists(), name
 
 
+def test_nothing_is_left_to_be_filled_in() -> None:
+    for page in (*PAGES, *ROOT.glob("*.md")):
+        assert not re.findall(r"@[A-Z]+@|TODO|FIXME|XXX", page.read_text(encoding="utf-8")), page
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT / "docs").as_posix())
 def test_python_blocks_run(page: Path) -> None:
     """One after another in one namespace; those that need a GPU are only compiled."""

@@ -189,6 +189,11 @@ FORWARD_ERRORS: dict[str, tuple[dict[str, Any], type[DcnError], str]] = {
         DtypeError,
         "input must be a NumPy or CuPy array, got list; pass numpy.asarray(...)",
     ),
+    "masked array": (
+        {"input": lambda x: np.ma.masked_less(x, 0)},
+        DtypeError,
+        "input must be a NumPy or CuPy array, got numpy.ma.MaskedArray; pass numpy.asarray(...) or",
+    ),
     "scalar": ({"bias": 1.0}, DtypeError, "bias must be a NumPy or CuPy array, got float"),
     "nothing": ({"weight": None}, DtypeError, "weight must be a NumPy or CuPy array, got NoneType"),
     "mixed libraries": (

@@ -28,6 +28,19 @@ def test_import_is_fast_and_imports_no_backend():
     assert min(float(seconds) for seconds, *_ in printed) < 0.2
 
 
+def test_a_checkout_that_is_not_installed_has_its_adapters():
+    """Also before an installed copy, when Python runs in the checkout's folder."""
+    root = Path(__file__).resolve().parent.parent
+    code = "import dcnops.adapters.torch as adapter, dcnops; print(adapter.__file__); print(dcnops.__file__)"
+    run = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]; {code}",
+    ]
+    printed = subprocess.run(run, cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    assert printed == [str(root / "adapters/torch/__init__.py"), str(root / "dcnops/__init__.py")]
+
+
 def test_numpy_calls_import_neither_cupy_nor_torch():
     code = """
 import sys, numpy as np, dcnops

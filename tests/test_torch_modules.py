@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import doctest
 import io
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -27,6 +29,7 @@ from dcnops.adapters.torch import (
 )
 from torch import nn
 from torch.nn.functional import conv2d
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from dcnops import ArgumentError, DcnError, DtypeError, ShapeError
 
@@ -482,6 +485,43 @@ def test_calls_refuse():
         module(features, [], [])
     with pytest.raises(ArgumentError, match="must halve in size"):
         module({"0": features["0"], "1": image(2, 4, 8, 8)}, boxes, shapes)
+
+
+@pytest.mark.parametrize("kind", [DeformConv2dPack, ModulatedDeformConv2dPack])
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (torch.ones(4, 9, 8), ShapeError, r"input must be \[N, C = 4, H, W\], got shape \(4, 9, 8\)"),
+        (torch.ones(2, 5, 9, 8), ShapeError, r"input must be \[N, C = 4, H, W\], got shape \(2, 5, 9, 8\)"),
+        (torch.ones(2, 4, 9, 8).double(), DtypeError, r"input must be torch\.float32 like .* got torch\.float64"),
+        (np.ones((2, 4, 9, 8), np.float32), DtypeError, r"input must be a torch\.Tensor, got numpy\.ndarray"),
+        (torch.ones(2, 4, 9, 1), ShapeError, r"input must have a padded width of at least .* = 5, got 1 \+ 2 = 3"),
+    ],
+    ids=["unbatched", "channels", "dtype", "array", "small"],
+)
+def test_packs_refuse_before_their_branch_runs(kind: type, given: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        kind(4, 6, 3, padding=1, dilation=2)(given)
+
+
+@pytest.mark.parametrize("kind", [DeformConv2dPack, ModulatedDeformConv2dPack])
+def test_layers_can_be_traced_by_fx(kind: type):
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), kind(4, 6, 3, padding=1), torch.nn.ReLU())
+    traced = torch.fx.symbolic_trace(network)
+    assert deform_conv2d in [step.target for step in traced.graph.nodes]
+    x = image()
+    assert torch.equal(traced(x), network(x))
+    assert torch.equal(create_feature_extractor(network, ["1"])(x)["1"], network[:2](x))
+
+
+def test_pooling_can_be_traced_by_fx():
+    class Pooling(torch.nn.Module):
+        def forward(self, features: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
+            return deform_roi_pool(features, rois, output_size=2).relu()
+
+    traced = torch.fx.symbolic_trace(Pooling())
+    x = image()
+    assert torch.equal(traced(x, ROIS), Pooling()(x, ROIS))
 
 
 @pytest.mark.parametrize("module", [conv_modules, roi_modules, checkpoints, convert, mmcv_ops])

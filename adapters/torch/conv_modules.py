@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dcnops._errors import ArgumentError
-from dcnops._geometry import Pair, expand_pair
+from dcnops._errors import ArgumentError, DtypeError, ShapeError
+from dcnops._geometry import Pair, expand_pair, output_extent
 
-from .functional import deform_conv2d
+from .functional import deform_conv2d, is_stand_in
 
 __all__ = ["DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2dPack"]
 
@@ -177,6 +177,26 @@ class OffsetBranchConv(DeformConvBase):
             self.dilation,
         )
 
+    def branch(self, input: Tensor) -> Tensor:
+        """What the branch makes of an input [N, C, H, W], which is checked before.
+
+        Raises
+        ------
+        ShapeError, DtypeError
+            As in `deform_conv2d`. The branch does not promote: outside of autocast the input has the type of its weight.
+        """
+        if not is_stand_in(input):
+            check_input(input, self.in_channels)
+            for axis, size, padding, kernel, stride, dilation in zip(
+                ("height", "width"), input.shape[2:], self.padding, self.kernel_size, self.stride, self.dilation
+            ):
+                output_extent(axis, size, 2 * padding, kernel, stride, dilation)
+            weight = self.conv_offset.weight
+            if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+                raise DtypeError(f"input must be {weight.dtype} like the layer's weights, got {input.dtype}")
+        values: Tensor = self.conv_offset(input)
+        return values
+
     @property
     def sampling_points(self) -> int:
         """D*K, the sampling points of an output pixel."""
@@ -237,7 +257,7 @@ class DeformConv2dPack(OffsetBranchConv):
             As in `deform_conv2d`.
         """
         return deform_conv2d(
-            input, self.conv_offset(input), self.weight, self.bias, self.stride, self.padding, self.dilation
+            input, self.branch(input), self.weight, self.bias, self.stride, self.padding, self.dilation
         )
 
 
@@ -313,12 +333,28 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
             As in `deform_conv2d`.
         """
         points = self.sampling_points
-        offset, logits = self.conv_offset(input).split((2 * points, points), dim=1)
+        offset, logits = self.branch(input).split((2 * points, points), dim=1)
         mask = self.mask_scale * torch.sigmoid(logits)
         return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask_scale={self.mask_scale}"
+
+
+def check_input(input: object, channels: int) -> None:
+    """Check what a layer is given.
+
+    Raises
+    ------
+    DtypeError
+        It is no tensor.
+    ShapeError
+        It is not [N, C, H, W] with C channels.
+    """
+    if not isinstance(input, Tensor):
+        raise DtypeError(f"input must be a torch.Tensor, got {type(input).__module__}.{type(input).__qualname__}")
+    if input.ndim != 4 or input.shape[1] != channels:
+        raise ShapeError(f"input must be [N, C = {channels}, H, W], got shape {tuple(input.shape)}")
 
 
 def check_divisible(name: str, channels: int, divisor_name: str, divisor: int) -> None:

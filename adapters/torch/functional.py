@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function
 
 from dcnops._errors import DeviceError, DtypeError
 from dcnops._geometry import Padding, Pair, check_sampling, expand_padding, expand_pair
@@ -89,6 +90,20 @@ def deform_conv2d(
     >>> deform_conv2d(image, offset, torch.ones(1, 1, 1, 1))[0, 0, 0]
     tensor([0.5000, 1.5000, 2.5000, 1.5000])
     """
+    if stand_ins := _stand_ins(input, offset, weight, bias, mask):
+        return handle_torch_function(
+            deform_conv2d,
+            stand_ins,
+            input,
+            offset,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            mask,
+            precision=precision,
+        )
     check_precision(precision)
     _check_tensors({"input": input, "weight": weight, "offset": offset}, {"bias": bias, "mask": mask})
     (input, weight, bias), (offset, mask) = _promote((input, weight, bias), (offset, mask))
@@ -162,6 +177,19 @@ def deform_roi_pool(
     tensor([[ 2.5000,  4.5000],
             [10.5000, 12.5000]])
     """
+    if stand_ins := _stand_ins(input, rois, offset, mask):
+        return handle_torch_function(
+            deform_roi_pool,
+            stand_ins,
+            input,
+            rois,
+            offset,
+            mask,
+            output_size=output_size,
+            spatial_scale=spatial_scale,
+            sampling_ratio=sampling_ratio,
+            gamma=gamma,
+        )
     _check_tensors({"input": input, "rois": rois}, {"offset": offset, "mask": mask})
     (input,), (offset, mask) = _promote((input,), (offset, mask))
     size = expand_pair("output_size", output_size)
@@ -186,6 +214,15 @@ def _call(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
                 "use torch.autograd.grad or backward() (torch.func.vmap of the forward pass works)"
             ) from error
         raise
+
+
+def is_stand_in(value: object) -> bool:
+    """Whether something that is no tensor takes part in torch's functions, as the proxies of ``torch.fx`` do."""
+    return not isinstance(value, Tensor) and hasattr(type(value), "__torch_function__")
+
+
+def _stand_ins(*values: object) -> list[Any]:
+    return [value for value in values if is_stand_in(value)]
 
 
 def _check_tensors(required: dict[str, Any], optional: dict[str, Any]) -> None:

@@ -130,7 +130,8 @@ def run_predict(options: argparse.Namespace) -> None:
         model, _, categories = load_detector(options.checkpoint, device, options.set)
         found = predict(model, paths, device, threshold=options.threshold, amp_dtype=AMP_TYPES[options.amp])
         number = write_predictions(found, options.out, categories, inputs=paths)
-    print(f"{number} detections in {len(paths)} images: pictures and predictions.json in {options.out}")
+    scores = f"scores from {options.threshold:g} on" + ("" if number else ", --threshold changes that")
+    print(f"{number} detections ({scores}) in {len(paths)} images: pictures and predictions.json in {options.out}")
 
 
 def run_flops(options: argparse.Namespace) -> None:

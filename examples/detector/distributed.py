@@ -89,5 +89,6 @@ def _choose(device: str | torch.device, local_rank: int | None) -> torch.device:
         return chosen
     index = local_rank if local_rank is not None else chosen.index or 0
     if index >= torch.cuda.device_count():
-        raise UserError(f"--device {device} needs GPU number {index}, but PyTorch sees {torch.cuda.device_count()}")
+        seen = torch.cuda.device_count() or "no"
+        raise UserError(f"--device {device} needs GPU number {index}, counted from 0, but PyTorch sees {seen} GPUs")
     return torch.device("cuda", index)

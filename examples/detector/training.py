@@ -131,6 +131,11 @@ def train(
                 f"{len(train_set)} images, {options.epochs} epochs of {len(batches)} iterations with "
                 f"{options.batch_size * world_size()} images" + (f"; iteration {first} is done" if first else "")
             )
+            if 3 * options.warmup_iterations > total:
+                progress.say(
+                    f"the learning rate rises over {options.warmup_iterations} of {total} iterations: set "
+                    "training.warmup_iterations lower or training.epochs higher"
+                )
 
         for done, batch in enumerate(loader, first + 1):
             observer = None

@@ -495,6 +495,7 @@ def test_evaluations(data, tmp_path, capsys):
     metrics = run(tmp_path, data, "training.epochs=3", "training.evaluate_every=2", *EVALUATED, evaluate=True)
     output = capsys.readouterr()
     assert output.out.count("AP by category") == 2 and "9 images, 3 epochs of 5 iterations with 2 images" in output.out
+    assert "the learning rate rises over 500 of 15 iterations: set training.warmup_iterations lower" in output.out
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("bbox/AP")] == [10, 15]
     assert events.Scalars("bbox/AP")[-1].value == pytest.approx(metrics["bbox"].AP)

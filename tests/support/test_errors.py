@@ -28,7 +28,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("node", "message"),
         [
-            (("9", 1, 1), "node must name a layer of the model, got '9'"),
+            (("9", 1, 1), r"node must name a layer of the model, got '9' \(see model.named_modules\(\)\)"),
+            (("unsed", 1, 1), r"got 'unsed' \(did you mean 'unused'\?\)"),
             (("1", 1, 1), "gives a map .* '1' gives tuple"),
             (("0", 1.0, 1), r"node must be in the map of '0', 7 rows and 7 columns, got y=1.0, x=1"),
             (("0", 7, 1), r"node must be in the map of '0', 7 rows and 7 columns, got y=7, x=1"),

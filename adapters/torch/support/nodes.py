@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -236,7 +237,9 @@ def layer_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if layer not in modules:
-        raise ArgumentError(f"node must name a layer of the model, got {layer!r} (see model.named_modules())")
+        close = [name for name in modules if name.endswith(f".{layer}")] or get_close_matches(str(layer), modules)
+        hint = f"did you mean {' or '.join(map(repr, close[:3]))}?" if close else "see model.named_modules()"
+        raise ArgumentError(f"node must name a layer of the model, got {layer!r} ({hint})")
     found: list[object] = []
 
     def take(module: nn.Module, args: Any, result: object) -> None:
