@@ -32,11 +32,8 @@ def test_a_checkout_that_is_not_installed_has_its_adapters():
     """Also before an installed copy, when Python runs in the checkout's folder."""
     root = Path(__file__).resolve().parent.parent
     code = "import dcnops.adapters.torch as adapter, dcnops; print(adapter.__file__); print(dcnops.__file__)"
-    run = [
-        sys.executable,
-        "-c",
-        f"import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]; {code}",
-    ]
+    without = "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder)]"
+    run = [sys.executable, "-c", f"{without}; {code}"]
     printed = subprocess.run(run, cwd=root, capture_output=True, text=True, check=True).stdout.split()
     assert printed == [str(root / "adapters/torch/__init__.py"), str(root / "dcnops/__init__.py")]
 

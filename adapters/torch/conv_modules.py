@@ -183,7 +183,7 @@ class OffsetBranchConv(DeformConvBase):
         Raises
         ------
         ShapeError, DtypeError
-            As in `deform_conv2d`. The branch does not promote: outside of autocast the input has the type of its weight.
+            As in `deform_conv2d`. The branch promotes nothing: without autocast the input has the type of its weight.
         """
         if not is_stand_in(input):
             check_input(input, self.in_channels)
