@@ -3,7 +3,13 @@
 Needs PyTorch; runs on a GPU when there is one (then with CuPy), else on the CPU.
 """
 
-import torch
+import sys
+
+try:
+    import torch
+except ImportError:
+    sys.exit("This example needs PyTorch: pip install 'dcnops[torch]'.")
+
 from dcnops.adapters.torch import ModulatedDeformConv2dPack, deform_conv2d
 from torch.nn.functional import avg_pool2d, mse_loss
 
