@@ -25,7 +25,7 @@ def gpu_targets(rows: Sequence[Row], floors: Mapping[str, float]) -> Iterator[Ta
     Parameters
     ----------
     rows : sequence of mapping
-        Rows of the report, see `benchmarks.__main__`.
+        Rows of the report, see `benchmarks.measure`.
     floors : mapping
         What the device can do at best, see `benchmarks.floors`.
     """

@@ -44,7 +44,7 @@ def evaluate(
     Parameters
     ----------
     results : sequence of mapping
-        Rows of the report, see `benchmarks.__main__`.
+        Rows of the report, see `benchmarks.measure`.
     first_call : mapping
         Device to state (cold, warm) to step to seconds.
     floors : mapping, optional

@@ -29,6 +29,7 @@ __all__ = [
     "check_sampling",
     "expand_padding",
     "expand_pair",
+    "output_extent",
 ]
 
 Pair: TypeAlias = int | Sequence[int]
@@ -387,6 +388,15 @@ def _check_pixels(argument: str, what: str, number: int) -> None:
 
 
 def output_extent(axis: str, size: int, padding: int, kernel: int, stride: int, dilation: int) -> int:
+    """Pixels of a convolution's output along an axis; `padding` is that of both sides together.
+
+    Raises
+    ------
+    ArgumentError
+        The padded input is too large.
+    ShapeError
+        It has no room for the kernel.
+    """
     padded, reach = size + padding, dilation * (kernel - 1) + 1
     if padded > MAX_EXTENT:
         raise ArgumentError(

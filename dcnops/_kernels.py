@@ -61,7 +61,7 @@ class Engine:
     Parameters
     ----------
     xp : module
-        `cupy`, or a stand-in with `empty`, `zeros` and `ascontiguousarray`.
+        `cupy`, or a stand-in with `empty`, `zeros`, `broadcast_to`, `dtype` and the names of dtypes.
     compile : callable
         ``compile(source, kernel, options)`` returns a `Launcher` for the kernel of that name in a self-contained
         CUDA source; `options` are NVRTC's.

@@ -8,7 +8,7 @@ from typing import Any
 
 from dcnops._dispatch import FLOAT_DTYPES
 from dcnops._errors import ArgumentError, ShapeError
-from dcnops._geometry import Padding, Pair, expand_padding, expand_pair
+from dcnops._geometry import Padding, Pair, expand_padding, expand_pair, output_extent
 from dcnops.deform_conv import deform_conv2d, deform_conv2d_backward
 from dcnops.deform_roi_pool import deform_roi_pool, deform_roi_pool_backward
 
@@ -33,9 +33,9 @@ def prefetch(
 ) -> None:
     """Compile what later calls need, so that the first one does not wait for it.
 
-    Both operations are called once for each dtype, with and without offsets or masks, on arrays of zeros. What is
-    compiled is kept on disk, for later processes too: in Numba's and CuPy's cache folders (``python -m dcnops`` shows
-    them).
+    Both operations are called on arrays of zeros for each dtype: convolution with and without a mask, pooling with and
+    without offsets and masks, and with as many samples as a bin has pixels. What is compiled is kept on disk, for later
+    processes too: in Numba's and CuPy's cache folders (``python -m dcnops`` shows them).
 
     Parameters
     ----------
@@ -111,8 +111,8 @@ def _convolve(
     kernel, step = weight[2:], expand_pair("stride", numbers["stride"])
     sides, dilation = expand_padding(numbers["padding"]), expand_pair("dilation", numbers["dilation"])
     size = [
-        max((extent + sum(side) - d * (k - 1) - 1) // s + 1, 0)
-        for extent, side, d, k, s in zip(input[2:], sides, dilation, kernel, step)
+        output_extent(axis, extent, sum(side), k, s, d)
+        for axis, extent, side, k, s, d in zip(("height", "width"), input[2:], sides, kernel, step, dilation)
     ]
     points = deform_groups * kernel[0] * kernel[1]
     image, offset, taps = zeros(*input), zeros(input[0], 2 * points, *size), zeros(*weight)

@@ -101,6 +101,8 @@ def test_the_tests_that_are_named_exist() -> None:
     assert len(names) > 8
     for name in names:
         assert (ROOT / "tests" / f"{name}.py").exists(), name
+    for folder in re.findall(r"`(tests/\w+)`", TABLE):
+        assert list((ROOT / folder).glob("test_*.py")), folder
 
 
 def test_arrays_are_computed_without_a_framework() -> None:

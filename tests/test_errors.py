@@ -360,21 +360,20 @@ def test_errors_are_also_the_usual_python_errors(error: type[Exception], base: t
 
 
 @st.composite
-def broken_cases(draw: st.DrawFn) -> tuple[ConvCase, str]:
-    """A legal case in which the size of one array is changed along one axis, and the names that may be blamed."""
+def broken_cases(draw: st.DrawFn) -> ConvCase:
+    """A legal case in which the size of one array is changed along one axis."""
     case = draw(conv_cases(dtypes=("float32",)))
     name = draw(st.sampled_from(case.needs))
     array = getattr(case, name)
     axis = draw(st.integers(0, array.ndim - 1))
     shape = list(array.shape)
     shape[axis] = draw(st.integers(0, 2 * shape[axis] + 2).filter(lambda size: size != shape[axis]))
-    return case.with_arrays(**{name: np.zeros(shape, array.dtype)}), name
+    return case.with_arrays(**{name: np.zeros(shape, array.dtype)})
 
 
-@given(broken=broken_cases())
-def test_a_wrong_size_is_an_error_or_another_legal_call(broken: tuple[ConvCase, str]):
+@given(case=broken_cases())
+def test_a_wrong_size_is_an_error_or_another_legal_call(case: ConvCase):
     """Never a crash and never an undocumented exception."""
-    case, _ = broken
     try:
         output = dcnops.deform_conv2d(**case.arguments())
     except ShapeError as error:

@@ -41,7 +41,9 @@ def test_quickstart_torch() -> None:
 def test_quickstart_jax() -> None:
     done = run_example("quickstart_jax.py")
     assert done.returncode == 0, done.stderr
-    assert done.stdout
+    before, after = re.findall(r"\d\.\d{4}", done.stdout)
+    assert float(after) < float(before)
+    assert "pooled regions: (2, 8, 7, 7)" in done.stdout
 
 
 def test_quickstart_cupy_runs_or_says_what_is_missing() -> None:

@@ -23,8 +23,8 @@ import dcnops
 from dcnops import ArgumentError, DcnError
 
 ROOT = Path(__file__).resolve().parent.parent
-SOAK = int(os.environ.get("DCNOPS_SOAK_CALLS", "400"))
 WARM = 100  # calls after which memory must not grow any more
+SOAK = WARM + int(os.environ.get("DCNOPS_SOAK_CALLS", "300"))
 GROWTH = 24 * 2**20  # bytes that the allocator may keep nevertheless
 
 

@@ -10,7 +10,7 @@ import torch
 from dcnops.adapters.torch import mmcv_ops
 from torch import nn
 
-from dcnops import ArgumentError, ShapeError
+from dcnops import ArgumentError, DtypeError, ShapeError
 
 NUMBERS = "stride=1 padding=0 dilation=1 groups=1 deform_groups=1"
 CONV = f"in_channels out_channels kernel_size {NUMBERS}"
@@ -80,6 +80,8 @@ def test_functions_refuse():
         mmcv_ops.modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1, 1, 2, 1)
     with pytest.raises(ShapeError, match="input must have 4 dimensions"):
         mmcv_ops.deform_conv2d(x[0], offset, weight)
+    with pytest.raises(DtypeError, match=r"input must be a torch\.Tensor, got builtins\.list"):
+        mmcv_ops.deform_conv2d(x.tolist(), offset, weight)
     with pytest.raises(ArgumentError, match="multiple of deform_groups=3"):
         mmcv_ops.DeformConv2d(4, 6, 3, deform_groups=3)
     with pytest.raises(ShapeError, match="for deform_groups=1"):

@@ -514,6 +514,14 @@ def test_layers_can_be_traced_by_fx(kind: type):
     assert torch.equal(create_feature_extractor(network, ["1"])(x)["1"], network[:2](x))
 
 
+@pytest.mark.parametrize("kind", [DeformRoIPoolPack, ModulatedDeformRoIPoolPack])
+def test_pooling_layers_can_be_traced_by_fx(kind: type):
+    pool, x = kind(2, 4, 8), image()
+    assert torch.equal(torch.fx.symbolic_trace(pool)(x, ROIS), pool(x, ROIS))
+    with pytest.raises(DtypeError, match=r"input must be a torch\.Tensor, got builtins\.list"):
+        pool([1.0], ROIS)
+
+
 def test_pooling_can_be_traced_by_fx():
     class Pooling(torch.nn.Module):
         def forward(self, features: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:

@@ -570,8 +570,8 @@ def _reset_uniform(layer: DeformConvBase) -> None:
 
 def _check_groups(input: Tensor, offset: Tensor, weight: Tensor, groups: int, deform_groups: int) -> None:
     """Whether groups that the caller states are those that the shapes imply."""
-    if not input.ndim == offset.ndim == weight.ndim == 4:
-        return  # an error of the operation, which says it better
+    if not all(isinstance(given, Tensor) and given.ndim == 4 for given in (input, offset, weight)):
+        return  # an error of the operation, which says it better, or what torch.fx puts in the place of tensors
     if input.shape[1] != weight.shape[1] * groups:
         raise ShapeError(
             f"input must be [N, C={groups * weight.shape[1]}, H, W] for groups={groups} "

@@ -59,6 +59,8 @@ def export(
     ArgumentError
         `opset_version` is too old, or the model pools with offsets and an adaptive number of samples
         (``sampling_ratio=0``). `torch.onnx.export` itself wraps such errors in its own.
+    ShapeError
+        Channels or the size of a kernel are dynamic.
     torch.onnx.OnnxExporterError
         The model cannot be exported for another reason.
 

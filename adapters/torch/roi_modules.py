@@ -153,7 +153,7 @@ class _PackedRoIPool(RoIPoolBase):
 
     def _branch(self, input: Tensor, rois: Tensor) -> Tensor:
         """The branch's values of each bin [R, values_per_bin, P, Q]."""
-        if input.ndim == 4 and input.shape[1] != self.output_channels:
+        if isinstance(input, Tensor) and input.ndim == 4 and input.shape[1] != self.output_channels:
             raise ShapeError(f"input must be [N, C={self.output_channels}, H, W], got shape {tuple(input.shape)}")
         values: Tensor = self.offset_fc(self.pool(input, rois).flatten(1))
         return values.reshape(-1, self.values_per_bin, *self.output_size)
@@ -328,7 +328,8 @@ class MultiScaleDeformRoIPool(nn.Module):
     featmap_names : sequence of str
         The feature maps to use, fine to coarse; each half as large as the one before.
     pool : DeformRoIPool, DeformRoIPoolPack or ModulatedDeformRoIPoolPack
-        What pools from a level, with `spatial_scale` 1.
+        What pools from a level, with `spatial_scale` 1; or another module (input, rois) -> [R, C, P, Q] that has
+        `spatial_scale` and `output_size`.
     share_branch : bool
         Whether all levels use `pool` itself and with it one offset branch, as in the paper, or each a copy of its own.
     canonical_scale : int
@@ -366,7 +367,7 @@ class MultiScaleDeformRoIPool(nn.Module):
     def __init__(
         self,
         featmap_names: Sequence[str],
-        pool: RoIPoolBase,
+        pool: nn.Module,
         share_branch: bool = True,
         *,
         canonical_scale: int = 224,

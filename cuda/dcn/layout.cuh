@@ -8,7 +8,7 @@ enum LayoutTask {
   kNothing,
   kPixelsToRows,         // Scalar [N, C, P] to Scalar [rows, C]
   kPixelsToRoundedRows,  // likewise, floats rounded to TF32
-  kRowsToPixels,         // Sum [rows, C] plus bias to Scalar [N, C, P]
+  kRowsToPixels,         // Sum [rows, C] to Scalar [N, C, P]
   kSumPixels,            // Scalar [N, C, P] to Sum [N, C]
   kSumRows,              // Sum [P, C] to Scalar [C]
   kSumRowParts,          // Scalar [rows, C] to Sum [parts, C], a part being P rows
@@ -33,7 +33,6 @@ struct WordOf<8> {
 
 struct LayoutJob {
   const void* source;
-  const void* bias;  // Scalar [C] or null, for kRowsToPixels
   void* target;
   int task;
   int N, C, P;
@@ -221,7 +220,6 @@ __device__ __forceinline__ void rows_to_pixels(const LayoutJob& job, int t, unsi
   constexpr int vector = 16 / sizeof(Sum);
   const Tile tile(job, t, shared);
   const Sum* source = static_cast<const Sum*>(job.source) + tile.row * job.C + tile.channel;
-  const T* bias = job.bias ? static_cast<const T*>(job.bias) + tile.channel : nullptr;
   if (job.C % vector == 0 && is_aligned(source, 16)) {
     using Sums = Vector<Sum, vector>;
     constexpr int across = Tile::kSide / vector, step = 256 / across, turns = Tile::kSide / step;
@@ -238,13 +236,13 @@ __device__ __forceinline__ void rows_to_pixels(const LayoutJob& job, int t, unsi
       if (c < tile.channels && r + i * step < tile.pixels) {
 #pragma unroll
         for (int e = 0; e < vector; ++e) {
-          tile.at(c + e, r + i * step) = narrow<T>(sums[i].at[e] + (bias ? widen(bias[c + e]) : Sum(0)));
+          tile.at(c + e, r + i * step) = narrow<T>(sums[i].at[e]);
         }
       }
     }
   } else {
     visit_channels(tile, [&](int c, int p) {
-      tile.at(c, p) = narrow<T>(source[static_cast<long long>(p) * job.C + c] + (bias ? widen(bias[c]) : Sum(0)));
+      tile.at(c, p) = narrow<T>(source[static_cast<long long>(p) * job.C + c]);
     });
   }
   __syncthreads();
@@ -335,13 +333,11 @@ __device__ __forceinline__ void small_rows_to_pixels(const LayoutJob& job, int t
   const SmallImages<T> tile(job, t);
   T* memory = reinterpret_cast<T*>(shared);
   const Sum* source = static_cast<const Sum*>(job.source) + tile.first_of_rows(job);
-  const T* bias = job.bias ? static_cast<const T*>(job.bias) + tile.channel : nullptr;
   const unsigned across = tile.channels;
 #pragma unroll 4
   for (unsigned i = threadIdx.x; i < across * job.P; i += blockDim.x) {
     const unsigned p = i / across, c = i % across;
-    const Sum sum = source[static_cast<long long>(p) * job.C + c];
-    memory[c * job.P + p] = narrow<T>(sum + (bias ? widen(bias[c]) : Sum(0)));
+    memory[c * job.P + p] = narrow<T>(source[static_cast<long long>(p) * job.C + c]);
   }
   __syncthreads();
   copy_elements(static_cast<T*>(job.target) + tile.first, const_cast<const T*>(memory), tile.channels * job.P);
@@ -357,14 +353,12 @@ __device__ __forceinline__ void copy_rows(const LayoutJob& job, int t) {
   const long long all = static_cast<long long>(job.range.rows) * job.C, begin = static_cast<long long>(t) * elements;
   const From* source = static_cast<const From*>(job.source) + begin + (to_rows ? skipped : 0);
   T* target = static_cast<T*>(job.target) + begin + (to_rows ? 0 : skipped);
-  const T* bias = static_cast<const T*>(job.bias);
-  const unsigned first_channel = bias ? static_cast<unsigned>(begin % job.C) : 0;
   const unsigned count = static_cast<unsigned>(min(all - begin, static_cast<long long>(elements)));
-  const auto converted = [&](From value, unsigned i) {
+  const auto converted = [&](From value) {
     if constexpr (sizeof(From) == sizeof(T)) {
       if (to_rows) return rounded_if(value, rounds);
     }
-    return narrow<T>(widen(value) + (bias ? widen(bias[(first_channel + i) % job.C]) : Accumulator<T>(0)));
+    return narrow<T>(widen(value));
   };
   const unsigned in_vectors =
       is_aligned(source, 16) && is_aligned(target, vector * sizeof(T)) ? count / vector * vector : 0;
@@ -373,11 +367,11 @@ __device__ __forceinline__ void copy_rows(const LayoutJob& job, int t) {
     const auto values = *reinterpret_cast<const Vector<From, vector>*>(source + i);
     Vector<T, vector> results;
 #pragma unroll
-    for (unsigned e = 0; e < vector; ++e) results.at[e] = converted(values.at[e], i + e);
+    for (unsigned e = 0; e < vector; ++e) results.at[e] = converted(values.at[e]);
     *reinterpret_cast<Vector<T, vector>*>(target + i) = results;
   }
 #pragma unroll 1
-  for (unsigned i = in_vectors + threadIdx.x; i < count; i += blockDim.x) target[i] = converted(source[i], i);
+  for (unsigned i = in_vectors + threadIdx.x; i < count; i += blockDim.x) target[i] = converted(source[i]);
 }
 
 // Channels of a tile of sums.

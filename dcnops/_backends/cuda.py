@@ -1,6 +1,6 @@
 """CuPy arrays: the launch plans run on the arrays' GPU, on its current stream.
 
-The only module that imports CuPy.
+The only module that needs CuPy to be imported.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 import time
@@ -267,7 +266,7 @@ def table(rows: Sequence[Row]) -> str:
 def _begin(out: Path, experiment: Experiment) -> None:
     """Make the folder, or see that the experiment in it is this one."""
     path = out / "experiment.json"
-    described = json.loads(json.dumps(experiment.describe()))
+    described = experiment.describe()
     if path.exists():
         before = read_json(path)
         if before != described:

@@ -25,7 +25,8 @@ class MimickingDetector(nn.Module):
     The R-CNN is the detector itself: its backbone, its RoI pooling with the whole crop as the region, and its two fully
     connected layers, the same modules. Only its classifier is its own. The result is the detector's losses and
 
-    - ``loss_mimic``: the weighted mean over the images of the sum over boxes ``1 - cos(f_RCNN, f_FRCNN)``, equation 3;
+    - ``loss_mimic``: the weighted mean over the images of ``1 - cos(f_RCNN, f_FRCNN)`` summed over boxes, equation 3
+      (or their mean, if the `reduction` of the options says so);
     - ``loss_crop``: the weighted cross-entropy of the classifier on ``f_RCNN``, mean over the boxes.
 
     The boxes are drawn from the RoIs that the head learns from: those of the RPN's proposals, with the ground truth

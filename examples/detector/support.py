@@ -21,11 +21,11 @@ from .coco import Category, check_categories
 from .errors import UserError
 from .images import pad_elongated, read_image
 from .inference import Detections, evaluating, infer
+from .prediction import LARGEST
 
 __all__ = ["View", "draw_support", "run_support"]
 
 CONV5 = "backbone.body.layer4"
-LARGEST = 4096  # pixels of a side, as in prediction
 THRESHOLD = 0.3  # score of the detections that the nodes are taken from
 GRID = 24  # places along a side where the background is looked for
 

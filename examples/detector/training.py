@@ -87,7 +87,7 @@ def train(
         `out` has a run already, or with `resume` none that was made with the same options and data; the categories of
         the two data sets differ; an image cannot be read; the loss or the gradient is not finite.
     Interrupted
-        After SIGINT or SIGTERM; a checkpoint was saved first.
+        After SIGINT or SIGTERM; a checkpoint was saved first, unless a second signal asked to stop at once.
     """
     options = config.training
     if val_set is not None:

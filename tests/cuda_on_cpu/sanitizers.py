@@ -28,7 +28,7 @@ def run_sanitized(argv: Sequence[str], timeout: float) -> subprocess.CompletedPr
     Parameters
     ----------
     argv : sequence of str
-        Arguments of the interpreter, such as ``["-m", "pytest", "-x", "tests/test_kernels.py"]``.
+        Arguments of the interpreter, such as ``["-m", "pytest", "-x", "tests/test_launch_plans.py"]``.
     timeout : float
         Seconds.
     """

@@ -64,7 +64,9 @@ class LayerNode(NamedTuple):
         Raises
         ------
         ArgumentError
-            There is no such layer, or the position is outside the image.
+            There is no such layer, its map has no place in the image, or the position is no place in the image.
+        ShapeError
+            `image` is none.
         """
         if not (isinstance(y, Real) and isinstance(x, Real)):
             raise ArgumentError(f"y and x must be numbers, got {y!r} and {x!r}")
@@ -81,7 +83,9 @@ class LayerNode(NamedTuple):
         Raises
         ------
         ArgumentError
-            There is no such layer, or the map has no such pixel.
+            There is no such layer, its map has no place in the image, or the map has no such pixel.
+        ShapeError
+            `image` is none.
         """
         feature_map, grid = _located(model, image, self.layer)
         self.of(feature_map)

@@ -55,6 +55,11 @@ def draw_points(axes: Axes, picture: Tensor, points: SamplingPoints, position: S
         From `sampling_locations` or `effective_sampling_locations`.
     position : (y, x), optional
         Of the node, which is then marked.
+
+    Raises
+    ------
+    ShapeError
+        `picture` is none.
     """
     shown = _show(axes, picture, dim=0.45)
     strength = _relative(points.strength)
@@ -84,6 +89,11 @@ def draw_bins(axes: Axes, picture: Tensor, bins: Bins, box: Sequence[float] | No
         From `effective_bin_locations`.
     box : (x1, y1, x2, y2), optional
         The region, which is then outlined.
+
+    Raises
+    ------
+    ShapeError
+        `picture` is none.
     """
     _show(axes, picture, dim=0.45)
     strength = _relative(bins.strength).reshape(-1)
@@ -115,6 +125,11 @@ def draw_field(axes: Axes, picture: Tensor, field: Tensor, place: Sequence[float
         From `effective_receptive_field`. The square root of it is shown, its smallest values transparent.
     place : (y, x) or (x1, y1, x2, y2), optional
         Of the node, a pixel or a region, which is then marked.
+
+    Raises
+    ------
+    ShapeError
+        `picture` is none.
     """
     shown = _show(axes, picture, dim=0.5, grey=True)
     heat = np.sqrt(_relative(field))
@@ -134,6 +149,11 @@ def draw_region(axes: Axes, picture: Tensor, region: SaliencyRegion, place: Sequ
         From `error_bounded_saliency_region`.
     place : (y, x) or (x1, y1, x2, y2), optional
         Of the node, a pixel or a region, which is then marked.
+
+    Raises
+    ------
+    ShapeError
+        `picture` is none.
     """
     shown = _pixels(picture)
     mask = region.mask.cpu().numpy()

@@ -247,7 +247,7 @@ class Recorder(TorchFunctionMode):
         dilation: Any,
         precision: str,
     ) -> Tensor:
-        top, bottom, left, right = padding
+        sides = padding if len(padding) == 4 else (padding[0], padding[0], padding[1], padding[1])
         return self._convolution(
             lambda: function(input, offset, weight, bias, mask, stride, padding, dilation, precision),
             False,
@@ -257,7 +257,7 @@ class Recorder(TorchFunctionMode):
             bias,
             mask,
             _pair(stride),
-            ((top, bottom), (left, right)),
+            ((sides[0], sides[1]), (sides[2], sides[3])),
             _pair(dilation),
             precision,
         )

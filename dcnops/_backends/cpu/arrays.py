@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dcnops._backends.cpu.layout_loops import STRIP
+
 __all__ = ["Array", "Staged", "contiguous", "empty", "plain", "round_up", "rounded", "strips", "sum_dtype"]
 
 Array = npt.NDArray[Any]
@@ -58,7 +60,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 def strips(count: int, values: int) -> int:
     """Items of `layout_loops` for so many images of so many pixels."""
-    return count * -(-values // 32)
+    return count * -(-values // STRIP)
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -6,12 +6,15 @@ from typing import Any
 
 from dcnops._backends.cpu.compiled import kernel
 
-__all__ = ["from_channels_last", "to_channels_last"]
+__all__ = ["STRIP", "from_channels_last", "to_channels_last"]
+
+STRIP = 32
+"""Values of an item."""
 
 
 @kernel
 def to_channels_last(source: Any, target: Any, begin: int, end: int) -> None:
-    """``target[n, s, r] = source[n, r, s]``; an item is 32 values of s of one n.
+    """``target[n, s, r] = source[n, r, s]``; an item is `STRIP` values of s of one n.
 
     Parameters
     ----------
@@ -19,11 +22,11 @@ def to_channels_last(source: Any, target: Any, begin: int, end: int) -> None:
     target : array [n, >= S, R]
     """
     R, S = source.shape[1:]
-    strips = (S + 31) // 32
+    strips = -(-S // STRIP)
     for item in range(begin, end):
         n = item // strips
-        first = (item % strips) * 32
-        last = min(first + 32, S)
+        first = (item % strips) * STRIP
+        last = min(first + STRIP, S)
         for r0 in range(0, R, 16):
             for r in range(r0, min(r0 + 16, R)):
                 for s in range(first, last):
@@ -32,7 +35,7 @@ def to_channels_last(source: Any, target: Any, begin: int, end: int) -> None:
 
 @kernel
 def from_channels_last(source: Any, target: Any, c0: int, begin: int, end: int) -> None:
-    """``target[n, c0 + r, s] = source[n, s, r]``; an item is 32 values of s of one n.
+    """``target[n, c0 + r, s] = source[n, s, r]``; an item is `STRIP` values of s of one n.
 
     Parameters
     ----------
@@ -41,11 +44,11 @@ def from_channels_last(source: Any, target: Any, c0: int, begin: int, end: int) 
     """
     width = source.shape[2]
     S = target.shape[2]
-    strips = (S + 31) // 32
+    strips = -(-S // STRIP)
     for item in range(begin, end):
         n = item // strips
-        first = (item % strips) * 32
-        last = min(first + 32, S)
+        first = (item % strips) * STRIP
+        last = min(first + STRIP, S)
         for r0 in range(0, width, 16):
             for r in range(r0, min(r0 + 16, width)):
                 for s in range(first, last):

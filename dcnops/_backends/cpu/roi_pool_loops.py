@@ -20,8 +20,8 @@ offset : array [R, 2, P*Q], or of size 0 for none
 mask : array [R, P*Q], or of size 0 for none
 axes : array [4, max(H, W)]
     Scratch of this thread, all zero: weights and slopes of rows, weights and slopes of columns.
-pixels : array of int [H*W], weights : array [3, H*W]
-    Scratch of this thread: the list of a bin.
+pixels : array of int [H*W + 3], weights : array [3, H*W + 3]
+    Scratch of this thread: the list of a bin, filled up to a multiple of four.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dcnops._backends.launch_plans.deform_conv2d_common import (
-    SampleLaunch,
+    SampleKernels,
     column_sample_bytes,
     filters_job,
     sizes_of,
@@ -21,7 +21,7 @@ from dcnops._backends.launch_plans.deform_conv2d_forward import DeformConvForwar
 from dcnops._backends.launch_plans.layout import (
     ITEMSIZE,
     LAYOUT_SHARED_BYTES,
-    MAX_BLOCKS,
+    MAX_ROWS,
     THREADS,
     VECTOR_BYTES,
     WARP,
@@ -56,7 +56,6 @@ With fewer, an entry of a list weighs about as much as the channels that it stan
 """
 
 _MOST_ENTRIES = 2**30
-_MOST_ROWS = 2**30
 _LISTS_OF_THREAD = 16
 _BAND = 8
 """Rows of a band of sampling points (`kBand` in the kernels)."""
@@ -286,8 +285,13 @@ class _Call:
             self.grad_filters = _rows(self.gradients["weight"], g.C // g.G).reshape(filters)
             self.grad_filters.fill(0)
 
-        self.column_launch = SampleLaunch(engine, g, self.dtype, offset, column_sample_bytes(self.dtype))
-        self.gradient_launch = SampleLaunch(engine, g, self.dtype, offset, gradient_sample_bytes(self.dtype))
+        offset_dtype = str(offset.dtype.name)
+        self.column_kernels = engine.recall(
+            SampleKernels, "deform_conv2d_forward", g, self.dtype, offset_dtype, column_sample_bytes(self.dtype)
+        )
+        self.gradient_kernels = engine.recall(
+            SampleKernels, _UNIT, g, self.dtype, offset_dtype, gradient_sample_bytes(self.dtype)
+        )
         self.params = DeformConvBackwardParams(
             columns=engine.pointer(self.columns),
             size=sizes_of(g, offset, mask),
@@ -298,7 +302,7 @@ class _Call:
             by_output_width=divisor(g.ow),
             by_groups=divisor(g.D),
             by_group_channels=divisor(g.C // g.G),
-            tile_samples=self.gradient_launch.tile_rows,
+            tile_samples=self.gradient_kernels.tile_rows,
             channels=g.C // g.D,
             write_columns=self.makes_columns,
         )
@@ -350,7 +354,7 @@ class _Call:
             samples = ceil_div(rows.rows, _BAND) * _BAND * g.K
             params.tiles = g.D * ceil_div(samples, params.tile_samples)
             if self.lists is not None:
-                self.lists.make(self.gradient_launch, params, g, jobs)
+                self.lists.make(self.gradient_kernels, params, g, jobs)
             else:
                 change_layout(engine, self.dtype, jobs)
             jobs = []
@@ -373,15 +377,15 @@ class _Call:
         if self.propagates:
             self.multiply(grad_out, self.filters, columns, False, self.precision)
         if self.lists is not None:
-            self.lists.gather(self.gradient_launch, params)
+            self.lists.gather(self.gradient_kernels, params)
         elif self.scatters:
-            self.gradient_launch.launch(_UNIT, "deform_conv2d_scatter_input", params, rows.rows)
+            self.gradient_kernels.launch("deform_conv2d_scatter_input", params, rows.rows)
         if self.samples:
-            self.gradient_launch.launch(_UNIT, "deform_conv2d_grad_samples", params, rows.rows)
+            self.gradient_kernels.launch("deform_conv2d_grad_samples", params, rows.rows)
         elif self.makes_columns:
             arguments = params.input, params.offset, params.mask, params.columns, params.size, rows
-            forward = DeformConvForwardParams(*arguments, self.column_launch.tile_rows)
-            self.column_launch.launch("deform_conv2d_forward", "deform_conv2d_columns", forward, rows.rows)
+            forward = DeformConvForwardParams(*arguments, self.column_kernels.tile_rows)
+            self.column_kernels.launch("deform_conv2d_columns", forward, rows.rows)
         if self.makes_columns:
             self.multiply(grad_out.transpose(0, 2, 1), columns, self.grad_filters, True, self.precision)
 
@@ -420,7 +424,7 @@ class _Lists:
 
     def make(
         self,
-        launch: SampleLaunch,
+        kernels: SampleKernels,
         params: DeformConvBackwardParams,
         geometry: DeformConvGeometry,
         jobs: Sequence[LayoutJob],
@@ -437,31 +441,19 @@ class _Lists:
         counts = ceil_div(params.range.rows * g.D * g.K, THREADS)
         params.count_blocks = min(counts, _COUNT_BLOCKS * self._engine.device.multiprocessors)
         blocks = params.count_blocks + layout_tiles(jobs)
-        self._launch(launch, "prepare", blocks, (THREADS, 1), params, LAYOUT_SHARED_BYTES)
-        self._launch(launch, "fill_lists", counts, (THREADS, 1), params)
+        kernels.launch_blocks("deform_conv2d_prepare", blocks, (THREADS, 1), params, LAYOUT_SHARED_BYTES)
+        kernels.launch_blocks("deform_conv2d_fill_lists", counts, (THREADS, 1), params)
 
-    def gather(self, launch: SampleLaunch, params: DeformConvBackwardParams) -> None:
+    def gather(self, kernels: SampleKernels, params: DeformConvBackwardParams) -> None:
         """Add the columns on the lists to the input's gradient."""
         blocks = ceil_div(params.lists, THREADS // WARP)
         if not self._deterministic:
-            self._launch(launch, "gather_input", blocks, launch.block, params)
+            kernels.launch_blocks("deform_conv2d_gather_input", blocks, kernels.block, params)
             return
         columns = 4 * ceil_div(params.sorted_entries, 4)
         params.warp_bytes = ceil_div(WARP * self._entry_bytes + 4 * columns + 2 * params.sorted_entries, 16) * 16
         shared_bytes = THREADS // WARP * params.warp_bytes
-        self._launch(launch, "gather_input_in_order", blocks, launch.block, params, shared_bytes)
-
-    def _launch(
-        self,
-        launch: SampleLaunch,
-        role: str,
-        blocks: int,
-        block: tuple[int, int],
-        params: DeformConvBackwardParams,
-        shared_bytes: int = 0,
-    ) -> None:
-        kernel = f"deform_conv2d_{role}"
-        self._engine.launch(_UNIT, kernel, launch.macros, min(blocks, MAX_BLOCKS), block, params, shared_bytes)
+        kernels.launch_blocks("deform_conv2d_gather_input_in_order", blocks, kernels.block, params, shared_bytes)
 
 
 def _padded(lists: int) -> int:
@@ -479,7 +471,7 @@ def _cut(
 ) -> tuple[int, int]:
     """Images of a group and rows of a chunk, cut evenly: whole images, or rows of a single one."""
     g = geometry
-    most_rows = min(_MOST_ROWS, _MOST_ENTRIES // (4 * g.D * g.K))
+    most_rows = min(MAX_ROWS, _MOST_ENTRIES // (4 * g.D * g.K))
     most_images = min(budget // (image_bytes + g.pixels * row_bytes), most_rows // g.pixels, max(g.N, 1))
     images = ceil_div(g.N, ceil_div(g.N, most_images)) if most_images > 1 else 1
     if images > 1:

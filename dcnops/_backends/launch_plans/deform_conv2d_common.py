@@ -25,47 +25,12 @@ from dcnops._backends.launch_plans.layout import (
 from dcnops._geometry import DeformConvGeometry, DeformConvSizes
 from dcnops._kernels import Device, Engine, Launcher, Macros
 
-__all__ = ["SampleKernels", "SampleLaunch", "column_sample_bytes", "filters_job", "sizes_of"]
+__all__ = ["SampleKernels", "column_sample_bytes", "filters_job", "sizes_of"]
 
 
 def column_sample_bytes(dtype: str) -> int:
     """Shared memory per sampling point of the kernel that makes columns, in bytes; it asserts that it is enough."""
     return 40 if dtype == "float64" else 24
-
-
-class SampleLaunch:
-    """How the kernels of a unit that work on sampling points are launched for one call.
-
-    The x dimension of a block runs over the channel vectors of a sampling point, y over sampling points.
-
-    Parameters
-    ----------
-    sample_bytes : int
-        Shared memory per sampling point.
-    """
-
-    def __init__(
-        self, engine: Engine, geometry: DeformConvGeometry, dtype: str, offset: Any, sample_bytes: int
-    ) -> None:
-        g = geometry
-        vector = gcd(g.C // g.D, g.C // g.G, VECTOR_BYTES // ITEMSIZE[dtype])
-        lanes = channel_lanes(g.C // g.D // vector)
-        self._engine = engine
-        self._group_taps = g.D * g.K
-        self._sample_bytes = sample_bytes
-        self.block = (lanes, THREADS // lanes)
-        self.tile_rows = max(WARP, self.block[1])
-        self.macros: Macros = {
-            **data_macros(dtype),
-            "DCN_OFFSET_SCALAR": SCALAR[str(offset.dtype.name)],
-            "DCN_VEC": vector,
-            "DCN_SAMPLE_BYTES": sample_bytes,
-        }
-
-    def launch(self, unit: str, kernel: str, params: ctypes.Structure, rows: int) -> None:
-        tiles = ceil_div(rows, self.tile_rows) * self._group_taps
-        shared_bytes = self.tile_rows * self._sample_bytes
-        self._engine.launch(unit, kernel, self.macros, min(tiles, MAX_BLOCKS), self.block, params, shared_bytes)
 
 
 class SampleKernels:

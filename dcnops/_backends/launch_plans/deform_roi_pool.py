@@ -14,6 +14,7 @@ from typing import Any
 from dcnops._backends.launch_plans.layout import (
     ITEMSIZE,
     MAX_BLOCKS,
+    MAX_ROWS,
     SCALAR,
     VECTOR_BYTES,
     WARP,
@@ -50,7 +51,6 @@ _WARPS = 8
 _BLOCK = (WARP, _WARPS)
 _MAX_TILE_ROWS = 56  # with their channels they and what the warps keep fit 48 KiB
 _FEW_BLOCKS = 512  # about four for each multiprocessor of a large GPU
-_MAX_ROWS = 2**30
 
 # In numbers of the type of sums; the kernels assert them.
 _WARP_PIXELS = 224
@@ -212,7 +212,7 @@ def deform_roi_pool_backward(
 def _collect_input(call: _Call, grad_out: Any, grad_rows: Any | None, input: Any, chunk_bytes: int) -> Any:
     """The input's gradient, the same in every run; `grad_rows` is `grad_out` as rows, where it is that already."""
     engine, g = call.engine, call.geometry
-    chunk = _MAX_ROWS
+    chunk = MAX_ROWS
     if grad_rows is None:
         chunk = min(chunk, max(1, chunk_bytes // (g.C * call.item_bytes)))
     ranges = list(row_ranges(g.R, g.bins, chunk)) or [RowRange(0, 0, 0)]
@@ -236,12 +236,9 @@ def _collect_input(call: _Call, grad_out: Any, grad_rows: Any | None, input: Any
     shared_bytes = _WARPS * strip * (WARP * call.vector + _STRIP_PITCH_PADDING) * call.sum_bytes
     first = 0
     for rows in ranges:
-        if grad_rows is not None:
-            part = grad_rows[first:]
-        elif rows.rows:
-            part = take_rows(engine, grad_out, g.C, g.bins, rows, scratch)
-        else:
-            part = scratch
+        part = scratch if grad_rows is None else grad_rows[first:]
+        if grad_rows is None and rows.rows:
+            take_rows(engine, grad_out, g.C, g.bins, rows, scratch)
         params.range = rows
         params.grad_out = engine.pointer(part)
         call.launch(_COLLECT, "deform_roi_pool_collect_input", strips, params, shared_bytes)

@@ -124,9 +124,7 @@ FUSED_NEEDS = (
     Requirement("sums are float32: float64 goes through columns", lambda p: p.dtype != "float64"),
     Requirement(
         "channels move 16 bytes at a time, all of them of one group",
-        lambda p: (
-            gcd(p.geometry.C // p.geometry.D, p.geometry.C // p.geometry.G) * ITEMSIZE[p.dtype] % VECTOR_BYTES == 0
-        ),
+        lambda p: p.alignment * ITEMSIZE[p.dtype] % VECTOR_BYTES == 0,
     ),
     Requirement(
         "of a weight group and a deformable group one contains the other",

@@ -16,6 +16,7 @@ __all__ = [
     "ITEMSIZE",
     "LAYOUT_SHARED_BYTES",
     "MAX_BLOCKS",
+    "MAX_ROWS",
     "MOST_LAYOUT_JOBS",
     "SCALAR",
     "THREADS",
@@ -32,7 +33,6 @@ __all__ = [
     "ceil_div",
     "change_layout",
     "channel_lanes",
-    "channel_sums",
     "channel_sums_jobs",
     "data_macros",
     "empty_images",
@@ -71,7 +71,7 @@ _LAYOUT_SIDE = {2: 64, 4: 64, 8: 32}
 LAYOUT_SHARED_BYTES = 64 * 65 * 4
 """Shared memory of a block that changes layouts."""
 
-_MAX_ROWS = 2**30
+MAX_ROWS = 2**30
 _PART_ROWS = 1024
 _FILL = 4096
 
@@ -100,7 +100,6 @@ class LayoutJob(ctypes.Structure):
 
     _fields_ = [
         ("source", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
         ("target", ctypes.c_void_p),
         ("task", ctypes.c_int),
         ("N", ctypes.c_int),
@@ -197,16 +196,14 @@ def rows_job(
     if is_channels_last(images):
         # Channels-last images are images of one pixel, one for each row.
         images, P, rows = _flat(images, C)[_first(rows, P) :], 1, RowRange(0, 0, rows.rows)
-    return _transpose_job(engine, task, images, target, C, P, rows, None, target.dtype.itemsize)
+    return _transpose_job(engine, task, images, target, C, P, rows, target.dtype.itemsize)
 
 
-def pixels_job(
-    engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange, bias: Any | None = None
-) -> LayoutJob:
-    """Round sums, an array that begins with `rows`, into images [N, C, P] in either memory order, plus `bias` [C]."""
+def pixels_job(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange) -> LayoutJob:
+    """Round sums, an array that begins with `rows`, into images [N, C, P] in either memory order."""
     if is_channels_last(images):
         images, P, rows = _flat(images, C)[_first(rows, P) :], 1, RowRange(0, 0, rows.rows)
-    return _transpose_job(engine, LayoutTask.ROWS_TO_PIXELS, sums, images, C, P, rows, bias, images.dtype.itemsize)
+    return _transpose_job(engine, LayoutTask.ROWS_TO_PIXELS, sums, images, C, P, rows, images.dtype.itemsize)
 
 
 def channel_sums_jobs(engine: Engine, images: Any, N: int, C: int, P: int, result: Any) -> tuple[Any, Any, Any]:
@@ -221,15 +218,15 @@ def channel_sums_jobs(engine: Engine, images: Any, N: int, C: int, P: int, resul
     if is_channels_last(images):
         parts = ceil_div(N * P, _PART_ROWS)
         partial = engine.empty((parts, C), sums)
-        first = LayoutJob(engine.pointer(images), None, engine.pointer(partial), LayoutTask.SUM_ROW_PARTS)
+        first = LayoutJob(engine.pointer(images), engine.pointer(partial), LayoutTask.SUM_ROW_PARTS)
         first.C, first.P, first.range = C, _PART_ROWS, RowRange(0, 0, N * P)
         first.tiles = parts * ceil_div(C, _TILE)
     else:
         parts = N
         partial = engine.empty((parts, C), sums)
-        first = LayoutJob(engine.pointer(images), None, engine.pointer(partial), LayoutTask.SUM_PIXELS, N, C, P)
+        first = LayoutJob(engine.pointer(images), engine.pointer(partial), LayoutTask.SUM_PIXELS, N, C, P)
         first.tiles = N * C
-    second = LayoutJob(engine.pointer(partial), None, engine.pointer(result), LayoutTask.SUM_ROWS, 0, C, parts)
+    second = LayoutJob(engine.pointer(partial), engine.pointer(result), LayoutTask.SUM_ROWS, 0, C, parts)
     second.tiles = ceil_div(C, _TILE)
     return first, second, partial
 
@@ -237,7 +234,7 @@ def channel_sums_jobs(engine: Engine, images: Any, N: int, C: int, P: int, resul
 def fill_job(engine: Engine, bias: Any, images: Any, N: int, C: int, P: int) -> LayoutJob:
     """Fill images [N, C, P], in either memory order, with `bias` [C]."""
     sizes = (N * P, C, 1) if is_channels_last(images) else (N, C, P)
-    job = LayoutJob(engine.pointer(bias), None, engine.pointer(images), LayoutTask.FILL_PIXELS, *sizes)
+    job = LayoutJob(engine.pointer(bias), engine.pointer(images), LayoutTask.FILL_PIXELS, *sizes)
     job.tiles = ceil_div(N * C * P, _FILL)
     return job
 
@@ -247,41 +244,27 @@ def all_rows(engine: Engine, images: Any, N: int, C: int, P: int) -> Any:
     if are_rows(engine, images):
         return _flat(images, C)
     rows_array = engine.empty((N * P, C), images.dtype)
-    for rows in row_ranges(N, P, _MAX_ROWS):
-        take_rows(engine, images, C, P, rows, rows_array[_first(rows, P) :], copy=True)
+    for rows in row_ranges(N, P, MAX_ROWS):
+        take_rows(engine, images, C, P, rows, rows_array[_first(rows, P) :])
     return rows_array
 
 
 def all_pixels(engine: Engine, sums: Any, like: Any, N: int, C: int, P: int) -> Any:
     """New images of the shape, dtype and memory order of `like`, of sums [N*P, C]."""
     images = empty_images(engine, like.shape, like.dtype, like)
-    for rows in row_ranges(N, P, _MAX_ROWS):
+    for rows in row_ranges(N, P, MAX_ROWS):
         put_rows(engine, sums.reshape(N * P, C)[_first(rows, P) :], images, C, P, rows)
     return images
 
 
-def take_rows(engine: Engine, images: Any, C: int, P: int, rows: RowRange, scratch: Any, copy: bool = False) -> Any:
-    """`rows` of images [N, C, P]: a view where they are channels-last and no `copy` is asked for, else `scratch`."""
-    if is_channels_last(images) and not copy:
-        first = _first(rows, P)
-        return _flat(images, C)[first : first + rows.rows]
-    change_layout(engine, str(images.dtype.name), [rows_job(engine, images, C, P, rows, scratch)])
-    return scratch[: rows.rows]
+def take_rows(engine: Engine, images: Any, C: int, P: int, rows: RowRange, target: Any) -> None:
+    """See `rows_job`."""
+    change_layout(engine, str(images.dtype.name), [rows_job(engine, images, C, P, rows, target)])
 
 
-def put_rows(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange, bias: Any | None = None) -> None:
+def put_rows(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange) -> None:
     """See `pixels_job`."""
-    change_layout(engine, str(images.dtype.name), [pixels_job(engine, sums, images, C, P, rows, bias)])
-
-
-def channel_sums(engine: Engine, images: Any, N: int, C: int, P: int) -> Any:
-    """Sums [C] of images [N, C, P], in an order that is always the same."""
-    result = engine.empty((C,), images.dtype)
-    first, second, partial = channel_sums_jobs(engine, images, N, C, P, result)
-    for job in (first, second):
-        change_layout(engine, str(images.dtype.name), [job])
-    del partial
-    return result
+    change_layout(engine, str(images.dtype.name), [pixels_job(engine, sums, images, C, P, rows)])
 
 
 def _flat(images: Any, C: int) -> Any:
@@ -300,10 +283,9 @@ def _transpose_job(
     C: int,
     P: int,
     rows: RowRange,
-    bias: Any | None,
     itemsize: int,
 ) -> LayoutJob:
-    job = LayoutJob(engine.pointer(source), engine.pointer(bias), engine.pointer(target), task, 0, C, P, rows)
+    job = LayoutJob(engine.pointer(source), engine.pointer(target), task, 0, C, P, rows)
     side = _LAYOUT_SIDE[itemsize]
     if P == 1:
         job.tiles = ceil_div(rows.rows * C, side * side)
