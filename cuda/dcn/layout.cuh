@@ -241,9 +241,8 @@ __device__ __forceinline__ void rows_to_pixels(const LayoutJob& job, int t, unsi
       }
     }
   } else {
-    visit_channels(tile, [&](int c, int p) {
-      tile.at(c, p) = narrow<T>(source[static_cast<long long>(p) * job.C + c]);
-    });
+    visit_channels(tile,
+                   [&](int c, int p) { tile.at(c, p) = narrow<T>(source[static_cast<long long>(p) * job.C + c]); });
   }
   __syncthreads();
   const int width = pixels_at_once(job, tile, job.target);
