@@ -254,8 +254,9 @@ def _array(name: str, argument: Any) -> Array:
     if not isinstance(argument, jax.Array | np.ndarray) and hasattr(argument, "__jax_array__"):
         # The parameters of neural network libraries, which wrap an array.
         array = argument.__jax_array__()
-    # Random keys are JAX arrays too, of a dtype that is none of NumPy's.
-    if isinstance(array, jax.Array | np.ndarray) and isinstance(array.dtype, np.dtype):
+    # Random keys are JAX arrays too, of a dtype that is none of NumPy's; JAX takes no masked arrays.
+    is_array = isinstance(array, jax.Array | np.ndarray) and not isinstance(array, np.ma.MaskedArray)
+    if is_array and isinstance(array.dtype, np.dtype):
         return array
     kind = type(argument)
     got = f"{kind.__module__}.{kind.__qualname__}" if kind.__module__ != "builtins" else kind.__qualname__

@@ -263,6 +263,7 @@ OTHER_ARRAYS = {
     "torch mask",
     "JAX array",
     "list",
+    "masked array",
     "scalar",
     "nothing",
     "mixed libraries",
