@@ -255,9 +255,10 @@ def _array(name: str, argument: Any) -> Array:
         # The parameters of neural network libraries, which wrap an array.
         array = argument.__jax_array__()
     # Random keys are JAX arrays too, of a dtype that is none of NumPy's; JAX takes no masked arrays.
-    is_array = isinstance(array, jax.Array | np.ndarray) and not isinstance(array, np.ma.MaskedArray)
-    if is_array and isinstance(array.dtype, np.dtype):
-        return array
+    legal = isinstance(array, jax.Array | np.ndarray) and isinstance(array.dtype, np.dtype)
+    if legal and not isinstance(array, np.ma.MaskedArray):
+        checked: Array = array
+        return checked
     kind = type(argument)
     got = f"{kind.__module__}.{kind.__qualname__}" if kind.__module__ != "builtins" else kind.__qualname__
     raise DtypeError(f"{name} must be a JAX or NumPy array of numbers, got {got}; pass jax.numpy.asarray(...) of it")
