@@ -192,7 +192,7 @@ FORWARD_ERRORS: dict[str, tuple[dict[str, Any], type[DcnError], str]] = {
     "masked array": (
         {"input": lambda x: np.ma.masked_less(x, 0)},
         DtypeError,
-        "input must be a NumPy or CuPy array, got numpy.ma.MaskedArray; pass numpy.asarray(...) or",
+        "input must be a NumPy or CuPy array, got numpy.ma.",
     ),
     "scalar": ({"bias": 1.0}, DtypeError, "bias must be a NumPy or CuPy array, got float"),
     "nothing": ({"weight": None}, DtypeError, "weight must be a NumPy or CuPy array, got NoneType"),
