@@ -191,9 +191,9 @@ class OffsetBranchConv(DeformConvBase):
                 ("height", "width"), input.shape[2:], self.padding, self.kernel_size, self.stride, self.dilation
             ):
                 output_extent(axis, size, 2 * padding, kernel, stride, dilation)
-            weight = self.conv_offset.weight
-            if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
-                raise DtypeError(f"input must be {weight.dtype} like the layer's weights, got {input.dtype}")
+            device, dtype = input.device.type, self.weight.dtype
+            if input.dtype != dtype and not (device in ("cpu", "cuda") and torch.is_autocast_enabled(device)):
+                raise DtypeError(f"input must be {dtype} like the layer's weights, got {input.dtype}")
         values: Tensor = self.conv_offset(input)
         return values
 

@@ -16,6 +16,8 @@ from dcnops.adapters.torch.support import (
     sampling_locations,
 )
 from torch import Tensor, nn
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 Points = dict[tuple[float, float], float]
 
@@ -28,6 +30,14 @@ def wake(model: nn.Module, deviation: float = 1.0) -> nn.Module:
             for parameter in branch.parameters():
                 nn.init.normal_(parameter, std=deviation / math.sqrt(parameter[0].numel()))
     return model
+
+
+def small_detector(**options: int) -> GeneralizedRCNN:
+    """Of four classes, with random weights."""
+    detector: GeneralizedRCNN = fasterrcnn_mobilenet_v3_large_fpn(
+        weights=None, weights_backbone=None, num_classes=4, **options
+    )
+    return detector
 
 
 class Function(nn.Module):

@@ -30,7 +30,7 @@ from dcnops.adapters.torch.support import (
 from torch import Tensor, nn
 
 from dcnops import ArgumentError
-from tests.support.networks import as_dict, wake
+from tests.support.networks import as_dict, small_detector, wake
 
 
 class TestEffectiveSamplingLocations:
@@ -135,9 +135,7 @@ class TestBins:
 
     def test_of_a_detector(self) -> None:
         torch.manual_seed(5)
-        detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_fpn(
-            weights=None, weights_backbone=None, num_classes=4
-        )
+        detector = small_detector()
         image = torch.rand(3, 96, 128)
         theirs = effective_bin_locations(detector, image, RoINode((16, 8, 72, 50), 2))
         detector.roi_heads.box_roi_pool = MultiScaleDeformRoIPool(["1"], DeformRoIPool(7))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from dcnops.adapters.torch.support import (
     LayerNode,
     effective_bin_locations,
@@ -21,7 +20,7 @@ from dcnops.adapters.torch.support import (
 from torch import Tensor, nn
 
 from dcnops import ArgumentError, ShapeError
-from tests.support.networks import VIEWS, Function
+from tests.support.networks import VIEWS, Function, small_detector
 
 
 class TestErrors:
@@ -64,9 +63,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("box", [(1, 2, 3), (5, 1, 5, 9), (1, 1, float("nan"), 9)])
     def test_boxes(self, box: Any) -> None:
-        detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_fpn(
-            weights=None, weights_backbone=None, num_classes=4
-        )
+        detector = small_detector()
         with pytest.raises(ArgumentError, match="node must have a box x1, y1, x2, y2 with x1 < x2 and y1 < y2"):
             effective_bin_locations(detector, torch.rand(3, 64, 64), (box, 1))
 
@@ -83,9 +80,7 @@ class TestErrors:
         ],
     )
     def test_regions_and_functions(self, node: Any, message: str) -> None:
-        detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_fpn(
-            weights=None, weights_backbone=None, num_classes=4
-        )
+        detector = small_detector()
         with pytest.raises(ArgumentError, match=message):
             effective_receptive_field(detector, torch.rand(3, 64, 64), node)
 

@@ -119,6 +119,13 @@ class TestGrids:
         assert points.layers == ["down"] and len(points.positions) == 25
         assert points.positions.mean(0).tolist() == [size // 2, size // 2]
 
+    def test_places_of_indices_are_no_matter(self) -> None:
+        """An index that was made of the map, for something that was not."""
+        other = torch.rand(16, 3, 4, 4)
+        with Recorder(nn.Identity(), image := torch.rand(1, 1, 4, 4)) as recorder:
+            result = other[image.flatten().argsort(), :, 1:3, None]
+        assert result.shape == (16, 3, 2, 1, 4) and recorder.grids[result] is None
+
     def test_shuffled_channels_stay_where_they_are(self) -> None:
         network = torchvision.models.shufflenet_v2_x0_5(weights=None)
         points = sampling_locations(network, torch.rand(3, 64, 64), ("stage3.2.branch2.3", 2, 1), depth=1)

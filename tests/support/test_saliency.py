@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-import torchvision
 from dcnops.adapters.torch import (
     DeformConv2dPack,
     ModulatedDeformConv2dPack,
@@ -21,7 +20,7 @@ from dcnops.adapters.torch.support import (
 from torch import Tensor, nn
 
 from dcnops import ArgumentError
-from tests.support.networks import wake
+from tests.support.networks import small_detector, wake
 
 
 class TestReceptiveField:
@@ -37,9 +36,7 @@ class TestReceptiveField:
 
     def test_of_a_detector_is_that_of_its_score(self) -> None:
         torch.manual_seed(7)
-        detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_fpn(
-            weights=None, weights_backbone=None, num_classes=4
-        )
+        detector = small_detector()
         image = torch.rand(3, 64, 64)
         field = effective_receptive_field(detector, image, RoINode((10, 10, 40, 50), 2))
         detector.eval()

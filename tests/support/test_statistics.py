@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-import torchvision
 from dcnops.adapters.torch import (
     DeformConv2dPack,
     DeformRoIPoolPack,
@@ -20,7 +19,7 @@ from dcnops.adapters.torch.support import (
 )
 from torch import Tensor, nn
 
-from tests.support.networks import wake
+from tests.support.networks import small_detector, wake
 
 
 class TestStatistics:
@@ -56,9 +55,7 @@ class TestStatistics:
         assert found.outside == 0.25
 
     def test_of_a_detector_and_of_regular_networks(self) -> None:
-        detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_fpn(
-            weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=96
-        )
+        detector = small_detector(min_size=64, max_size=96)
         assert offset_statistics(detector, torch.rand(3, 64, 64)) == {}
         pool = DeformRoIPoolPack(7, 256, 16)
         detector.roi_heads.box_roi_pool = MultiScaleDeformRoIPool(["1"], pool)

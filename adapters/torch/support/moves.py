@@ -89,6 +89,8 @@ def sliced(place: Place, result: Tensor, slices: Mapping[int, tuple[int, int]]) 
 
 def _indexed(call: Call) -> Place | None:
     place, source = call.places[0], call.sources[0]
+    if place.axes is None or call.get(0, "self", None) is not source:
+        return other_move(call)
     index = call.get(1, "index", ())
     items = list(index) if isinstance(index, tuple) else [index]
     missing = [slice(None)] * (source.ndim - sum(item is not None and item is not Ellipsis for item in items))
@@ -113,8 +115,8 @@ def _indexed(call: Call) -> Place | None:
         else:
             return None
         axis += 1
-    if place.axes is None or lists > 1 or not set(place.axes) <= set(axes):
-        return other_move(call) if place.axes is None else None
+    if lists > 1 or not set(place.axes) <= set(axes):
+        return None
     steps = [slices[axis] for axis in place.axes]
     grid = place.grid.after([begin for begin, _ in steps], [step for _, step in steps])
     rows, columns = (axes.index(axis) for axis in place.axes)

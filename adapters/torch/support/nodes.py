@@ -143,7 +143,8 @@ class RoINode(NamedTuple):
         numbers = all(isinstance(value, Real) for value in self.box)
         if len(self.box) != 4 or not numbers or not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
             raise ArgumentError(f"node must have a box x1, y1, x2, y2 with x1 < x2 and y1 < y2, got {self.box}")
-        features = model.backbone(images)  # type: ignore[operator]
+        backbone: Any = model.backbone
+        features = backbone(images)
         if isinstance(features, Tensor):
             features = {"0": features}
         boxes = [images.new_tensor([self.box])] * len(images)
@@ -253,7 +254,8 @@ def layer_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:
     hook = modules[layer].register_forward_hook(take)
     try:
         # Detectors take lists of raw images, and what they resize and normalise them with is no part of the network.
-        (model.backbone if is_detector(model) else model)(images)  # type: ignore[operator]
+        network: Any = model.backbone if is_detector(model) else model
+        network(images)
     except _Reached:
         pass
     finally:
