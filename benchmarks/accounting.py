@@ -16,9 +16,9 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.report import markdown
-from dcnops._backends import launch_plans
+from dcnops._backends.cuda import plans
+from dcnops._backends.cuda.engine import Device, Engine
 from dcnops._geometry import DeformConvGeometry
-from dcnops._kernels import Device, Engine
 
 __all__ = ["H200", "LAYERS", "Account", "account", "main"]
 
@@ -114,10 +114,10 @@ def account(
     ledger = _Ledger()
     engine = ledger.engine()
     if direction == "forward":
-        results = [launch_plans.deform_conv2d(engine, geometry, input, offset, weight, bias, mask, precision)]
+        results = [plans.deform_conv2d(engine, geometry, input, offset, weight, bias, mask, precision)]
     else:
         arguments = (engine, geometry, grad_out, input, offset, weight, mask, _NEEDS, deterministic, precision)
-        results = list(launch_plans.deform_conv2d_backward(*arguments).values())
+        results = list(plans.deform_conv2d_backward(*arguments).values())
     scratch = ledger.most - sum(result.nbytes for result in results)
     columns = N * H * W * 9 * C * _DTYPES[dtype].itemsize
     return Account(len(ledger.kernels), scratch, columns, tuple(ledger.kernels))

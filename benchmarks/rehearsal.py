@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.contenders import Case, Operation
-from tests.emulated_cupy import StandIn, emulated_cupy
+from tests.cuda.emulated_cupy import StandIn, emulated_cupy
 
 __all__ = ["SHAPES", "STAND_IN", "RehearsalMeter", "rehearse"]
 

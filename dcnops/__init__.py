@@ -11,7 +11,7 @@ from dcnops._errors import (
     ShapeError,
 )
 from dcnops._prefetch import prefetch
-from dcnops.deform_conv import DeformConv2dGradients, deform_conv2d, deform_conv2d_backward
+from dcnops.deform_conv2d import DeformConv2dGradients, deform_conv2d, deform_conv2d_backward
 from dcnops.deform_roi_pool import DeformRoIPoolGradients, deform_roi_pool, deform_roi_pool_backward
 
 __version__ = "0.1.0"

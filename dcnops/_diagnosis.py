@@ -254,9 +254,11 @@ def _driver() -> int | None:
 
 def _cpu_cache() -> Cache | None:
     try:
-        from dcnops._backends.cpu import conv_loops
+        from dcnops._backends.cpu import deform_conv2d_loops
 
-        folders = {value.stats.cache_path for value in vars(conv_loops).values() if hasattr(value, "stats")} - {None}
+        folders = {
+            value.stats.cache_path for value in vars(deform_conv2d_loops).values() if hasattr(value, "stats")
+        } - {None}
     except Exception:
         return None
     if not folders:

@@ -14,7 +14,7 @@ __all__ = ["FLOAT_DTYPES", "Array", "ArrayT", "check_arrays", "load_backend"]
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-_BACKENDS = {"numpy": "dcnops._backends.cpu", "cupy": "dcnops._backends.cuda"}
+_BACKENDS = {"numpy": "dcnops._backends.cpu.backend", "cupy": "dcnops._backends.cuda.backend"}
 _ADVICE = {
     "torch": "dcnops works on arrays: pass tensor.detach().numpy() on the CPU or cupy.from_dlpack(tensor) on a GPU",
     "jax": "dcnops works on arrays: pass numpy.asarray(array) on the CPU or cupy.from_dlpack(array) on a GPU",

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import dcnops
-from dcnops._backends import launch_plans
-from dcnops._backends.launch_plans.layout import is_channels_last
+from dcnops._backends.cuda import plans
+from dcnops._backends.cuda.plans.array_jobs import is_channels_last
 from tests.cases import Case
-from tests.cuda_on_cpu import host_engine
+from tests.cuda.emulator import host_engine
 
 settings.register_profile(
     "default",
@@ -65,13 +65,13 @@ class EmulatedRunner:
         self.backward_options = backward or {}
 
     def forward(self, case: Case) -> np.ndarray:
-        plan = getattr(launch_plans, case.operation)
+        plan = getattr(plans, case.operation)
         # The forward pass of RoI pooling has no chunks.
         options = {"chunk_bytes": self.chunk_bytes, **self.forward_options} if case.operation == "deform_conv2d" else {}
         return plan(self.engine, case.geometry(), *self._arrays(case), **options)
 
     def backward(self, case: Case, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
-        plan = getattr(launch_plans, f"{case.operation}_backward")
+        plan = getattr(plans, f"{case.operation}_backward")
         arrays = [_images(case.grad_out), *self._arrays(case, without="bias")]
         wanted = frozenset(needs or case.needs)
         options = {"deterministic": self.deterministic, "chunk_bytes": self.chunk_bytes, **self.backward_options}

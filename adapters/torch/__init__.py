@@ -1,10 +1,15 @@
 """PyTorch: the operations on tensors, with gradients, and layers made of them."""
 
 from .checkpoints import rename_state_dict
-from .conv_modules import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
 from .convert import convert_to_deformable, param_groups
+from .deform_conv2d_layers import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
+from .deform_roi_pool_layers import (
+    DeformRoIPool,
+    DeformRoIPoolPack,
+    ModulatedDeformRoIPoolPack,
+    MultiScaleDeformRoIPool,
+)
 from .functional import deform_conv2d, deform_roi_pool
-from .roi_modules import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack, MultiScaleDeformRoIPool
 
 __all__ = [
     "DeformConv2d",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dcnops._errors import ArgumentError
 
-from .conv_modules import OffsetBranchConv
+from .deform_conv2d_layers import OffsetBranchConv
 
 __all__ = ["rename_state_dict"]
 

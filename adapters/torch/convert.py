@@ -11,13 +11,13 @@ from torch import nn
 
 from dcnops._errors import ArgumentError
 
-from .conv_modules import (
+from .deform_conv2d_layers import (
     DeformConv2dPack,
     ModulatedDeformConv2dPack,
     OffsetBranchConv,
     OffsetConv2d,
 )
-from .roi_modules import RoIPoolBase
+from .deform_roi_pool_layers import RoIPoolBase
 
 __all__ = ["convert_to_deformable", "param_groups"]
 

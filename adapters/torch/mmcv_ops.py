@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from dcnops._errors import ArgumentError, ShapeError
 from dcnops._geometry import Pair
 
-from . import conv_modules, functional, roi_modules
-from .conv_modules import DeformConvBase, check_divisible
-from .roi_modules import LastLinear, RoIPoolBase
+from . import deform_conv2d_layers, deform_roi_pool_layers, functional
+from .deform_conv2d_layers import DeformConvBase, check_divisible
+from .deform_roi_pool_layers import LastLinear, RoIPoolBase
 
 __all__ = [
     "DeformConv2d",
@@ -332,7 +332,7 @@ class ModulatedDeformConv2d(_GivenOffsets):
         return self._convolve(x, offset, mask)
 
 
-class DeformConv2dPack(conv_modules.DeformConv2dPack):
+class DeformConv2dPack(deform_conv2d_layers.DeformConv2dPack):
     """`dcnops.adapters.torch.DeformConv2dPack` with the constructor of ``mmcv.ops.DeformConv2dPack``.
 
     Parameters
@@ -377,7 +377,7 @@ class DeformConv2dPack(conv_modules.DeformConv2dPack):
         _reset_kaiming(self)
 
 
-class ModulatedDeformConv2dPack(conv_modules.ModulatedDeformConv2dPack):
+class ModulatedDeformConv2dPack(deform_conv2d_layers.ModulatedDeformConv2dPack):
     """`dcnops.adapters.torch.ModulatedDeformConv2dPack` with the initialisation of mmcv's.
 
     Parameters
@@ -403,7 +403,7 @@ class ModulatedDeformConv2dPack(conv_modules.ModulatedDeformConv2dPack):
         _reset_uniform(self)
 
 
-class DeformRoIPool(roi_modules.DeformRoIPool):
+class DeformRoIPool(deform_roi_pool_layers.DeformRoIPool):
     """`dcnops.adapters.torch.DeformRoIPool` with mmcv's default of `sampling_ratio`.
 
     Parameters

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from dcnops.adapters.torch.support import offset_statistics
-from dcnops.adapters.torch.support.plots import plot_statistics
+from dcnops.adapters.torch.spatial_support import offset_statistics
+from dcnops.adapters.torch.spatial_support.plots import plot_statistics
 from PIL import Image
 
 from .checkpoint import load_detector

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from dcnops.adapters.torch.support import LayerStatistics
+from dcnops.adapters.torch.spatial_support import LayerStatistics
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 

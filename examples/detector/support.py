@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from dcnops.adapters.torch.support import LayerNode, RoINode, offset_statistics
-from dcnops.adapters.torch.support.plots import plot_statistics, plot_support
+from dcnops.adapters.torch.spatial_support import LayerNode, RoINode, offset_statistics
+from dcnops.adapters.torch.spatial_support.plots import plot_statistics, plot_support
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -60,7 +60,7 @@ class View:
     layer
         Whose pixels are the nodes of figure 1.
     depth, bound, budget
-        As in `dcnops.adapters.torch.support.plots.plot_support`.
+        As in `dcnops.adapters.torch.spatial_support.plots.plot_support`.
     """
 
     figure: int = 1

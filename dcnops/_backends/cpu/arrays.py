@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dcnops._backends.cpu.layout_loops import STRIP
+from dcnops._backends.cpu.transpose_loops import STRIP
 
 __all__ = ["Array", "Staged", "contiguous", "empty", "plain", "round_up", "rounded", "strips", "sum_dtype"]
 
@@ -59,7 +59,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 def strips(count: int, values: int) -> int:
-    """Items of `layout_loops` for so many images of so many pixels."""
+    """Items of `transpose_loops` for so many images of so many pixels."""
     return count * -(-values // STRIP)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dcnops._backends.cpu import conv_loops as loops
-from dcnops._backends.cpu import layout_loops
+from dcnops._backends.cpu import deform_conv2d_loops as loops
+from dcnops._backends.cpu import transpose_loops
 from dcnops._backends.cpu.arrays import Array, Staged, empty, plain, round_up, rounded, strips, sum_dtype
 from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, alone_below, parallel
 from dcnops._geometry import DeformConvGeometry
@@ -118,7 +118,7 @@ def _channels_last(part: _Part, block: _Block) -> Array:
     source = plain(part.input[:, block.c0 : block.c0 + block.width], part.dtype, count, block.width, extent)
     image = empty((count, extent + 1, block.width), part.dtype)
     image[:, extent] = 0
-    parallel(layout_loops.to_channels_last, strips(count, extent), source, image)
+    parallel(transpose_loops.to_channels_last, strips(count, extent), source, image)
     return image
 
 
@@ -272,7 +272,7 @@ def _add_gradients(
     grad_last = None
     if targets:
         grad_last = empty((len(grad_out), g.pixels, g.O), dtype)
-        parallel(layout_loops.to_channels_last, strips(len(grad_out), g.pixels), grad_out, grad_last)
+        parallel(transpose_loops.to_channels_last, strips(len(grad_out), g.pixels), grad_out, grad_last)
         grad_last = grad_last.reshape(part.pixels, g.O)
     if targets.keys() & {"offset", "mask"}:
         targets.setdefault("offset", np.zeros_like(part.offset))
@@ -337,4 +337,4 @@ def _add_block_gradients(
         )  # fmt: skip
     if grad_image is not None:
         items = strips(len(part.input), g.H * g.W)
-        parallel(layout_loops.from_channels_last, items, grad_image, targets["input"], block.c0)
+        parallel(transpose_loops.from_channels_last, items, grad_image, targets["input"], block.c0)

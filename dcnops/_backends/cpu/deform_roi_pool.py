@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dcnops._backends.cpu import layout_loops
-from dcnops._backends.cpu import roi_pool_loops as loops
+from dcnops._backends.cpu import deform_roi_pool_loops as loops
+from dcnops._backends.cpu import transpose_loops
 from dcnops._backends.cpu.arrays import Array, Staged, empty, plain, rounded, strips, sum_dtype
 from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, parallel
 from dcnops._errors import ArgumentError
@@ -102,7 +102,7 @@ def deform_roi_pool_backward(
         last = min(first + span, g.R)
         part = plain(grad_out[first:last], call.dtype, last - first, g.C, g.bins)
         gradient = empty((last - first, g.bins, g.C), call.dtype)
-        parallel(layout_loops.to_channels_last, strips(last - first, g.bins), part, gradient)
+        parallel(transpose_loops.to_channels_last, strips(last - first, g.bins), part, gradient)
         if image is not None:
             parallel(
                 loops.slope_bins, (last - first) * g.P,
@@ -121,7 +121,7 @@ def deform_roi_pool_backward(
     if grad_image is not None:
         results["input"] = np.empty(input.shape, input.dtype)
         target = Staged(results["input"], call.dtype)
-        parallel(layout_loops.from_channels_last, strips(g.N, g.H * g.W), grad_image, target.array, 0)
+        parallel(transpose_loops.from_channels_last, strips(g.N, g.H * g.W), grad_image, target.array, 0)
         target.store()
     if "offset" in needs and offset is not None:
         results["offset"] = rounded(grad_offset, offset.dtype).reshape(offset.shape)
@@ -160,7 +160,7 @@ def _channels_last(call: _Call, input: Array) -> Array:
     image = empty((g.N, g.H * g.W + 1, g.C), call.dtype)
     image[:, -1] = 0
     source = plain(input, call.dtype, g.N, g.C, g.H * g.W)
-    parallel(layout_loops.to_channels_last, strips(g.N, g.H * g.W), source, image)
+    parallel(transpose_loops.to_channels_last, strips(g.N, g.H * g.W), source, image)
     return image
 
 

@@ -1,0 +1,225 @@
+// The input's gradient of deformable RoI pooling without atomics, in an order that is always the same: a strip of
+// pixels looks for the bins that weigh it, and adds up their gradients.
+//
+// No lists are made: the bounds of a region rule out nearly all strips, and what is left, whether a bin of the region
+// touches the strip, is decided for 32 bins at once, a lane each, together with the bin's weights in the strip.
+
+#include "dcn/roi_bins.cuh"
+
+// The pixels that the bins of a region can weigh, all bounds included; image is -1 for none.
+struct RegionBounds {
+  int image, top, bottom, left, right;
+};
+
+struct DeformRoIPoolCollectParams {
+  const Scalar* grad_out;  // [rows, C]: the bins of `range`
+  RegionBounds* bounds;    // [R], written by deform_roi_pool_region_bounds
+  Scalar* grad_input;      // [N, C, H, W], or [N, H, W, C] if channels_last, written; or null
+  Sum* sums;               // [N, H, W, C], added to, if there is no grad_input
+  DeformRoIPoolBins bins;
+  RowRange range;
+  int lane_bits;  // 2^lane_bits lanes of a warp run over channel vectors; the others take other bins
+  int channels_last;
+};
+
+// The pixels of an axis from the first to the last that a bin can weigh; high < low for none.
+struct PixelRange {
+  int low, high;
+};
+
+__device__ __forceinline__ PixelRange axis_pixels(const BinAxis& axis, int extent) {
+  if (axis.first >= axis.last) return {0, -1};
+  const Sum a = sample_position(axis, axis.first), b = sample_position(axis, axis.last - 1);
+  const Sum low = a < b ? a : b, high = a < b ? b : a, end = static_cast<Sum>(extent);
+  if (!(high >= Sum(-1) && low <= end)) return {0, -1};
+  return {low > Sum(0) ? min(static_cast<int>(low), extent - 1) : 0,
+          high > Sum(0) ? min(static_cast<int>(high < end ? high : end), extent - 2) + 1 : 0};
+}
+
+// Block: (32, 8), a warp a region. Grid: regions.
+extern "C" __global__ void __launch_bounds__(256, 2)
+    DCN_KERNEL(deform_roi_pool_region_bounds)(const DeformRoIPoolCollectParams p) {
+  const DeformRoIPoolSizes& size = p.bins.size;
+  for (long long region = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y; region < size.R;
+       region += static_cast<long long>(gridDim.x) * blockDim.y) {
+    RegionBounds bounds = {-1, size.H, -1, size.W, -1};
+    for (int i = threadIdx.x; i < size.P * size.Q; i += kWarp) {
+      const ImagePixel at = {static_cast<int>(region), i};
+      const BinAxis y = bin_axis(p.bins, at, false), x = bin_axis(p.bins, at, true);
+      const BinShare share = bin_share(p.bins, at, is_nan(y) || is_nan(x), y.samples, x.samples);
+      const PixelRange rows = axis_pixels(y, size.H), columns = axis_pixels(x, size.W);
+      if (share.image < 0 || rows.high < rows.low || columns.high < columns.low) continue;
+      bounds = {share.image, min(bounds.top, rows.low), max(bounds.bottom, rows.high), min(bounds.left, columns.low),
+                max(bounds.right, columns.high)};
+    }
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      bounds.image = max(bounds.image, __shfl_xor_sync(kAllLanes, bounds.image, step));
+      bounds.top = min(bounds.top, __shfl_xor_sync(kAllLanes, bounds.top, step));
+      bounds.bottom = max(bounds.bottom, __shfl_xor_sync(kAllLanes, bounds.bottom, step));
+      bounds.left = min(bounds.left, __shfl_xor_sync(kAllLanes, bounds.left, step));
+      bounds.right = max(bounds.right, __shfl_xor_sync(kAllLanes, bounds.right, step));
+    }
+    if (threadIdx.x == 0) p.bounds[region] = bounds;
+  }
+}
+
+constexpr int kStrip = sizeof(Sum) == 8 ? 2 : DCN_VEC == 8 ? 4 : 8;  // pixels, so many that a lane's sums fit registers
+constexpr int kBinsTogether = sizeof(Sum) == 8 ? 1 : 2;  // gradients that a lane reads before it adds them up
+constexpr int kPitch = kWarp * DCN_VEC + 4;  // of sums in shared memory; padded for threads that run over pixels
+
+struct Strip {
+  int image, y, x;
+};
+
+__device__ __forceinline__ int strips_of_row(const DeformRoIPoolSizes& size) { return (size.W - 1) / kStrip + 1; }
+
+__device__ __forceinline__ Strip find_strip(const DeformRoIPoolSizes& size, long long index) {
+  const int in_row = strips_of_row(size);
+  const long long row = index / in_row;
+  return {static_cast<int>(row / size.H), static_cast<int>(row % size.H), static_cast<int>(index % in_row) * kStrip};
+}
+
+__device__ __forceinline__ bool can_touch(const RegionBounds& bounds, const Strip& strip) {
+  return bounds.image == strip.image && bounds.top <= strip.y && strip.y <= bounds.bottom &&
+         bounds.left - strip.x < kStrip && strip.x <= bounds.right;
+}
+
+// Adds to weights what the samples of an axis weigh of the pixels from `first` on.
+template <int count>
+__device__ __forceinline__ void add_axis_weights(BinAxis axis, int first, int extent, Sum (&weights)[count]) {
+  limit_samples(axis, static_cast<Sum>(first) - Sum(1), static_cast<Sum>(first) + Sum(count));
+  for (int i = axis.first; i < axis.last; ++i) {
+    const ClampedCoordinate<Sum> at = clamp_coordinate(sample_position(axis, i), extent);
+    if (!at.inside) continue;
+    // Selections, not additions to weights[low - first]: the weights stay in registers.
+    const int low = at.low - first, high = at.high - first;
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      weights[k] += (low == k ? Sum(1) - at.fraction : Sum(0)) + (high == k ? at.fraction : Sum(0));
+    }
+  }
+}
+
+// The weights of a bin, mask and number of samples included, in a strip; whether there are any but 0.
+__device__ __forceinline__ bool weigh_strip(const DeformRoIPoolBins& bins, const ImagePixel& at, const Strip& strip,
+                                            Sum (&weights)[kStrip]) {
+  const BinAxis y = bin_axis(bins, at, false);
+  Sum row[1] = {};
+  add_axis_weights(y, strip.y, bins.size.H, row);
+  if (row[0] == Sum(0)) return false;
+  const BinAxis x = bin_axis(bins, at, true);
+  const BinShare share = bin_share(bins, at, is_nan(y) || is_nan(x), y.samples, x.samples);
+  if (share.image < 0) return false;
+  add_axis_weights(x, strip.x, bins.size.W, weights);
+  bool touches = false;
+#pragma unroll
+  for (int k = 0; k < kStrip; ++k) {
+    weights[k] = weighted(row[0] * weights[k], share.scale);
+    touches = touches || weights[k] != Sum(0);
+  }
+  return touches;
+}
+
+// Takes the next bits out of `bits`, one for each group of lanes: the one of this group, or -1.
+__device__ __forceinline__ int next_bit(unsigned& bits, int group, int groups) {
+  int mine = -1;
+  for (int g = 0; g < groups && bits; ++g) {
+    if (g == group) mine = __ffs(static_cast<int>(bits)) - 1;
+    bits &= bits - 1;
+  }
+  return mine;
+}
+
+// Adds the gradients of a region's bins, times their weights in the strip, to the sums. Called by a whole warp; its
+// groups of lanes take turns with the bins. grad_out begins with the region's first bin of those from `first` to `end`.
+__device__ __forceinline__ void add_region(const DeformRoIPoolCollectParams& p, const Strip& strip, int region,
+                                           int first, int end, const Scalar* grad_out, bool has_channels,
+                                           Sum (&sums)[kStrip][DCN_VEC]) {
+  const int lane = threadIdx.x;
+  for (int base = first; base < end; base += kWarp) {
+    Sum weights[kStrip] = {};
+    const bool touches = base + lane < end && weigh_strip(p.bins, {region, base + lane}, strip, weights);
+    unsigned bits = __ballot_sync(kAllLanes, touches);
+    while (bits) {
+      int sources[kBinsTogether];
+      ScalarVector grads[kBinsTogether];
+#pragma unroll
+      for (int b = 0; b < kBinsTogether; ++b) {
+        sources[b] = next_bit(bits, lane >> p.lane_bits, kWarp >> p.lane_bits);
+        if (sources[b] < 0 || !has_channels) continue;
+        const long long row = base - first + sources[b];
+        grads[b] = *reinterpret_cast<const ScalarVector*>(grad_out + row * p.bins.size.C);
+      }
+#pragma unroll
+      for (int b = 0; b < kBinsTogether; ++b) {
+#pragma unroll
+        for (int k = 0; k < kStrip; ++k) {
+          const Sum weight = __shfl_sync(kAllLanes, weights[k], max(sources[b], 0));
+          if (sources[b] < 0 || !has_channels || weight == Sum(0)) continue;
+#pragma unroll
+          for (int e = 0; e < DCN_VEC; ++e) sums[k][e] += weight * widen(grads[b].at[e]);
+        }
+      }
+    }
+  }
+}
+
+// Block: (32, 8); each warp takes an equal share of the regions, in order, and the shares are added up in order. Grid:
+// strips of pixels and channels.
+extern "C" __global__ void __launch_bounds__(256, 2)
+    DCN_KERNEL(deform_roi_pool_grad_input_input)(const DeformRoIPoolCollectParams p) {
+  DCN_SHARED_MEMORY(shared);
+  Sum(*const partial)[kStrip][kPitch] = reinterpret_cast<Sum(*)[kStrip][kPitch]>(shared);
+  const DeformRoIPoolSizes& size = p.bins.size;
+  const int lane = threadIdx.x, warp = threadIdx.y, bins = size.P * size.Q;
+  const int lanes = 1 << p.lane_bits, slice = lanes * DCN_VEC, slices = (size.C + slice - 1) / slice;
+  const long long strips = static_cast<long long>(size.N) * size.H * strips_of_row(size);
+
+  const long long last_bin = static_cast<long long>(p.range.first_pixel) + p.range.rows;  // from first_image's first on
+  const int regions = static_cast<int>((last_bin + bins - 1) / bins);
+  const int share = (regions + blockDim.y - 1) / blockDim.y;
+  const int first_region = min(warp * share, regions), end_region = min(first_region + share, regions);
+
+  for (long long item = blockIdx.x; item < strips * slices; item += gridDim.x) {
+    const Strip strip = find_strip(size, item / slices);
+    const int first_channel = static_cast<int>(item % slices) * slice,
+              c = first_channel + (lane & (lanes - 1)) * DCN_VEC;
+    Sum sums[kStrip][DCN_VEC] = {};
+    for (int base = first_region; base < end_region; base += kWarp) {
+      const bool near = base + lane < end_region && can_touch(p.bounds[p.range.first_image + base + lane], strip);
+      for (unsigned bits = __ballot_sync(kAllLanes, near); bits; bits &= bits - 1) {
+        const int region = base + __ffs(static_cast<int>(bits)) - 1;
+        const long long from = static_cast<long long>(region) * bins;
+        const int first = region == 0 ? p.range.first_pixel : 0;
+        const int end = static_cast<int>(min(static_cast<long long>(bins), last_bin - from));
+        const Scalar* grad_out = p.grad_out + (from + first - p.range.first_pixel) * size.C + c;
+        add_region(p, strip, p.range.first_image + region, first, end, grad_out, c < size.C, sums);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kStrip; ++k) {
+#pragma unroll
+      for (int e = 0; e < DCN_VEC; ++e) partial[warp][k][lane * DCN_VEC + e] = sums[k][e];
+    }
+    __syncthreads();
+
+    const bool rows = !p.grad_input || p.channels_last;
+    for (int i = thread_of_block(); i < kStrip * slice; i += threads_of_block()) {
+      const int k = rows ? i / slice : i % kStrip, channel = rows ? i % slice : i / kStrip;
+      if (k >= size.W - strip.x || channel >= size.C - first_channel) continue;
+      Sum sum = Sum(0);
+      for (int w = 0; w < static_cast<int>(blockDim.y); ++w) {
+        for (int of_group = channel; of_group < kWarp * DCN_VEC; of_group += slice) sum += partial[w][k][of_group];
+      }
+      const int in_image = strip.y * size.W + strip.x + k, pixels = size.H * size.W;
+      const long long at_row = (static_cast<long long>(strip.image) * pixels + in_image) * size.C;
+      const long long at_plane = (static_cast<long long>(strip.image) * size.C + first_channel + channel) * pixels;
+      if (!p.grad_input) {
+        p.sums[at_row + first_channel + channel] += sum;
+      } else {
+        p.grad_input[rows ? at_row + first_channel + channel : at_plane + in_image] = narrow<Scalar>(sum);
+      }
+    }
+    __syncthreads();
+  }
+}

@@ -1,0 +1,279 @@
+"""The compiled loops of deformable RoI pooling on the CPU.
+
+As in `deform_conv2d_loops`, kernels work on the items ``begin <= item < end``, release the GIL, and write nothing that
+another item writes. Arrays are C-contiguous and of one dtype.
+
+The samples of a bin form a grid and their weights are products, of one factor for the row and one for the column of a
+pixel. A bin is therefore a list of pixels, each once however many samples touch it, with its weight and the weight's
+derivatives by the position of the bin.
+
+Arguments that all kernels share:
+
+sizes : tuple of int
+    H, W, P, Q and sampling_ratio.
+scale, gamma : float
+    In the dtype of the arrays.
+image : array [N, H*W + 1, C]
+    Channels-last, the last pixel of each image zero.
+rois : array [R, 5]
+offset : array [R, 2, P*Q], or of size 0 for none
+mask : array [R, P*Q], or of size 0 for none
+axes : array [4, max(H, W)]
+    Scratch of this thread, all zero: weights and slopes of rows, weights and slopes of columns.
+pixels : array of int [H*W + 3], weights : array [3, H*W + 3]
+    Scratch of this thread: the list of a bin, filled up to a multiple of four.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from dcnops._backends.cpu.compiled import exact, inner, kernel
+
+__all__ = ["pool_bins", "region_costs", "scatter_bins", "slope_bins"]
+
+_MOST_SAMPLES = 2**24
+"""Along an axis of a bin, whatever the size of its region."""
+
+
+@inner()
+def _samples(length: Any, sampling_ratio: int) -> int:
+    """Samples of a bin along an axis."""
+    if sampling_ratio > 0:
+        return sampling_ratio
+    pixels = np.ceil(length)
+    if pixels > 0:
+        return int(pixels) if pixels < _MOST_SAMPLES else _MOST_SAMPLES
+    return 0
+
+
+@inner()
+def _samples_near(start: Any, length: Any, samples: int, extent: int) -> Any:
+    """The samples from the first to before the last that can lie in [-1, extent]; a region may be far larger."""
+    real = type(start)
+    step = length / real(samples) if samples else real(0)
+    if samples <= 4 or step == 0:
+        return 0, samples
+    a = (real(-1) - start) / step
+    b = (real(extent) - start) / step
+    return int(min(max(min(a, b) - 2, 0), samples)), int(min(max(max(a, b) + 2, 0), samples))
+
+
+@exact
+def _axis(
+    low: Any, high: Any, scale: Any, gamma: Any, offset: Any, bin: int, bins: int, ratio: int, extent: int,
+    weights: Any, slopes: Any,
+) -> Any:  # fmt: skip
+    """Add the weights of a bin's samples along one axis to `weights` and `slopes`, by pixel.
+
+    Returns the first and the last + 1 of these pixels, the samples, the length of the region, and whether the position
+    is NaN.
+    """
+    real = type(scale)
+    start = scale * low - real(0.5)
+    region = (scale * high - real(0.5)) - start
+    length = region / real(bins)
+    position = (start + real(bin) * length) + (gamma * region) * offset
+    if not np.isfinite(region) or np.isnan(position):
+        return 0, 0, 0, region, True
+    samples = _samples(length, ratio)
+    first, last = _samples_near(position, length, samples, extent)
+    low_pixel, high_pixel = extent, 0
+    for i in range(first, last):
+        at = position + (real(i) + real(0.5)) * length / real(samples)
+        if at >= real(-1) and at <= real(extent):
+            clamped = max(at, real(0))
+            pixel = min(int(clamped), extent - 1)
+            low_pixel = min(low_pixel, pixel)
+            if pixel + 1 < extent:
+                fraction = clamped - real(pixel)
+                weights[pixel] += real(1) - fraction
+                weights[pixel + 1] += fraction
+                if at >= 0:
+                    slopes[pixel] -= real(1)
+                    slopes[pixel + 1] += real(1)
+                high_pixel = max(high_pixel, pixel + 2)
+            else:
+                weights[pixel] += real(1)
+                high_pixel = max(high_pixel, pixel + 1)
+    return low_pixel, high_pixel, samples, region, False
+
+
+@inner()
+def _list_bin(
+    sizes: Any, scale: Any, gamma: Any, rois: Any, offset: Any, r: int, bin: int, axes: Any, pixels: Any, weights: Any
+) -> Any:
+    """Fill the list of a bin: its length, 1 / samples, height and width of the region, and whether the bin is NaN."""
+    H, W, P, Q, ratio = sizes
+    real = type(scale)
+    dx = offset[r, 0, bin] if offset.size else real(0)
+    dy = offset[r, 1, bin] if offset.size else real(0)
+    top, bottom, rows, height, nan_y = _axis(
+        rois[r, 2], rois[r, 4], scale, gamma, dy, bin // Q, P, ratio, H, axes[0], axes[1]
+    )
+    left, right, columns, width, nan_x = _axis(
+        rois[r, 1], rois[r, 3], scale, gamma, dx, bin % Q, Q, ratio, W, axes[2], axes[3]
+    )
+    length = 0
+    for y in range(top, bottom):
+        if axes[0, y] != 0 or axes[1, y] != 0:
+            for x in range(left, right):
+                if axes[2, x] != 0 or axes[3, x] != 0:
+                    pixels[length] = y * W + x
+                    weights[0, length] = axes[0, y] * axes[2, x]
+                    weights[1, length] = axes[1, y] * axes[2, x]
+                    weights[2, length] = axes[0, y] * axes[3, x]
+                    length += 1
+    axes[0:2, top:bottom] = 0
+    axes[2:4, left:right] = 0
+    share = real(1) / max(real(rows) * real(columns), real(1))
+    return length, share, height, width, nan_y or nan_x
+
+
+@inner()
+def _kept(weight: Any, pixel: int, zero: int) -> int:
+    """The pixel, or the zero pixel in its place where its weight is zero, whatever its value was."""
+    return pixel if weight != 0 else zero
+
+
+@kernel
+def region_costs(sizes: Any, scale: Any, rois: Any, costs: Any, begin: int, end: int) -> None:
+    """``costs[r]``: the samples of a bin of region r, those near the image; an item is a region."""
+    H, W, P, Q, ratio = sizes
+    real = type(scale)
+    for r in range(begin, end):
+        cost = real(1)
+        for axis, bins, extent in ((1, Q, W), (2, P, H)):
+            start = scale * rois[r, axis] - real(0.5)
+            length = (scale * rois[r, axis + 2] - real(0.5) - start) / real(bins)
+            if np.isfinite(length):
+                cost *= real(min(_samples(length, ratio), 2 * extent + 4))
+        costs[r] = cost
+
+
+@kernel
+def pool_bins(
+    sizes: Any, scale: Any, gamma: Any, image: Any, rois: Any, offset: Any, mask: Any, order: Any, out: Any,
+    axes: Any, pixels: Any, weights: Any, row: Any, begin: int, end: int,
+) -> None:  # fmt: skip
+    """Pool into `out` [R, C, P*Q]; item i is row ``order[i] % P`` of the bins of region ``order[i] // P``.
+
+    `row` [Q, C] is scratch of this thread.
+    """
+    P, Q = sizes[2:4]
+    zero = image.shape[1] - 1
+    real = type(scale)
+    for item in range(begin, end):
+        r, p = order[item] // P, order[item] % P
+        n = int(rois[r, 0])
+        for q in range(Q):
+            bin = p * Q + q
+            length, share, _, _, nan = _list_bin(sizes, scale, gamma, rois, offset, r, bin, axes, pixels, weights)
+            factor = share * mask[r, bin] if mask.size else share
+            sums = row[q]
+            sums[:] = real(math.nan) if nan else real(0)
+            if factor == 0:
+                length = 0
+            for i in range(length, (length + 3) // 4 * 4):
+                pixels[i] = zero
+                weights[0, i] = 0
+            for i in range(0, length, 4):
+                w0, w1, w2, w3 = weights[0, i], weights[0, i + 1], weights[0, i + 2], weights[0, i + 3]
+                x0 = image[n, _kept(w0, pixels[i], zero)]
+                x1 = image[n, _kept(w1, pixels[i + 1], zero)]
+                x2 = image[n, _kept(w2, pixels[i + 2], zero)]
+                x3 = image[n, _kept(w3, pixels[i + 3], zero)]
+                for c in range(sums.shape[0]):
+                    sums[c] += (w0 * x0[c] + w1 * x1[c]) + (w2 * x2[c] + w3 * x3[c])
+            if length:
+                for c in range(sums.shape[0]):
+                    sums[c] *= factor
+        for c in range(row.shape[1]):
+            for q in range(Q):
+                out[r, c, p * Q + q] = row[q, c]
+
+
+@inner("reassoc", "nsz")
+def _dot(a: Any, b: Any) -> Any:
+    total = a.dtype.type(0)
+    for i in range(a.shape[0]):
+        total += a[i] * b[i]
+    return total
+
+
+@inner()
+def _term(factor: Any, value: Any) -> Any:
+    """A product in which a zero factor wins over infinity and NaN."""
+    return factor * value if factor != 0 else type(factor)(0)
+
+
+@kernel
+def slope_bins(
+    sizes: Any, scale: Any, gamma: Any, image: Any, rois: Any, offset: Any, mask: Any, order: Any, first: int,
+    grad_out: Any, grad_offset: Any, grad_mask: Any,
+    axes: Any, pixels: Any, weights: Any, begin: int, end: int,
+) -> None:  # fmt: skip
+    """Write the offset and mask gradients; items as in `pool_bins`.
+
+    Parameters
+    ----------
+    grad_out : array [regions, P*Q, C]
+        Channels-last, of the regions from `first` on.
+    grad_offset : array [R, 2, P*Q], or of size 0 for none
+    grad_mask : array [R, P*Q], or of size 0 for none
+    """
+    P, Q = sizes[2:4]
+    real = type(scale)
+    for item in range(begin, end):
+        r, p = order[item] // P, order[item] % P
+        n = int(rois[r, 0])
+        for bin in range(p * Q, (p + 1) * Q):
+            length, share, height, width, nan = _list_bin(
+                sizes, scale, gamma, rois, offset, r, bin, axes, pixels, weights
+            )
+            value = slope_y = slope_x = real(math.nan) if nan else real(0)
+            for i in range(length):
+                dot = _dot(grad_out[r - first, bin], image[n, pixels[i]])
+                value += _term(weights[0, i], dot)
+                slope_y += _term(weights[1, i], dot)
+                slope_x += _term(weights[2, i], dot)
+            if grad_mask.size:
+                grad_mask[r, bin] = share * value
+            if grad_offset.size:
+                factor = gamma * (share * mask[r, bin] if mask.size else share)
+                grad_offset[r, 0, bin] = slope_x if nan else _term(factor * width, slope_x)
+                grad_offset[r, 1, bin] = slope_y if nan else _term(factor * height, slope_y)
+
+
+@kernel
+def scatter_bins(
+    sizes: Any, scale: Any, gamma: Any, rois: Any, offset: Any, mask: Any, first: int, grad_out: Any, grad_image: Any,
+    axes: Any, pixels: Any, weights: Any, begin: int, end: int,
+) -> None:  # fmt: skip
+    """Add to the gradient of the image what the regions from `first` on give; an item is a channel.
+
+    Each element is summed in the order of the bins.
+
+    Parameters
+    ----------
+    grad_out : array [regions, P*Q, C]
+    grad_image : array [N, H*W + 1, C]
+    """
+    P, Q = sizes[2:4]
+    for r in range(first, first + grad_out.shape[0]):
+        n = int(rois[r, 0])
+        for bin in range(P * Q):
+            length, share, _, _, nan = _list_bin(sizes, scale, gamma, rois, offset, r, bin, axes, pixels, weights)
+            factor = share * mask[r, bin] if mask.size else share
+            if factor == 0 or nan:
+                continue
+            gradient = grad_out[r - first, bin, begin:end]
+            for i in range(length):
+                weight = weights[0, i] * factor
+                if weight != 0:
+                    target = grad_image[n, pixels[i], begin:end]
+                    for c in range(end - begin):
+                        target[c] += weight * gradient[c]

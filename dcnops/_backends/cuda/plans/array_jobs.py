@@ -1,0 +1,301 @@
+"""What all plans share: element types, and moving between images [N, C, P] and rows [N*P, C].
+
+P are the pixels of an image; rows are the pixels of all images in one sequence, channels together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
+from typing import Any
+
+from dcnops._backends.cuda.engine import DTYPE_SUFFIX, Engine
+
+__all__ = [
+    "ITEMSIZE",
+    "LAYOUT_SHARED_BYTES",
+    "MAX_BLOCKS",
+    "MAX_ROWS",
+    "MOST_LAYOUT_JOBS",
+    "SCALAR",
+    "THREADS",
+    "VECTOR_BYTES",
+    "WARP",
+    "WORKSPACE_BYTES",
+    "LayoutJob",
+    "LayoutParams",
+    "LayoutTask",
+    "RowRange",
+    "all_pixels",
+    "all_rows",
+    "are_rows",
+    "ceil_div",
+    "change_layout",
+    "channel_lanes",
+    "channel_sums_jobs",
+    "data_macros",
+    "empty_images",
+    "fill_job",
+    "is_channels_last",
+    "layout_params",
+    "layout_tiles",
+    "pixels_job",
+    "put_rows",
+    "row_ranges",
+    "rows_job",
+    "sum_dtype",
+    "take_rows",
+]
+
+WORKSPACE_BYTES = 32 * 2**20
+"""Scratch memory of a call, in bytes: what stays in the L2 cache of a large GPU. One image's is the least."""
+
+SCALAR = {"float16": "Half", "bfloat16": "BFloat16", "float32": "float", "float64": "double"}
+"""Element types by their name in the kernels."""
+
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+VECTOR_BYTES = 16
+THREADS = 256
+WARP = 32
+MAX_BLOCKS = 2**20
+MOST_LAYOUT_JOBS = 4
+
+_TILE = 32
+"""Channels of a tile of sums."""
+
+_LAYOUT_SIDE = {2: 64, 4: 64, 8: 32}
+"""Pixels and channels of a tile, by the size of an element (`LayoutTile` in dcn/layout.cuh)."""
+
+LAYOUT_SHARED_BYTES = 64 * 65 * 4
+"""Shared memory of a block that changes layouts."""
+
+MAX_ROWS = 2**30
+_PART_ROWS = 1024
+_FILL = 4096
+
+
+class RowRange(ctypes.Structure):
+    """A stretch of rows (`RowRange` in dcn/rows.cuh)."""
+
+    _fields_ = [("first_image", ctypes.c_int), ("first_pixel", ctypes.c_int), ("rows", ctypes.c_int)]
+
+
+class LayoutTask(IntEnum):
+    """What a job does (`LayoutTask` in dcn/layout.cuh)."""
+
+    NOTHING = 0
+    PIXELS_TO_ROWS = 1
+    PIXELS_TO_ROUNDED_ROWS = 2
+    ROWS_TO_PIXELS = 3
+    SUM_PIXELS = 4
+    SUM_ROWS = 5
+    SUM_ROW_PARTS = 6
+    FILL_PIXELS = 7
+
+
+class LayoutJob(ctypes.Structure):
+    """One job of a launch of change_layout (`LayoutJob` in dcn/layout.cuh)."""
+
+    _fields_ = [
+        ("source", ctypes.c_void_p),
+        ("target", ctypes.c_void_p),
+        ("task", ctypes.c_int),
+        ("N", ctypes.c_int),
+        ("C", ctypes.c_int),
+        ("P", ctypes.c_int),
+        ("range", RowRange),
+        ("tiles", ctypes.c_int),
+    ]
+
+
+class LayoutParams(ctypes.Structure):
+    """What the kernel of layout.cu takes."""
+
+    _fields_ = [("jobs", LayoutJob * MOST_LAYOUT_JOBS)]
+
+
+def data_macros(dtype: str) -> dict[str, str | int]:
+    """The macros that name the element type of the data."""
+    return {"DCN_SUFFIX": DTYPE_SUFFIX[dtype], "DCN_SCALAR": SCALAR[dtype]}
+
+
+def sum_dtype(engine: Engine, dtype: Any) -> Any:
+    """The dtype of coordinates and sums beside data of `dtype`."""
+    return engine.xp.dtype("float64" if dtype.name == "float64" else "float32")
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def channel_lanes(vectors: int) -> int:
+    """Threads of a warp, a power of two, for so many channel vectors."""
+    return min(WARP, 1 << (vectors - 1).bit_length())
+
+
+def row_ranges(images: int, pixels: int, chunk: int) -> Iterator[RowRange]:
+    """The rows of all images in stretches of at most `chunk`."""
+    for first in range(0, images * pixels, chunk):
+        yield RowRange(first // pixels, first % pixels, min(chunk, images * pixels - first))
+
+
+def is_channels_last(images: Any) -> bool:
+    """Whether images [N, C, H, W] lie in memory as [N, H, W, C] (and not, as they are, in both orders at once)."""
+    return not images.flags.c_contiguous and bool(images.transpose(0, 2, 3, 1).flags.c_contiguous)
+
+
+def empty_images(engine: Engine, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+    """New images [N, C, H, W] in the memory order of `like`."""
+    N, C, H, W = shape
+    if is_channels_last(like):
+        return engine.empty((N, H, W, C), dtype).transpose(0, 3, 1, 2)
+    return engine.empty((N, C, H, W), dtype)
+
+
+def change_layout(engine: Engine, dtype: str, jobs: Sequence[LayoutJob]) -> None:
+    """Do up to `MOST_LAYOUT_JOBS` jobs on arrays of `dtype` in one launch; their arrays must live that long."""
+    tiles = layout_tiles(jobs)
+    if tiles == 0:
+        return
+    engine.launch(
+        "layout",
+        "change_layout",
+        data_macros(dtype),
+        min(tiles, MAX_BLOCKS),
+        (THREADS, 1),
+        layout_params(jobs),
+        LAYOUT_SHARED_BYTES,
+    )
+
+
+def layout_params(jobs: Sequence[LayoutJob]) -> LayoutParams:
+    assert len(jobs) <= MOST_LAYOUT_JOBS
+    return LayoutParams((LayoutJob * MOST_LAYOUT_JOBS)(*jobs))
+
+
+def layout_tiles(jobs: Sequence[LayoutJob]) -> int:
+    return sum(job.tiles for job in jobs)
+
+
+def are_rows(engine: Engine, images: Any) -> bool:
+    """Whether images [N, C, H, W] are rows already: channels-last and aligned for vectors."""
+    return is_channels_last(images) and (engine.pointer(images) or 0) % VECTOR_BYTES == 0
+
+
+def rows_job(
+    engine: Engine, images: Any, C: int, P: int, rows: RowRange, target: Any, round_to_tf32: bool = False
+) -> LayoutJob:
+    """Write `rows` of images [N, C, P], in either memory order, to the rows of `target`.
+
+    `round_to_tf32` is for float32 only.
+    """
+    assert not round_to_tf32 or images.dtype == target.dtype == "float32"
+    task = LayoutTask.PIXELS_TO_ROUNDED_ROWS if round_to_tf32 else LayoutTask.PIXELS_TO_ROWS
+    if is_channels_last(images):
+        # Channels-last images are images of one pixel, one for each row.
+        images, P, rows = _flat(images, C)[_first(rows, P) :], 1, RowRange(0, 0, rows.rows)
+    return _transpose_job(engine, task, images, target, C, P, rows, target.dtype.itemsize)
+
+
+def pixels_job(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange) -> LayoutJob:
+    """Round sums, an array that begins with `rows`, into images [N, C, P] in either memory order."""
+    if is_channels_last(images):
+        images, P, rows = _flat(images, C)[_first(rows, P) :], 1, RowRange(0, 0, rows.rows)
+    return _transpose_job(engine, LayoutTask.ROWS_TO_PIXELS, sums, images, C, P, rows, images.dtype.itemsize)
+
+
+def channel_sums_jobs(engine: Engine, images: Any, N: int, C: int, P: int, result: Any) -> tuple[Any, Any, Any]:
+    """The sums [C] of images [N, C, P] in two jobs, to be done one after the other.
+
+    Returns
+    -------
+    (LayoutJob, LayoutJob, array)
+        The jobs, and the array between them.
+    """
+    sums = sum_dtype(engine, images.dtype)
+    if is_channels_last(images):
+        parts = ceil_div(N * P, _PART_ROWS)
+        partial = engine.empty((parts, C), sums)
+        first = LayoutJob(engine.pointer(images), engine.pointer(partial), LayoutTask.SUM_ROW_PARTS)
+        first.C, first.P, first.range = C, _PART_ROWS, RowRange(0, 0, N * P)
+        first.tiles = parts * ceil_div(C, _TILE)
+    else:
+        parts = N
+        partial = engine.empty((parts, C), sums)
+        first = LayoutJob(engine.pointer(images), engine.pointer(partial), LayoutTask.SUM_PIXELS, N, C, P)
+        first.tiles = N * C
+    second = LayoutJob(engine.pointer(partial), engine.pointer(result), LayoutTask.SUM_ROWS, 0, C, parts)
+    second.tiles = ceil_div(C, _TILE)
+    return first, second, partial
+
+
+def fill_job(engine: Engine, bias: Any, images: Any, N: int, C: int, P: int) -> LayoutJob:
+    """Fill images [N, C, P], in either memory order, with `bias` [C]."""
+    sizes = (N * P, C, 1) if is_channels_last(images) else (N, C, P)
+    job = LayoutJob(engine.pointer(bias), engine.pointer(images), LayoutTask.FILL_PIXELS, *sizes)
+    job.tiles = ceil_div(N * C * P, _FILL)
+    return job
+
+
+def all_rows(engine: Engine, images: Any, N: int, C: int, P: int) -> Any:
+    """Rows [N*P, C] of images [N, C, P]: the images themselves where they are rows already, else a new array."""
+    if are_rows(engine, images):
+        return _flat(images, C)
+    rows_array = engine.empty((N * P, C), images.dtype)
+    for rows in row_ranges(N, P, MAX_ROWS):
+        take_rows(engine, images, C, P, rows, rows_array[_first(rows, P) :])
+    return rows_array
+
+
+def all_pixels(engine: Engine, sums: Any, like: Any, N: int, C: int, P: int) -> Any:
+    """New images of the shape, dtype and memory order of `like`, of sums [N*P, C]."""
+    images = empty_images(engine, like.shape, like.dtype, like)
+    for rows in row_ranges(N, P, MAX_ROWS):
+        put_rows(engine, sums.reshape(N * P, C)[_first(rows, P) :], images, C, P, rows)
+    return images
+
+
+def take_rows(engine: Engine, images: Any, C: int, P: int, rows: RowRange, target: Any) -> None:
+    """See `rows_job`."""
+    change_layout(engine, str(images.dtype.name), [rows_job(engine, images, C, P, rows, target)])
+
+
+def put_rows(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange) -> None:
+    """See `pixels_job`."""
+    change_layout(engine, str(images.dtype.name), [pixels_job(engine, sums, images, C, P, rows)])
+
+
+def _flat(images: Any, C: int) -> Any:
+    return images.transpose(0, 2, 3, 1).reshape(-1, C)
+
+
+def _first(rows: RowRange, P: int) -> int:
+    return int(rows.first_image * P + rows.first_pixel)
+
+
+def _transpose_job(
+    engine: Engine,
+    task: LayoutTask,
+    source: Any,
+    target: Any,
+    C: int,
+    P: int,
+    rows: RowRange,
+    itemsize: int,
+) -> LayoutJob:
+    job = LayoutJob(engine.pointer(source), engine.pointer(target), task, 0, C, P, rows)
+    side = _LAYOUT_SIDE[itemsize]
+    if P == 1:
+        job.tiles = ceil_div(rows.rows * C, side * side)
+    elif rows.first_pixel == 0 and rows.rows % P == 0 and side // 2 >= P:
+        # Whole images of few pixels (`SmallImages` there).
+        vector = VECTOR_BYTES // itemsize
+        job.tiles = rows.rows // P * ceil_div(C, side * side // P // vector * vector)
+    elif rows.rows:
+        # A tile is within an image.
+        end = rows.first_pixel + rows.rows
+        across = end // P * ceil_div(P, side) + ceil_div(end % P, side)
+        job.tiles = (across - rows.first_pixel // side) * ceil_div(C, side)
+    return job

@@ -1,0 +1,175 @@
+"""``python -m dcnops`` and `dcnops.prefetch`: the right sentence for each trouble, and code that is ready."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dcnops
+from dcnops._diagnosis import MINIMUM, Backend, Cache, Facts, advise, describe, find_out
+
+ROOT = Path(__file__).resolve().parents[2]
+
+HEALTHY = Facts(
+    versions={"numpy": "2.4.6", "numba": "0.68.1", "torch": "2.15.0+cu132", "cupy-cuda13x": "14.2.0"},
+    driver=13020,
+    backends=[Backend("numpy", "CPU, 2 threads, znver4", None), Backend("cupy", "a GPU", None)],
+    caches=[Cache("CPU code", "/cache/numba", 2**20, True), Cache("GPU code", "/cache/cupy", 2**21, True)],
+)
+
+
+def changed(**changes: Any) -> Facts:
+    versions = {**HEALTHY.versions, **changes.pop("versions", {})}
+    without = changes.pop("without", ())
+    kept = {name: version for name, version in versions.items() if name not in without}
+    return dataclasses.replace(HEALTHY, versions=kept, **changes)
+
+
+def gpu_error(error: str) -> dict[str, Any]:
+    return {"backends": [HEALTHY.backends[0], Backend("cupy", "a GPU", error)]}
+
+
+def test_a_healthy_environment_needs_no_advice() -> None:
+    assert advise(HEALTHY) == [] and HEALTHY.works
+    text = describe(HEALTHY)
+    assert "numpy arrays: CPU, 2 threads, znver4; works" in text and "NVIDIA driver for CUDA 13.2" in text
+    assert "/cache/cupy (2.0 MiB)" in text and "*" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"driver": None, **gpu_error("CUDARuntimeError")}, "No NVIDIA driver was found"),
+        ({"without": ["cupy-cuda13x"]}, r"no CuPy: pip install 'dcnops\[cuda13\]'"),
+        ({"without": ["cupy-cuda13x"], "driver": 12040}, r"no CuPy: pip install 'dcnops\[cuda12\]'"),
+        (
+            {"versions": {"cupy-cuda12x": "14.2.0"}},
+            "Several CuPy packages .* pip uninstall cupy-cuda13x cupy-cuda12x, then",
+        ),
+        (
+            {"driver": 12040, **gpu_error("insufficient driver")},
+            r"cupy-cuda13x needs a driver for CUDA 13, this one runs CUDA 12.4 .* 'dcnops\[cuda12\]'",
+        ),
+        (
+            gpu_error('CompileException: catastrophic error: cannot open source file "cuda_fp16.h"'),
+            r"does not find CUDA's headers: pip install 'cupy-cuda13x\[ctk\]'",
+        ),
+        (gpu_error("ImportError: libnvrtc.so.13: cannot open shared object file"), "does not find CUDA's libraries"),
+        (gpu_error("CUDARuntimeError: cudaErrorNoDevice: no CUDA-capable device"), "CUDA_VISIBLE_DEVICES"),
+        (gpu_error("ValueError: something else"), r"cupy.show_config\(\).*something else"),
+        ({"versions": {"torch": "2.15.0+cpu"}}, "torch 2.15.0.cpu is a build without CUDA beside a GPU"),
+        ({"interpreted": True}, "NUMBA_DISABLE_JIT is set"),
+        ({"caches": [Cache("CPU code", "/ro", 0, False)]}, "/ro cannot be written to.*NUMBA_CACHE_DIR"),
+        ({"caches": [Cache("GPU code", "/ro", 0, False)]}, "/ro cannot be written to.*CUPY_CACHE_DIR"),
+        ({"versions": {"numba": "0.59.1"}}, "numba 0.59.1 is too old: pip install --upgrade 'numba>=0.60'"),
+        ({"versions": {"cupy-cuda13x": "13.6.0"}}, "cupy-cuda13x 13.6.0 is too old"),
+        (
+            {"backends": [Backend("numpy", "CPU", "ImportError: llvmlite")]},
+            "The CPU backend does not work .ImportError",
+        ),
+    ],
+)
+def test_each_trouble_has_its_sentence(changes: dict[str, Any], sentence: str) -> None:
+    (advice,) = advise(changed(**changes))
+    assert re.search(sentence, advice), advice
+    assert f"* {advice}" in describe(changed(**changes))
+
+
+def test_no_gpu_and_no_cupy_is_no_trouble() -> None:
+    facts = changed(without=["cupy-cuda13x"], driver=None, backends=HEALTHY.backends[:1])
+    assert advise(facts) == [] and facts.works
+
+
+def test_minimum_versions_are_those_of_the_package() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for name, minimum in MINIMUM.items():
+        package = "cupy-cuda13x\\[ctk\\]" if name == "cupy" else name
+        match = re.search(rf'"{package}>=([\d.]+)', text)
+        assert match and tuple(map(int, match.group(1).split("."))) == minimum
+
+
+def test_this_environment() -> None:
+    facts = find_out()
+    assert facts.backends[0].error is None and facts.versions["numpy"] == np.__version__
+    assert Path(facts.caches[0].folder).is_absolute() and facts.caches[0].writable
+
+
+def test_the_command() -> None:
+    command = [sys.executable, "-m", "dcnops", "--json"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    facts = json.loads(result.stdout)
+    assert result.returncode == (0 if facts["works"] else 1)
+    assert facts["backends"][0]["error"] is None and isinstance(facts["advice"], list)
+    interpreted = subprocess.run(
+        command[:-1],
+        cwd=ROOT,
+        env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "* NUMBA_DISABLE_JIT is set" in interpreted.stdout
+
+
+MISSES = """
+import sys
+import numpy as np
+import dcnops
+from dcnops._backends.cpu import deform_conv2d_loops, transpose_loops, deform_roi_pool_loops
+
+rng = np.random.default_rng(0)
+def random(*shape):
+    return rng.random(shape, dtype=np.float32)
+
+for mask in (None, random(2, 18, 5, 3)):
+    arguments = (random(2, 4, 9, 7)[:, ::-1], random(2, 36, 5, 3), random(6, 2, 3, 3))
+    output = dcnops.deform_conv2d(*arguments, random(6), stride=2, padding=(1, 0), mask=mask)
+    dcnops.deform_conv2d_backward(output, *arguments, stride=2, padding=(1, 0), mask=mask)
+rois = np.array([[0, 1, 1, 5, 6], [1, 0, 0, 3, 3]], np.float32)
+for given in ({}, {"offset": random(2, 2, 3, 4)}, {"offset": random(2, 2, 3, 4), "mask": random(2, 3, 4)}):
+    image = random(2, 5, 9, 7)
+    output = dcnops.deform_roi_pool(image, rois, output_size=(3, 4), sampling_ratio=0, **given)
+    dcnops.deform_roi_pool_backward(output, image, rois, output_size=(3, 4), sampling_ratio=0, **given)
+modules = (deform_conv2d_loops, transpose_loops, deform_roi_pool_loops)
+loops = [value for module in modules for value in vars(module).values()]
+print(sum(sum(loop.stats.cache_misses.values()) for loop in loops if hasattr(loop, "stats")))
+"""
+
+
+def test_prefetched_calls_compile_nothing(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+
+    def misses() -> int:
+        command = [sys.executable, "-c", MISSES]
+        return int(
+            subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+        )
+
+    command = [sys.executable, "-m", "dcnops", "prefetch"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert misses() == 0
+
+
+def test_prefetch_refuses() -> None:
+    with pytest.raises(dcnops.ArgumentError, match="library must be 'numpy' or 'cupy', got 'torch'"):
+        dcnops.prefetch("torch")
+    with pytest.raises(dcnops.ArgumentError, match=r"dtypes must be among .* got 'int8'"):
+        dcnops.prefetch(dtypes=["int8"])
+    with pytest.raises(dcnops.ShapeError, match="input and weight must be 4 numbers"):
+        dcnops.prefetch(input=(1, 2, 3))
+    with pytest.raises(dcnops.ShapeError, match="weight must be"):
+        dcnops.prefetch(input=(1, 4, 9, 9), weight=(4, 3, 3, 3))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_prefetch_takes_every_dtype(dtype: str) -> None:
+    dcnops.prefetch(dtypes=[dtype], input=(2, 4, 8, 8), weight=(6, 2, 3, 1), deform_groups=2, stride=2, padding=(1, 0))

@@ -1,0 +1,288 @@
+"""Long, wild and crowded use: random calls for a while, nonsense as arguments, threads, processes, damaged caches."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dcnops
+from dcnops import ArgumentError, DcnError
+
+ROOT = Path(__file__).resolve().parents[2]
+WARM = 100  # calls after which memory must not grow any more
+SOAK = WARM + int(os.environ.get("DCNOPS_SOAK_CALLS", "300"))
+GROWTH = 24 * 2**20  # bytes that the allocator may keep nevertheless
+
+
+def random_call(rng: np.random.Generator) -> list[np.ndarray]:
+    """A legal call of either operation, forward and backward; what they gave."""
+    dtype = rng.choice([np.float16, np.float32, np.float64])
+
+    def random(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(dtype)
+
+    N, G, D = int(rng.integers(0, 4)), int(rng.integers(1, 3)), int(rng.integers(1, 3))
+    C, O = 2 * G * int(rng.integers(1, 9)), G * int(rng.integers(1, 9))
+    H, W = (int(size) for size in rng.integers(6, 40, 2))
+    image = random(N, C, H, W)
+    mask: np.ndarray | None
+    if rng.random() < 0.5:
+        kh, kw = (int(size) for size in rng.integers(1, 4, 2))
+        oh, ow = H + 2 - kh + 1, W + 2 - kw + 1
+        offset, weight = 3 * random(N, 2 * D * kh * kw, oh, ow), random(O, C // G, kh, kw)
+        mask = random(N, D * kh * kw, oh, ow) if rng.random() < 0.5 else None
+        output = dcnops.deform_conv2d(image, offset.astype(dtype), weight, padding=1, mask=mask)
+        gradients = dcnops.deform_conv2d_backward(output, image, offset.astype(dtype), weight, padding=1, mask=mask)
+        return [output, *(item for item in gradients if item is not None)]
+    R = int(rng.integers(0, 9)) if N else 0
+    corners = rng.uniform(-4, 40, (R, 4))
+    rois = np.concatenate([rng.integers(0, max(N, 1), (R, 1)), corners], axis=1).astype(np.float32)
+    offset, mask = random(R, 2, 3, 3), random(R, 3, 3)
+    output = dcnops.deform_roi_pool(image, rois, offset, mask, output_size=3)
+    pooled = dcnops.deform_roi_pool_backward(output, image, rois, offset, mask, output_size=3)
+    return [output, *(item for item in pooled if item is not None)]
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to measure memory")
+def test_memory_does_not_grow() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(WARM):
+        random_call(rng)
+    gc.collect()
+    before = resident()
+    for _ in range(SOAK - WARM):
+        random_call(rng)
+    gc.collect()
+    assert resident() - before < GROWTH, f"{(resident() - before) / 2**20:.1f} MiB"
+
+
+FLOATS = [np.float16, np.float32, np.float64]
+ODD_DTYPES = [np.int32, np.uint8, np.complex64, np.bool_, object, ">f4", "U3"]
+SIZES = st.integers(0, 5)
+
+
+@st.composite
+def anything(draw: st.DrawFn) -> Any:
+    """An array of any kind, or no array."""
+    kind = draw(st.integers(0, 9))
+    if kind == 0:
+        return draw(st.sampled_from([None, 3, 1.5, "text", [[1.0]], (), {}, float("nan"), b"x", object()]))
+    shape = tuple(draw(st.lists(SIZES, max_size=6 if kind == 1 else 4, min_size=0 if kind == 1 else 4)))
+    dtype = draw(st.sampled_from(ODD_DTYPES if kind == 2 else FLOATS))
+    array = np.ones(shape, dtype)
+    if array.dtype.kind == "f" and array.size:
+        value = draw(st.sampled_from([0.5, -1.0, np.nan, np.inf, -np.inf, 1e30, 6e4]))
+        with np.errstate(over="ignore"):
+            array[...] = value
+    if kind == 3 and array.ndim:
+        array = array[..., ::-1]
+    if kind == 4:
+        array = array.T
+    return array
+
+
+NUMBERS = st.one_of(
+    st.integers(-3, 4),
+    st.sampled_from(
+        [2**31, 2**63, -(2**70), 1.0, 1.5, float("nan"), None, "2", [1], (1, 2), (1, 2, 3), ((1, 0), (0, 2))]
+    ),
+    st.sampled_from([True, np.int64(1), np.float32(2), np.array(1), np.array([1, 2])]),
+)
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def survive(function: Any, *args: Any, **kwargs: Any) -> None:
+    """The call gives a result or an error of the library's own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            function(*args, **kwargs)
+        except DcnError as error:
+            assert str(error)
+
+
+@FUZZ
+@given(st.lists(anything(), min_size=5, max_size=5), st.lists(NUMBERS, min_size=3, max_size=3), st.data())
+def test_convolutions_survive_anything(arrays: list[Any], numbers: list[Any], data: st.DataObject) -> None:
+    options = {"layout": data.draw(st.sampled_from(["NCHW", "NHWC", "x", None, 3]))}
+    survive(dcnops.deform_conv2d, *arrays[:3], arrays[3], *numbers, arrays[4], **options)
+    needs = data.draw(st.sampled_from([("input",), "offset", (), ("x",), None, 3, ("mask", "weight", "bias")]))
+    survive(dcnops.deform_conv2d_backward, arrays[3], *arrays[:3], *numbers, arrays[4], needs=needs, **options)
+
+
+@FUZZ
+@given(st.lists(anything(), min_size=5, max_size=5), st.lists(NUMBERS, min_size=4, max_size=4))
+def test_poolings_survive_anything(arrays: list[Any], numbers: list[Any]) -> None:
+    names = ("output_size", "spatial_scale", "sampling_ratio", "gamma")
+    options = dict(zip(names, numbers))
+    survive(dcnops.deform_roi_pool, *arrays[:4], **options)
+    survive(dcnops.deform_roi_pool_backward, arrays[4], *arrays[:4], **options)
+
+
+@FUZZ
+@given(st.data())
+def test_legal_sizes_with_wild_numbers_survive(data: st.DataObject) -> None:
+    """What passes the checks of shapes is computed, whatever the values."""
+    dtype = data.draw(st.sampled_from(FLOATS))
+
+    def wild(*shape: int) -> np.ndarray:
+        values = [0.0, -1.0, 0.5, 1e30, -1e30, np.nan, np.inf, -np.inf, 2.0**31, -(2.0**63)]
+        drawn = np.resize(data.draw(st.lists(st.sampled_from(values), min_size=1, max_size=7)), shape)
+        with np.errstate(over="ignore"):
+            return drawn.astype(dtype)
+
+    survive(dcnops.deform_conv2d, wild(1, 2, 4, 3), wild(1, 8, 3, 2), wild(3, 2, 2, 2), mask=wild(1, 4, 3, 2))
+    arguments = (wild(1, 2, 4, 3), wild(1, 8, 3, 2), wild(3, 2, 2, 2))
+    survive(dcnops.deform_conv2d_backward, wild(1, 3, 3, 2), *arguments, mask=wild(1, 4, 3, 2))
+    rois, scale = wild(2, 5), data.draw(st.sampled_from([1.0, 1e-30, 1e30, 0.25]))
+    rois[:, 0] = 0
+    ratio = data.draw(st.sampled_from([1, 2]))
+    pooled = {"output_size": 2, "spatial_scale": scale, "sampling_ratio": ratio, "gamma": 1e10}
+    survive(dcnops.deform_roi_pool, arguments[0], rois, wild(2, 2, 2, 2), wild(2, 2, 2), **pooled)
+    survive(dcnops.deform_roi_pool_backward, wild(2, 2, 2, 2), arguments[0], rois, wild(2, 2, 2, 2), **pooled)
+
+
+def test_threads_get_what_one_thread_gets() -> None:
+    expected = [random_call(np.random.default_rng(seed)) for seed in range(24)]
+    barrier = threading.Barrier(8)
+
+    def work(first: int) -> list[list[np.ndarray]]:
+        barrier.wait()
+        return [random_call(np.random.default_rng(seed)) for seed in range(first, 24, 8)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for first, results in enumerate(pool.map(work, range(8))):
+            for seed, found in zip(range(first, 24, 8), results):
+                assert len(found) == len(expected[seed])
+                for one, other in zip(found, expected[seed]):
+                    np.testing.assert_array_equal(one, other)
+
+
+def in_child(seed: int) -> bytes:
+    return pickle.dumps(random_call(np.random.default_rng(seed)))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_worker_processes(method: str) -> None:
+    """As data loaders start them, after this process has used its threads."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"there is no {method} here")
+    expected = [in_child(seed) for seed in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork in a process with threads
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            assert pool.map_async(in_child, range(4)).get(timeout=120) == expected
+
+
+class Samples:
+    """A data set that deforms its images with PyTorch."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Any:
+        import torch
+        from dcnops.adapters.torch import deform_conv2d
+
+        random = torch.Generator().manual_seed(index)
+        image = torch.randn(1, 4, 9, 8, generator=random)
+        offset = torch.randn(1, 18, 9, 8, generator=random)
+        weight = torch.randn(3, 4, 3, 3, generator=random)
+        return deform_conv2d(image, offset, weight, padding=1)[0]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_data_loaders_of_torch(method: str) -> None:
+    torch = pytest.importorskip("torch")
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"there is no {method} here")
+    samples = Samples()
+    expected = torch.stack([samples[index] for index in range(len(samples))])
+    loader = torch.utils.data.DataLoader(
+        samples, batch_size=2, num_workers=2, multiprocessing_context=method, timeout=120
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        found = list(loader)
+    torch.testing.assert_close(torch.cat(found), expected, rtol=0, atol=0)
+
+
+USE = """
+import numpy as np, dcnops, sys
+x = np.ones((1, 1, 3, 3), np.float32)
+out = dcnops.deform_conv2d(x, np.zeros((1, 2, 3, 3), np.float32), np.ones((1, 1, 1, 1), np.float32))
+assert out.sum() == 9
+"""
+
+
+def use(cache: Path, code: str = USE) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-W", "always", "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_a_damaged_cache_heals(pattern: str, damage: bytes | None, tmp_path: Path) -> None:
+    assert use(tmp_path).returncode == 0
+    files = sorted(tmp_path.rglob(pattern))
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-20] if damage is None else damage)
+    damaged = {file: file.read_bytes() for file in files}
+    result = use(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert all(file.read_bytes() != damaged[file] for file in files)  # written anew
+    assert use(tmp_path, f"{USE}\nfrom dcnops._backends.cpu import deform_conv2d_loops\n{HITS}").stdout.strip() == "0"
+
+
+HITS = (
+    "print(sum(sum(f.stats.cache_misses.values()) for f in vars(deform_conv2d_loops).values() if hasattr(f, 'stats')))"
+)
+
+
+def test_without_a_cache_folder_it_only_warns(tmp_path: Path) -> None:
+    code = f"from numba.core.caching import CacheImpl\nCacheImpl._locator_classes = []\n{USE}"
+    result = use(tmp_path, code)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("cannot keep its compiled CPU code") == 1 and "NUMBA_CACHE_DIR" in result.stderr
+
+
+def test_a_full_disk_only_warns(tmp_path: Path) -> None:
+    full = """
+import errno
+from numba.core.caching import IndexDataCacheFile
+def save(self, key, data):
+    raise OSError(errno.ENOSPC, "No space left on device", "some.nbi")
+IndexDataCacheFile.save = save
+"""
+    result = use(tmp_path, full + USE)
+    assert result.returncode == 0, result.stderr
+    assert "some.nbi: No space left on device" in result.stderr
+
+
+def test_fuzzing_reaches_legal_calls() -> None:
+    """The fuzzed sizes include ones that are computed."""
+    image = np.ones((1, 2, 4, 3), np.float32)
+    assert dcnops.deform_conv2d(image, np.ones((1, 8, 3, 2), np.float32), np.ones((3, 2, 2, 2), np.float32)).shape
+    with pytest.raises(ArgumentError):
+        dcnops.deform_conv2d(image, np.ones((1, 8, 3, 2), np.float32), np.ones((3, 2, 2, 2), np.float32), stride=0)

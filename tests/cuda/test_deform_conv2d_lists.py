@@ -1,0 +1,261 @@
+"""The backward kernels under emulation: lists of any length, groups and chunks, scratch memory, launches."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcnops._backends.cuda.plans.array_jobs import is_channels_last
+from dcnops._backends.cuda.plans.deform_conv2d_backward import Divisor, ListLimits, divisor
+from tests.cases import DTYPES, ConvCase, assert_close, conv_cases, make_conv
+from tests.conftest import EmulatedRunner
+from tests.cuda.emulator import HostCompiler, HostKernel, KernelFault, is_sanitized
+from tests.cuda.test_launch_plans import Recorder, allocations, broken, channels_last_of
+
+SHORT = ListLimits(part_entries=7, sorted_entries=5)
+"""Lists of a few entries are long ones."""
+
+WAYS = {"default": False, "deterministic": True}
+
+
+def runner_of(way: str, limits: ListLimits = SHORT, **options: Any) -> EmulatedRunner:
+    return EmulatedRunner(deterministic=WAYS[way], backward={"limits": limits}, **options)
+
+
+def assert_gradients(runner: EmulatedRunner, case: ConvCase) -> None:
+    gradients, expected = runner.backward(case), case.expected_gradients()
+    for name in case.needs:
+        assert_close(gradients[name], expected[name], case.dtype, name)
+
+
+def on_one_pixel(case: ConvCase, y: float = 3.25, x: float = 2.5) -> ConvCase:
+    """The case with every sampling point at (y, x), for stride 1 and padding 1."""
+    _, channels, oh, ow = case.offset.shape
+    a, b = np.indices((oh, ow))
+    i, j = np.divmod(np.arange(channels // 2) % 9, 3)
+    offset = np.empty(case.offset.shape, np.float32)
+    offset[:, 0::2] = y - (a[None] - 1 + i[:, None, None])
+    offset[:, 1::2] = x - (b[None] - 1 + j[:, None, None])
+    return case.with_arrays(offset=offset.astype(case.offset.dtype))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(
+    case=conv_cases(dtypes=tuple(DTYPES), max_batch=3, C=64),
+    limits=st.builds(ListLimits, st.sampled_from([1, 3, 40, 1024]), st.sampled_from([1, 6, 33, 256])),
+    chunk_bytes=st.sampled_from([1, 20_000, 2**20]),
+)
+def test_equals_the_reference(way: str, case: ConvCase, limits: ListLimits, chunk_bytes: int):
+    assert_gradients(runner_of(way, limits, chunk_bytes=chunk_bytes), case)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("limits", [SHORT, ListLimits()], ids=["short limits", "default limits"])
+@pytest.mark.parametrize("D, dtype", [(1, "float32"), (2, "float16"), (1, "float64")])
+def test_all_samples_on_one_pixel(way: str, limits: ListLimits, D: int, dtype: str):
+    """16 x 10 pixels and 9 taps: four lists of 1440 entries, beyond both default limits."""
+    case = on_one_pixel(make_conv(C=64, O=3, H=16, W=10, D=D, dtype=dtype, offset_dtype=dtype, seed=2))
+    assert_gradients(runner_of(way, limits), case)
+
+
+@pytest.mark.parametrize("limits", [SHORT, ListLimits()], ids=["short limits", "default limits"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_deterministic_way_gives_the_same_bits_under_any_schedule(dtype: str, limits: ListLimits):
+    crowded = make_conv(N=2, C=64, O=3, H=8, W=6, D=2, dtype=dtype, spread=3.0, seed=6)
+    for case in (crowded, on_one_pixel(crowded)):
+        runs = [
+            runner_of("deterministic", limits, schedule="random", seed=seed, threads=1 + seed % 2).backward(case)
+            for seed in range(4)
+        ]
+        for run in runs[1:]:
+            for name, gradient in run.items():
+                np.testing.assert_array_equal(gradient, runs[0][name], err_msg=name)
+
+
+def test_the_default_way_does_not():
+    case = on_one_pixel(make_conv(C=64, O=3, H=8, W=6, seed=6))
+    runs = [runner_of("default", schedule="random", seed=seed).backward(case, ("input",)) for seed in range(6)]
+    assert any((run["input"] != runs[0]["input"]).any() for run in runs[1:])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(
+    case=conv_cases(dtypes=("float32", "float16"), max_batch=2, C=32),
+    which=st.sets(st.sampled_from(["input", "grad_out", "offset", "mask"]), min_size=1),
+)
+def test_memory_orders(way: str, case: ConvCase, which: set[str]):
+    given_arrays = {name: getattr(case, name) for name in which}
+    case = case.with_arrays(
+        **{name: channels_last_of(array) for name, array in given_arrays.items() if array is not None}
+    )
+    runner = runner_of(way)
+    assert_gradients(runner, case)
+    for name, gradient in runner.backward(case).items():
+        if gradient.size and is_channels_last(getattr(case, name)):
+            assert is_channels_last(gradient), name
+
+
+ORDERS = {"NCHW": (), "NHWC": ("input", "offset", "mask", "grad_out")}
+
+
+def in_order(case: ConvCase, order: str) -> ConvCase:
+    return case.with_arrays(**{name: channels_last_of(getattr(case, name)) for name in ORDERS[order]})
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_seven_launches_at_most(dtype: str, order: str, way: str):
+    """Products included; of a call whose columns fit one chunk."""
+    runner = Recorder(deterministic=WAYS[way])
+    products: list[Any] = []
+    multiply = runner.engine._matmul
+    runner.engine._matmul = lambda *args: (products.append(args), multiply(*args))  # type: ignore[assignment]
+    runner.backward(in_order(make_conv(C=32, O=8, H=8, W=8, dtype=dtype), order))
+    names = [kernel for _, kernel, *_ in runner.launches]
+    gather = "deform_conv2d_gather_input" + ("_in_order" if WAYS[way] else "")
+    assert names == [
+        "deform_conv2d_prepare",
+        "deform_conv2d_fill_lists",
+        gather,
+        "deform_conv2d_grad_samples",
+        "change_layout",
+    ]
+    assert len(products) == 2
+
+
+@pytest.mark.parametrize(
+    "needs, kernels, products",
+    [
+        (("bias",), ["change_layout"] * 2, 0),
+        (("weight",), ["change_layout", "deform_conv2d_columns", "change_layout"], 1),
+        (("offset",), ["change_layout", "deform_conv2d_grad_samples"], 1),
+        (
+            ("input",),
+            ["deform_conv2d_prepare", "deform_conv2d_fill_lists", "deform_conv2d_gather_input", "change_layout"],
+            1,
+        ),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
+)
+def test_only_what_is_needed_is_launched(needs: tuple[str, ...], kernels: list[str], products: int):
+    runner = Recorder()
+    count = []
+    multiply = runner.engine._matmul
+    runner.engine._matmul = lambda *args: (count.append(1), multiply(*args))  # type: ignore[assignment]
+    runner.backward(make_conv(C=32), needs)
+    assert [kernel for _, kernel, *_ in runner.launches] == kernels
+    assert len(count) == products
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("chunk_bytes", [2**15, 2**17, 2**22])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_scratch_memory_keeps_to_the_documented_bound(way: str, order: str, chunk_bytes: int, dtype: str):
+    case = in_order(make_conv(N=3, C=32, O=8, H=16, W=16, D=1, dtype=dtype), order)
+    runner = runner_of(way, ListLimits(), chunk_bytes=chunk_bytes)
+    sizes = allocations(runner)
+    gradients = runner.backward(case)
+    scratch = sum(sizes) - sum(gradient.nbytes for gradient in gradients.values())
+    g, s, S = case.geometry(), case.input.itemsize, 4
+    together = order == "NHWC"
+    weights = g.O * g.C * g.K * (s + S)
+    once = weights + g.O * S * g.N + 256
+    image = g.H * g.W * (0 if together else g.C * s) + (0 if together and s == S else g.H * g.W * g.C * S)
+    image += 8 * g.H * g.W * g.D
+    grad_out = 0 if together else g.pixels * g.O * s
+    row = g.K * g.C * s + 8 * g.D * g.K * S + g.D * g.K / 16
+    assert scratch <= once + max(chunk_bytes, image + grad_out + max(chunk_bytes / 2, row)) + 256
+    if chunk_bytes == 2**22:
+        assert scratch <= once + chunk_bytes
+
+
+class Divisions(ctypes.Structure):
+    _fields_ = [
+        ("by", Divisor),
+        ("numbers", ctypes.c_void_p),
+        ("quotients", ctypes.c_void_p),
+        ("remainders", ctypes.c_void_p),
+        ("count", ctypes.c_int),
+    ]
+
+
+@functools.cache
+def dividing_kernel() -> HostKernel:
+    source = (Path(__file__).parents[2] / "cuda" / "dcn" / "rows.cuh").read_text()
+    source += """
+    struct Divisions { Divisor by; const unsigned* numbers; unsigned *quotients, *remainders; int count; };
+    extern "C" __global__ void __launch_bounds__(256) divide_f32(const Divisions p) {
+      for (int i = threadIdx.x; i < p.count; i += blockDim.x) {
+        const Division result = divide(p.numbers[i], p.by);
+        p.quotients[i] = result.quotient;
+        p.remainders[i] = result.remainder;
+      }
+    }
+    """
+    return HostCompiler(sanitize=is_sanitized()).compile(source, "divide_f32", ("--std=c++17",))
+
+
+_DIVISORS = sorted(
+    {d for k in range(32) for d in (2**k - 1, 2**k, 2**k + 1) if 1 <= d < 2**31} | {9, 25, 84, 2**31 - 3}
+)
+
+
+def assert_divides(value: int, *more: int) -> None:
+    """Where the quotient changes, at both ends, and elsewhere: below 2**31, which is what the kernels divide."""
+    last = (2**31 - 1) // value * value
+    edges = {edge + step for edge in (0, value, last // value // 2 * value, last) for step in (-1, 0, 1)}
+    numbers = np.array(sorted(n for n in edges | {2**31 - 1, *more} if 0 <= n < 2**31), np.uint32)
+    quotients, remainders = np.empty_like(numbers), np.empty_like(numbers)
+    addresses = (array.ctypes.data for array in (numbers, quotients, remainders))
+    dividing_kernel()(1, (32, 1), 0, Divisions(divisor(value), *addresses, len(numbers)))
+    np.testing.assert_array_equal(quotients, numbers // value)
+    np.testing.assert_array_equal(remainders, numbers % value)
+
+
+@pytest.mark.parametrize("value", _DIVISORS)
+def test_division_by_multiplication_at_its_edges(value: int):
+    assert_divides(value)
+
+
+@given(value=st.integers(1, 2**31 - 1), numbers=st.lists(st.integers(0, 2**31 - 1), min_size=8, max_size=8))
+def test_division_by_multiplication(value: int, numbers: list[int]):
+    assert_divides(value, *numbers)
+
+
+BROKEN = {
+    "lists end early": ("p.starts[task], p.starts[task + 1]}", "p.starts[task], max(p.starts[task + 1] - 1, 0)}"),
+    "lists start one late": ("int start = total + up_to - sum;", "int start = total + up_to - sum + (warp > 0);"),
+    "parts are forgotten": ("p.lists + p.counters->parts", "p.lists"),
+    "blocks do not wait for the last": ("return last;", "return blockIdx.x == 0;"),
+    "no order": ("order.order[rank] =", "order.order[i] ="),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_copies_are_caught(name: str):
+    deterministic = name == "no order"
+    case = on_one_pixel(make_conv(N=2, C=32, O=3, H=9, W=8, seed=1)) if name == "parts are forgotten" else None
+    case = case or make_conv(N=2, C=32, O=3, H=24, W=20, spread=2.0, seed=1)
+    limits = ListLimits() if deterministic else ListLimits(part_entries=100)
+    runs = []
+    for seed in range(3):
+        options: dict[str, Any] = {"schedule": "random", "seed": seed, "deterministic": deterministic}
+        options |= {"backward": {"limits": limits}, "chunk_bytes": 150_000}
+        assert_gradients(EmulatedRunner(**options), case)
+        runner = broken(*BROKEN[name], **options)
+        try:
+            assert_gradients(runner, case)
+            runs.append(runner.backward(case, ("input",))["input"])
+        except (AssertionError, KernelFault):
+            return
+    # What is only in another order each time.
+    assert any((run != runs[0]).any() for run in runs[1:])

@@ -1,0 +1,143 @@
+"""The machine code has the instructions that each kernel was designed around, and none that would betray it."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sysconfig
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from cupy_backends.cuda.libs import nvrtc
+
+from dcnops._backends.cuda.engine import compile_options, kernel_source
+from tests.cuda.kernel_matrix import UNITS, Specialisation, specialisations
+
+DISASSEMBLER = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin" / "nvdisasm"
+ARCHITECTURES = (80, 90, 100, 120)
+
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)", re.MULTILINE)
+
+LOADS, STORES = r"LDG\.E\.128", r"STG\.E\.128"
+ATOMICS = r"(RED|REDG|ATOM|ATOMG)\."
+VECTOR_ADDITIONS = r"REDG?\.E\.ADD\.F32x4"
+TENSOR_CORES = r"[HIDQ]G?MMA\."
+COPIES, MATRICES = r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4"
+SHUFFLES = r"SHFL\.BFLY"
+LOCAL_MEMORY = r"(LDL|STL)\b"
+DOUBLES = r"D(ADD|MUL|FMA)\b"
+
+# Kernel and macros: what must occur, and what must not. All of them use 16-byte vectors of 16-bit data or floats.
+EXPECTED: dict[tuple[str, str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
+    ("deform_conv2d_fused", "f16", "TensorProduct"): ((r"HMMA\.16816\.F32$", COPIES, MATRICES, LOADS), (ATOMICS,)),
+    ("deform_conv2d_fused", "bf16", "TensorProduct"): (
+        (r"HMMA\.16816\.F32\.BF16", COPIES, MATRICES, LOADS),
+        (ATOMICS,),
+    ),
+    ("deform_conv2d_fused", "tf32", "TensorProduct"): ((r"HMMA\.1688\.F32\.TF32", COPIES, MATRICES, LOADS), (ATOMICS,)),
+    ("deform_conv2d_fused", "f16", "WarpgroupProduct"): (
+        (r"HGMMA\.64x64x16\.F32$", COPIES, LOADS),
+        (r"HMMA", MATRICES, ATOMICS),
+    ),
+    ("deform_conv2d_fused", "bf16", "WarpgroupProduct"): (
+        (r"HGMMA\.64x64x16\.F32\.BF16", COPIES, LOADS),
+        (r"HMMA", MATRICES, ATOMICS),
+    ),
+    ("deform_conv2d_fused", "tf32", "WarpgroupProduct"): (
+        (r"HGMMA\.64x64x8\.F32\.TF32", COPIES, LOADS),
+        (r"HMMA", MATRICES, ATOMICS),
+    ),
+    ("deform_conv2d_fused", "3xtf32", "SplitTensorProduct"): (
+        (r"HMMA\.1688\.F32\.TF32", COPIES, MATRICES, LOADS),
+        (ATOMICS,),
+    ),
+    ("deform_conv2d_fused", "f32", "FmaProduct"): ((r"FFMA", r"LDS\.128", COPIES, LOADS), (TENSOR_CORES, ATOMICS)),
+    ("deform_conv2d_columns", "f16", ""): ((LOADS, STORES), (ATOMICS,)),
+    ("deform_conv2d_columns", "f32", ""): ((LOADS, STORES), (ATOMICS,)),
+    ("deform_conv2d_grad_samples", "f16", ""): ((LOADS, r"STG\.E\.(128|64)", SHUFFLES), (ATOMICS,)),
+    ("deform_conv2d_grad_samples", "f32", ""): ((LOADS, STORES, SHUFFLES), (ATOMICS,)),
+    ("deform_conv2d_gather_input", "bf16", ""): ((LOADS, STORES), ()),
+    ("deform_conv2d_gather_input_in_order", "f16", ""): ((LOADS, STORES), (ATOMICS,)),
+    ("deform_conv2d_gather_input_in_order", "f32", ""): ((LOADS, STORES), (ATOMICS,)),
+    ("deform_conv2d_scatter_input", "f16", ""): ((LOADS, r"RED"), ()),
+    ("deform_roi_pool_forward", "f16", ""): ((LOADS, STORES), (ATOMICS,)),
+    ("deform_roi_pool_backward", "f32", ""): ((LOADS, r"RED", SHUFFLES), ()),
+    ("deform_roi_pool_grad_input_input", "f32", ""): ((LOADS,), (ATOMICS,)),
+}
+
+
+def specialisation_of(kernel: str, suffix: str, product: str) -> Specialisation:
+    unit = next(unit for unit, (_, kernels) in UNITS.items() if kernel in kernels)
+    wanted = {"DCN_SUFFIX": suffix, "DCN_OFFSET_SCALAR": "float", "DCN_VEC": 4 if suffix.endswith("32") else 8}
+    if product:
+        wanted |= {"DCN_PRODUCT": product}
+    return next(s for s in specialisations() if s.unit == unit and wanted.items() <= s.macros.items())
+
+
+@functools.cache
+def disassemble(specialisation: Specialisation, architecture: int) -> str:
+    program = nvrtc.createProgram(kernel_source(specialisation.unit), f"{specialisation.unit}.cu", (), ())
+    # CuPy adds -ftz.
+    options = (*compile_options(specialisation.macros), f"-arch=sm_{architecture}", "-ftz=true")
+    nvrtc.compileProgram(program, options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        # CuPy takes the last byte for the end of a string.
+        file.write(nvrtc.getCUBIN(program) + b"\0")
+        file.flush()
+        done = subprocess.run([DISASSEMBLER, "-c", file.name], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def instructions(text: str, kernel: str) -> Counter[str]:
+    """How often each instruction stands in a kernel's code."""
+    body = re.split(r"\n\s*\.section", text.split(f".text.{kernel}:")[1])[0]
+    found = Counter(_INSTRUCTION.findall(body))
+    assert found["EXIT"], f"{kernel} has no code"
+    return found
+
+
+def count(found: Counter[str], pattern: str) -> int:
+    return sum(number for instruction, number in found.items() if re.match(pattern, instruction))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kernel, suffix, product", EXPECTED, ids=["-".join(filter(None, names)) for names in EXPECTED])
+def test_the_instructions_are_those_of_the_design(kernel: str, suffix: str, product: str, architecture: int):
+    wanted, unwanted = EXPECTED[kernel, suffix, product]
+    specialisation = specialisation_of(kernel, suffix, product)
+    if not specialisation.is_for(architecture):
+        return
+    text = disassemble(specialisation, architecture)
+    found = instructions(text, f"{kernel}_{suffix}")
+    for pattern in wanted:
+        assert count(found, pattern), f"no {pattern} in {dict(found)}"
+    for pattern in (*unwanted, LOCAL_MEMORY, DOUBLES):
+        assert not count(found, pattern), f"{pattern} in {dict(found)}"
+    if count(found, "RED") and architecture >= 90:
+        assert count(found, "RED") == count(found, VECTOR_ADDITIONS), f"scalar additions in {dict(found)}"
+
+
+def test_double_precision_and_atomics_would_be_seen():
+    """What must not occur is found where it does."""
+    doubles = next(
+        s for s in specialisations() if s.unit == "deform_conv2d_backward" and s.macros["DCN_SUFFIX"] == "f64"
+    )
+    found = instructions(disassemble(doubles, 90), "deform_conv2d_scatter_input_f64")
+    assert count(found, DOUBLES) and count(found, ATOMICS)
+
+
+def test_three_tf32_products_are_three():
+    counts = {
+        suffix: count(
+            instructions(disassemble(specialisation_of("deform_conv2d_fused", suffix, product), 90), kernel), r"HMMA"
+        )
+        for suffix, product, kernel in (
+            ("tf32", "TensorProduct", "deform_conv2d_fused_tf32"),
+            ("3xtf32", "SplitTensorProduct", "deform_conv2d_fused_3xtf32"),
+        )
+    }
+    assert counts["3xtf32"] == 3 * counts["tf32"]

@@ -1,0 +1,117 @@
+"""NVRTC, which needs no GPU, builds every specialisation for every architecture that it knows: no kernel may spill.
+
+The registers of each kernel are printed at the end of the test run.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from cupy_backends.cuda.libs import nvrtc
+
+from dcnops._backends.cuda.engine import compile_options, kernel_source
+from tests.cuda.kernel_matrix import STRUCTS, UNITS, layout_assertions, specialisations
+
+ARCHITECTURES = nvrtc.getSupportedArchs()
+
+_ENTRY = re.compile(r"Compiling entry function '(\w+)'")
+_FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+
+
+def compile_with_nvrtc(source: str, name: str, options: tuple[str, ...]) -> str:
+    """The compiler's log; fails with it when the source does not compile."""
+    program = nvrtc.createProgram(source, name, (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+    except nvrtc.NVRTCError:
+        pytest.fail(nvrtc.getProgramLog(program))
+    return nvrtc.getProgramLog(program)
+
+
+def resources(log: str) -> dict[str, tuple[int, int]]:
+    """(registers, bytes of stack frame and spills) by kernel, from ptxas's log."""
+    used = {}
+    kernel, frame = "", 0
+    for line in log.splitlines():
+        if entry := _ENTRY.search(line):
+            kernel = entry.group(1)
+        elif sizes := _FRAME.search(line):
+            frame = sum(map(int, sizes.groups()))
+        elif registers := _REGISTERS.search(line):
+            used[kernel] = (int(registers.group(1)), frame)
+    return used
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles_without_spills(architecture: int, record_property):
+    worst: dict[str, tuple[int, int]] = {}
+    for specialisation in specialisations():
+        if not specialisation.is_for(architecture):
+            continue
+        log = compile_with_nvrtc(
+            kernel_source(specialisation.unit),
+            f"{specialisation.unit}.cu",
+            # CuPy adds -ftz.
+            (*compile_options(specialisation.macros), f"-arch=sm_{architecture}", "-ftz=true", "--ptxas-options=-v"),
+        )
+        used = resources(log)
+        expected = {f"{kernel}_{specialisation.macros['DCN_SUFFIX']}" for kernel in UNITS[specialisation.unit][1]}
+        assert set(used) == expected, f"{specialisation}: kernels {set(used)} instead of {expected}"
+        for kernel, (registers, spills) in used.items():
+            assert spills == 0, f"{specialisation} on sm_{architecture}: {kernel} spills {spills} bytes"
+            assert registers <= specialisation.most_registers, (
+                f"{specialisation} on sm_{architecture}: {registers} registers"
+            )
+            worst[kernel] = max(worst.get(kernel, (0, 0)), (registers, spills))
+    record_property("kernel_resources", (architecture, worst))
+
+
+def test_the_spill_check_sees_a_spill():
+    """An array that no register file can hold, indexed at run time."""
+    source = """
+    extern "C" __global__ void greedy(float* data, const int* at) {
+      float values[64];
+      for (int i = 0; i < 64; ++i) values[i] = data[i];
+      for (int i = 0; i < 64; ++i) values[at[i] % 64] *= 2;
+      for (int i = 0; i < 64; ++i) data[i] = values[i];
+    }
+    """
+    used = resources(compile_with_nvrtc(source, "greedy.cu", ("-arch=sm_90", "--ptxas-options=-v")))
+    assert used["greedy"][1] > 0
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_structs_have_the_layout_of_their_python_namesakes(unit: str):
+    macros = next(s.macros for s in specialisations() if s.unit == unit)
+    source = kernel_source(unit) + "\n#define OFFSET_OF(type, field) __INTADDR__(&((type*)0)->field)\n"
+    structs = [struct for struct in STRUCTS if f"struct {struct.__name__} " in source]
+    assert UNITS[unit][0] in structs
+    compile_with_nvrtc(
+        source + "".join(map(layout_assertions, structs)), f"{unit}.cu", (*compile_options(macros), "-arch=sm_90")
+    )
+
+
+def test_compiler_messages_name_the_true_file_and_line():
+    """After the includes, too, whose text comes before."""
+    text = "const long long tiles = layout_tiles(p);"
+    true_line = next(i for i, line in enumerate(Path("cuda/layout.cu").read_text().splitlines(), 1) if text in line)
+    source = kernel_source("layout").replace(text, f"broken {text}")
+    with pytest.raises(pytest.fail.Exception, match=rf"cuda/layout\.cu\({true_line}\)"):
+        compile_with_nvrtc(source, "flat.cu", compile_options({"DCN_SUFFIX": "f32", "DCN_SCALAR": "float"}))
+
+
+@pytest.mark.parametrize("dtype, vector", [("f16", 8), ("f32", 4)])
+@pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.startswith("deform_roi_pool")])
+def test_roi_pooling_moves_16_bytes_at_once(unit: str, dtype: str, vector: int):
+    """And adds 16 bytes at once, where it adds atomically."""
+    wanted = {"DCN_SUFFIX": dtype, "DCN_VEC": vector, "DCN_OFFSET_SCALAR": "float"}
+    macros = next(s.macros for s in specialisations() if s.unit == unit and wanted.items() <= s.macros.items())
+    program = nvrtc.createProgram(kernel_source(unit), f"{unit}.cu", (), ())
+    nvrtc.compileProgram(program, (*compile_options(macros), "-arch=compute_90"))
+    ptx = nvrtc.getPTX(program).decode()
+    assert re.search(r"ld\.global(\.nc)?\.v4\.[fu]32", ptx)
+    assert ("red.global.add.v4.f32" in ptx) == (unit == "deform_roi_pool_backward")
+    assert "atom" not in ptx

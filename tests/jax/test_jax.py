@@ -1,0 +1,583 @@
+"""The JAX adapter computes what the array functions compute: eagerly, compiled, differentiated, vmapped and sharded."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dcnops.adapters import jax as adapter
+from dcnops.adapters.jax import deform_conv2d, deform_roi_pool
+from hypothesis import given, settings
+from jax.test_util import check_grads
+
+import dcnops
+from dcnops import ArgumentError, DcnError, DeviceError, DtypeError, ShapeError
+from tests.arrays import test_errors
+from tests.cases import (
+    DTYPES,
+    Case,
+    assert_close,
+    away_from_kinks,
+    conv_cases,
+    make_conv,
+    make_roi_pool,
+    roi_pool_cases,
+)
+
+ROOT = Path(__file__).parents[2]
+BRIEF = settings.get_profile("brief")
+
+
+@pytest.fixture(autouse=True)
+def _with_64_bits() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def call(case: Case, **changes: Any) -> jax.Array:
+    return getattr(adapter, case.operation)(**{**case.arguments(), **changes})
+
+
+def loss(case: Case, arrays: dict[str, Any]) -> jax.Array:
+    return (call(case, **arrays) * case.grad_out).sum()
+
+
+def given_arrays(case: Case) -> dict[str, np.ndarray]:
+    """The arrays of a case that are there, regions among them."""
+    return {name: getattr(case, name) for name in case.arrays if getattr(case, name) is not None}
+
+
+def assert_same(case: Case) -> None:
+    """Output and gradients are, bit for bit, those of the array functions."""
+    arrays = given_arrays(case)
+    output, pull = jax.vjp(lambda arrays: call(case, **arrays), arrays)
+    expected = getattr(dcnops, case.operation)(**case.arguments())
+    assert isinstance(output, jax.Array) and output.dtype == expected.dtype
+    np.testing.assert_array_equal(output, expected)
+
+    (gradients,) = pull(jnp.asarray(case.grad_out))
+    expected_gradients = getattr(dcnops, f"{case.operation}_backward")(case.grad_out, **case.arguments())._asdict()
+    for name, array in arrays.items():
+        gradient, wanted = gradients[name], expected_gradients.get(name, np.zeros_like(array))
+        assert gradient.dtype == array.dtype, name
+        np.testing.assert_array_equal(gradient, wanted, err_msg=name)
+
+
+@settings(BRIEF)
+@given(case=conv_cases(dtypes=tuple(DTYPES)))
+def test_any_convolution(case: Case) -> None:
+    assert_same(case)
+
+
+@settings(BRIEF)
+@given(case=roi_pool_cases(dtypes=tuple(DTYPES)))
+def test_any_roi_pooling(case: Case) -> None:
+    assert_same(case)
+
+
+CASES = {"conv": make_conv(N=2, D=2, G=2, stride=(2, 1), padding=((1, 0), (2, 1))), "roi pool": make_roi_pool()}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", [make_conv, make_roi_pool])
+def test_dtypes(make: Any, dtype: str) -> None:
+    assert_same(make(dtype=dtype))
+    if dtype in ("float16", "bfloat16"):
+        assert_same(make(dtype=dtype, offset_dtype="float32"))
+
+
+@pytest.mark.parametrize("case", [make_conv(N=0), make_roi_pool(R=0)], ids=["conv", "roi pool"])
+def test_nothing(case: Case) -> None:
+    assert_same(case)
+
+
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("make, names", [(make_conv, ("bias", "mask")), (make_roi_pool, ("offset", "mask"))])
+def test_absent_arguments(make: Any, names: tuple[str, ...], optional: bool) -> None:
+    assert_same(make(**dict.fromkeys(names, optional)))
+
+
+def test_every_way_to_ask_is_the_same(case: Case) -> None:
+    arrays = given_arrays(case)
+    wanted, gradients = jax.value_and_grad(lambda arrays: loss(case, arrays))(arrays)
+    ways = {
+        "jit of gradient": jax.jit(jax.value_and_grad(lambda arrays: loss(case, arrays))),
+        "gradient of jit": jax.value_and_grad(jax.jit(lambda arrays: loss(case, arrays))),
+        "rematerialised": jax.jit(jax.value_and_grad(jax.checkpoint(lambda arrays: loss(case, arrays)))),
+    }
+    for name, way in ways.items():
+        value, got = way(arrays)
+        np.testing.assert_allclose(value, wanted, rtol=1e-6, err_msg=name)
+        jax.tree.map(np.testing.assert_array_equal, got, gradients)
+    np.testing.assert_array_equal(jax.jit(lambda arrays: call(case, **arrays))(arrays), call(case))
+
+
+def test_gradients_of_a_convolution_are_derivatives() -> None:
+    case = away_from_kinks(make_conv(D=2, G=2, dtype="float64"), seed=1)
+    check_grads(lambda arrays: call(case, **arrays), (given_arrays(case),), order=1, modes=["rev"])
+    check_grads(jax.jit(lambda arrays: call(case, **arrays)), (given_arrays(case),), order=1, modes=["rev"])
+
+
+def test_gradients_of_roi_pooling_are_derivatives() -> None:
+    case = make_roi_pool(dtype="float64", inside=True)
+    arrays = {name: getattr(case, name) for name in case.needs}
+    check_grads(lambda arrays: call(case, **arrays), (arrays,), order=1, modes=["rev"])
+
+
+def test_training_in_one_program() -> None:
+    """Steps of descent in `lax.scan`, with the operation twice in a row."""
+    case = make_conv(C=4, O=4, dtype="float64")
+
+    def two(offset: jax.Array) -> jax.Array:
+        hidden = jnp.tanh(call(case, offset=offset))
+        return (call(case, input=hidden, offset=offset) ** 2).mean()
+
+    def step(offset: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        value, gradient = jax.value_and_grad(two)(offset)
+        return offset - 0.1 * gradient, value
+
+    _, losses = jax.jit(lambda offset: jax.lax.scan(step, offset, None, length=10))(case.offset)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("batched", [("input", "offset", "mask"), ("weight",), ("bias", "offset")])
+def test_vmap(batched: tuple[str, ...]) -> None:
+    cases = [make_conv(seed=seed) for seed in range(3)]
+    first = given_arrays(cases[0])
+    stacked = {name: np.stack([getattr(case, name) for case in cases]) for name in batched}
+    axes = {name: 0 if name in batched else None for name in first}
+
+    def one(arrays: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return jax.value_and_grad(lambda arrays: loss(cases[0], arrays))(arrays)
+
+    values, gradients = jax.jit(jax.vmap(one, in_axes=(axes,)))(first | stacked)
+    for i in range(3):
+        value, wanted = one(first | {name: array[i] for name, array in stacked.items()})
+        np.testing.assert_allclose(values[i], value, rtol=1e-6)
+        jax.tree.map(lambda got, expected, i=i: np.testing.assert_array_equal(got[i], expected), gradients, wanted)
+
+
+def test_vmap_of_vmap_and_of_regions() -> None:
+    case = make_roi_pool()
+    inputs = np.stack([case.input, 2 * case.input, case.input, -case.input]).reshape(2, 2, *case.input.shape)
+    pooled = jax.vmap(jax.vmap(lambda input: call(case, input=input)))(inputs)
+    np.testing.assert_allclose(pooled[1, 1], -call(case), rtol=1e-5, atol=1e-6)
+    rois = np.stack([case.rois, case.rois[::-1]])
+    pooled = jax.vmap(lambda rois: call(case, rois=rois))(rois)
+    np.testing.assert_array_equal(pooled[1], call(case, rois=case.rois[::-1]))
+
+
+def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """What runs from now on, and which gradients it computes."""
+    calls: list[tuple[str, Any]] = []
+    compute = adapter._Callback._compute
+
+    def recorded(self: Any, *args: Any) -> None:
+        calls.append((self.operation.name, None if self.needs is None else sorted(self.needs)))
+        compute(self, *args)
+
+    monkeypatch.setattr(adapter._Callback, "_compute", recorded)
+    return calls
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_only_gradients_that_are_asked_for_are_computed(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_conv()
+    calls = spy(monkeypatch)
+    maybe_jit = jax.jit if compiled else lambda function: function
+    jax.block_until_ready(maybe_jit(jax.value_and_grad(lambda x: loss(case, {"offset": x})))(case.offset))
+    assert calls == [("deform_conv2d", None), ("deform_conv2d", ["offset"])]
+
+    calls.clear()
+    jax.block_until_ready(
+        maybe_jit(jax.value_and_grad(lambda x: loss(make_roi_pool(), {"rois": x})))(CASES["roi pool"].rois)
+    )
+    assert calls == [("deform_roi_pool", None)]
+
+
+def test_arrays_are_not_copied_on_the_way_in(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = {name: jnp.array(array) for name, array in given_arrays(case).items()}
+    seen: dict[str, int] = {}
+
+    def load_backend(library: str) -> Any:
+        assert library == "numpy"
+
+        def operation(geometry: Any, precision: str | None = None, **views: np.ndarray) -> np.ndarray:
+            seen.update({name: view.ctypes.data for name, view in views.items()})
+            # The array functions copy what they cannot write to.
+            assert all(view.flags.writeable and view.flags.aligned for view in views.values())
+            return np.zeros(geometry.output_shape, views["input"].dtype)
+
+        return SimpleNamespace(**{case.operation: operation, "contiguous": np.ascontiguousarray})
+
+    monkeypatch.setattr(adapter, "load_backend", load_backend)
+    assert not call(case, **arrays).any()
+    assert seen == {name: array.unsafe_buffer_pointer() for name, array in arrays.items()}
+
+
+def test_an_equal_call_is_compiled_once() -> None:
+    case = make_conv(H=11)
+    call(case)
+    before = adapter._operate._cache_size()
+    call(case)
+    call(case.with_arrays(stride=(np.int64(1), 1), padding=[[1, 1], [1, 1]]))
+    assert adapter._operate._cache_size() == before
+
+
+def test_regions_have_a_gradient_of_zero() -> None:
+    case = make_roi_pool()
+    assert not jax.grad(lambda rois: loss(case, {"rois": rois}))(case.rois).any()
+
+
+@pytest.mark.parametrize("take", [jax.grad, jax.jacrev])
+def test_second_derivatives_say_that_there_are_none(case: Case, take: Any) -> None:
+    gradient = jax.grad(lambda input: loss(case, {"input": input}))
+    with pytest.raises(NotImplementedError, match="must be differentiated once, in reverse mode, got a second"):
+        take(lambda input: gradient(input).sum())(case.input)
+
+
+def test_forward_mode_is_an_error(case: Case) -> None:
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda input: call(case, input=input), (case.input,), (case.input,))
+
+
+OTHER_ARRAYS = {
+    "torch tensor",
+    "torch mask",
+    "JAX array",
+    "list",
+    "masked array",
+    "scalar",
+    "nothing",
+    "mixed libraries",
+    "mixed devices",
+}
+
+
+@pytest.mark.parametrize("name", test_errors.FORWARD_ERRORS)
+def test_errors_come_while_tracing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every wrong call of the array functions, here without anything that could run it."""
+    monkeypatch.setattr(adapter, "_operate", None)
+    changes, error, message = test_errors.FORWARD_ERRORS[name]
+    arguments = test_errors.arguments(**changes)
+    del arguments["grad_out"]
+    if name in OTHER_ARRAYS:
+        error, message = DtypeError, " must be a JAX or NumPy array of numbers, got "
+    with pytest.raises(error) as raised:
+        deform_conv2d(**arguments)
+    assert message in str(raised.value)
+
+
+ROI_POOL_ERRORS: dict[str, tuple[dict[str, Any], type[DcnError], str]] = {
+    "rois": ({"rois": np.zeros((5, 4), np.float32)}, ShapeError, "rois must be [R, 5] (image, x1, y1, x2, y2), got"),
+    "offset": ({"offset": np.zeros((5, 2, 3, 3), np.float32)}, ShapeError, "offset must be [R=5, 2, P=3, Q=2], got"),
+    "mask dtype": ({"mask": np.zeros((5, 3, 2))}, DtypeError, "mask must be float32 beside float32 input, got float64"),
+    "rois dtype": ({"rois": np.zeros((5, 5), int)}, DtypeError, "rois must be float16, bfloat16, float32 or float64"),
+    "output size": ({"output_size": 0}, ArgumentError, "output_size must be an integer from 1 to"),
+    "scale": ({"spatial_scale": -1.0}, ArgumentError, "spatial_scale must be a positive finite number, got -1.0"),
+    "no rois": ({"rois": None}, DtypeError, "rois must be a JAX or NumPy array of numbers, got NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", ROI_POOL_ERRORS)
+def test_errors_of_roi_pooling(name: str) -> None:
+    changes, error, message = ROI_POOL_ERRORS[name]
+    case = make_roi_pool()
+    with pytest.raises(error, match=re.escape(message)):
+        jax.eval_shape(lambda input: call(case, **{"input": input, **changes}), case.input)
+
+
+def test_parameters_must_not_be_traced() -> None:
+    case = make_conv()
+    with pytest.raises(ArgumentError, match=r"stride must be known while JAX traces the call, got .*static_argnames"):
+        jax.jit(lambda stride: call(case, stride=(stride, 1)))(1)
+    with pytest.raises(ArgumentError, match="gamma must be known while JAX traces the call, got "):
+        jax.jit(lambda gamma: call(make_roi_pool(), gamma=gamma))(0.1)
+    compiled = jax.jit(deform_conv2d, static_argnames=("stride", "padding", "dilation"))
+    np.testing.assert_array_equal(compiled(**case.arguments()), call(case))
+
+
+def test_random_keys_are_no_numbers() -> None:
+    with pytest.raises(DtypeError, match="input must be a JAX or NumPy array of numbers, got "):
+        call(make_conv(), input=jax.random.key(0))
+
+
+def test_numpy_arrays_of_64_bits_become_what_jax_makes_of_them() -> None:
+    case = make_conv(dtype="float64")
+    with jax.enable_x64(False):
+        output = call(case)
+        assert output.dtype == jnp.float32
+        with pytest.raises(DtypeError, match="input must be float16, bfloat16, float32 or float64, got int64"):
+            call(case, input=np.zeros(case.input.shape, np.int64))
+    np.testing.assert_allclose(output, call(case), atol=1e-4)
+
+
+def test_parameters_of_neural_network_libraries() -> None:
+    class Parameter:
+        def __init__(self, value: np.ndarray) -> None:
+            self.value = jnp.asarray(value)
+
+        def __jax_array__(self) -> jax.Array:
+            return self.value
+
+    case = make_conv()
+    np.testing.assert_array_equal(call(case, weight=Parameter(case.weight), bias=Parameter(case.bias)), call(case))
+
+
+def test_a_region_of_a_feature_map_that_does_not_exist() -> None:
+    case = make_roi_pool(N=2)
+    rois = case.rois.copy()
+    rois[3, 0] = 2
+    # Which class it is depends on whether JAX has seen such a call before.
+    errors = (jax.errors.JaxRuntimeError, ValueError)
+    with pytest.raises(errors, match=r"ArgumentError: rois must hold indices .* got 2\.0 in row 3"):
+        call(case, rois=rois).block_until_ready()
+    assert np.isfinite(call(case)).all()
+
+
+def run_python(code: str, **environment: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=False, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_deadlock_on_few_cores() -> None:
+    """Many computations at once, from several threads, with arrays that XLA does not copy."""
+    run_python("""
+import threading
+import jax, jax.numpy as jnp
+from dcnops.adapters.jax import deform_conv2d
+
+image, offset = jnp.ones((1, 32, 64, 64)), jnp.full((1, 18, 64, 64), 0.3)
+weight = jnp.full((32, 32, 3, 3), 0.01)
+
+def loss(image):
+    # Two branches without a dependence: XLA may run both callbacks at once.
+    return sum((deform_conv2d(image * s, offset, weight, padding=1) ** 2).mean() for s in (1, 2))
+
+step = jax.jit(jax.value_and_grad(loss))
+
+def work():
+    x = image
+    for _ in range(20):
+        value, gradient = step(x)
+        x = x - gradient + deform_conv2d(x, offset, weight, padding=1) * 1e-3
+    x.block_until_ready()
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+""")
+
+
+def test_several_devices() -> None:
+    """Sharded arrays, `shard_map` without communication, and arrays that are not on the same device."""
+    run_python(
+        """
+import jax, numpy as np
+from functools import partial
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from dcnops.adapters.jax import deform_conv2d
+from tests.cases import make_conv
+
+case = make_conv(N=4)
+expected = np.asarray(deform_conv2d(**case.arguments()))
+mesh = Mesh(np.array(jax.devices()), ("n",))
+put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+batch = [put(x, P("n")) for x in (case.input, case.offset, case.mask)]
+rest = [put(x, P()) for x in (case.weight, case.bias)]
+
+def conv(input, offset, mask, weight, bias):
+    return deform_conv2d(input, offset, weight, bias, padding=1, mask=mask)
+
+def grad(*arrays):
+    return jax.grad(lambda weight: (conv(*arrays[:3], weight, arrays[4]) ** 2).sum())(arrays[3])
+
+wanted = grad(*(np.asarray(x) for x in (*batch, *rest)))
+np.testing.assert_array_equal(jax.jit(conv)(*batch, *rest), expected)
+np.testing.assert_allclose(jax.jit(grad)(*batch, *rest), wanted, rtol=1e-4, atol=1e-4)
+
+sharded = jax.jit(jax.shard_map(conv, mesh=mesh, in_specs=(P("n"),) * 3 + (P(),) * 2, out_specs=P("n")))
+np.testing.assert_array_equal(sharded(*batch, *rest), expected)
+assert "all-gather" not in sharded.lower(*batch, *rest).compile().as_text()
+loss = lambda *arrays: (sharded(*arrays) ** 2).sum()
+np.testing.assert_allclose(jax.grad(loss, 3)(*batch, *rest), wanted, rtol=1e-4, atol=1e-4)
+
+try:
+    input, offset = (jax.device_put(x, device) for x, device in zip((case.input, case.offset), jax.devices()))
+    deform_conv2d(input, offset, case.weight, padding=1)
+except ValueError as error:
+    assert "incompatible devices" in str(error), error
+else:
+    raise AssertionError("arrays on different devices must be an error")
+""",
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+    )
+
+
+def test_the_array_functions_do_not_import_jax() -> None:
+    run_python("""
+import sys, numpy as np, dcnops, dcnops.adapters
+x = np.ones((1, 1, 3, 3), np.float32)
+dcnops.deform_conv2d(x, np.zeros((1, 2, 3, 3), np.float32), np.ones((1, 1, 1, 1), np.float32))
+assert not {"jax", "jaxlib", "torch", "cupy"} & set(sys.modules)
+""")
+
+
+def test_importing_the_adapter_imports_no_backend() -> None:
+    run_python("import sys, dcnops.adapters.jax; assert not {'numba', 'torch', 'cupy'} & set(sys.modules)")
+
+
+class FakeGpu:
+    """CuPy as the adapter uses it and a buffer of XLA's on a GPU, with NumPy's memory."""
+
+    def __init__(self) -> None:
+        self.entered: list[str] = []
+        self.cuda = SimpleNamespace(
+            Device=lambda device: self._recorder(f"device {device}"),
+            Stream=SimpleNamespace(from_external=self._stream),
+        )
+        self.copyto = np.copyto
+        self.__name__ = "cupy"
+
+    def _recorder(self, name: str) -> Any:
+        entered = self.entered
+
+        class Recorder:
+            def __enter__(self) -> None:
+                entered.append(name)
+
+            def __exit__(self, *_: object) -> None:
+                entered.remove(name)
+
+        return Recorder()
+
+    def _stream(self, stream: Any) -> Any:
+        return self._recorder(f"stream {stream.__cuda_stream__()[1]} of {self.entered[-1]}")
+
+    def from_dlpack(self, buffer: Any) -> np.ndarray:
+        assert self.entered == ["device 1", "stream 1234 of device 1"]
+        return buffer.array
+
+    @staticmethod
+    def buffer(array: np.ndarray | None) -> Any:
+        return None if array is None else SimpleNamespace(array=array, __dlpack_device__=lambda: (2, 1))
+
+
+def test_what_stands_for_the_context_of_xla_looks_like_it() -> None:
+    from jaxlib._jax import ffi
+
+    assert isinstance(ffi.ExecutionContext.stream, property)
+
+
+def operation_of(case: Case) -> Any:
+    options = (("precision", None),) if case.operation == "deform_conv2d" else ()
+    return adapter._Operation(case.operation, case.geometry(), options=options)
+
+
+def test_a_gpu_is_used_on_the_stream_of_xla(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the order of steps only. The test marked `gpu` below runs it."""
+    expected = call(case)
+    expected_gradients = getattr(dcnops, f"{case.operation}_backward")(case.grad_out, **case.arguments())
+    cupy = FakeGpu()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    load_backend = adapter.load_backend
+    monkeypatch.setattr(adapter, "load_backend", lambda name: load_backend({"cupy": "numpy"}[name]))
+    context = SimpleNamespace(stream=1234)
+
+    output = np.full(case.grad_out.shape, np.nan, np.float32)
+    arguments = {name: cupy.buffer(getattr(case, name)) for name in case.arrays}
+    adapter._Callback(operation_of(case))(context, {"output": cupy.buffer(output)}, arguments)
+    np.testing.assert_array_equal(output, expected)
+
+    gradients = {name: np.full_like(getattr(case, name), np.nan) for name in case.needs}
+    arguments = {"grad_out": cupy.buffer(case.grad_out), **arguments}
+    arguments.pop("bias", None)
+    results = {name: cupy.buffer(array) for name, array in gradients.items()}
+    adapter._Callback(operation_of(case), frozenset(case.needs))(context, results, arguments)
+    for name, gradient in gradients.items():
+        np.testing.assert_array_equal(gradient, getattr(expected_gradients, name), err_msg=name)
+    assert cupy.entered == []
+
+
+def test_a_gpu_without_cupy_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    case = make_conv()
+    results = {"output": FakeGpu.buffer(case.grad_out)}
+    with pytest.raises(DeviceError, match=r"must be computed by CuPy, got no CuPy; pip install 'dcnops\[cuda13\]'"):
+        adapter._Callback(operation_of(case))(SimpleNamespace(), results, {})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_gpu(case: Case, dtype: str) -> None:
+    """Needs JAX with CUDA support beside CuPy."""
+    gpu = jax.devices("gpu")[0]
+    make = make_conv if case.operation == "deform_conv2d" else make_roi_pool
+    case = make(dtype=dtype)
+    arrays = {name: jax.device_put(array, gpu) for name, array in given_arrays(case).items()}
+    grad_out = jax.device_put(case.grad_out, gpu)
+    expected = case.expected()
+    wanted = case.expected_gradients()
+
+    def both(arrays: dict[str, Any]) -> Any:
+        output, pull = jax.vjp(lambda arrays: call(case, **arrays), arrays)
+        return output, pull(grad_out)[0]
+
+    for way in (both, jax.jit(both)):
+        for _ in range(3):
+            output, gradients = way(arrays)
+            assert output.devices() == {gpu}
+            assert_close(output, expected, dtype)
+            for name in case.needs:
+                assert_close(gradients[name], wanted[name], dtype, name, slack=4)
+
+
+def test_docstring_examples() -> None:
+    with jax.enable_x64(False):
+        result = doctest.testmod(adapter)
+    assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.parametrize("function", [deform_conv2d, deform_roi_pool])
+def test_docstrings_are_complete_and_signatures_those_of_the_array_functions(function: Any) -> None:
+    text = inspect.getdoc(function) or ""
+    for section in ("Parameters", "Returns", "Raises", "Notes", "Examples"):
+        assert f"\n{section}\n---" in text
+    parameters = inspect.signature(function).parameters
+    model = inspect.signature(getattr(dcnops, function.__name__)).parameters
+    assert [(p.name, p.kind, p.default) for p in parameters.values()] == [
+        (p.name, p.kind, p.default) for p in model.values()
+    ]
+    assert all(re.search(rf"\b{name}\b", text) for name in parameters)
+
+
+def test_quickstart() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "quickstart_jax.py")],
+        env=environment, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, after = re.findall(r"\d\.\d{4}", done.stdout)
+    assert float(after) < float(before)
+    assert "pooled regions: (2, 8, 7, 7)" in done.stdout

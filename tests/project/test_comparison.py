@@ -1,0 +1,111 @@
+"""What the README's table says of torchvision, and that the tests it names are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from dcnops.adapters import torch as ours
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Compared")[2].partition("\n## ")[0]
+
+
+def tensors(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = ((1, 2, 6, 6), (1, 18, 6, 6), (2, 2, 3, 3))
+    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torchvision.ops.DeformConv2d(2, 2, 3, padding=1)
+
+    def forward(self, image: Tensor, offset: Tensor) -> Tensor:
+        return self.conv(image, offset)
+
+
+def test_arrays_of_other_libraries() -> None:
+    arrays = [tensor.numpy() for tensor in tensors()]
+    with pytest.raises((TypeError, AttributeError, RuntimeError)):
+        torchvision.ops.deform_conv2d(*arrays, padding=1)
+
+
+def test_roi_pooling() -> None:
+    assert not [name for name in dir(torchvision.ops) if "deform" in name.lower() and "roi" in name.lower()]
+
+
+def test_bfloat16() -> None:
+    with pytest.raises(RuntimeError, match="BFloat16"):
+        torchvision.ops.deform_conv2d(*tensors(torch.bfloat16), padding=1)
+    assert ours.deform_conv2d(*tensors(torch.bfloat16), padding=1).isfinite().all()
+
+
+def test_coordinates_of_float16_data() -> None:
+    """A sample between pixels 2000 and 2001, where float16 knows whole numbers only."""
+    image = (torch.arange(3000) % 2).half().reshape(1, 1, 1, -1)
+    weight = torch.ones(1, 1, 1, 1, dtype=torch.float16)
+    offset = torch.zeros(1, 2, 1, 3000, dtype=torch.float16)
+    offset[:, 1] = 0.25
+    expected = 0.25  # the pixel at an even place is 0, its neighbour 1
+    assert float(ours.deform_conv2d(image, offset, weight)[0, 0, 0, 2500]) == expected
+    assert float(torchvision.ops.deform_conv2d(image, offset, weight)[0, 0, 0, 2500]) != expected
+
+
+def test_second_gradients() -> None:
+    image, offset, weight = tensors()
+    image.requires_grad_()
+    result = torchvision.ops.deform_conv2d(image, offset, weight, padding=1).square().sum()
+    (gradient,) = torch.autograd.grad(result, image, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backwards"):
+        torch.autograd.grad(gradient.sum(), image)
+
+
+def test_offset_gradients_at_the_border() -> None:
+    found = []
+    for library in (torchvision.ops, ours):
+        image, offset, weight = tensors()
+        offset = torch.zeros_like(offset).requires_grad_()
+        library.deform_conv2d(image, offset, weight, padding=1).sum().backward()
+        found.append(offset.grad[0, 0, 0, 1])  # dy of the tap at row -1, in the first row
+    assert found[0] != 0 and found[1] == 0
+
+
+def test_padding_on_one_side() -> None:
+    image, offset, weight = tensors()
+    with pytest.raises((TypeError, RuntimeError, ValueError)):
+        torchvision.ops.deform_conv2d(image, offset[..., :5, :], weight, padding=((1, 0), (1, 1)))
+    assert ours.deform_conv2d(image, offset[..., :5, :], weight, padding=((1, 0), (1, 1))).shape == (1, 2, 5, 6)
+
+
+def test_compilation() -> None:
+    image, offset, _ = tensors(torch.float32)
+    compiled = torch.compile(Layer(), fullgraph=True, backend="eager")
+    assert compiled(image, offset).shape == (1, 2, 6, 6)
+
+
+def test_onnx(tmp_path: Path) -> None:
+    image, offset, _ = tensors(torch.float32)
+    program = torch.onnx.export(Layer().eval(), (image, offset))
+    assert "DeformConv" in {node.op_type for node in program.model.graph}
+
+
+def test_the_tests_that_are_named_exist() -> None:
+    names = set(re.findall(r"`(test_\w+)`", TABLE))
+    assert len(names) > 8
+    for name in names:
+        assert (ROOT / "tests" / f"{name}.py").exists(), name
+    for folder in re.findall(r"`(tests/\w+)`", TABLE):
+        assert list((ROOT / folder).glob("test_*.py")), folder
+
+
+def test_arrays_are_computed_without_a_framework() -> None:
+    import dcnops
+
+    assert isinstance(dcnops.deform_conv2d(*[tensor.numpy() for tensor in tensors()], padding=1), np.ndarray)

@@ -1,0 +1,77 @@
+"""Networks of the tests, and comparison of what is found in them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from dcnops.adapters.torch.spatial_support import (
+    effective_receptive_field,
+    effective_sampling_locations,
+    error_bounded_saliency_region,
+    offset_statistics,
+    sampling_locations,
+)
+from torch import Tensor, nn
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+Points = dict[tuple[float, float], float]
+
+
+def wake(model: nn.Module, deviation: float = 1.0) -> nn.Module:
+    """Give all branches random weights, so that offsets and masks depend on the image."""
+    for module in model.modules():
+        branch = getattr(module, "conv_offset", None) or getattr(module, "offset_fc", None)
+        if branch is not None:
+            for parameter in branch.parameters():
+                nn.init.normal_(parameter, std=deviation / math.sqrt(parameter[0].numel()))
+    return model
+
+
+def small_detector(**options: int) -> GeneralizedRCNN:
+    """Of four classes, with random weights."""
+    detector: GeneralizedRCNN = fasterrcnn_mobilenet_v3_large_fpn(
+        weights=None, weights_backbone=None, num_classes=4, **options
+    )
+    return detector
+
+
+class Function(nn.Module):
+    def __init__(self, name: str, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.name, self.function = name, function
+
+    def extra_repr(self) -> str:
+        return self.name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def as_dict(points: Any) -> Points:
+    return {(y, x): s for (y, x), s in zip(points.positions.tolist(), points.strength.tolist())}
+
+
+def assert_same(found: Points, expected: Points) -> None:
+    """The same strength around the same places."""
+    total: dict[tuple[int, int], float] = defaultdict(float)
+    for points, sign in ((found, 1), (expected, -1)):
+        for (y, x), strength in points.items():
+            total[(round(y * 100), round(x * 100))] += sign * strength
+    # A place at the edge of a rounding interval may be counted in the neighbouring one.
+    for (y, x), rest in total.items():
+        around = sum(total.get((y + i, x + j), 0) for i, j in itertools.product((-1, 0, 1), repeat=2))
+        assert abs(rest) < 1e-4 or abs(around) < 1e-4, (y, x, rest)
+
+
+VIEWS = [
+    sampling_locations,
+    effective_sampling_locations,
+    effective_receptive_field,
+    error_bounded_saliency_region,
+    lambda model, image, node: offset_statistics(model, image),
+]

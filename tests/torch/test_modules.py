@@ -1,0 +1,538 @@
+"""Layers: what they compute at the start, gradients, state dicts, memory formats, errors."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from dcnops.adapters.torch import (
+    DeformConv2d,
+    DeformConv2dPack,
+    DeformRoIPool,
+    DeformRoIPoolPack,
+    ModulatedDeformConv2dPack,
+    ModulatedDeformRoIPoolPack,
+    MultiScaleDeformRoIPool,
+    checkpoints,
+    convert,
+    deform_conv2d,
+    deform_conv2d_layers,
+    deform_roi_pool,
+    deform_roi_pool_layers,
+    mmcv_ops,
+)
+from torch import nn
+from torch.nn.functional import conv2d
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from dcnops import ArgumentError, DcnError, DtypeError, ShapeError
+
+ROIS = torch.tensor([[0, 1.5, 2.0, 9.0, 7.5], [1, 0.0, 0.0, 12.0, 10.0], [0, -3.0, 4.0, 5.0, 30.0]])
+GEOMETRIES = {
+    "plain": {"kernel_size": 3, "padding": 1},
+    "unequal axes": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (2, 0), "dilation": (1, 2)},
+    "groups": {"kernel_size": 3, "padding": 1, "groups": 2, "bias": False},
+    "one tap": {"kernel_size": 1, "stride": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def image(*shape: int) -> torch.Tensor:
+    return torch.randn(*(shape or (2, 4, 9, 8)))
+
+
+def excite(module: nn.Module, size: float = 0.3) -> nn.Module:
+    """Parameters that no initialisation makes, so that branches matter."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.uniform_(-size, size)
+    return module
+
+
+def layers() -> dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]]:
+    """One of each, with branches that matter, and the arguments of a call."""
+    offset, mask = image(2, 18, 9, 8), torch.rand(2, 9, 9, 8)
+    features = {"0": image(2, 4, 32, 32), "1": image(2, 4, 16, 16)}
+    boxes = [torch.tensor([[0.0, 0, 40, 30]]), torch.tensor([[10.0, 0, 250, 240], [3, 3, 50, 60]])]
+    pyramid = (features, boxes, [(256, 256), (256, 200)])
+    made = {
+        "DeformConv2d": (DeformConv2d(4, 6, 3, padding=1), (image(), offset, mask)),
+        "DeformConv2dPack": (DeformConv2dPack(4, 6, 3, padding=1, deform_groups=2), (image(),)),
+        "ModulatedDeformConv2dPack": (ModulatedDeformConv2dPack(4, 6, 3, padding=1, mask_scale=2.0), (image(),)),
+        "DeformRoIPool": (DeformRoIPool(3), (image(2, 4, 10, 12), ROIS, image(3, 2, 3, 3), image(3, 3, 3))),
+        "DeformRoIPoolPack": (DeformRoIPoolPack(3, 4), (image(2, 4, 10, 12), ROIS)),
+        "ModulatedDeformRoIPoolPack": (ModulatedDeformRoIPoolPack(3, 4, 16), (image(2, 4, 10, 12), ROIS)),
+        "shared pyramid": (MultiScaleDeformRoIPool(["0", "1"], ModulatedDeformRoIPoolPack(3, 4, 16)), pyramid),
+        "separate pyramid": (MultiScaleDeformRoIPool(["0", "1"], DeformRoIPoolPack(3, 4), False), pyramid),
+    }
+    return {name: (excite(module), call) for name, (module, call) in made.items()}
+
+
+LAYERS = [
+    "DeformConv2d",
+    "DeformConv2dPack",
+    "ModulatedDeformConv2dPack",
+    "DeformRoIPool",
+    "DeformRoIPoolPack",
+    "ModulatedDeformRoIPoolPack",
+    "shared pyramid",
+    "separate pyramid",
+]
+
+
+# What a layer computes before it has learned anything
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
+@pytest.mark.parametrize("deform_groups", [1, 2])
+def test_convolutions_start_as_plain_ones(geometry: dict, deform_groups: int):
+    x = image()
+
+    def plain(layer):
+        return conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    layer = DeformConv2dPack(4, 6, deform_groups=deform_groups, **geometry)
+    torch.testing.assert_close(layer(x), plain(layer))
+    layer = ModulatedDeformConv2dPack(4, 6, deform_groups=deform_groups, mask_scale=2.0, **geometry)
+    torch.testing.assert_close(layer(x), plain(layer))
+    layer = ModulatedDeformConv2dPack(4, 6, deform_groups=deform_groups, **geometry)
+    bias = 0 if layer.bias is None else layer.bias[:, None, None]
+    torch.testing.assert_close(layer(x) - bias, (plain(layer) - bias) / 2)
+
+
+@pytest.mark.parametrize("output_size", [3, (2, 4)])
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_roi_pooling_starts_as_roi_align(output_size, sampling_ratio: int):
+    x, options = image(2, 4, 10, 12), {"spatial_scale": 0.5, "sampling_ratio": sampling_ratio}
+    expected = torchvision.ops.roi_align(x, ROIS, output_size, **options, aligned=True)
+    torch.testing.assert_close(DeformRoIPool(output_size, **options)(x, ROIS), expected)
+    torch.testing.assert_close(DeformRoIPoolPack(output_size, 4, **options)(x, ROIS), expected)
+    torch.testing.assert_close(DeformRoIPoolPack(output_size, 4, 8, num_fcs=2, **options)(x, ROIS), expected)
+    torch.testing.assert_close(ModulatedDeformRoIPoolPack(output_size, 4, 8, **options)(x, ROIS), expected / 2)
+    scaled = ModulatedDeformRoIPoolPack(output_size, 4, 8, **options, mask_scale=2.0)
+    torch.testing.assert_close(scaled(x, ROIS), expected)
+
+
+def test_branches_are_the_papers():
+    pool = DeformRoIPoolPack(7, 256)
+    assert sum(parameter.numel() for parameter in pool.parameters()) == 12544 * 98 + 98
+    pool = ModulatedDeformRoIPoolPack(7, 256)
+    hidden, last = (12544 + 1) * 1024 + (1024 + 1) * 1024, (1024 + 1) * 147
+    assert sum(parameter.numel() for parameter in pool.parameters()) == hidden + last
+    first = pool.offset_fc[0]
+    assert abs(first.weight.std().item() - 0.01) < 1e-4 and not first.bias.any()
+    assert not pool.offset_fc[-1].weight.any() and not pool.offset_fc[-1].bias.any()
+
+
+# What it computes later
+
+
+@pytest.mark.parametrize("deform_groups", [1, 2])
+def test_the_branch_gives_offsets_first_then_mask_logits(deform_groups: int):
+    x = image()
+    numbers = {"stride": 2, "padding": 2, "dilation": 2}
+    layer = excite(ModulatedDeformConv2dPack(4, 6, 3, **numbers, deform_groups=deform_groups, mask_scale=1.5))
+    branch = conv2d(x, layer.conv_offset.weight, layer.conv_offset.bias, **numbers)
+    points = 9 * deform_groups
+    expected = deform_conv2d(
+        x, branch[:, : 2 * points], layer.weight, layer.bias, **numbers, mask=1.5 * branch[:, 2 * points :].sigmoid()
+    )
+    torch.testing.assert_close(layer(x), expected)
+    layer = excite(DeformConv2dPack(4, 6, 3, **numbers, deform_groups=deform_groups))
+    branch = conv2d(x, layer.conv_offset.weight, layer.conv_offset.bias, **numbers)
+    torch.testing.assert_close(layer(x), deform_conv2d(x, branch, layer.weight, layer.bias, **numbers))
+
+
+def test_the_bias_of_a_branch_moves_the_samples():
+    """Channels are (dy, dx) of a tap: one row down, two columns right, seen from outside of the library."""
+    x = image(1, 1, 8, 8)
+    layer = DeformConv2dPack(1, 1, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(1)
+        layer.conv_offset.bias.copy_(torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(layer(x)[:, :, :7, :6], x[:, :, 1:, 2:])
+
+    pool = DeformRoIPoolPack(1, 1, sampling_ratio=1, gamma=0.5)
+    with torch.no_grad():
+        pool.offset_fc[-1].bias.copy_(torch.tensor([2.0, 1.0]))  # x first, in halves of a region of 2 x 2
+    pooled = pool(x, torch.tensor([[0, 1.0, 1.0, 3.0, 3.0]]))
+    moved = torchvision.ops.roi_align(x, [torch.tensor([[3.0, 2.0, 5.0, 4.0]])], 1, sampling_ratio=1, aligned=True)
+    torch.testing.assert_close(pooled, moved)
+
+
+def test_modulated_roi_pooling_splits_its_branch():
+    x = image(2, 4, 10, 12)
+    pool = excite(ModulatedDeformRoIPoolPack((2, 3), 4, 8, gamma=0.7, mask_scale=1.5))
+    values = pool.offset_fc(DeformRoIPool((2, 3))(x, ROIS).flatten(1))
+    offset, mask = values[:, :12].reshape(3, 2, 2, 3), 1.5 * values[:, 12:].sigmoid().reshape(3, 2, 3)
+    torch.testing.assert_close(pool(x, ROIS), deform_roi_pool(x, ROIS, offset, mask, output_size=(2, 3), gamma=0.7))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_reach_the_input_and_every_parameter(name: str):
+    module, call = layers()[name]
+    leaves = list(call[0].values()) if isinstance(call[0], dict) else [call[0]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    (module(*call) ** 2).sum().backward()
+    for parameter in [*leaves, *module.parameters()]:
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()
+
+
+def test_branches_learn_from_zero():
+    """At the start the gradient stops at the last layer of a branch, which then moves and lets it through."""
+    for module, call in (
+        (DeformConv2dPack(4, 6, 3, padding=1), (image(),)),
+        (ModulatedDeformConv2dPack(4, 6, 3, padding=1), (image(),)),
+        (DeformRoIPoolPack(3, 4), (image(2, 4, 10, 12), ROIS)),
+        (ModulatedDeformRoIPoolPack(3, 4, 8), (image(2, 4, 10, 12), ROIS)),
+    ):
+        optimiser = torch.optim.SGD(module.parameters(), lr=0.01)
+        for _ in range(2):
+            optimiser.zero_grad()
+            (module(*call) ** 2).sum().backward()
+            optimiser.step()
+        for name, parameter in module.named_parameters():
+            assert parameter.grad.any(), name
+
+
+# torchvision.ops.DeformConv2d
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
+def test_the_layer_of_torchvision_and_ours_are_interchangeable(geometry: dict):
+    theirs, ours = torchvision.ops.DeformConv2d(4, 6, **geometry), DeformConv2d(4, 6, **geometry)
+    x = image()
+    size = conv2d(x, ours.weight, None, ours.stride, ours.padding, ours.dilation, ours.groups).shape[2:]
+    taps = ours.kernel_size[0] * ours.kernel_size[1]
+    offset, mask = image(2, 2 * taps, *size), torch.rand(2, taps, *size)
+    for source, target in ((theirs, ours), (ours, theirs)):
+        excite(source)
+        target.load_state_dict(source.state_dict())
+        torch.testing.assert_close(target(x, offset, mask), source(x, offset, mask))
+        torch.testing.assert_close(target(x, offset), source(x, offset))
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+def test_initial_weights_are_those_of_torchs_convolution():
+    torch.manual_seed(7)
+    plain = nn.Conv2d(4, 6, 3, groups=2)
+    for kind in (DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack):
+        torch.manual_seed(7)
+        layer = kind(4, 6, 3, groups=2)
+        torch.testing.assert_close(layer.weight, plain.weight)
+        torch.testing.assert_close(layer.bias, plain.bias)
+
+
+# Being a module
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_copies_compute_the_same(name: str):
+    module, call = layers()[name]
+    expected = module(*call)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    fresh = excite(copy.deepcopy(module), 0.1)
+    fresh.load_state_dict(module.state_dict())
+    for twin in (copy.deepcopy(module), torch.load(buffer, weights_only=False), fresh, copy.deepcopy(module).eval()):
+        assert torch.equal(twin(*call), expected)
+
+
+@pytest.mark.parametrize("name", LAYERS[:-2])  # which boxes a level has depends on their values
+def test_compiled_layers(name: str):
+    module, call = layers()[name]
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*call), module(*call))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_other_dtypes(name: str, dtype: torch.dtype):
+    def cast(value, dtype: torch.dtype):
+        if isinstance(value, dict):
+            return {key: tensor.to(dtype) for key, tensor in value.items()}
+        return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
+    module, call = layers()[name]
+    # Both sides start from numbers that both types hold, so that only the rounding within a layer differs.
+    narrow = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+    module = module.to(narrow).to(torch.float32)
+    call = tuple(cast(cast(value, narrow), torch.float32) for value in call)
+    expected = module(*call)
+    output = module.to(dtype)(*(cast(value, dtype) for value in call))
+    assert output.dtype == dtype
+    tolerance = {torch.float64: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-1}[dtype]
+    torch.testing.assert_close(output.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_memory_formats(name: str):
+    """channels_last and strided views give the numbers of contiguous tensors, and the gradients."""
+
+    def views(value: torch.Tensor) -> list[torch.Tensor]:
+        if value.ndim != 4:
+            return [value] * 3
+        wide = torch.stack([value, torch.full_like(value, torch.nan)], dim=-1).flatten(3)[..., ::2]
+        return [value.contiguous(memory_format=torch.channels_last), wide, value.transpose(2, 3).contiguous().mT]
+
+    module, call = layers()[name]
+    x = call[0]
+    expected = module(*call)
+    if isinstance(x, dict):
+        variants = [dict(zip(x, items)) for items in zip(*(views(value) for value in x.values()))]
+        rest = [call[1:]] * 3
+    else:
+        variants = views(x)
+        rest = list(zip(*(views(value) for value in call[1:]))) or [()] * 3
+    for variant, others in zip(variants, rest):
+        torch.testing.assert_close(module(variant, *others), expected)
+    if not isinstance(x, dict):
+        grads = []
+        for variant in (x, *variants):
+            leaf = variant.detach().requires_grad_()
+            grads.append(torch.autograd.grad((module(leaf, *call[1:]) ** 2).sum(), leaf)[0])
+        for grad in grads[1:]:
+            torch.testing.assert_close(grad, grads[0])
+
+
+def test_channels_last_modules():
+    for name in ("DeformConv2dPack", "ModulatedDeformConv2dPack"):
+        module, (x,) = layers()[name]
+        expected = module(x)
+        converted = module.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(converted(x.contiguous(memory_format=torch.channels_last)), expected)
+
+
+def test_meta_initialisation_keeps_the_branch_zero():
+    """What frameworks do that build models without memory: to_empty, then reset_parameters of every module."""
+    with torch.device("meta"):
+        model = nn.Sequential(ModulatedDeformConv2dPack(4, 6, 3), ModulatedDeformRoIPoolPack(3, 4, 8))
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert not model[0].conv_offset.weight.any() and model[0].weight.any()
+    assert model[1].offset_fc[0].weight.any() and not model[1].offset_fc[-1].weight.any()
+
+
+def test_reprs():
+    assert repr(DeformConv2d(4, 6, 3)) == "DeformConv2d(4, 6, kernel_size=(3, 3), stride=(1, 1))"
+    text = repr(ModulatedDeformConv2dPack(4, 6, (3, 1), 2, 1, 2, 2, 2, False, mask_scale=2.0))
+    assert text.startswith("ModulatedDeformConv2dPack(\n  4, 6, kernel_size=(3, 1), stride=(2, 2), padding=(1, 1), ")
+    assert "dilation=(2, 2), groups=2, bias=False, deform_groups=2, mask_scale=2.0\n  (conv_offset): Offset" in text
+    text = repr(DeformRoIPoolPack((7, 5), 4, spatial_scale=0.25))
+    assert "output_size=(7, 5), spatial_scale=0.25, sampling_ratio=2, gamma=0.1, output_channels=4" in text
+    pyramid = MultiScaleDeformRoIPool(["0", "1"], DeformRoIPoolPack(7, 4), share_branch=False)
+    assert "featmap_names=['0', '1'], share_branch=False" in repr(pyramid)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 9, 8), (33, 4, 3, 3)])
+def test_batches(shape: tuple[int, ...]):
+    for module in (DeformConv2dPack(4, 6, 3, padding=1), ModulatedDeformConv2dPack(4, 6, 3, padding=1)):
+        x = image(*shape)
+        output = excite(module)(x)
+        assert output.shape == (shape[0], 6, *shape[2:])
+        parts = [module(part) for part in x.split(1)]
+        torch.testing.assert_close(output, torch.cat([output[:0], *parts]))
+
+
+def test_no_regions():
+    for name in ("DeformRoIPoolPack", "ModulatedDeformRoIPoolPack"):
+        module, (x, rois) = layers()[name]
+        output = module(x, rois[:0])
+        assert output.shape == (0, 4, 3, 3)
+        output.sum().backward()
+        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in module.parameters())
+
+
+# Pyramids
+
+
+def test_levels_are_those_of_torchvision():
+    names = ["0", "1", "2", "3"]
+    features = {name: image(2, 3, 64 >> k, 96 >> k) for k, name in enumerate(names)}
+    features["pool"] = image(2, 3, 4, 6)
+    corners, sizes = torch.rand(200, 2) * 100, 10 ** (torch.rand(200, 2) * 3)
+    exact = torch.tensor([[0.0, 0, 112, 112], [0, 0, 224, 224], [0, 0, 223.9999, 224], [5, 5, 5, 60]])
+    boxes = [torch.cat([corners, corners + sizes], 1), exact]
+    shapes = [(250, 380), (256, 300)]
+    theirs = torchvision.ops.MultiScaleRoIAlign(names, 3, 2)
+    ours = MultiScaleDeformRoIPool(names, DeformRoIPool(3))
+    # Torchvision does not shift by half a pixel. The shift depends on the level, so each is compared with its own.
+    expected = torch.zeros(204, 3, 3, 3)
+    theirs(features, boxes, shapes)
+    levels = theirs.map_levels(boxes)
+    rois = torchvision.ops._utils.convert_boxes_to_roi_format(boxes)
+    for k, name in enumerate(names):
+        rows = levels == k
+        assert rows.any()
+        expected[rows] = torchvision.ops.roi_align(features[name], rois[rows], 3, 0.25 / 2**k, 2, aligned=True)
+    torch.testing.assert_close(ours(features, boxes, shapes), expected)
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_the_scale_of_a_level_comes_from_the_longer_side(upright: bool):
+    """An image of 33 x 300, padded to 64 x 320: its height alone would make a stride of 4 one of 2."""
+    features, shape, box = {"0": image(1, 2, 16, 80)}, (33, 300), torch.tensor([[20.0, 8, 60, 30]])
+    if upright:
+        features, shape, box = {"0": features["0"].mT}, shape[::-1], box[:, [1, 0, 3, 2]]
+    expected = torchvision.ops.roi_align(features["0"], [box], 3, 0.25, 2, aligned=True)
+    output = MultiScaleDeformRoIPool(["0"], DeformRoIPool(3))(features, [box], [shape])
+    torch.testing.assert_close(output, expected)
+
+
+def test_levels_share_the_branch_or_not():
+    shared = MultiScaleDeformRoIPool(["0", "1"], ModulatedDeformRoIPoolPack(3, 4, 16))
+    assert all(name.startswith("pools.0.offset_fc.") for name in shared.state_dict())
+    separate = MultiScaleDeformRoIPool(["0", "1"], ModulatedDeformRoIPoolPack(3, 4, 16), share_branch=False)
+    count = sum(parameter.numel() for parameter in shared.parameters())
+    assert sum(parameter.numel() for parameter in separate.parameters()) == 2 * count
+    assert shared.output_size == (3, 3)
+
+
+def test_every_branch_has_a_gradient_where_its_level_has_no_boxes():
+    module, (features, _, shapes) = layers()["separate pyramid"]
+    boxes = [torch.tensor([[0.0, 0, 10, 10]]), torch.zeros(0, 4)]
+    module(features, boxes, shapes).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    assert module(features, [torch.zeros(0, 4)] * 2, shapes).shape == (0, 4, 3, 3)
+
+
+def test_boxes_without_a_size():
+    pool = MultiScaleDeformRoIPool(["0", "1"], DeformRoIPool(3))
+    features = {"0": image(1, 4, 32, 32), "1": image(1, 4, 16, 16)}
+    boxes = torch.tensor([[5.0, 5, 1, 9], [5, 5, 5, 5], [torch.nan, 0, 4, 4], [0, 0, 400, 400]])
+    output = pool(features, [boxes], [(128, 128)])
+    assert output.shape == (4, 4, 3, 3)
+    assert output.isnan().flatten(1).all(1).tolist() == [False, False, True, False]
+
+
+def test_half_precision_boxes_find_their_level():
+    pool = MultiScaleDeformRoIPool(["0", "1", "2", "3"], DeformRoIPool(2))
+    boxes = torch.tensor([[0.0, 0, 300, 300], [0, 0, 400, 400]])  # their areas are infinite in float16
+    exponents = [2, 3, 4, 5]
+    assert pool._levels(boxes.half(), exponents).tolist() == pool._levels(boxes, exponents).tolist() == [2, 2]
+
+
+def test_a_detector_of_torchvision_accepts_it():
+    model = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64, rpn_post_nms_top_n_test=20
+    )
+    model.roi_heads.box_roi_pool = MultiScaleDeformRoIPool(["0", "1", "2", "3"], DeformRoIPoolPack(7, 256))
+    found = model.eval()([torch.rand(3, 64, 64)])
+    assert set(found[0]) == {"boxes", "labels", "scores"}
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: DeformConv2d(4, 6, 0), "kernel_size must be an integer from 1"),
+        (lambda: DeformConv2d(4, 6, 3, stride=0), "stride must be an integer from 1"),
+        (lambda: DeformConv2d(4, 6, 3, padding=-1), "padding must be an integer from 0"),
+        (lambda: DeformConv2d(4, 6, 3, padding="same"), "padding must be an integer from 0"),
+        (lambda: DeformConv2d(4, 6, 3, dilation=(1, 2, 3)), "dilation must be an integer from 1"),
+        (lambda: DeformConv2d(4, 6, 3, groups=3), "in_channels must be a positive multiple of groups=3, got 4"),
+        (lambda: DeformConv2d(6, 4, 3, groups=3), "out_channels must be a positive multiple of groups=3, got 4"),
+        (lambda: DeformConv2d(0, 4, 3), "in_channels must be a positive multiple of groups=1, got 0"),
+        (
+            lambda: DeformConv2dPack(4, 6, 3, deform_groups=3),
+            "in_channels must be a positive multiple of deform_groups=3",
+        ),
+        (lambda: DeformConv2dPack(4, 6, 3, deform_groups=0), "multiple of deform_groups=0, got 4"),
+        (lambda: DeformRoIPool(0), "output_size must be an integer from 1"),
+        (lambda: DeformRoIPoolPack(7, 0), "output_channels must be at least 1, got 0"),
+        (lambda: ModulatedDeformRoIPoolPack(7, 4, num_fcs=0), "num_fcs must be at least 1, got 0"),
+        (lambda: MultiScaleDeformRoIPool([], DeformRoIPool(7)), "featmap_names must name at least one"),
+        (lambda: MultiScaleDeformRoIPool(["0"], DeformRoIPool(7, 0.5)), "pool must have spatial_scale=1"),
+    ],
+)
+def test_constructors_refuse(make, message: str):
+    with pytest.raises(ArgumentError, match=message):
+        make()
+
+
+def test_calls_refuse():
+    with pytest.raises(ShapeError, match=r"offset must be \[N=2"):
+        DeformConv2d(4, 6, 3, padding=1)(image(), image(2, 18, 4, 4))
+    with pytest.raises(DtypeError, match=r"offset must be a torch\.Tensor"):
+        DeformConv2d(4, 6, 3)(image(), None)
+    with pytest.raises(ShapeError, match=r"input must be \[N, C=4, H, W\], got shape \(2, 5, 9, 8\)"):
+        DeformRoIPoolPack(3, 4)(image(2, 5, 9, 8), ROIS)
+    with pytest.raises(DcnError, match="rois"):
+        ModulatedDeformRoIPoolPack(3, 4, 8)(image(), ROIS[:, :4])
+    module, (features, boxes, shapes) = layers()["shared pyramid"]
+    with pytest.raises(ArgumentError, match=r"features must hold \['1'\], got \['0'\]"):
+        module({"0": features["0"]}, boxes, shapes)
+    with pytest.raises(ArgumentError, match="one entry for each image, got 2 and 1"):
+        module(features, boxes, shapes[:1])
+    with pytest.raises(ArgumentError, match="one entry for each image, got 0 and 0"):
+        module(features, [], [])
+    with pytest.raises(ArgumentError, match="must halve in size"):
+        module({"0": features["0"], "1": image(2, 4, 8, 8)}, boxes, shapes)
+
+
+@pytest.mark.parametrize("kind", [DeformConv2dPack, ModulatedDeformConv2dPack])
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (torch.ones(4, 9, 8), ShapeError, r"input must be \[N, C = 4, H, W\], got shape \(4, 9, 8\)"),
+        (torch.ones(2, 5, 9, 8), ShapeError, r"input must be \[N, C = 4, H, W\], got shape \(2, 5, 9, 8\)"),
+        (torch.ones(2, 4, 9, 8).double(), DtypeError, r"input must be torch\.float32 like .* got torch\.float64"),
+        (np.ones((2, 4, 9, 8), np.float32), DtypeError, r"input must be a torch\.Tensor, got numpy\.ndarray"),
+        (torch.ones(2, 4, 9, 1), ShapeError, r"input must have a padded width of at least .* = 5, got 1 \+ 2 = 3"),
+    ],
+    ids=["unbatched", "channels", "dtype", "array", "small"],
+)
+def test_packs_refuse_before_their_branch_runs(kind: type, given: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        kind(4, 6, 3, padding=1, dilation=2)(given)
+
+
+@pytest.mark.parametrize("kind", [DeformConv2dPack, ModulatedDeformConv2dPack])
+def test_layers_can_be_traced_by_fx(kind: type):
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), kind(4, 6, 3, padding=1), torch.nn.ReLU())
+    traced = torch.fx.symbolic_trace(network)
+    assert deform_conv2d in [step.target for step in traced.graph.nodes]
+    x = image()
+    assert torch.equal(traced(x), network(x))
+    assert torch.equal(create_feature_extractor(network, ["1"])(x)["1"], network[:2](x))
+
+
+@pytest.mark.parametrize("kind", [DeformRoIPoolPack, ModulatedDeformRoIPoolPack])
+def test_pooling_layers_can_be_traced_by_fx(kind: type):
+    pool, x = kind(2, 4, 8), image()
+    assert torch.equal(torch.fx.symbolic_trace(pool)(x, ROIS), pool(x, ROIS))
+    with pytest.raises(DtypeError, match=r"input must be a torch\.Tensor, got builtins\.list"):
+        pool([1.0], ROIS)
+
+
+def test_pooling_can_be_traced_by_fx():
+    class Pooling(torch.nn.Module):
+        def forward(self, features: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
+            return deform_roi_pool(features, rois, output_size=2).relu()
+
+    traced = torch.fx.symbolic_trace(Pooling())
+    x = image()
+    assert torch.equal(traced(x, ROIS), Pooling()(x, ROIS))
+
+
+@pytest.mark.parametrize("module", [deform_conv2d_layers, deform_roi_pool_layers, checkpoints, convert, mmcv_ops])
+def test_docstring_examples(module):
+    result = doctest.testmod(module, raise_on_error=False)
+    assert result.attempted > 0 and result.failed == 0
