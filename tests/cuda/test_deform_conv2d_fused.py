@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dcnops._backends.cuda import heuristics
 from dcnops._backends.cuda.engine import Device
 from dcnops._backends.cuda.heuristics import (
     FUSED_NEEDS,
@@ -19,7 +20,6 @@ from dcnops._backends.cuda.heuristics import (
     choose_splits,
     choose_tiles,
 )
-from dcnops._backends.cuda.plans import heuristics
 from dcnops._backends.cuda.plans.array_jobs import is_channels_last
 from tests.arrays.test_deform_conv2d_extremes import FAR
 from tests.cases import ConvCase, assert_close, conv_cases, make_conv

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 import dcnops
 from dcnops import ArgumentError, DeviceError, DtypeError, ShapeError
+from tests.arrays.test_errors import FORWARD_ERRORS, ROI_ERRORS, roi_arguments
+from tests.arrays.test_errors import arguments as array_arguments
 from tests.cases import (
     Case,
     ConvCase,
@@ -26,8 +28,6 @@ from tests.cases import (
     make_roi_pool,
     roi_pool_cases,
 )
-from tests.test_errors import FORWARD_ERRORS, ROI_ERRORS, roi_arguments
-from tests.test_errors import arguments as array_arguments
 
 OPERATIONS = {"deform_conv2d": deform_conv2d, "deform_roi_pool": deform_roi_pool}
 DTYPES = ("float16", "bfloat16", "float32", "float64")

@@ -15,7 +15,7 @@ from dcnops.adapters.torch.spatial_support import (
 
 from dcnops import ArgumentError, DeviceError
 from tests.cases import Case, assert_close, make_conv, make_roi_pool
-from tests.test_torch_functional import call, tensors_of, to_numpy, to_tensor
+from tests.torch.test_functional import call, tensors_of, to_numpy, to_tensor
 
 pytestmark = pytest.mark.gpu
 
