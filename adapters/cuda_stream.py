@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["CudaStream"]
-
 
 class CudaStream:
     """A stream by CUDA's protocol, from its handle. It is made inside of the context of its device."""

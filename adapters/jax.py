@@ -18,15 +18,13 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.buffer_callback import Buffer, ExecutionContext, buffer_callback
 
+from dcnops._arguments import Padding, Pair, check_layout, check_precision
 from dcnops._dispatch import FLOAT_DTYPES, check_arrays, load_backend
 from dcnops._errors import ArgumentError, DeviceError, DtypeError
-from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry, Padding, Pair
-from dcnops._layout import NCHW, Layout, check_layout
-from dcnops._precision import check_precision
+from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
+from dcnops._layout import NCHW, Layout
 
 from .cuda_stream import CudaStream
-
-__all__ = ["deform_conv2d", "deform_roi_pool"]
 
 Array: TypeAlias = "jax.Array | np.ndarray[Any, Any]"
 _Arrays: TypeAlias = dict[str, Any]
@@ -122,9 +120,7 @@ def deform_conv2d(
     sampling = _arrays({"offset": offset, "mask": mask}, optional)
     check_arrays(_stand_ins(data), _stand_ins(sampling), optional=optional)
     arrays = data | sampling
-    geometry = DeformConvGeometry.check(
-        **_shapes(arrays), stride=stride, padding=padding, dilation=dilation, layout=order
-    )
+    geometry = DeformConvGeometry.of(**arrays, stride=stride, padding=padding, dilation=dilation, layout=order)
     operation = _Operation("deform_conv2d", geometry, order, ("input", "offset", "mask"), (("precision", precision),))
     return _operate(operation, _equally_varying(arrays))
 
@@ -204,8 +200,8 @@ def deform_roi_pool(
     sampling = _arrays({"offset": offset, "mask": mask}, optional)
     check_arrays(_stand_ins(data), _stand_ins(sampling), _stand_ins(regions), optional)
     arrays = data | regions | sampling
-    geometry = DeformRoIPoolGeometry.check(
-        **_shapes(arrays),
+    geometry = DeformRoIPoolGeometry.of(
+        **arrays,
         output_size=output_size,
         spatial_scale=spatial_scale,
         sampling_ratio=sampling_ratio,
@@ -274,10 +270,6 @@ def _dtype(array: Array) -> np.dtype[Any]:
     if array.dtype.name in FLOAT_DTYPES and array.dtype.isnative:
         return np.dtype(jax.dtypes.canonicalize_dtype(array.dtype))
     return array.dtype
-
-
-def _shapes(arrays: _Arrays) -> dict[str, Any]:
-    return {name: None if array is None else tuple(array.shape) for name, array in arrays.items()}
 
 
 def _varying_axes(array: Any) -> frozenset[str]:

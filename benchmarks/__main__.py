@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from benchmarks.measure import Meter
     from benchmarks.target import Target
 
-__all__ = ["OPERATIONS", "main"]
-
 OPERATIONS = ("deform_conv2d", "deform_roi_pool")
 DEVICES = ("all", "cpu", "cuda", "rehearsal")
 PARTS = ("forward", "backward", "memory", "first-call")

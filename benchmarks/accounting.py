@@ -20,8 +20,6 @@ from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.engine import Device, Engine
 from dcnops._geometry import DeformConvGeometry
 
-__all__ = ["H200", "LAYERS", "Account", "account", "main"]
-
 LAYERS = {"conv3": (128, 100, 168), "conv4": (256, 50, 84), "conv5": (512, 50, 84), "conv5, stride 32": (512, 25, 42)}
 """Channels, height and width of the deformable layers, 3x3."""
 
@@ -108,9 +106,7 @@ def account(
 
     input, offset, mask, grad_out = images(C), images(18), images(9), images(C)
     weight, bias = np.empty((C, C, 3, 3), _DTYPES[dtype]), np.empty(C, _DTYPES[dtype])
-    geometry = DeformConvGeometry.check(
-        input.shape, offset.shape, weight.shape, bias.shape, mask.shape, stride=1, padding=1, dilation=1
-    )
+    geometry = DeformConvGeometry.of(input, offset, weight, bias, mask, stride=1, padding=1, dilation=1)
     ledger = _Ledger()
     engine = ledger.engine()
     if direction == "forward":

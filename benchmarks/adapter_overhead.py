@@ -12,8 +12,6 @@ from dcnops.adapters.torch import deform_conv2d
 
 import dcnops
 
-__all__ = ["measure"]
-
 _NAMES = ("input", "offset", "weight", "bias", "mask")
 
 

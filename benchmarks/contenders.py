@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["OURS", "PEER", "Arrays", "Case", "Contender", "Operation", "load"]
-
 OURS, PEER = "dcnops", "torchvision"
 """Names that results are reported under: this library, and the one it competes with."""
 

@@ -11,8 +11,6 @@ import numpy as np
 from benchmarks.contenders import Arrays, Case, Contender, Operation
 from benchmarks.libraries import to_numpy
 
-__all__ = ["check"]
-
 
 def check(operation: Operation, case: Case, arrays: Arrays, contenders: list[Contender]) -> dict[str, dict[str, float]]:
     """Errors by contender and result, each relative to the largest magnitude of the exact result.

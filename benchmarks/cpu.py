@@ -16,8 +16,6 @@ from typing import Any
 
 from benchmarks.contenders import Case, Operation, load
 
-__all__ = ["CpuMeter"]
-
 # Idle OpenMP threads spin for some milliseconds after a call and would disturb the next contender's.
 _PAUSE = 0.02
 

@@ -12,8 +12,6 @@ import torch
 
 from benchmarks.contenders import Case, Operation
 
-__all__ = ["CudaMeter", "is_available"]
-
 _FLUSH_BYTES = 2**28
 _HOST_CALLS = 7
 

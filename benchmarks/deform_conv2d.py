@@ -15,8 +15,6 @@ from benchmarks.libraries import rounded, to_nhwc, to_ours, to_torch, torch_back
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OPERATION", "PLAIN"]
-
 PLAIN = "conv2d"
 """The ordinary convolution that the deformable one is an extension of."""
 

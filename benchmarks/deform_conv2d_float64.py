@@ -13,8 +13,6 @@ from benchmarks.contenders import Arrays
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["evaluate"]
-
 
 def evaluate(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") -> Arrays:
     """Output and gradients of a 3x3 convolution with padding 1, one image.

@@ -11,8 +11,6 @@ from benchmarks.contenders import OURS, PEER, Arrays, Case, Contender, Operation
 from benchmarks.deform_roi_pool_float64 import GAMMA, SAMPLING_RATIO, SPATIAL_SCALE, evaluate, positions
 from benchmarks.libraries import rounded, to_nhwc, to_ours, to_torch, torch_backward, torch_forward
 
-__all__ = ["MODULATED", "OPERATION"]
-
 MODULATED = "dcnops modulated"
 """With offset and mask. Without them the operation is RoIAlign, which torchvision has too."""
 

@@ -10,8 +10,6 @@ import numpy as np
 
 from benchmarks.contenders import Arrays
 
-__all__ = ["GAMMA", "SAMPLING_RATIO", "SPATIAL_SCALE", "evaluate", "positions"]
-
 SPATIAL_SCALE = 1 / 16
 SAMPLING_RATIO = 2
 GAMMA = 0.1

@@ -9,8 +9,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe", "limit_threads", "usable_cores"]
-
 _ROOT = Path(__file__).parents[1]
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 _PACKAGES = ("numpy", "numba", "torch", "torchvision")

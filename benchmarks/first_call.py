@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["OPERATION", "first_call_seconds"]
-
 OPERATION = "deform_conv2d"
 
 

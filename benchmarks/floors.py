@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["floor_seconds", "measure_floors"]
-
 _KINDS = {
     "float16": ("float16", False),
     "bfloat16": ("bfloat16", False),

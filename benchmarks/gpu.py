@@ -25,8 +25,6 @@ from typing import Any
 from benchmarks import environment
 from benchmarks.report import markdown, write_json
 
-__all__ = ["SHARES", "Outcome", "Part", "main", "parts_of", "run_parts"]
-
 SHARES = {"tests": 0.4, "sanitizers": 0.15, "benchmark": 0.34, "model": 0.11}
 """Of the whole time, in the order in which the parts run."""
 

@@ -10,8 +10,6 @@ from benchmarks.deform_conv2d import PLAIN
 from benchmarks.floors import floor_seconds
 from benchmarks.target import Target
 
-__all__ = ["gpu_targets"]
-
 Row = Mapping[str, Any]
 
 # Data to the least torchvision / dcnops of a forward pass, at batches of 8 and 16.

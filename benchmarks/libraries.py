@@ -12,8 +12,6 @@ from benchmarks.contenders import Case
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["rounded", "to_nhwc", "to_numpy", "to_ours", "to_torch", "torch_backward", "torch_forward"]
-
 
 def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
     """The nearest values that `dtype` can hold, in float32."""

@@ -10,8 +10,6 @@ from benchmarks.contenders import Case, Operation
 from benchmarks.correctness import check
 from benchmarks.timing import interleave
 
-__all__ = ["DIRECTIONS", "Meter", "cases", "measure"]
-
 DIRECTIONS = ("forward", "backward")
 
 

@@ -26,8 +26,6 @@ from benchmarks.contenders import OURS, PEER
 from examples.detector.config import NetworkConfig
 from examples.detector.network import build_detector
 
-__all__ = ["main", "with_torchvision"]
-
 _CATEGORIES = 80
 _OBJECTS = 8
 _ROUNDS = 7

@@ -13,8 +13,6 @@ from typing import Any
 from benchmarks.contenders import Case, Operation
 from tests.cuda.emulated_cupy import StandIn, emulated_cupy
 
-__all__ = ["SHAPES", "STAND_IN", "RehearsalMeter", "rehearse"]
-
 SHAPES = ((32, 6, 5), (16, 6, 5, 8, 3))
 """Instead of the standard ones: a convolution and a RoI pooling."""
 

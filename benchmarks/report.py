@@ -10,8 +10,6 @@ from typing import Any
 
 from benchmarks.contenders import Operation
 
-__all__ = ["first_call_table", "markdown", "tables", "write_json"]
-
 
 def tables(rows: Sequence[Mapping[str, Any]], operations: Iterable[Operation]) -> str:
     """One table for each operation, device, batch and direction."""

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from tests.cases import Case, assert_close, make_conv, make_roi_pool
 from tests.conftest import EmulatedRunner, GpuRunner, Runner
 
-__all__ = ["main"]
-
 
 def _cases() -> Iterator[tuple[str, Case]]:
     for dtype in ("float16", "float32"):

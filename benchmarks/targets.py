@@ -10,8 +10,6 @@ from benchmarks.deform_conv2d import PLAIN
 from benchmarks.gpu_targets import gpu_targets
 from benchmarks.target import Target
 
-__all__ = ["Target", "evaluate"]
-
 Results = Sequence[Mapping[str, Any]]
 
 # By operation and shape: least torchvision / dcnops, forward and backward; most dcnops / conv2d, forward and backward;

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Timing", "interleave"]
-
 _LEAST_ROUNDS = 3
 _MOST_ROUNDS = 100
 

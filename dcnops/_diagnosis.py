@@ -13,8 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MINIMUM", "Backend", "Cache", "Facts", "advise", "describe", "find_out"]
-
 MINIMUM = {"numpy": (1, 26), "numba": (0, 60), "cupy": (14,), "torch": (2, 6), "jax": (0, 9)}
 """The oldest versions that are supported, as in pyproject.toml."""
 

@@ -10,8 +10,6 @@ from typing import Any, Protocol, TypeVar
 
 from dcnops._errors import DeviceError, DtypeError
 
-__all__ = ["FLOAT_DTYPES", "Array", "ArrayT", "check_arrays", "load_backend"]
-
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 _BACKENDS = {"numpy": "dcnops._backends.cpu.backend", "cupy": "dcnops._backends.cuda.backend"}

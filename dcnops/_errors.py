@@ -1,14 +1,5 @@
 """The exceptions of the library: each names the argument, what it needs and what it got."""
 
-__all__ = [
-    "ArgumentError",
-    "DcnError",
-    "DeviceError",
-    "DtypeError",
-    "KernelCompileError",
-    "ShapeError",
-]
-
 
 class DcnError(Exception):
     """Base class of every exception that dcnops raises on purpose."""

@@ -8,35 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from numbers import Real
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
+from dcnops._arguments import MAX_EXTENT, Padding, Pair, check_sampling, expand_padding, expand_pair
 from dcnops._errors import ArgumentError, ShapeError
 from dcnops._layout import NCHW, Layout
-
-__all__ = [
-    "MAX_EXTENT",
-    "DeformConvGeometry",
-    "DeformConvSizes",
-    "DeformRoIPoolGeometry",
-    "DeformRoIPoolSizes",
-    "Padding",
-    "Pair",
-    "check_sampling",
-    "expand_padding",
-    "expand_pair",
-    "output_extent",
-]
-
-Pair: TypeAlias = int | Sequence[int]
-Padding: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]]
-
-MAX_EXTENT = 2**24
-"""Largest padded extent: float32 coordinates hold every pixel position up to here exactly."""
 
 _MAX_PIXELS = 2**31
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -56,6 +34,13 @@ def _recalled(function: _Function) -> _Function:
             return function(*args)
 
     return cast(_Function, recall)
+
+
+class Shaped(Protocol):
+    """Anything with a shape: arrays of every library, and tensors."""
+
+    @property
+    def shape(self) -> Any: ...
 
 
 class DeformConvSizes(ctypes.Structure):
@@ -135,32 +120,36 @@ class DeformConvGeometry:
         )
 
     @classmethod
-    def check(
+    def of(
         cls,
-        input: tuple[int, ...],
-        offset: tuple[int, ...],
-        weight: tuple[int, ...],
-        bias: tuple[int, ...] | None,
-        mask: tuple[int, ...] | None,
+        input: Shaped,
+        offset: Shaped,
+        weight: Shaped,
+        bias: Shaped | None,
+        mask: Shaped | None,
         stride: Pair,
         padding: Padding,
         dilation: Pair,
         layout: Layout = NCHW,
     ) -> DeformConvGeometry:
-        """Infer every size from the shapes and parameters of one call, or say which is wrong.
+        """Infer every size from the arrays and parameters of one call.
 
-        `layout` is the order of the axes of `input`, `offset` and `mask`.
+        Only the shapes of the arrays are read. `layout` is the order of the axes of `input`, `offset` and `mask`.
 
         Raises
         ------
         ShapeError
-            When a shape has the wrong rank or does not fit the others.
+            A shape has the wrong rank or does not fit the others.
         ArgumentError
-            When `stride`, `padding` or `dilation` is not a legal value.
+            `stride`, `padding` or `dilation` is not a legal value.
         """
-        _check_conv_ranks(input, offset, weight, mask, layout)
-        strides, dilations = expand_pair("stride", stride), expand_pair("dilation", dilation)
-        return cls._infer(input, offset, weight, bias, mask, strides, expand_padding(padding), dilations, layout)
+        shapes = (tuple(input.shape), tuple(offset.shape), tuple(weight.shape))
+        mask_shape = None if mask is None else tuple(mask.shape)
+        _check_conv_ranks(*shapes, mask_shape, layout)
+        strides, sides = expand_pair("stride", stride), expand_padding(padding)
+        dilations = expand_pair("dilation", dilation)
+        bias_shape = None if bias is None else tuple(bias.shape)
+        return cls._infer(*shapes, bias_shape, mask_shape, strides, sides, dilations, layout)
 
     @classmethod
     @_recalled
@@ -282,43 +271,44 @@ class DeformRoIPoolGeometry:
         return DeformRoIPoolSizes(**vars(self))
 
     @classmethod
-    def check(
+    def of(
         cls,
-        input: tuple[int, ...],
-        rois: tuple[int, ...],
-        offset: tuple[int, ...] | None,
-        mask: tuple[int, ...] | None,
+        input: Shaped,
+        rois: Shaped,
+        offset: Shaped | None,
+        mask: Shaped | None,
         output_size: Pair,
         spatial_scale: float,
         sampling_ratio: int,
         gamma: float,
         layout: Layout = NCHW,
     ) -> DeformRoIPoolGeometry:
-        """Collect every size from the shapes and parameters of one call, or say which is wrong.
+        """Collect every size from the arrays and parameters of one call.
 
-        `layout` is the order of the axes of `input`.
+        Only the shapes of the arrays are read. `layout` is the order of the axes of `input`.
 
         Raises
         ------
         ShapeError
-            When a shape has the wrong rank or does not fit the others.
+            A shape has the wrong rank or does not fit the others.
         ArgumentError
-            When a parameter is not a legal value.
+            A parameter is not a legal value.
         """
-        if len(input) != 4:
-            raise ShapeError(f"input must have 4 dimensions [{layout.text('N', 'C', 'H', 'W')}], got shape {input}")
-        N, C, H, W = _image_sizes(input, layout)
+        shape = tuple(input.shape)
+        if len(shape) != 4:
+            raise ShapeError(f"input must have 4 dimensions [{layout.text('N', 'C', 'H', 'W')}], got shape {shape}")
+        N, C, H, W = _image_sizes(shape, layout)
         _check_pixels("input", "height*width", H * W)
-        if len(rois) != 2 or rois[1] != 5:
-            raise ShapeError(f"rois must be [R, 5] (image, x1, y1, x2, y2), got shape {rois}")
-        R = rois[0]
+        if len(rois.shape) != 2 or rois.shape[1] != 5:
+            raise ShapeError(f"rois must be [R, 5] (image, x1, y1, x2, y2), got shape {tuple(rois.shape)}")
+        R = rois.shape[0]
         P, Q = expand_pair("output_size", output_size)
         _check_pixels("output_size", "bins", P * Q)
         ratio, scale, factor = check_sampling(sampling_ratio, spatial_scale, gamma)
-        if offset is not None and offset != (R, 2, P, Q):
-            raise ShapeError(f"offset must be [R={R}, 2, P={P}, Q={Q}], got shape {offset}")
-        if mask is not None and mask != (R, P, Q):
-            raise ShapeError(f"mask must be [R={R}, P={P}, Q={Q}], got shape {mask}")
+        if offset is not None and tuple(offset.shape) != (R, 2, P, Q):
+            raise ShapeError(f"offset must be [R={R}, 2, P={P}, Q={Q}], got shape {tuple(offset.shape)}")
+        if mask is not None and tuple(mask.shape) != (R, P, Q):
+            raise ShapeError(f"mask must be [R={R}, P={P}, Q={Q}], got shape {tuple(mask.shape)}")
         return cls(N, C, H, W, R, P, Q, ratio, scale, factor)
 
     def check_grad_out(self, grad_out: tuple[int, ...], layout: Layout = NCHW) -> None:
@@ -364,24 +354,6 @@ def _image_sizes(input: tuple[int, ...], layout: Layout) -> tuple[int, int, int,
     return N, C, H, W
 
 
-def check_sampling(sampling_ratio: int, spatial_scale: float, gamma: float) -> tuple[int, float, float]:
-    """The numbers of a RoI pooling as plain Python numbers.
-
-    Raises
-    ------
-    ArgumentError
-        When one of them is not a legal value.
-    """
-    ratio, scale, factor = _integer(sampling_ratio), _number(spatial_scale), _number(gamma)
-    if ratio is None or not 0 <= ratio <= MAX_EXTENT:
-        raise ArgumentError(f"sampling_ratio must be an integer from 0 to {MAX_EXTENT}, got {sampling_ratio!r}")
-    if scale is None or scale <= 0:
-        raise ArgumentError(f"spatial_scale must be a positive finite number, got {spatial_scale!r}")
-    if factor is None:
-        raise ArgumentError(f"gamma must be a finite number, got {gamma!r}")
-    return ratio, scale, factor
-
-
 def _check_pixels(argument: str, what: str, number: int) -> None:
     if number >= _MAX_PIXELS:
         raise ShapeError(f"{argument} must have {what} below {_MAX_PIXELS}, got {number}")
@@ -408,64 +380,3 @@ def output_extent(axis: str, size: int, padding: int, kernel: int, stride: int, 
             f"got {size} + {padding} = {padded}"
         )
     return (padded - reach) // stride + 1
-
-
-def _integer(value: object) -> int | None:
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
-def _number(value: object) -> float | None:
-    """A finite real number as a float."""
-    if isinstance(value, Real) and math.isfinite(value):
-        return float(value)
-    return None
-
-
-def _sequence(value: object) -> list[object] | None:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
-        return None
-    return list(value)
-
-
-def expand_pair(name: str, value: Pair, minimum: int = 1) -> tuple[int, int]:
-    """(vertical, horizontal) of an integer or a pair of them, from `minimum` on."""
-    # What is given nearly always, without the questions below.
-    plain: Any = (value, value) if type(value) is int else value
-    if type(plain) in (tuple, list) and len(plain) == 2:
-        vertical, horizontal = plain
-        if (
-            type(vertical) is type(horizontal) is int
-            and minimum <= vertical <= MAX_EXTENT
-            and minimum <= horizontal <= MAX_EXTENT
-        ):
-            return vertical, horizontal
-    items = _sequence(value)
-    numbers = [_integer(item) for item in ([value, value] if items is None else items)]
-    if len(numbers) == 2:
-        first, second = numbers
-        if (
-            first is not None
-            and second is not None
-            and minimum <= min(first, second) <= max(first, second) <= MAX_EXTENT
-        ):
-            return first, second
-    raise ArgumentError(f"{name} must be an integer from {minimum} to {MAX_EXTENT} or a pair of them, got {value!r}")
-
-
-def expand_padding(value: Padding) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((top, bottom), (left, right)) of any form of padding."""
-    items = None if type(value) is int else _sequence(value)
-    try:
-        if items is not None and len(items) == 2 and all(_sequence(item) is not None for item in items):
-            vertical, horizontal = items
-            return expand_pair("padding", vertical, 0), expand_pair("padding", horizontal, 0)  # type: ignore[arg-type]
-        height, width = expand_pair("padding", value, 0)  # type: ignore[arg-type]
-    except ArgumentError:
-        raise ArgumentError(
-            f"padding must be an integer from 0 to {MAX_EXTENT}, a pair (vertical, horizontal) "
-            f"or ((top, bottom), (left, right)), got {value!r}"
-        ) from None
-    return (height, height), (width, width)

@@ -6,10 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dcnops._errors import ArgumentError
-
-__all__ = ["NCHW", "Layout", "check_layout"]
-
 _T = TypeVar("_T")
 
 
@@ -50,19 +46,5 @@ class Layout:
         return images if images is None or self is NCHW else contiguous(images.transpose(self.order))
 
 
-_LAYOUTS = {name: Layout(tuple(map(name.index, "NCHW")), tuple(map("NCHW".index, name))) for name in ("NCHW", "NHWC")}
-NCHW = _LAYOUTS["NCHW"]
-
-
-def check_layout(layout: object) -> Layout:
-    """The layout of that name.
-
-    Raises
-    ------
-    ArgumentError
-        When there is none.
-    """
-    known = _LAYOUTS.get(layout) if isinstance(layout, str) else None
-    if known is None:
-        raise ArgumentError(f"layout must be 'NCHW' or 'NHWC', got {layout!r}")
-    return known
+LAYOUTS = {name: Layout(tuple(map(name.index, "NCHW")), tuple(map("NCHW".index, name))) for name in ("NCHW", "NHWC")}
+NCHW = LAYOUTS["NCHW"]

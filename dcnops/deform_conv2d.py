@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from dcnops._arguments import Padding, Pair, check_layout, check_needs, check_precision
 from dcnops._dispatch import ArrayT, check_arrays, load_backend
-from dcnops._geometry import DeformConvGeometry, Padding, Pair
-from dcnops._layout import Layout, check_layout
-from dcnops._needs import check_needs
-from dcnops._precision import check_precision
-
-__all__ = ["DeformConv2dGradients", "deform_conv2d", "deform_conv2d_backward"]
+from dcnops._geometry import DeformConvGeometry
 
 
 class DeformConv2dGradients(NamedTuple):
@@ -120,7 +116,7 @@ def deform_conv2d(
         {"offset": offset, "mask": mask},
         optional=("bias", "mask"),
     )
-    geometry = _geometry(input, offset, weight, bias, stride, padding, dilation, mask, order)
+    geometry = DeformConvGeometry.of(input, offset, weight, bias, mask, stride, padding, dilation, order)
     backend = load_backend(library)
     output = backend.deform_conv2d(
         geometry, order.images(input), order.images(offset), weight, bias, order.images(mask), precision
@@ -199,7 +195,7 @@ def deform_conv2d_backward(
         {"offset": offset, "mask": mask},
         optional=("bias", "mask"),
     )
-    geometry = _geometry(input, offset, weight, bias, stride, padding, dilation, mask, order)
+    geometry = DeformConvGeometry.of(input, offset, weight, bias, mask, stride, padding, dilation, order)
     geometry.check_grad_out(tuple(grad_out.shape), order)
     wanted = check_needs(needs, input=input, offset=offset, weight=weight, bias=bias, mask=mask)
     backend = load_backend(library)
@@ -210,27 +206,3 @@ def deform_conv2d_backward(
     for name in gradients.keys() - {"weight", "bias"}:
         gradients[name] = order.array(gradients[name], backend.contiguous)
     return DeformConv2dGradients(*map(gradients.get, DeformConv2dGradients._fields))
-
-
-def _geometry(
-    input: ArrayT,
-    offset: ArrayT,
-    weight: ArrayT,
-    bias: ArrayT | None,
-    stride: Pair,
-    padding: Padding,
-    dilation: Pair,
-    mask: ArrayT | None,
-    layout: Layout,
-) -> DeformConvGeometry:
-    return DeformConvGeometry.check(
-        tuple(input.shape),
-        tuple(offset.shape),
-        tuple(weight.shape),
-        None if bias is None else tuple(bias.shape),
-        None if mask is None else tuple(mask.shape),
-        stride,
-        padding,
-        dilation,
-        layout,
-    )

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from dcnops._arguments import Pair, check_layout, check_needs
 from dcnops._dispatch import ArrayT, check_arrays, load_backend
-from dcnops._geometry import DeformRoIPoolGeometry, Pair
-from dcnops._layout import NCHW, Layout, check_layout
-from dcnops._needs import check_needs
-
-__all__ = ["DeformRoIPoolGradients", "deform_roi_pool", "deform_roi_pool_backward"]
+from dcnops._geometry import DeformRoIPoolGeometry
+from dcnops._layout import NCHW
 
 
 class DeformRoIPoolGradients(NamedTuple):
@@ -114,7 +112,9 @@ def deform_roi_pool(
     library = check_arrays(
         {"input": input}, {"offset": offset, "mask": mask}, {"rois": rois}, optional=("offset", "mask")
     )
-    geometry = _geometry(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma, order)
+    geometry = DeformRoIPoolGeometry.of(
+        input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma, order
+    )
     backend = load_backend(library)
     output = backend.deform_roi_pool(geometry, order.images(input), rois, offset, mask, order is not NCHW)
     result: ArrayT = order.array(output, backend.contiguous)
@@ -189,7 +189,9 @@ def deform_roi_pool_backward(
         {"rois": rois},
         optional=("offset", "mask"),
     )
-    geometry = _geometry(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma, order)
+    geometry = DeformRoIPoolGeometry.of(
+        input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma, order
+    )
     geometry.check_grad_out(tuple(grad_out.shape), order)
     wanted = check_needs(needs, input=input, offset=offset, mask=mask)
     backend = load_backend(library)
@@ -198,27 +200,3 @@ def deform_roi_pool_backward(
     )
     grad_input = order.array(gradients.get("input"), backend.contiguous)
     return DeformRoIPoolGradients(grad_input, gradients.get("offset"), gradients.get("mask"))
-
-
-def _geometry(
-    input: ArrayT,
-    rois: ArrayT,
-    offset: ArrayT | None,
-    mask: ArrayT | None,
-    output_size: Pair,
-    spatial_scale: float,
-    sampling_ratio: int,
-    gamma: float,
-    layout: Layout,
-) -> DeformRoIPoolGeometry:
-    return DeformRoIPoolGeometry.check(
-        tuple(input.shape),
-        tuple(rois.shape),
-        None if offset is None else tuple(offset.shape),
-        None if mask is None else tuple(mask.shape),
-        output_size,
-        spatial_scale,
-        sampling_ratio,
-        gamma,
-        layout,
-    )

@@ -81,8 +81,8 @@ class ConvCase(Case):
     grad_out: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     def geometry(self) -> DeformConvGeometry:
-        shapes = [None if (array := getattr(self, name)) is None else array.shape for name in self.arrays]
-        return DeformConvGeometry.check(*shapes, self.stride, self.padding, self.dilation)
+        arrays = [getattr(self, name) for name in self.arrays]
+        return DeformConvGeometry.of(*arrays, self.stride, self.padding, self.dilation)
 
 
 @dataclass
@@ -105,10 +105,8 @@ class RoIPoolCase(Case):
     grad_out: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     def geometry(self) -> DeformRoIPoolGeometry:
-        shapes = [None if (array := getattr(self, name)) is None else array.shape for name in self.arrays]
-        return DeformRoIPoolGeometry.check(
-            *shapes, self.output_size, self.spatial_scale, self.sampling_ratio, self.gamma
-        )
+        arrays = [getattr(self, name) for name in self.arrays]
+        return DeformRoIPoolGeometry.of(*arrays, self.output_size, self.spatial_scale, self.sampling_ratio, self.gamma)
 
 
 def make_conv(

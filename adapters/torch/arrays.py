@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ..cuda_stream import CudaStream
 
-__all__ = ["as_array", "as_tensor", "on_device_of"]
-
 
 def as_array(tensor: Tensor | None) -> Any:
     """A NumPy or CuPy array that shares the tensor's memory; None for None."""

@@ -11,8 +11,6 @@ from dcnops._errors import ArgumentError
 
 from .deform_conv2d_layers import OffsetBranchConv
 
-__all__ = ["rename_state_dict"]
-
 
 def rename_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
     """A checkpoint with the offset branches under the names that the layers of `model` have.

@@ -19,8 +19,6 @@ from .deform_conv2d_layers import (
 )
 from .deform_roi_pool_layers import RoIPoolBase
 
-__all__ = ["convert_to_deformable", "param_groups"]
-
 Where: TypeAlias = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
 
 

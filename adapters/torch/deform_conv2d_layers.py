@@ -7,12 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dcnops._arguments import Pair, expand_pair
 from dcnops._errors import ArgumentError, DtypeError, ShapeError
-from dcnops._geometry import Pair, expand_pair, output_extent
+from dcnops._geometry import output_extent
 
 from .functional import deform_conv2d, is_stand_in
-
-__all__ = ["DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2dPack"]
 
 
 class DeformConvBase(nn.Module):

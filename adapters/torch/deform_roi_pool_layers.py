@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dcnops._arguments import Pair, expand_pair
 from dcnops._errors import ArgumentError, ShapeError
-from dcnops._geometry import Pair, expand_pair
 
 from .functional import deform_roi_pool
-
-__all__ = ["DeformRoIPool", "DeformRoIPoolPack", "ModulatedDeformRoIPoolPack", "MultiScaleDeformRoIPool"]
 
 
 class RoIPoolBase(nn.Module):

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
 
-__all__ = ["deform_conv2d", "deform_roi_pool"]
-
 
 def deform_conv2d(
     input: Tensor,
@@ -26,16 +24,7 @@ def deform_conv2d(
     dilation: Any,
 ) -> Tensor:
     """As `dcnops.deform_conv2d`; computed in float32 at least."""
-    g = DeformConvGeometry.check(
-        tuple(input.shape),
-        tuple(offset.shape),
-        tuple(weight.shape),
-        None if bias is None else tuple(bias.shape),
-        None if mask is None else tuple(mask.shape),
-        stride,
-        padding,
-        dilation,
-    )
+    g = DeformConvGeometry.of(input, offset, weight, bias, mask, stride, padding, dilation)
     real = _real(input)
     shift = offset.to(real).reshape(g.N, g.D, g.K, 2, g.oh, g.ow)
     taps_y = torch.arange(g.kh, device=input.device).repeat_interleave(g.kw) * g.dh - g.pad_top
@@ -75,16 +64,7 @@ def deform_roi_pool(
     Every sample is looked at, also those outside of the image: with `sampling_ratio` 0, time and memory grow with the
     area of the regions.
     """
-    g = DeformRoIPoolGeometry.check(
-        tuple(input.shape),
-        tuple(rois.shape),
-        None if offset is None else tuple(offset.shape),
-        None if mask is None else tuple(mask.shape),
-        output_size,
-        spatial_scale,
-        sampling_ratio,
-        gamma,
-    )
+    g = DeformRoIPoolGeometry.of(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma)
     real = _real(input)
     regions = rois.to(real)
     shift = input.new_zeros((g.R, 2, g.P, g.Q), dtype=real) if offset is None else offset.to(real)

@@ -10,13 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function
 
+from dcnops._arguments import Padding, Pair, check_precision, check_sampling, expand_padding, expand_pair
 from dcnops._errors import DeviceError, DtypeError
-from dcnops._geometry import Padding, Pair, check_sampling, expand_padding, expand_pair
-from dcnops._precision import check_precision
 
 from . import operators
-
-__all__ = ["deform_conv2d", "deform_roi_pool"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)

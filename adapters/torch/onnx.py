@@ -18,8 +18,6 @@ from dcnops._errors import ArgumentError, DcnError, ShapeError
 
 from . import operators
 
-__all__ = ["export", "translation_table"]
-
 _LOWEST_OPSET = 19
 _DEFAULT_OPSET = 20
 

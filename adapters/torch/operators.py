@@ -19,8 +19,6 @@ from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
 from . import differentiable
 from .arrays import as_array, as_tensor, on_device_of
 
-__all__ = ["deform_conv2d", "deform_roi_pool"]
-
 _CONV = ("input", "offset", "weight", "bias", "mask")
 _ROI_POOL = ("input", "offset", "mask")
 
@@ -148,14 +146,9 @@ def _roi_backward_kernel(
         return _gradients(gradients, (input, offset, mask))
 
 
-def _shape(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tuple(tensor.shape)
-
-
 def _conv_geometry(*args: Any) -> DeformConvGeometry:
-    input, offset, weight, bias, mask = map(_shape, args[:5])
-    stride, padding, dilation = args[5:8]
-    return DeformConvGeometry.check(input, offset, weight, bias, mask, stride, _sides(padding), dilation)
+    input, offset, weight, bias, mask, stride, padding, dilation = args[:8]
+    return DeformConvGeometry.of(input, offset, weight, bias, mask, stride, _sides(padding), dilation)
 
 
 def _conv_forward_shape(*args: Any) -> Tensor:
@@ -169,7 +162,7 @@ def _conv_backward_shape(grad_out: Tensor, *args: Any) -> list[Tensor]:
 
 
 def _roi_geometry(input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, *numbers: Any) -> Any:
-    return DeformRoIPoolGeometry.check(*map(_shape, (input, rois, offset, mask)), *numbers)
+    return DeformRoIPoolGeometry.of(input, rois, offset, mask, *numbers)
 
 
 def _roi_forward_shape(*args: Any) -> Tensor:

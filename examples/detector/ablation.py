@@ -31,8 +31,6 @@ from .synth import write_synthetic
 from .training import CHECKPOINT, MODEL, Trainer, train
 from .weights import load_backbone
 
-__all__ = ["VARIANTS", "Experiment", "Row", "Variant", "ablation_config", "run_ablation", "table"]
-
 VARIANTS = ("regular", "dcnv1", "dcnv2", "dcnv2-mimic")
 """What is compared by default, in the order in which the paper finds them to be better."""
 

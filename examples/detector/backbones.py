@@ -16,8 +16,6 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from .config import NetworkConfig
 from .presets import PRESETS
 
-__all__ = ["PYRAMID", "DilatedBackbone", "PyramidBackbone", "build_backbone"]
-
 PYRAMID = ("0", "1", "2", "3")  # the pyramid's levels that RoIs are pooled from, strides 4 to 32
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 

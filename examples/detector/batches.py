@@ -19,8 +19,6 @@ from .config import TrainingConfig
 from .errors import UserError
 from .images import pad_elongated
 
-__all__ = ["AspectRatioBatches", "Batch", "MirroredImages", "load_batches"]
-
 WORKER_GRACE = 600  # seconds that a process reading images lives on after SIGTERM
 
 

@@ -19,8 +19,6 @@ from .config import Config
 from .errors import UserError
 from .network import build_detector
 
-__all__ = ["load_checkpoint", "load_detector", "restore_model", "save_checkpoint"]
-
 FORMAT = 1
 FIELDS = {"config": dict, "categories": list, "model": dict, "iteration": int}
 

@@ -22,8 +22,6 @@ from .errors import UserError
 from .images import read_image
 from .jsons import read_json
 
-__all__ = ["Category", "CocoDataset", "Sample", "check_categories", "encode_segmentation", "find_data", "is_finite"]
-
 MIN_SIDE = 0.01  # pixels; float32 still tells the two sides of such a box apart after resizing
 MAX_COORDINATE = 1e5  # pixels; pycocotools allocates memory in proportion to a polygon's length
 

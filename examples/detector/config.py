@@ -14,8 +14,6 @@ from typing import Any, Literal, TypeVar
 from .errors import UserError
 from .presets import PRESETS
 
-__all__ = ["Config", "MimickingConfig", "NetworkConfig", "TrainingConfig", "describe_options"]
-
 T = TypeVar("T")
 
 

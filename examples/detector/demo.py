@@ -26,8 +26,6 @@ from .support import View, draw_support
 from .synth import write_synthetic
 from .training import MODEL, train
 
-__all__ = ["demo_config", "run_demo"]
-
 TRAIN_IMAGES, VAL_IMAGES, SIZE = 400, 80, 128
 DEFORMATION = 0.6  # of the shapes: what can be learnt in so few minutes
 SHOWN, CELL = 8, 300  # pictures on the sheet, and their sides

@@ -12,8 +12,6 @@ import torch.distributed as dist
 
 from .errors import UserError
 
-__all__ = ["gather_lists", "is_main", "rank", "session", "world_size"]
-
 T = TypeVar("T")
 
 

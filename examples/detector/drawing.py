@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .inference import RLE, decode_rle
 
-__all__ = ["contact_sheet", "draw_detections"]
-
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["UserError"]
-
 
 class UserError(Exception):
     """A mistake in what the user gave: one sentence that names it, what is needed and what was got."""

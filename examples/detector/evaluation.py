@@ -25,19 +25,6 @@ from .errors import UserError
 from .inference import coco_results, evaluating, infer
 from .jsons import read_json, write_json
 
-__all__ = [
-    "SUMMARY",
-    "Kind",
-    "Metrics",
-    "Scores",
-    "coco_metrics",
-    "compared",
-    "detect",
-    "load_results",
-    "metrics_table",
-    "write_results",
-]
-
 Kind = Literal["bbox", "segm"]
 Package = Literal["auto", "pycocotools", "faster-coco-eval"]
 

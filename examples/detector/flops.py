@@ -16,8 +16,6 @@ from .config import NetworkConfig
 from .network import build_detector
 from .presets import PRESETS, Cost
 
-__all__ = ["Count", "cost_rows", "cost_table", "count", "count_presets"]
-
 IMAGE = (800, 1333)  # height and width
 NUM_ROIS = 1000
 NUM_DETECTIONS = 100  # that Mask R-CNN makes masks of

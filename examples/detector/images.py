@@ -14,8 +14,6 @@ from torch.nn import functional
 
 from .errors import UserError
 
-__all__ = ["SUFFIXES", "find_images", "pad_elongated", "read_image", "to_picture"]
-
 # what is taken from a folder; a file that is named itself may be anything that Pillow reads
 SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LARGEST_ASPECT = 32

@@ -17,8 +17,6 @@ from torchvision.models.detection.roi_heads import expand_boxes, expand_masks, p
 from .coco import Category
 from .images import pad_elongated
 
-__all__ = ["AMP_TYPES", "RLE", "Detections", "coco_results", "decode_rle", "encode_rle", "evaluating", "infer"]
-
 RLE = dict[str, Any]  # COCO's compressed run lengths: {"size": [height, width], "counts": str}
 
 AMP_TYPES = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}

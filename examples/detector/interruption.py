@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["Interrupted", "StopRequests"]
-
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 SAME_REQUEST = 1.0  # seconds within which a signal that comes again is the same request, forwarded by a launcher
 

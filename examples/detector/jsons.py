@@ -9,8 +9,6 @@ from typing import Any
 
 from .errors import UserError
 
-__all__ = ["read_json", "write_json"]
-
 
 def read_json(path: Path) -> Any:
     """The content of a json file.

@@ -16,8 +16,6 @@ from torchvision.ops import box_iou, roi_align
 from .config import MimickingConfig
 from .network import precise
 
-__all__ = ["MimickingDetector", "cut_crops", "labels_of", "mimic_loss"]
-
 
 class MimickingDetector(nn.Module):
     """A detector in training with an R-CNN beside it that looks at crops of the image.

@@ -23,8 +23,6 @@ from .config import NetworkConfig
 from .errors import UserError
 from .roi_pooling import build_box_pool, build_mask_pool
 
-__all__ = ["build_detector"]
-
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 

@@ -20,8 +20,6 @@ from .images import read_image, to_picture
 from .inference import Detections, coco_results, evaluating, infer
 from .jsons import write_json
 
-__all__ = ["LARGEST", "Prediction", "predict", "write_predictions"]
-
 LARGEST = 4096  # pixels; images with a longer side are shrunk for the network, and so are the pictures of them
 
 

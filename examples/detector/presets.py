@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-__all__ = ["PRESETS", "Cost", "Preset"]
-
 
 class Cost(NamedTuple):
     """Parameters / 2^20 and multiply-adds / 2^30, rounded as the paper prints them."""

@@ -17,8 +17,6 @@ from tqdm import tqdm
 
 from .errors import UserError
 
-__all__ = ["LOG_EVERY", "Progress"]
-
 LOG_EVERY = 20  # iterations that are averaged for a line of text and a point in TensorBoard
 
 

@@ -18,8 +18,6 @@ from torchvision.ops import roi_pool
 from .config import NetworkConfig
 from .presets import PRESETS
 
-__all__ = ["build_box_pool", "build_mask_pool"]
-
 
 class QuantisedRoIPool(nn.Module):
     """The RoI pooling of Fast R-CNN: regions and bins rounded to whole pixels, the maximum of each bin."""

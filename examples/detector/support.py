@@ -23,8 +23,6 @@ from .images import pad_elongated, read_image
 from .inference import Detections, evaluating, infer
 from .prediction import LARGEST
 
-__all__ = ["View", "draw_support", "run_support"]
-
 CONV5 = "backbone.body.layer4"
 THRESHOLD = 0.3  # score of the detections that the nodes are taken from
 GRID = 24  # places along a side where the background is looked for

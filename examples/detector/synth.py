@@ -15,8 +15,6 @@ from tqdm import tqdm
 
 from .errors import UserError
 
-__all__ = ["CATEGORIES", "write_synthetic"]
-
 Array = npt.NDArray[np.float64]
 
 

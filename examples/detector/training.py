@@ -31,8 +31,6 @@ from .interruption import Interrupted, StopRequests
 from .mimicking import MimickingDetector
 from .progress import Progress
 
-__all__ = ["CHECKPOINT", "MODEL", "learning_rate_factor", "train"]
-
 CHECKPOINT, MODEL = "checkpoint.pth", "model.pth"
 # Iterations in a row that float16 may leave out, each of which halves the scale of the loss, 65536 at first.
 MOST_SKIPPED = 30

@@ -15,8 +15,6 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from .errors import UserError
 
-__all__ = ["load_backbone"]
-
 
 def load_backbone(detector: GeneralizedRCNN, source: str, backbone: str) -> list[str]:
     """Load the weights of a classification network into the backbone of a detector.

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dcnops
+from dcnops._arguments import check_layout
 from dcnops._backends.cuda.engine import Engine
 from dcnops._backends.cuda.plans.array_jobs import (
     RowRange,
@@ -25,7 +26,6 @@ from dcnops._backends.cuda.plans.array_jobs import (
     rows_job,
     sum_dtype,
 )
-from dcnops._layout import check_layout
 from tests.cases import DTYPES, Case, assert_close, conv_cases, make_conv, make_roi_pool, roi_pool_cases
 from tests.cuda.emulated_cupy import StandIn, emulated_cupy
 from tests.cuda.emulator import host_engine

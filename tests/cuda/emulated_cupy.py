@@ -13,8 +13,6 @@ from dcnops._backends.cuda import backend as cuda
 from tests.cases import Case
 from tests.cuda.emulator import HostArrays, host_engine
 
-__all__ = ["StandIn", "cupy_arguments", "emulated_cupy", "ndarray"]
-
 
 class _Device:
     id = 0

@@ -15,7 +15,7 @@ import dcnops
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
-@pytest.mark.parametrize("module", ["dcnops.deform_conv", "dcnops.deform_roi_pool", "dcnops._prefetch"])
+@pytest.mark.parametrize("module", ["dcnops.deform_conv2d", "dcnops.deform_roi_pool", "dcnops._prefetch"])
 def test_docstring_examples(module: str):
     result = doctest.testmod(importlib.import_module(module), raise_on_error=False)
     assert result.attempted > 0 and result.failed == 0

@@ -10,8 +10,6 @@ from torch.autograd.graph import Node as Made
 
 from .recording import ConvCall, PoolCall
 
-__all__ = ["NODE", "Feeds", "Graph"]
-
 NODE = -1
 """Stands among the calls' numbers for the node whose response it is."""
 

@@ -11,8 +11,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .moves import MOVES, Call, other_move, sliced
 from .places import Grid, Place, extents
 
-__all__ = ["Grids"]
-
 
 class Grids:
     """The grids of all maps [N, C, H, W] that were made of an image.

@@ -16,8 +16,6 @@ from .nodes import LayerNode, Node, Respond, as_image, as_node, check_count, lay
 from .places import LOST, Grid
 from .recording import ConvCall, PoolCall, Recorder, undisturbed
 
-__all__ = ["Bins", "SamplingPoints", "effective_bin_locations", "effective_sampling_locations", "sampling_locations"]
-
 MERGED = 1e-3  # pixels of the image: points that are nearer to each other are one
 COARSER = 1.4  # times the scale of another map; sizes that are not divisible make small differences
 

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from .places import Grid, Place, extents
 
-__all__ = ["MOVES", "Call", "other_move", "sliced"]
-
 
 class Call(NamedTuple):
     """A function's arguments, by position or name; the tensors with a place among them, and one of its results."""

@@ -15,19 +15,6 @@ from dcnops._errors import ArgumentError, ShapeError
 from .places import LOST, Grid
 from .recording import Recorder, undisturbed
 
-__all__ = [
-    "LayerNode",
-    "Node",
-    "RoINode",
-    "as_image",
-    "as_node",
-    "check_count",
-    "is_detector",
-    "layer_map",
-    "magnitude",
-    "respond",
-]
-
 
 class LayerNode(NamedTuple):
     """A pixel of a layer's map; its response are the map's C channels there.

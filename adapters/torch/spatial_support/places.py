@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LOST", "Grid", "Place", "extents"]
-
 LOST = "cannot be located: it is no map [N, C, H, W] made of the image, or was made in a way that cannot be followed"
 ROUNDING = 1e-9  # pixels: what a position may be off after it has been to another grid
 

@@ -26,15 +26,6 @@ from .nodes import LayerNode, Node, Respond, RoINode, as_node
 from .saliency import SaliencyRegion, effective_receptive_field, error_bounded_saliency_region
 from .statistics import LayerStatistics
 
-__all__ = [
-    "draw_bins",
-    "draw_field",
-    "draw_points",
-    "draw_region",
-    "plot_statistics",
-    "plot_support",
-]
-
 Picture = NDArray[np.floating[Any]]
 
 NODE = "#39ff6a"  # of the node's mark, seen on the colour map and on photographs

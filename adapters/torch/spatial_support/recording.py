@@ -19,8 +19,6 @@ from ..functional import deform_conv2d, deform_roi_pool
 from .grids import Grids
 from .places import Grid
 
-__all__ = ["ConvCall", "PoolCall", "Probe", "Recorder", "undisturbed"]
-
 _views: ContextVar[int] = ContextVar("views", default=0)  # within each other
 
 

@@ -16,8 +16,6 @@ from dcnops._errors import ArgumentError
 from .nodes import Node, Respond, as_image, as_node, check_count, magnitude, respond
 from .recording import undisturbed
 
-__all__ = ["SaliencyRegion", "effective_receptive_field", "error_bounded_saliency_region"]
-
 
 class SaliencyRegion(NamedTuple):
     """A region of an image that keeps a node's response.

@@ -13,8 +13,6 @@ from dcnops._errors import ArgumentError
 from .nodes import as_image, is_detector
 from .recording import ConvCall, PoolCall, Recorder, undisturbed
 
-__all__ = ["LayerStatistics", "OffsetObserver", "offset_statistics"]
-
 
 @dataclass(frozen=True)
 class LayerStatistics:

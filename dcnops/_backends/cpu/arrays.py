@@ -10,8 +10,6 @@ import numpy.typing as npt
 
 from dcnops._backends.cpu.transpose_loops import STRIP
 
-__all__ = ["Array", "Staged", "contiguous", "empty", "plain", "round_up", "rounded", "strips", "sum_dtype"]
-
 Array = npt.NDArray[Any]
 
 _CACHE_LINE = 64

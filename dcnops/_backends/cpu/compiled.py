@@ -11,8 +11,6 @@ from typing import Any, TypeVar, cast
 import numba
 from numba.core.caching import FunctionCache
 
-__all__ = ["exact", "inner", "kernel"]
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -18,8 +18,6 @@ from dcnops._backends.cpu.arrays import Array, Staged, empty, plain, round_up, r
 from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, alone_below, parallel
 from dcnops._geometry import DeformConvGeometry
 
-__all__ = ["deform_conv2d", "deform_conv2d_backward"]
-
 _CHANNELS_PER_THREAD = 16
 
 # Tuned at 2 MB of L2 per core; half and twice of each change little.

@@ -23,21 +23,6 @@ from numba.extending import intrinsic
 
 from dcnops._backends.cpu.compiled import inner, kernel
 
-__all__ = [
-    "DEPTH",
-    "ROWS",
-    "STRIP",
-    "column_gradients",
-    "output_tile",
-    "pack_weight",
-    "pack_weight_transposed",
-    "panel_lanes",
-    "sampling_gradients",
-    "scatter_columns",
-    "unpack_weight",
-    "weight_gradient",
-]
-
 ROWS = 6
 """Rows of the register tile: with two vectors a row, its 12 sums fit the 16 registers of AVX and hide the latency."""
 

@@ -18,8 +18,6 @@ from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, parallel
 from dcnops._errors import ArgumentError
 from dcnops._geometry import DeformRoIPoolGeometry
 
-__all__ = ["deform_roi_pool", "deform_roi_pool_backward"]
-
 _CHANNELS_PER_THREAD = 16
 _SPAN_BYTES = 2**23
 

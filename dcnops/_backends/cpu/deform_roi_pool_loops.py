@@ -33,8 +33,6 @@ import numpy as np
 
 from dcnops._backends.cpu.compiled import exact, inner, kernel
 
-__all__ = ["pool_bins", "region_costs", "scatter_bins", "slope_bins"]
-
 _MOST_SAMPLES = 2**24
 """Along an axis of a bin, whatever the size of its region."""
 

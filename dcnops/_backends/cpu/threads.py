@@ -16,8 +16,6 @@ from typing import Any
 
 import numba
 
-__all__ = ["PIECES_PER_THREAD", "THREADS", "alone_below", "parallel"]
-
 THREADS: int = numba.config.NUMBA_NUM_THREADS
 """As many as there are cores, or what the environment variable NUMBA_NUM_THREADS says."""
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from dcnops._backends.cpu.compiled import kernel
 
-__all__ = ["STRIP", "from_channels_last", "to_channels_last"]
-
 STRIP = 32
 """Values of an item."""
 

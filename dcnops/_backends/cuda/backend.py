@@ -23,15 +23,6 @@ from dcnops._backends.cuda.plans.array_jobs import is_channels_last, sum_dtype
 from dcnops._errors import KernelCompileError
 from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
 
-__all__ = [
-    "ENGINE",
-    "contiguous",
-    "deform_conv2d",
-    "deform_conv2d_backward",
-    "deform_roi_pool",
-    "deform_roi_pool_backward",
-]
-
 _CUDA_TYPE = {
     "float16": runtime.CUDA_R_16F,
     "bfloat16": runtime.CUDA_R_16BF,

@@ -15,18 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-__all__ = [
-    "DTYPE_SUFFIX",
-    "Device",
-    "Engine",
-    "Launcher",
-    "Macros",
-    "compile_options",
-    "dtype_name",
-    "kernel_name",
-    "kernel_source",
-]
-
 DTYPE_SUFFIX = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 
 Macros = Mapping[str, "str | int"]

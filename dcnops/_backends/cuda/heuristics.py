@@ -16,21 +16,6 @@ from dcnops._backends.cuda.engine import Device
 from dcnops._backends.cuda.plans.array_jobs import ITEMSIZE, VECTOR_BYTES, ceil_div
 from dcnops._geometry import DeformConvGeometry
 
-__all__ = [
-    "FUSED_NEEDS",
-    "FUSED_PAYS",
-    "SLICE_OUTPUTS",
-    "TILE_ROWS",
-    "ForwardProblem",
-    "FusedTiles",
-    "Requirement",
-    "choose_images",
-    "choose_path",
-    "choose_splits",
-    "choose_tiles",
-    "failed",
-]
-
 TILE_ROWS = 128
 """Output pixels of a block of the fused kernel (`kTileRows` in dcn/products.cuh)."""
 

@@ -31,8 +31,6 @@ from pathlib import Path
 from dcnops._errors import KernelCompileError
 from tests.cuda.emulator.sanitizers import is_sanitized
 
-__all__ = ["HostCompiler", "HostKernel", "KernelFault"]
-
 _HERE = Path(__file__).resolve().parent
 _SCHEDULES = ("forward", "reverse", "random")
 _MAX_THREADS = 1024

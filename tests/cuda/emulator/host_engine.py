@@ -11,8 +11,6 @@ from dcnops._backends.cuda.engine import Device, Engine
 from tests.cuda.emulator.host_compiler import HostCompiler
 from tests.cuda.emulator.sanitizers import is_sanitized
 
-__all__ = ["HOPPER", "HostArrays", "host_engine", "matmul"]
-
 HOPPER = Device(0, 90, 4, 227 * 1024)
 """What plans believe to run on: compute capability 9.0, but with few multiprocessors, as the tests' sizes are small."""
 

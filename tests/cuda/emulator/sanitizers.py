@@ -9,8 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["is_sanitized", "run_sanitized"]
-
 _CHECKOUT = Path(__file__).resolve().parents[3]
 
 

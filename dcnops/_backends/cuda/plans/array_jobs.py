@@ -12,42 +12,6 @@ from typing import Any
 
 from dcnops._backends.cuda.engine import DTYPE_SUFFIX, Engine
 
-__all__ = [
-    "ITEMSIZE",
-    "LAYOUT_SHARED_BYTES",
-    "MAX_BLOCKS",
-    "MAX_ROWS",
-    "MOST_LAYOUT_JOBS",
-    "SCALAR",
-    "THREADS",
-    "VECTOR_BYTES",
-    "WARP",
-    "WORKSPACE_BYTES",
-    "LayoutJob",
-    "LayoutParams",
-    "LayoutTask",
-    "RowRange",
-    "all_pixels",
-    "all_rows",
-    "are_rows",
-    "ceil_div",
-    "change_layout",
-    "channel_lanes",
-    "channel_sums_jobs",
-    "data_macros",
-    "empty_images",
-    "fill_job",
-    "is_channels_last",
-    "layout_params",
-    "layout_tiles",
-    "pixels_job",
-    "put_rows",
-    "row_ranges",
-    "rows_job",
-    "sum_dtype",
-    "take_rows",
-]
-
 WORKSPACE_BYTES = 32 * 2**20
 """Scratch memory of a call, in bytes: what stays in the L2 cache of a large GPU. One image's is the least."""
 

@@ -45,8 +45,6 @@ from dcnops._backends.cuda.plans.deform_conv2d_common import (
 from dcnops._backends.cuda.plans.deform_conv2d_forward import DeformConvForwardParams
 from dcnops._geometry import DeformConvGeometry, DeformConvSizes
 
-__all__ = ["DeformConvBackwardParams", "ListLimits", "deform_conv2d_backward", "gradient_sample_bytes"]
-
 _UNIT = "deform_conv2d_backward"
 
 _LISTED_CHANNELS = 32

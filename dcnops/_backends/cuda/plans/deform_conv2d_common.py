@@ -25,8 +25,6 @@ from dcnops._backends.cuda.plans.array_jobs import (
 )
 from dcnops._geometry import DeformConvGeometry, DeformConvSizes
 
-__all__ = ["SampleKernels", "column_sample_bytes", "filters_job", "sizes_of"]
-
 
 def column_sample_bytes(dtype: str) -> int:
     """Shared memory per sampling point of the kernel that makes columns, in bytes; it asserts that it is enough."""

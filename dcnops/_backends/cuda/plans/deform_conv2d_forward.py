@@ -43,8 +43,6 @@ from dcnops._backends.cuda.plans.deform_conv2d_common import (
 )
 from dcnops._geometry import DeformConvGeometry, DeformConvSizes
 
-__all__ = ["DeformConvForwardParams", "DeformConvFusedParams", "deform_conv2d", "fused_macros"]
-
 _pointer = ctypes.c_void_p
 _int = ctypes.c_int
 

@@ -33,16 +33,6 @@ from dcnops._backends.cuda.plans.array_jobs import (
 )
 from dcnops._geometry import DeformRoIPoolGeometry, DeformRoIPoolSizes
 
-__all__ = [
-    "DETERMINISTIC_BYTES",
-    "DeformRoIPoolBackwardParams",
-    "DeformRoIPoolBins",
-    "DeformRoIPoolCollectParams",
-    "DeformRoIPoolForwardParams",
-    "deform_roi_pool",
-    "deform_roi_pool_backward",
-]
-
 DETERMINISTIC_BYTES = 32 * 2**20
 """Scratch memory of the deterministic input gradient: a part of `grad_out`, channels together."""
 

@@ -1,0 +1,142 @@
+"""Checks of the arguments that are not arrays: pairs, padding, sampling numbers, layout, needs and precision."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any, TypeAlias
+
+from dcnops._errors import ArgumentError
+from dcnops._layout import LAYOUTS, Layout
+
+Pair: TypeAlias = int | Sequence[int]
+Padding: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]]
+
+PRECISIONS = ("ieee", "tf32", "3xtf32")
+
+MAX_EXTENT = 2**24
+"""Largest padded extent: float32 coordinates hold every pixel position up to here exactly."""
+
+
+def expand_pair(name: str, value: Pair, minimum: int = 1) -> tuple[int, int]:
+    """(vertical, horizontal) of an integer or a pair of them, from `minimum` on."""
+    # What is given nearly always, without the questions below.
+    plain: Any = (value, value) if type(value) is int else value
+    if type(plain) in (tuple, list) and len(plain) == 2:
+        vertical, horizontal = plain
+        if (
+            type(vertical) is type(horizontal) is int
+            and minimum <= vertical <= MAX_EXTENT
+            and minimum <= horizontal <= MAX_EXTENT
+        ):
+            return vertical, horizontal
+    items = _sequence(value)
+    numbers = [_integer(item) for item in ([value, value] if items is None else items)]
+    if len(numbers) == 2:
+        first, second = numbers
+        if (
+            first is not None
+            and second is not None
+            and minimum <= min(first, second) <= max(first, second) <= MAX_EXTENT
+        ):
+            return first, second
+    raise ArgumentError(f"{name} must be an integer from {minimum} to {MAX_EXTENT} or a pair of them, got {value!r}")
+
+
+def expand_padding(value: Padding) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((top, bottom), (left, right)) of any form of padding."""
+    items = None if type(value) is int else _sequence(value)
+    try:
+        if items is not None and len(items) == 2 and all(_sequence(item) is not None for item in items):
+            vertical, horizontal = items
+            return expand_pair("padding", vertical, 0), expand_pair("padding", horizontal, 0)  # type: ignore[arg-type]
+        height, width = expand_pair("padding", value, 0)  # type: ignore[arg-type]
+    except ArgumentError:
+        raise ArgumentError(
+            f"padding must be an integer from 0 to {MAX_EXTENT}, a pair (vertical, horizontal) "
+            f"or ((top, bottom), (left, right)), got {value!r}"
+        ) from None
+    return (height, height), (width, width)
+
+
+def check_sampling(sampling_ratio: int, spatial_scale: float, gamma: float) -> tuple[int, float, float]:
+    """The numbers of a RoI pooling as plain Python numbers.
+
+    Raises
+    ------
+    ArgumentError
+        When one of them is not a legal value.
+    """
+    ratio, scale, factor = _integer(sampling_ratio), _number(spatial_scale), _number(gamma)
+    if ratio is None or not 0 <= ratio <= MAX_EXTENT:
+        raise ArgumentError(f"sampling_ratio must be an integer from 0 to {MAX_EXTENT}, got {sampling_ratio!r}")
+    if scale is None or scale <= 0:
+        raise ArgumentError(f"spatial_scale must be a positive finite number, got {spatial_scale!r}")
+    if factor is None:
+        raise ArgumentError(f"gamma must be a finite number, got {gamma!r}")
+    return ratio, scale, factor
+
+
+def check_layout(layout: object) -> Layout:
+    """The layout of that name.
+
+    Raises
+    ------
+    ArgumentError
+        When there is none.
+    """
+    known = LAYOUTS.get(layout) if isinstance(layout, str) else None
+    if known is None:
+        raise ArgumentError(f"layout must be 'NCHW' or 'NHWC', got {layout!r}")
+    return known
+
+
+def check_needs(needs: Iterable[str], **arguments: object) -> frozenset[str]:
+    """The names in `needs` whose argument was given.
+
+    Raises
+    ------
+    ArgumentError
+        When `needs` holds a name that is not among `arguments`.
+    """
+    try:
+        wanted = frozenset([needs] if isinstance(needs, str) else needs)
+    except TypeError:
+        wanted = frozenset([repr(needs)])
+    if not wanted <= arguments.keys():
+        raise ArgumentError(f"needs must be names among {', '.join(arguments)}, got {needs!r}")
+    return frozenset(name for name in wanted if arguments[name] is not None)
+
+
+def check_precision(precision: object) -> None:
+    """Check the name of a precision; None is left to the array library's own switch.
+
+    Raises
+    ------
+    ArgumentError
+        When there is none of that name.
+    """
+    if precision is not None and not (isinstance(precision, str) and precision in PRECISIONS):
+        raise ArgumentError(f"precision must be None, 'ieee', 'tf32' or '3xtf32', got {precision!r}")
+
+
+def _integer(value: object) -> int | None:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _number(value: object) -> float | None:
+    """A finite real number as a float."""
+    if isinstance(value, Real) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def _sequence(value: object) -> list[object] | None:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        return None
+    return list(value)
