@@ -1,17 +1,4 @@
 """The deformable functions and modules of ``mmcv.ops``, by its names and signatures.
-__all__ = [
-    "DeformConv2d",
-    "DeformConv2dPack",
-    "DeformRoIPool",
-    "DeformRoIPoolPack",
-    "ModulatedDeformConv2d",
-    "ModulatedDeformConv2dPack",
-    "ModulatedDeformRoIPoolPack",
-    "deform_conv2d",
-    "deform_roi_pool",
-    "modulated_deform_conv2d",
-]
-
 
 ``from dcnops.adapters.torch.mmcv_ops import DeformConv2dPack`` stands in for ``from mmcv.ops import DeformConv2dPack``:
 same arguments and defaults, initialisation, order of offsets and checkpoint keys. `im2col_step`, the number of images
@@ -33,6 +20,19 @@ from dcnops._errors import ArgumentError, ShapeError
 from . import deform_conv2d_layers, deform_roi_pool_layers, functional
 from .deform_conv2d_layers import DeformConvBase, check_divisible
 from .deform_roi_pool_layers import LastLinear, RoIPoolBase
+
+__all__ = [
+    "DeformConv2d",
+    "DeformConv2dPack",
+    "DeformRoIPool",
+    "DeformRoIPoolPack",
+    "ModulatedDeformConv2d",
+    "ModulatedDeformConv2dPack",
+    "ModulatedDeformRoIPoolPack",
+    "deform_conv2d",
+    "deform_roi_pool",
+    "modulated_deform_conv2d",
+]
 
 
 def deform_conv2d(

@@ -1,1 +1,7 @@
-"""NumPy arrays: compiled loops on the CPU's cores."""
+"""NumPy arrays: compiled loops, run by a few threads."""
+
+from dcnops._backends.cpu.arrays import contiguous
+from dcnops._backends.cpu.deform_conv2d import deform_conv2d, deform_conv2d_backward
+from dcnops._backends.cpu.deform_roi_pool import deform_roi_pool, deform_roi_pool_backward
+
+__all__ = ["contiguous", "deform_conv2d", "deform_conv2d_backward", "deform_roi_pool", "deform_roi_pool_backward"]
