@@ -10,7 +10,7 @@
 // Then grad_samples makes the gradients of offsets and masks, and turns the gradient of the columns into the columns.
 
 #include "dcn/deform_conv2d.cuh"
-#include "dcn/layout.cuh"
+#include "dcn/array_jobs.cuh"
 
 // A column that adds to a pixel; the same bits make the same list.
 struct alignas(2 * sizeof(Sum)) ListEntry {
@@ -56,7 +56,7 @@ struct DeformConvBackwardParams {
   int channels;                                     // C / D
   int write_columns;
   int count_blocks;  // of those that prepare the lists, the first ones, which count
-  LayoutParams layout;
+  ArrayJobsParams array_jobs;
 };
 
 constexpr int kThreads = 256;
@@ -240,8 +240,9 @@ extern "C" __global__ void __launch_bounds__(256, kManyBlocks)
   const unsigned count_blocks = min(static_cast<unsigned>(p.count_blocks), gridDim.x);
   const unsigned first_other = gridDim.x > count_blocks ? count_blocks : 0, others = gridDim.x - first_other;
   const auto change_layouts = [&] {
-    const long long tiles = layout_tiles(p.layout);
-    for (long long t = blockIdx.x - first_other; t < tiles; t += others) do_layout_tile<Scalar>(p.layout, t, shared);
+    const long long tiles = array_job_tiles(p.array_jobs);
+    for (long long t = blockIdx.x - first_other; t < tiles; t += others)
+      run_array_job_tile<Scalar>(p.array_jobs, t, shared);
   };
   if (blockIdx.x >= count_blocks) {
     change_layouts();

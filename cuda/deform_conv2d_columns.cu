@@ -3,7 +3,7 @@
 
 #include "dcn/columns.cuh"
 
-struct DeformConvForwardParams {
+struct DeformConvColumnsParams {
   const Scalar* input;         // [N, H, W, C]
   const OffsetScalar* offset;  // [N, 2*D*K, oh, ow]
   const OffsetScalar* mask;    // [N, D*K, oh, ow] or null
@@ -18,7 +18,7 @@ static_assert(sizeof(SampleWeights<long long>) <= DCN_SAMPLE_BYTES, "shared memo
 // Block: x runs over the vectors of a sampling point's channels, y over sampling points.
 // Grid: a tile of rows for one (deformable group, tap); neighbouring blocks share rows.
 extern "C" __global__ void __launch_bounds__(256, 2)
-    DCN_KERNEL(deform_conv2d_columns)(const DeformConvForwardParams p) {
+    DCN_KERNEL(deform_conv2d_columns)(const DeformConvColumnsParams p) {
   DCN_SHARED_MEMORY(shared);
   auto* samples = reinterpret_cast<SampleWeights<long long>*>(shared);
   const int tiles = sample_tiles(p.size, p.range, p.tile_rows);

@@ -11,7 +11,7 @@ struct RegionBounds {
   int image, top, bottom, left, right;
 };
 
-struct DeformRoIPoolCollectParams {
+struct DeformRoIPoolGradInputParams {
   const Scalar* grad_out;  // [rows, C]: the bins of `range`
   RegionBounds* bounds;    // [R], written by deform_roi_pool_region_bounds
   Scalar* grad_input;      // [N, C, H, W], or [N, H, W, C] if channels_last, written; or null
@@ -38,7 +38,7 @@ __device__ __forceinline__ PixelRange axis_pixels(const BinAxis& axis, int exten
 
 // Block: (32, 8), a warp a region. Grid: regions.
 extern "C" __global__ void __launch_bounds__(256, 2)
-    DCN_KERNEL(deform_roi_pool_region_bounds)(const DeformRoIPoolCollectParams p) {
+    DCN_KERNEL(deform_roi_pool_region_bounds)(const DeformRoIPoolGradInputParams p) {
   const DeformRoIPoolSizes& size = p.bins.size;
   for (long long region = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y; region < size.R;
        region += static_cast<long long>(gridDim.x) * blockDim.y) {
@@ -132,7 +132,7 @@ __device__ __forceinline__ int next_bit(unsigned& bits, int group, int groups) {
 
 // Adds the gradients of a region's bins, times their weights in the strip, to the sums. Called by a whole warp; its
 // groups of lanes take turns with the bins. grad_out begins with the region's first bin of those from `first` to `end`.
-__device__ __forceinline__ void add_region(const DeformRoIPoolCollectParams& p, const Strip& strip, int region,
+__device__ __forceinline__ void add_region(const DeformRoIPoolGradInputParams& p, const Strip& strip, int region,
                                            int first, int end, const Scalar* grad_out, bool has_channels,
                                            Sum (&sums)[kStrip][DCN_VEC]) {
   const int lane = threadIdx.x;
@@ -167,7 +167,7 @@ __device__ __forceinline__ void add_region(const DeformRoIPoolCollectParams& p, 
 // Block: (32, 8); each warp takes an equal share of the regions, in order, and the shares are added up in order. Grid:
 // strips of pixels and channels.
 extern "C" __global__ void __launch_bounds__(256, 2)
-    DCN_KERNEL(deform_roi_pool_grad_input_input)(const DeformRoIPoolCollectParams p) {
+    DCN_KERNEL(deform_roi_pool_grad_input)(const DeformRoIPoolGradInputParams p) {
   DCN_SHARED_MEMORY(shared);
   Sum(*const partial)[kStrip][kPitch] = reinterpret_cast<Sum(*)[kStrip][kPitch]>(shared);
   const DeformRoIPoolSizes& size = p.bins.size;

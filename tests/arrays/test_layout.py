@@ -19,11 +19,11 @@ from dcnops._arguments import check_layout
 from dcnops._backends.cuda.engine import Engine
 from dcnops._backends.cuda.plans.array_jobs import (
     RowRange,
-    change_layout,
     channel_sums_jobs,
     fill_job,
-    pixels_job,
-    rows_job,
+    pixels_to_rows_job,
+    rows_to_pixels_job,
+    run_array_jobs,
     sum_dtype,
 )
 from tests.cases import DTYPES, Case, assert_close, conv_cases, make_conv, make_roi_pool, roi_pool_cases
@@ -205,7 +205,9 @@ def test_images_become_rows(move: Move, rounds: bool):
     rounds = rounds and move.dtype == "float32"
     rows = move.array(engine, np.full((move.rows + 2, move.C), 7, values.dtype))
     images = move.images(engine, values)
-    change_layout(engine, move.dtype, [rows_job(engine, images, move.C, move.P, move.range, rows[1:], rounds)])
+    run_array_jobs(
+        engine, move.dtype, [pixels_to_rows_job(engine, images, move.C, move.P, move.range, rows[1:], rounds)]
+    )
     expected = to_nhwc(values).reshape(-1, move.C)[move.first : move.first + move.rows]
     if rounds:
         expected = to_tf32(expected)
@@ -220,7 +222,7 @@ def test_sums_become_images(move: Move):
     sums = random.standard_normal((move.rows, move.C)).astype(sum_dtype(engine, dtype))
     images = move.images(engine, np.full((move.N, move.C, 1, move.P), 7, dtype))
     source = move.array(engine, sums)
-    change_layout(engine, move.dtype, [pixels_job(engine, source, images, move.C, move.P, move.range)])
+    run_array_jobs(engine, move.dtype, [rows_to_pixels_job(engine, source, images, move.C, move.P, move.range)])
     rows = np.full((move.N * move.P, move.C), 7, dtype)
     rows[move.first : move.first + move.rows] = sums
     np.testing.assert_array_equal(to_nhwc(images).reshape(-1, move.C), rows)
@@ -231,7 +233,7 @@ def channel_sums(engine: Engine, images: np.ndarray, N: int, C: int, P: int) -> 
     result = engine.empty((C,), images.dtype)
     first, second, between = channel_sums_jobs(engine, images, N, C, P, result)
     for job in (first, second):
-        change_layout(engine, str(images.dtype.name), [job])
+        run_array_jobs(engine, str(images.dtype.name), [job])
     del between
     return result
 
@@ -245,7 +247,7 @@ def test_sums_over_pixels_and_images_of_a_bias(move: Move):
     sums = channel_sums(engine, images, N, C, P)
     np.testing.assert_array_equal(sums.astype(np.float64), values.astype(np.float64).sum((0, 2, 3)).astype(dtype))
     bias = np.arange(C).astype(dtype)
-    change_layout(engine, move.dtype, [fill_job(engine, bias, images, N, C, P)])
+    run_array_jobs(engine, move.dtype, [fill_job(engine, bias, images, N, C, P)])
     np.testing.assert_array_equal(images, np.broadcast_to(bias[:, None, None], images.shape))
 
 
@@ -254,7 +256,7 @@ def test_more_than_a_tile_of_fillings_and_sums(shape: tuple[int, ...]):
     engine, dtype = host_engine(), DTYPES["float16"]
     N, C, _, P = shape
     images, bias = engine.empty(shape, dtype), np.arange(C).astype(dtype)
-    change_layout(engine, "float16", [fill_job(engine, bias, images, N, C, P)])
+    run_array_jobs(engine, "float16", [fill_job(engine, bias, images, N, C, P)])
     np.testing.assert_array_equal(images, np.broadcast_to(bias[:, None, None], shape))
     expected = (N * P * np.arange(C, dtype=np.float32)).astype(dtype)
     np.testing.assert_array_equal(channel_sums(engine, images, N, C, P), expected)
@@ -267,7 +269,9 @@ def test_rounded_rows_keep_what_is_not_finite(C: int, P: int):
     special = np.float32([np.inf, -np.inf, np.nan, 0, -0.0, 1 + 2**-11, 1 + 2**-12, 3e38, 1e-45])
     images.reshape(-1)[:] = np.resize(special, images.size)
     rows = engine.empty((P, C), np.float32)
-    change_layout(engine, "float32", [rows_job(engine, images, C, P, RowRange(0, 0, P), rows, round_to_tf32=True)])
+    run_array_jobs(
+        engine, "float32", [pixels_to_rows_job(engine, images, C, P, RowRange(0, 0, P), rows, round_to_tf32=True)]
+    )
     np.testing.assert_array_equal(rows, to_tf32(images.reshape(C, P).T))
 
 
@@ -275,7 +279,7 @@ def test_other_data_is_not_rounded_to_tf32():
     engine = host_engine()
     images, rows = engine.empty((1, 8, 1, 8), np.float64), engine.empty((8, 8), np.float64)
     with pytest.raises(AssertionError):
-        rows_job(engine, images, 8, 8, RowRange(0, 0, 8), rows, round_to_tf32=True)
+        pixels_to_rows_job(engine, images, 8, 8, RowRange(0, 0, 8), rows, round_to_tf32=True)
 
 
 def to_tf32(values: np.ndarray) -> np.ndarray:

@@ -6,27 +6,29 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dcnops._backends.cuda.engine import DTYPE_SUFFIX, Macros
+from dcnops._backends.cuda.constants import VECTOR_BYTES
+from dcnops._backends.cuda.engine import Macros
 from dcnops._backends.cuda.heuristics import FusedTiles
-from dcnops._backends.cuda.plans.array_jobs import LayoutJob, LayoutParams, RowRange
+from dcnops._backends.cuda.plans.array_jobs import ArrayJob, ArrayJobsParams, RowRange
 from dcnops._backends.cuda.plans.deform_conv2d_backward import DeformConvBackwardParams, gradient_sample_bytes
 from dcnops._backends.cuda.plans.deform_conv2d_common import column_sample_bytes
 from dcnops._backends.cuda.plans.deform_conv2d_forward import (
-    DeformConvForwardParams,
+    DeformConvColumnsParams,
     DeformConvFusedParams,
     fused_macros,
 )
 from dcnops._backends.cuda.plans.deform_roi_pool import (
     DeformRoIPoolBackwardParams,
     DeformRoIPoolBins,
-    DeformRoIPoolCollectParams,
     DeformRoIPoolForwardParams,
+    DeformRoIPoolGradInputParams,
 )
+from dcnops._dtypes import DTYPES
 from dcnops._geometry import DeformConvSizes, DeformRoIPoolSizes
 
 UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {
-    "layout": (LayoutParams, ("change_layout",)),
-    "deform_conv2d_columns": (DeformConvForwardParams, ("deform_conv2d_columns",)),
+    "array_jobs": (ArrayJobsParams, ("run_array_jobs",)),
+    "deform_conv2d_columns": (DeformConvColumnsParams, ("deform_conv2d_columns",)),
     "deform_conv2d_fused": (DeformConvFusedParams, ("deform_conv2d_fused", "deform_conv2d_add_splits")),
     "deform_conv2d_backward": (
         DeformConvBackwardParams,
@@ -42,8 +44,8 @@ UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {
     "deform_roi_pool_forward": (DeformRoIPoolForwardParams, ("deform_roi_pool_forward",)),
     "deform_roi_pool_backward": (DeformRoIPoolBackwardParams, ("deform_roi_pool_backward",)),
     "deform_roi_pool_grad_input": (
-        DeformRoIPoolCollectParams,
-        ("deform_roi_pool_region_bounds", "deform_roi_pool_grad_input_input"),
+        DeformRoIPoolGradInputParams,
+        ("deform_roi_pool_region_bounds", "deform_roi_pool_grad_input"),
     ),
 }
 
@@ -51,18 +53,16 @@ STRUCTS = (
     RowRange,
     DeformConvSizes,
     DeformRoIPoolSizes,
-    LayoutJob,
-    LayoutParams,
-    DeformConvForwardParams,
+    ArrayJob,
+    ArrayJobsParams,
+    DeformConvColumnsParams,
     DeformConvFusedParams,
     DeformConvBackwardParams,
     DeformRoIPoolBins,
     DeformRoIPoolForwardParams,
     DeformRoIPoolBackwardParams,
-    DeformRoIPoolCollectParams,
+    DeformRoIPoolGradInputParams,
 )
-
-_SCALARS = {"float16": ("Half", 8), "bfloat16": ("BFloat16", 8), "float32": ("float", 4), "float64": ("double", 2)}
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,14 @@ class Specialisation:
 
 
 def specialisations() -> Iterator[Specialisation]:
-    for dtype, (scalar, widest) in _SCALARS.items():
-        common: dict[str, str | int] = {"DCN_SUFFIX": DTYPE_SUFFIX[dtype], "DCN_SCALAR": scalar}
-        yield Specialisation("layout", tuple(common.items()))
+    for dtype, (_, suffix, scalar, itemsize, _) in DTYPES.items():
+        common: dict[str, str | int] = {"DCN_SUFFIX": suffix, "DCN_SCALAR": scalar}
+        yield Specialisation("array_jobs", tuple(common.items()))
         for offset_scalar in dict.fromkeys((scalar, scalar if dtype == "float64" else "float")):
-            vector = widest
+            vector = VECTOR_BYTES // itemsize
             while vector:
                 macros = {**common, "DCN_OFFSET_SCALAR": offset_scalar, "DCN_VEC": vector}
-                for part in ("forward", "backward", "collect"):
+                for part in ("forward", "backward", "grad_input"):
                     yield Specialisation(f"deform_roi_pool_{part}", tuple(macros.items()))
                 macros["DCN_SAMPLE_BYTES"] = column_sample_bytes(dtype)
                 yield Specialisation("deform_conv2d_columns", tuple(macros.items()))

@@ -126,7 +126,7 @@ def test_seven_launches_at_most(dtype: str, order: str, way: str):
         "deform_conv2d_fill_lists",
         gather,
         "deform_conv2d_grad_samples",
-        "change_layout",
+        "run_array_jobs",
     ]
     assert len(products) == 2
 
@@ -134,12 +134,12 @@ def test_seven_launches_at_most(dtype: str, order: str, way: str):
 @pytest.mark.parametrize(
     "needs, kernels, products",
     [
-        (("bias",), ["change_layout"] * 2, 0),
-        (("weight",), ["change_layout", "deform_conv2d_columns", "change_layout"], 1),
-        (("offset",), ["change_layout", "deform_conv2d_grad_samples"], 1),
+        (("bias",), ["run_array_jobs"] * 2, 0),
+        (("weight",), ["run_array_jobs", "deform_conv2d_columns", "run_array_jobs"], 1),
+        (("offset",), ["run_array_jobs", "deform_conv2d_grad_samples"], 1),
         (
             ("input",),
-            ["deform_conv2d_prepare", "deform_conv2d_fill_lists", "deform_conv2d_gather_input", "change_layout"],
+            ["deform_conv2d_prepare", "deform_conv2d_fill_lists", "deform_conv2d_gather_input", "run_array_jobs"],
             1,
         ),
     ],

@@ -65,7 +65,7 @@ EXPECTED: dict[tuple[str, str, str], tuple[tuple[str, ...], tuple[str, ...]]] = 
     ("deform_conv2d_scatter_input", "f16", ""): ((LOADS, r"RED"), ()),
     ("deform_roi_pool_forward", "f16", ""): ((LOADS, STORES), (ATOMICS,)),
     ("deform_roi_pool_backward", "f32", ""): ((LOADS, r"RED", SHUFFLES), ()),
-    ("deform_roi_pool_grad_input_input", "f32", ""): ((LOADS,), (ATOMICS,)),
+    ("deform_roi_pool_grad_input", "f32", ""): ((LOADS,), (ATOMICS,)),
 }
 
 

@@ -96,10 +96,10 @@ def test_structs_have_the_layout_of_their_python_namesakes(unit: str):
 
 def test_compiler_messages_name_the_true_file_and_line():
     """After the includes, too, whose text comes before."""
-    text = "const long long tiles = layout_tiles(p);"
-    true_line = next(i for i, line in enumerate(Path("cuda/layout.cu").read_text().splitlines(), 1) if text in line)
-    source = kernel_source("layout").replace(text, f"broken {text}")
-    with pytest.raises(pytest.fail.Exception, match=rf"cuda/layout\.cu\({true_line}\)"):
+    text = "const long long tiles = array_job_tiles(p);"
+    true_line = next(i for i, line in enumerate(Path("cuda/array_jobs.cu").read_text().splitlines(), 1) if text in line)
+    source = kernel_source("array_jobs").replace(text, f"broken {text}")
+    with pytest.raises(pytest.fail.Exception, match=rf"cuda/array_jobs\.cu\({true_line}\)"):
         compile_with_nvrtc(source, "flat.cu", compile_options({"DCN_SUFFIX": "f32", "DCN_SCALAR": "float"}))
 
 

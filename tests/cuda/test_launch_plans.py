@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcnops._backends.cuda.engine import kernel_source
-from dcnops._backends.cuda.plans.array_jobs import LayoutParams, LayoutTask, is_channels_last
+from dcnops._backends.cuda.plans.array_jobs import ArrayJobsParams, ArrayTask, is_channels_last
 from tests.cases import DTYPES, Case, RoIPoolCase, assert_close, conv_cases, make_conv, make_roi_pool, roi_pool_cases
 from tests.conftest import EmulatedRunner
 from tests.cuda.emulator import run_sanitized
@@ -111,11 +111,11 @@ def test_channels_last_images_are_not_transposed():
     output = runner.forward(case)
     runner.backward(case, ("input", "offset", "mask"))
     assert is_channels_last(output)
-    jobs = [job for params in runner.params if isinstance(params, LayoutParams) for job in params.jobs]
+    jobs = [job for params in runner.params if isinstance(params, ArrayJobsParams) for job in params.jobs]
     K = 9
     # Only the weights are; what goes out is rounded in place, a row being an image of one pixel.
-    assert {job.P for job in jobs if job.task == LayoutTask.PIXELS_TO_ROWS} == {K}
-    assert {job.P for job in jobs if job.task == LayoutTask.ROWS_TO_PIXELS} == {1}
+    assert {job.P for job in jobs if job.task == ArrayTask.PIXELS_TO_ROWS} == {K}
+    assert {job.P for job in jobs if job.task == ArrayTask.ROWS_TO_PIXELS} == {1}
 
 
 class Recorder(EmulatedRunner):
@@ -153,13 +153,13 @@ def test_launches_stay_within_the_limits_and_the_compiled_specialisations(case: 
 def test_an_empty_batch_launches_no_sampling():
     runner = Recorder()
     runner.forward(make_conv(N=0))
-    assert {(unit, grid > 0) for unit, _, _, grid, _, _ in runner.launches if unit != "layout"} == set()
+    assert {(unit, grid > 0) for unit, _, _, grid, _, _ in runner.launches if unit != "array_jobs"} == set()
 
 
 def test_only_the_kernels_that_are_needed_run():
     runner = Recorder()
     runner.backward(make_conv(), ("bias",))
-    assert {kernel for _, kernel, *_ in runner.launches} == {"change_layout"}
+    assert {kernel for _, kernel, *_ in runner.launches} == {"run_array_jobs"}
     runner.launches.clear()
     runner.backward(make_conv(), ("weight",))
     assert "deform_conv2d_grad_samples" not in [kernel for _, kernel, *_ in runner.launches]
@@ -184,9 +184,9 @@ def test_launches_of_roi_pooling(channels_last: bool):
     case = make_roi_pool(C=8, R=6)
     if channels_last:
         case = case.with_arrays(input=channels_last_of(case.input), grad_out=channels_last_of(case.grad_out))
-    turned = [] if channels_last else ["change_layout"]
+    turned = [] if channels_last else ["run_array_jobs"]
     bins, samples = ["deform_roi_pool_backward"], ("offset", "mask")
-    collected = ["deform_roi_pool_region_bounds", "deform_roi_pool_grad_input_input"]
+    collected = ["deform_roi_pool_region_bounds", "deform_roi_pool_grad_input"]
 
     def launched(deterministic: bool = False, needs: tuple[str, ...] | None = None) -> list[str]:
         runner = Recorder(deterministic=deterministic)
@@ -197,8 +197,8 @@ def test_launches_of_roi_pooling(channels_last: bool):
     runner.forward(case)
     assert [kernel for _, kernel, *_ in runner.launches] == [*turned, "deform_roi_pool_forward"]
     # Beside these, `zeros` sets the sums of the first two to zero.
-    assert launched() == [*turned, *bins, "change_layout"]
-    assert launched(needs=("input",)) == [*bins, "change_layout"]
+    assert launched() == [*turned, *bins, "run_array_jobs"]
+    assert launched(needs=("input",)) == [*bins, "run_array_jobs"]
     assert launched(needs=samples) == launched(True, samples) == [*turned, *bins]
     assert launched(True) == [*turned, *bins, *(collected[:1]), *turned, *collected[1:]]
     assert launched(True, ("input",)) == [*(collected[:1]), *turned, *collected[1:]]

@@ -20,15 +20,9 @@ from cupy_backends.cuda.libs import cublas
 from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.engine import Device, Engine, Launcher, dtype_name
 from dcnops._backends.cuda.plans.array_jobs import is_channels_last, sum_dtype
+from dcnops._dtypes import DTYPES
 from dcnops._errors import KernelCompileError
 from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
-
-_CUDA_TYPE = {
-    "float16": runtime.CUDA_R_16F,
-    "bfloat16": runtime.CUDA_R_16BF,
-    "float32": runtime.CUDA_R_32F,
-    "float64": runtime.CUDA_R_64F,
-}
 
 _FLOAT32 = numpy.dtype(numpy.float32)
 
@@ -269,7 +263,7 @@ def _gemm_operand(matrices: _Matrices) -> tuple[int, tuple[Any, ...]]:
     """cuBLAS's operation for the transposes of a stack of matrices; their type, leading dimension and distance."""
     dtype, (_, rows, columns), strides = matrices
     distance, row_stride, column_stride = (stride // dtype.itemsize for stride in strides)
-    kind, step = _CUDA_TYPE[dtype_name(dtype)], ctypes.c_longlong(distance)
+    kind, step = DTYPES[dtype_name(dtype)].cublas_type, ctypes.c_longlong(distance)
     # The stride of an axis of length 1 says nothing.
     if columns == 1 or column_stride == 1:
         return cublas.CUBLAS_OP_N, (kind, max(columns, 1 if rows == 1 else row_stride), step)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import NamedTuple
 
+from dcnops._backends.cuda.constants import VECTOR_BYTES, ceil_div
 from dcnops._backends.cuda.engine import Device
-from dcnops._backends.cuda.plans.array_jobs import ITEMSIZE, VECTOR_BYTES, ceil_div
+from dcnops._dtypes import DTYPES
 from dcnops._geometry import DeformConvGeometry
 
 TILE_ROWS = 128
@@ -52,7 +53,7 @@ class ForwardProblem:
     def steps(self) -> int:
         """Steps of the inner axis of the fused kernel's products."""
         g = self.geometry
-        return g.C // g.G // self.segment * g.K * ceil_div(self.segment * ITEMSIZE[self.dtype], _STEP_BYTES)
+        return g.C // g.G // self.segment * g.K * ceil_div(self.segment * DTYPES[self.dtype].itemsize, _STEP_BYTES)
 
     @property
     def has_tensor_product(self) -> bool:
@@ -109,7 +110,7 @@ FUSED_NEEDS = (
     Requirement("sums are float32: float64 goes through columns", lambda p: p.dtype != "float64"),
     Requirement(
         "channels move 16 bytes at a time, all of them of one group",
-        lambda p: p.alignment * ITEMSIZE[p.dtype] % VECTOR_BYTES == 0,
+        lambda p: p.alignment * DTYPES[p.dtype].itemsize % VECTOR_BYTES == 0,
     ),
     Requirement(
         "of a weight group and a deformable group one contains the other",
@@ -128,7 +129,7 @@ FUSED_NEEDS = (
 FUSED_PAYS = (
     Requirement(
         "a step has room for 128 bytes of a group's channels: with less than half of them most of it is idle",
-        lambda p: 2 * p.segment * ITEMSIZE[p.dtype] >= _STEP_BYTES,
+        lambda p: 2 * p.segment * DTYPES[p.dtype].itemsize >= _STEP_BYTES,
     ),
     Requirement(
         "a block computes 64 outputs of a weight group or more: with less than half of them most of it is idle",

@@ -10,32 +10,21 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any
 
-from dcnops._backends.cuda.engine import DTYPE_SUFFIX, Engine
+from dcnops._backends.cuda.constants import MAX_BLOCKS, MAX_ROWS, THREADS, VECTOR_BYTES, WARP, ceil_div
+from dcnops._backends.cuda.engine import Engine
+from dcnops._dtypes import DTYPES
 
-WORKSPACE_BYTES = 32 * 2**20
-"""Scratch memory of a call, in bytes: what stays in the L2 cache of a large GPU. One image's is the least."""
-
-SCALAR = {"float16": "Half", "bfloat16": "BFloat16", "float32": "float", "float64": "double"}
-"""Element types by their name in the kernels."""
-
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-
-VECTOR_BYTES = 16
-THREADS = 256
-WARP = 32
-MAX_BLOCKS = 2**20
-MOST_LAYOUT_JOBS = 4
+MAX_ARRAY_JOBS = 4
 
 _TILE = 32
 """Channels of a tile of sums."""
 
-_LAYOUT_SIDE = {2: 64, 4: 64, 8: 32}
-"""Pixels and channels of a tile, by the size of an element (`LayoutTile` in dcn/layout.cuh)."""
+_TRANSPOSE_TILE_SIDE = {2: 64, 4: 64, 8: 32}
+"""Pixels and channels of a tile, by the size of an element (`TransposeTile` in dcn/transposes.cuh)."""
 
-LAYOUT_SHARED_BYTES = 64 * 65 * 4
-"""Shared memory of a block that changes layouts."""
+ARRAY_JOBS_SHARED_BYTES = 64 * 65 * 4
+"""Shared memory of a block that runs array jobs."""
 
-MAX_ROWS = 2**30
 _PART_ROWS = 1024
 _FILL = 4096
 
@@ -46,8 +35,8 @@ class RowRange(ctypes.Structure):
     _fields_ = [("first_image", ctypes.c_int), ("first_pixel", ctypes.c_int), ("rows", ctypes.c_int)]
 
 
-class LayoutTask(IntEnum):
-    """What a job does (`LayoutTask` in dcn/layout.cuh)."""
+class ArrayTask(IntEnum):
+    """What a job does (`ArrayTask` in dcn/array_job.cuh)."""
 
     NOTHING = 0
     PIXELS_TO_ROWS = 1
@@ -59,8 +48,8 @@ class LayoutTask(IntEnum):
     FILL_PIXELS = 7
 
 
-class LayoutJob(ctypes.Structure):
-    """One job of a launch of change_layout (`LayoutJob` in dcn/layout.cuh)."""
+class ArrayJob(ctypes.Structure):
+    """One job of a launch of run_array_jobs (`ArrayJob` in dcn/array_job.cuh)."""
 
     _fields_ = [
         ("source", ctypes.c_void_p),
@@ -74,24 +63,20 @@ class LayoutJob(ctypes.Structure):
     ]
 
 
-class LayoutParams(ctypes.Structure):
+class ArrayJobsParams(ctypes.Structure):
     """What the kernel of layout.cu takes."""
 
-    _fields_ = [("jobs", LayoutJob * MOST_LAYOUT_JOBS)]
+    _fields_ = [("jobs", ArrayJob * MAX_ARRAY_JOBS)]
 
 
 def data_macros(dtype: str) -> dict[str, str | int]:
     """The macros that name the element type of the data."""
-    return {"DCN_SUFFIX": DTYPE_SUFFIX[dtype], "DCN_SCALAR": SCALAR[dtype]}
+    return {"DCN_SUFFIX": DTYPES[dtype].suffix, "DCN_SCALAR": DTYPES[dtype].c_name}
 
 
 def sum_dtype(engine: Engine, dtype: Any) -> Any:
     """The dtype of coordinates and sums beside data of `dtype`."""
     return engine.xp.dtype("float64" if dtype.name == "float64" else "float32")
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def channel_lanes(vectors: int) -> int:
@@ -118,28 +103,28 @@ def empty_images(engine: Engine, shape: tuple[int, ...], dtype: Any, like: Any) 
     return engine.empty((N, C, H, W), dtype)
 
 
-def change_layout(engine: Engine, dtype: str, jobs: Sequence[LayoutJob]) -> None:
-    """Do up to `MOST_LAYOUT_JOBS` jobs on arrays of `dtype` in one launch; their arrays must live that long."""
-    tiles = layout_tiles(jobs)
+def run_array_jobs(engine: Engine, dtype: str, jobs: Sequence[ArrayJob]) -> None:
+    """Do up to `MAX_ARRAY_JOBS` jobs on arrays of `dtype` in one launch; their arrays must live that long."""
+    tiles = array_job_tiles(jobs)
     if tiles == 0:
         return
     engine.launch(
-        "layout",
-        "change_layout",
+        "array_jobs",
+        "run_array_jobs",
         data_macros(dtype),
         min(tiles, MAX_BLOCKS),
         (THREADS, 1),
-        layout_params(jobs),
-        LAYOUT_SHARED_BYTES,
+        array_jobs_params(jobs),
+        ARRAY_JOBS_SHARED_BYTES,
     )
 
 
-def layout_params(jobs: Sequence[LayoutJob]) -> LayoutParams:
-    assert len(jobs) <= MOST_LAYOUT_JOBS
-    return LayoutParams((LayoutJob * MOST_LAYOUT_JOBS)(*jobs))
+def array_jobs_params(jobs: Sequence[ArrayJob]) -> ArrayJobsParams:
+    assert len(jobs) <= MAX_ARRAY_JOBS
+    return ArrayJobsParams((ArrayJob * MAX_ARRAY_JOBS)(*jobs))
 
 
-def layout_tiles(jobs: Sequence[LayoutJob]) -> int:
+def array_job_tiles(jobs: Sequence[ArrayJob]) -> int:
     return sum(job.tiles for job in jobs)
 
 
@@ -148,26 +133,26 @@ def are_rows(engine: Engine, images: Any) -> bool:
     return is_channels_last(images) and (engine.pointer(images) or 0) % VECTOR_BYTES == 0
 
 
-def rows_job(
+def pixels_to_rows_job(
     engine: Engine, images: Any, C: int, P: int, rows: RowRange, target: Any, round_to_tf32: bool = False
-) -> LayoutJob:
+) -> ArrayJob:
     """Write `rows` of images [N, C, P], in either memory order, to the rows of `target`.
 
     `round_to_tf32` is for float32 only.
     """
     assert not round_to_tf32 or images.dtype == target.dtype == "float32"
-    task = LayoutTask.PIXELS_TO_ROUNDED_ROWS if round_to_tf32 else LayoutTask.PIXELS_TO_ROWS
+    task = ArrayTask.PIXELS_TO_ROUNDED_ROWS if round_to_tf32 else ArrayTask.PIXELS_TO_ROWS
     if is_channels_last(images):
         # Channels-last images are images of one pixel, one for each row.
         images, P, rows = _flat(images, C)[_first(rows, P) :], 1, RowRange(0, 0, rows.rows)
     return _transpose_job(engine, task, images, target, C, P, rows, target.dtype.itemsize)
 
 
-def pixels_job(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange) -> LayoutJob:
+def rows_to_pixels_job(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange) -> ArrayJob:
     """Round sums, an array that begins with `rows`, into images [N, C, P] in either memory order."""
     if is_channels_last(images):
         images, P, rows = _flat(images, C)[_first(rows, P) :], 1, RowRange(0, 0, rows.rows)
-    return _transpose_job(engine, LayoutTask.ROWS_TO_PIXELS, sums, images, C, P, rows, images.dtype.itemsize)
+    return _transpose_job(engine, ArrayTask.ROWS_TO_PIXELS, sums, images, C, P, rows, images.dtype.itemsize)
 
 
 def channel_sums_jobs(engine: Engine, images: Any, N: int, C: int, P: int, result: Any) -> tuple[Any, Any, Any]:
@@ -175,60 +160,60 @@ def channel_sums_jobs(engine: Engine, images: Any, N: int, C: int, P: int, resul
 
     Returns
     -------
-    (LayoutJob, LayoutJob, array)
+    (ArrayJob, ArrayJob, array)
         The jobs, and the array between them.
     """
     sums = sum_dtype(engine, images.dtype)
     if is_channels_last(images):
         parts = ceil_div(N * P, _PART_ROWS)
         partial = engine.empty((parts, C), sums)
-        first = LayoutJob(engine.pointer(images), engine.pointer(partial), LayoutTask.SUM_ROW_PARTS)
+        first = ArrayJob(engine.pointer(images), engine.pointer(partial), ArrayTask.SUM_ROW_PARTS)
         first.C, first.P, first.range = C, _PART_ROWS, RowRange(0, 0, N * P)
         first.tiles = parts * ceil_div(C, _TILE)
     else:
         parts = N
         partial = engine.empty((parts, C), sums)
-        first = LayoutJob(engine.pointer(images), engine.pointer(partial), LayoutTask.SUM_PIXELS, N, C, P)
+        first = ArrayJob(engine.pointer(images), engine.pointer(partial), ArrayTask.SUM_PIXELS, N, C, P)
         first.tiles = N * C
-    second = LayoutJob(engine.pointer(partial), engine.pointer(result), LayoutTask.SUM_ROWS, 0, C, parts)
+    second = ArrayJob(engine.pointer(partial), engine.pointer(result), ArrayTask.SUM_ROWS, 0, C, parts)
     second.tiles = ceil_div(C, _TILE)
     return first, second, partial
 
 
-def fill_job(engine: Engine, bias: Any, images: Any, N: int, C: int, P: int) -> LayoutJob:
+def fill_job(engine: Engine, bias: Any, images: Any, N: int, C: int, P: int) -> ArrayJob:
     """Fill images [N, C, P], in either memory order, with `bias` [C]."""
     sizes = (N * P, C, 1) if is_channels_last(images) else (N, C, P)
-    job = LayoutJob(engine.pointer(bias), engine.pointer(images), LayoutTask.FILL_PIXELS, *sizes)
+    job = ArrayJob(engine.pointer(bias), engine.pointer(images), ArrayTask.FILL_PIXELS, *sizes)
     job.tiles = ceil_div(N * C * P, _FILL)
     return job
 
 
-def all_rows(engine: Engine, images: Any, N: int, C: int, P: int) -> Any:
+def as_rows(engine: Engine, images: Any, N: int, C: int, P: int) -> Any:
     """Rows [N*P, C] of images [N, C, P]: the images themselves where they are rows already, else a new array."""
     if are_rows(engine, images):
         return _flat(images, C)
     rows_array = engine.empty((N * P, C), images.dtype)
     for rows in row_ranges(N, P, MAX_ROWS):
-        take_rows(engine, images, C, P, rows, rows_array[_first(rows, P) :])
+        pixels_to_rows(engine, images, C, P, rows, rows_array[_first(rows, P) :])
     return rows_array
 
 
-def all_pixels(engine: Engine, sums: Any, like: Any, N: int, C: int, P: int) -> Any:
+def images_from_rows(engine: Engine, sums: Any, like: Any, N: int, C: int, P: int) -> Any:
     """New images of the shape, dtype and memory order of `like`, of sums [N*P, C]."""
     images = empty_images(engine, like.shape, like.dtype, like)
     for rows in row_ranges(N, P, MAX_ROWS):
-        put_rows(engine, sums.reshape(N * P, C)[_first(rows, P) :], images, C, P, rows)
+        rows_to_pixels(engine, sums.reshape(N * P, C)[_first(rows, P) :], images, C, P, rows)
     return images
 
 
-def take_rows(engine: Engine, images: Any, C: int, P: int, rows: RowRange, target: Any) -> None:
-    """See `rows_job`."""
-    change_layout(engine, str(images.dtype.name), [rows_job(engine, images, C, P, rows, target)])
+def pixels_to_rows(engine: Engine, images: Any, C: int, P: int, rows: RowRange, target: Any) -> None:
+    """See `pixels_to_rows_job`."""
+    run_array_jobs(engine, str(images.dtype.name), [pixels_to_rows_job(engine, images, C, P, rows, target)])
 
 
-def put_rows(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange) -> None:
-    """See `pixels_job`."""
-    change_layout(engine, str(images.dtype.name), [pixels_job(engine, sums, images, C, P, rows)])
+def rows_to_pixels(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange) -> None:
+    """See `rows_to_pixels_job`."""
+    run_array_jobs(engine, str(images.dtype.name), [rows_to_pixels_job(engine, sums, images, C, P, rows)])
 
 
 def _flat(images: Any, C: int) -> Any:
@@ -241,16 +226,16 @@ def _first(rows: RowRange, P: int) -> int:
 
 def _transpose_job(
     engine: Engine,
-    task: LayoutTask,
+    task: ArrayTask,
     source: Any,
     target: Any,
     C: int,
     P: int,
     rows: RowRange,
     itemsize: int,
-) -> LayoutJob:
-    job = LayoutJob(engine.pointer(source), engine.pointer(target), task, 0, C, P, rows)
-    side = _LAYOUT_SIDE[itemsize]
+) -> ArrayJob:
+    job = ArrayJob(engine.pointer(source), engine.pointer(target), task, 0, C, P, rows)
+    side = _TRANSPOSE_TILE_SIDE[itemsize]
     if P == 1:
         job.tiles = ceil_div(rows.rows * C, side * side)
     elif rows.first_pixel == 0 and rows.rows % P == 0 and side // 2 >= P:

@@ -11,29 +11,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dcnops._backends.cuda.constants import MAX_ROWS, THREADS, VECTOR_BYTES, WARP, WORKSPACE_BYTES, ceil_div
 from dcnops._backends.cuda.engine import Engine
 from dcnops._backends.cuda.plans.array_jobs import (
-    ITEMSIZE,
-    LAYOUT_SHARED_BYTES,
-    MAX_ROWS,
-    THREADS,
-    VECTOR_BYTES,
-    WARP,
-    WORKSPACE_BYTES,
-    LayoutJob,
-    LayoutParams,
+    ARRAY_JOBS_SHARED_BYTES,
+    ArrayJob,
+    ArrayJobsParams,
     RowRange,
     are_rows,
-    ceil_div,
-    change_layout,
+    array_job_tiles,
+    array_jobs_params,
     channel_sums_jobs,
     empty_images,
     is_channels_last,
-    layout_params,
-    layout_tiles,
-    pixels_job,
+    pixels_to_rows_job,
     row_ranges,
-    rows_job,
+    rows_to_pixels_job,
+    run_array_jobs,
     sum_dtype,
 )
 from dcnops._backends.cuda.plans.deform_conv2d_common import (
@@ -42,7 +36,8 @@ from dcnops._backends.cuda.plans.deform_conv2d_common import (
     filters_job,
     sizes_of,
 )
-from dcnops._backends.cuda.plans.deform_conv2d_forward import DeformConvForwardParams
+from dcnops._backends.cuda.plans.deform_conv2d_forward import DeformConvColumnsParams
+from dcnops._dtypes import DTYPES
 from dcnops._geometry import DeformConvGeometry, DeformConvSizes
 
 _UNIT = "deform_conv2d_backward"
@@ -126,7 +121,7 @@ class DeformConvBackwardParams(ctypes.Structure):
         ("channels", _int),
         ("write_columns", _int),
         ("count_blocks", _int),
-        ("layout", LayoutParams),
+        ("array_jobs", ArrayJobsParams),
     ]
 
 
@@ -211,7 +206,7 @@ class _Call:
         self.engine, self.geometry, self.precision = engine, geometry, precision
         self.grad_out, self.input, self.offset, self.weight, self.mask = grad_out, input, offset, weight, mask
         self.dtype, self.sums = str(input.dtype.name), sum_dtype(engine, input.dtype)
-        itemsize, sum_size = ITEMSIZE[self.dtype], self.sums.itemsize
+        itemsize, sum_size = DTYPES[self.dtype].itemsize, self.sums.itemsize
         self.taps = RowRange(0, 0, g.O * g.K)
 
         self.samples = bool(needs & {"offset", "mask"})
@@ -231,9 +226,9 @@ class _Call:
             for name, array in (("input", input), ("offset", offset), ("weight", weight), ("mask", mask))
             if name in needs and array is not None
         }
-        self.opening: list[LayoutJob] = []
+        self.opening: list[ArrayJob] = []
         """Changes of layout that share a launch with the first group's."""
-        self.closing: list[LayoutJob] = []
+        self.closing: list[ArrayJob] = []
         """... with the last group's."""
         if "bias" in needs:
             self.gradients["bias"] = engine.empty((g.O,), grad_out.dtype)
@@ -277,7 +272,7 @@ class _Call:
         if sums_weight:
             self.grad_filters = engine.zeros(filters, self.sums)
             self.closing.append(
-                pixels_job(engine, self.grad_filters, self.gradients["weight"], g.C // g.G, g.K, self.taps)
+                rows_to_pixels_job(engine, self.grad_filters, self.gradients["weight"], g.C // g.G, g.K, self.taps)
             )
         elif self.makes_columns:
             self.grad_filters = _rows(self.gradients["weight"], g.C // g.G).reshape(filters)
@@ -309,8 +304,8 @@ class _Call:
     def run(self) -> dict[str, Any]:
         g = self.geometry
         if g.N == 0 or not (self.propagates or self.makes_columns):
-            change_layout(self.engine, self.dtype, self.opening)
-            change_layout(self.engine, self.dtype, self.closing)
+            run_array_jobs(self.engine, self.dtype, self.opening)
+            run_array_jobs(self.engine, self.dtype, self.closing)
             return self.gradients
         with self.engine.products() as self.multiply:
             for first in range(0, g.N, self.images):
@@ -329,12 +324,12 @@ class _Call:
         jobs = self.opening if images.start == 0 else []
         closing = self.closing if images.stop == self.geometry.N else []
         if self.input_rows is not None:
-            jobs = [*jobs, rows_job(engine, input, g.C, g.H * g.W, all_pixels, self.input_rows)]
+            jobs = [*jobs, pixels_to_rows_job(engine, input, g.C, g.H * g.W, all_pixels, self.input_rows)]
         if self.grad_out_rows is not None:
-            jobs = [*jobs, rows_job(engine, grad_out, g.O, g.pixels, all_rows, self.grad_out_rows)]
+            jobs = [*jobs, pixels_to_rows_job(engine, grad_out, g.O, g.pixels, all_rows, self.grad_out_rows)]
         grad_input = self.grad_input_rows
         if grad_input is not None:
-            closing = [pixels_job(engine, grad_input, gradients["input"], g.C, g.H * g.W, all_pixels), *closing]
+            closing = [rows_to_pixels_job(engine, grad_input, gradients["input"], g.C, g.H * g.W, all_pixels), *closing]
         elif "input" in gradients:
             grad_input = _rows(gradients["input"], g.C)
         if grad_input is not None:
@@ -354,10 +349,10 @@ class _Call:
             if self.lists is not None:
                 self.lists.make(self.gradient_kernels, params, g, jobs)
             else:
-                change_layout(engine, self.dtype, jobs)
+                run_array_jobs(engine, self.dtype, jobs)
             jobs = []
             self._run_chunk(g, params, self._grad_out_of(grad_out, rows))
-        change_layout(engine, self.dtype, closing)
+        run_array_jobs(engine, self.dtype, closing)
 
     def _grad_out_of(self, grad_out: Any, rows: RowRange) -> Any:
         """What of the output's gradient belongs to `rows`, as factors [G, rows, O/G]."""
@@ -382,7 +377,7 @@ class _Call:
             self.gradient_kernels.launch("deform_conv2d_grad_samples", params, rows.rows)
         elif self.makes_columns:
             arguments = params.input, params.offset, params.mask, params.columns, params.size, rows
-            forward = DeformConvForwardParams(*arguments, self.column_kernels.tile_rows)
+            forward = DeformConvColumnsParams(*arguments, self.column_kernels.tile_rows)
             self.column_kernels.launch("deform_conv2d_columns", forward, rows.rows)
         if self.makes_columns:
             self.multiply(grad_out.transpose(0, 2, 1), columns, self.grad_filters, True, self.precision)
@@ -425,7 +420,7 @@ class _Lists:
         kernels: SampleKernels,
         params: DeformConvBackwardParams,
         geometry: DeformConvGeometry,
-        jobs: Sequence[LayoutJob],
+        jobs: Sequence[ArrayJob],
     ) -> None:
         """Make the lists of the rows of `params`; changes of layout share the launch that begins it."""
         g = geometry
@@ -435,11 +430,11 @@ class _Lists:
         params.lists = g.N * g.H * g.W * g.D
         params.part_entries = self._limits.part_entries
         params.sorted_entries = self._limits.sorted_entries
-        params.layout = layout_params(jobs)
+        params.array_jobs = array_jobs_params(jobs)
         counts = ceil_div(params.range.rows * g.D * g.K, THREADS)
         params.count_blocks = min(counts, _COUNT_BLOCKS * self._engine.device.multiprocessors)
-        blocks = params.count_blocks + layout_tiles(jobs)
-        kernels.launch_blocks("deform_conv2d_prepare", blocks, (THREADS, 1), params, LAYOUT_SHARED_BYTES)
+        blocks = params.count_blocks + array_job_tiles(jobs)
+        kernels.launch_blocks("deform_conv2d_prepare", blocks, (THREADS, 1), params, ARRAY_JOBS_SHARED_BYTES)
         kernels.launch_blocks("deform_conv2d_fill_lists", counts, (THREADS, 1), params)
 
     def gather(self, kernels: SampleKernels, params: DeformConvBackwardParams) -> None:

@@ -7,22 +7,17 @@ import functools
 from math import gcd
 from typing import Any
 
+from dcnops._backends.cuda.constants import MAX_BLOCKS, THREADS, VECTOR_BYTES, WARP, ceil_div
 from dcnops._backends.cuda.engine import Device, Engine, Launcher, Macros
 from dcnops._backends.cuda.plans.array_jobs import (
-    ITEMSIZE,
-    MAX_BLOCKS,
-    SCALAR,
-    THREADS,
-    VECTOR_BYTES,
-    WARP,
-    LayoutJob,
+    ArrayJob,
     RowRange,
-    ceil_div,
     channel_lanes,
     data_macros,
     is_channels_last,
-    rows_job,
+    pixels_to_rows_job,
 )
+from dcnops._dtypes import DTYPES
 from dcnops._geometry import DeformConvGeometry, DeformConvSizes
 
 
@@ -53,14 +48,14 @@ class SampleKernels:
         sample_bytes: int,
     ) -> None:
         g = geometry
-        vector = gcd(g.C // g.D, g.C // g.G, VECTOR_BYTES // ITEMSIZE[dtype])
+        vector = gcd(g.C // g.D, g.C // g.G, VECTOR_BYTES // DTYPES[dtype].itemsize)
         lanes = channel_lanes(g.C // g.D // vector)
         self._engine, self._unit = engine, unit
         self._group_taps = g.D * g.K
         self._launchers: dict[str, Launcher] = {}
         self._macros: Macros = {
             **data_macros(dtype),
-            "DCN_OFFSET_SCALAR": SCALAR[offset_dtype],
+            "DCN_OFFSET_SCALAR": DTYPES[offset_dtype].c_name,
             "DCN_VEC": vector,
             "DCN_SAMPLE_BYTES": sample_bytes,
         }
@@ -94,8 +89,8 @@ _sizes = functools.lru_cache(maxsize=512)(DeformConvGeometry.params)
 
 def filters_job(
     engine: Engine, geometry: DeformConvGeometry, weight: Any, filters: Any, round_to_tf32: bool = False
-) -> LayoutJob:
+) -> ArrayJob:
     """Write weights [O, C/G, kh, kw] to `filters` [O, K, C/G], channels innermost as in the columns."""
     g = geometry
     rows = RowRange(0, 0, g.O * g.K)
-    return rows_job(engine, weight, g.C // g.G, g.K, rows, filters, round_to_tf32)
+    return pixels_to_rows_job(engine, weight, g.C // g.G, g.K, rows, filters, round_to_tf32)

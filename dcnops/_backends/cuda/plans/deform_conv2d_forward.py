@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from dcnops._backends.cuda.constants import MAX_BLOCKS, THREADS, VECTOR_BYTES, WORKSPACE_BYTES, ceil_div
 from dcnops._backends.cuda.engine import Device, Engine, Macros, dtype_name
 from dcnops._backends.cuda.heuristics import (
     FUSED_NEEDS,
@@ -20,34 +21,28 @@ from dcnops._backends.cuda.heuristics import (
     failed,
 )
 from dcnops._backends.cuda.plans.array_jobs import (
-    ITEMSIZE,
-    MAX_BLOCKS,
-    SCALAR,
-    THREADS,
-    VECTOR_BYTES,
-    WORKSPACE_BYTES,
-    LayoutJob,
+    ArrayJob,
     RowRange,
     are_rows,
-    ceil_div,
-    change_layout,
     empty_images,
     fill_job,
     is_channels_last,
-    rows_job,
+    pixels_to_rows_job,
+    run_array_jobs,
 )
 from dcnops._backends.cuda.plans.deform_conv2d_common import (
     SampleKernels,
     column_sample_bytes,
     filters_job,
 )
+from dcnops._dtypes import DTYPES
 from dcnops._geometry import DeformConvGeometry, DeformConvSizes
 
 _pointer = ctypes.c_void_p
 _int = ctypes.c_int
 
 
-class DeformConvForwardParams(ctypes.Structure):
+class DeformConvColumnsParams(ctypes.Structure):
     """What the kernel of deform_conv2d_forward.cu takes."""
 
     _fields_ = [
@@ -157,7 +152,7 @@ def _groups(engine: Engine, device: Device, call: _Call) -> list[tuple[slice, _F
         raise ValueError(f"the fused kernel cannot do this: {'; '.join(reasons)}")
     # As many images as leave room for their copies of the input.
     image = g.H * g.W * g.C
-    image_bytes = image * ITEMSIZE[call.dtype]
+    image_bytes = image * DTYPES[call.dtype].itemsize
     most = g.N if call.has_rows else max(1, call.chunk_bytes // image_bytes)
     if path == "fused":
         size = choose_images(problem, choose_tiles(problem), min(most, max(1, (2**31 - 1) // max(image, g.pixels))))
@@ -171,13 +166,13 @@ def _groups(engine: Engine, device: Device, call: _Call) -> list[tuple[slice, _F
     return [(images, engine.recall(make, part)) for images, part in zip(ranges, parts)]
 
 
-def _input_rows(engine: Engine, call: _Call, input: Any, jobs: list[LayoutJob]) -> tuple[Any, list[LayoutJob]]:
+def _input_rows(engine: Engine, call: _Call, input: Any, jobs: list[ArrayJob]) -> tuple[Any, list[ArrayJob]]:
     """The input's rows, and the jobs to be done before they are used."""
     if call.has_rows:
         return input, jobs
     g = call.geometry
     rows = engine.empty((g.N * g.H * g.W, g.C), input.dtype)
-    return rows, [*jobs, rows_job(engine, input, g.C, g.H * g.W, RowRange(0, 0, g.N * g.H * g.W), rows)]
+    return rows, [*jobs, pixels_to_rows_job(engine, input, g.C, g.H * g.W, RowRange(0, 0, g.N * g.H * g.W), rows)]
 
 
 class _Fused:
@@ -187,7 +182,7 @@ class _Fused:
         g = call.geometry
         problem = ForwardProblem(g, call.dtype, call.precision, device)
         tiles = choose_tiles(problem)
-        copied = 0 if call.has_rows else g.N * g.H * g.W * g.C * ITEMSIZE[call.dtype]
+        copied = 0 if call.has_rows else g.N * g.H * g.W * g.C * DTYPES[call.dtype].itemsize
         splits = choose_splits(problem, tiles, call.chunk_bytes - copied)
         self.rounds_filters = tiles.rounds_filters
         self._engine, self._call = engine, call
@@ -221,11 +216,11 @@ class _Fused:
         output: Any,
         filters: Any,
         bias: Any | None,
-        jobs: list[LayoutJob],
+        jobs: list[ArrayJob],
     ) -> None:
         engine, call = self._engine, self._call
         input_rows, jobs = _input_rows(engine, call, input, jobs)
-        change_layout(engine, call.dtype, jobs)
+        run_array_jobs(engine, call.dtype, jobs)
         partial = None if self._partial is None else engine.empty(self._partial, engine.xp.float32)
         arrays = input_rows, offset, mask, filters, bias, output, partial
         params = DeformConvFusedParams(*map(engine.pointer, arrays), *self._numbers)
@@ -237,9 +232,9 @@ def fused_macros(dtype: str, offset_dtype: str, tiles: FusedTiles) -> Macros:
     """The macros of unit deform_conv2d_fused."""
     return {
         "DCN_SUFFIX": tiles.suffix,
-        "DCN_SCALAR": SCALAR[dtype],
-        "DCN_OFFSET_SCALAR": SCALAR[offset_dtype],
-        "DCN_VEC": VECTOR_BYTES // ITEMSIZE[dtype],
+        "DCN_SCALAR": DTYPES[dtype].c_name,
+        "DCN_OFFSET_SCALAR": DTYPES[offset_dtype].c_name,
+        "DCN_VEC": VECTOR_BYTES // DTYPES[dtype].itemsize,
         "DCN_PRODUCT": tiles.product,
         "DCN_OUTPUTS": tiles.outputs,
         "DCN_BLOCKS": tiles.blocks,
@@ -255,7 +250,7 @@ class _Columns:
 
     def __init__(self, engine: Engine, device: Device, call: _Call) -> None:
         g = call.geometry
-        itemsize = ITEMSIZE[call.dtype]
+        itemsize = DTYPES[call.dtype].itemsize
         copied = 0 if call.has_rows else g.N * g.H * g.W * g.C * itemsize
         most_rows = max(1, max(call.chunk_bytes - copied, call.chunk_bytes // 2) // (g.K * g.C * itemsize))
         self._engine, self._call, self._most_rows = engine, call, most_rows
@@ -273,16 +268,16 @@ class _Columns:
         output: Any,
         filters: Any,
         bias: Any | None,
-        jobs: list[LayoutJob],
+        jobs: list[ArrayJob],
     ) -> None:
         engine, call, g = self._engine, self._call, self._call.geometry
         input_rows, jobs = _input_rows(engine, call, input, jobs)
         if bias is not None:
             jobs = [*jobs, fill_job(engine, bias, output, g.N, g.O, g.pixels)]
-        change_layout(engine, call.dtype, jobs)
+        run_array_jobs(engine, call.dtype, jobs)
         columns = engine.empty(self._columns, input.dtype)
         pointers = map(engine.pointer, (input_rows, offset, mask, columns))
-        params = DeformConvForwardParams(*pointers, self._sizes, tile_rows=self._kernels.tile_rows)
+        params = DeformConvColumnsParams(*pointers, self._sizes, tile_rows=self._kernels.tile_rows)
         with engine.products() as matmul:
             for rows in _column_chunks(g, self._most_rows, call.output_last):
                 params.range = rows

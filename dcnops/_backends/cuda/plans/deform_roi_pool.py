@@ -11,30 +11,22 @@ import ctypes
 from math import gcd
 from typing import Any
 
+from dcnops._backends.cuda.constants import MAX_BLOCKS, MAX_ROWS, VECTOR_BYTES, WARP, WORKSPACE_BYTES, ceil_div
 from dcnops._backends.cuda.engine import Engine, Macros
 from dcnops._backends.cuda.plans.array_jobs import (
-    ITEMSIZE,
-    MAX_BLOCKS,
-    MAX_ROWS,
-    SCALAR,
-    VECTOR_BYTES,
-    WARP,
     RowRange,
-    all_pixels,
-    all_rows,
-    ceil_div,
+    as_rows,
     channel_lanes,
     data_macros,
     empty_images,
+    images_from_rows,
     is_channels_last,
+    pixels_to_rows,
     row_ranges,
     sum_dtype,
-    take_rows,
 )
+from dcnops._dtypes import DTYPES
 from dcnops._geometry import DeformRoIPoolGeometry, DeformRoIPoolSizes
-
-DETERMINISTIC_BYTES = 32 * 2**20
-"""Scratch memory of the deterministic input gradient: a part of `grad_out`, channels together."""
 
 _FORWARD, _BACKWARD, _COLLECT = "deform_roi_pool_forward", "deform_roi_pool_backward", "deform_roi_pool_grad_input"
 _WARPS = 8
@@ -88,7 +80,7 @@ class DeformRoIPoolBackwardParams(ctypes.Structure):
     ]
 
 
-class DeformRoIPoolCollectParams(ctypes.Structure):
+class DeformRoIPoolGradInputParams(ctypes.Structure):
     """What the kernels of deform_roi_pool_grad_input.cu take."""
 
     _fields_ = [
@@ -123,7 +115,7 @@ def deform_roi_pool(
         output = engine.empty((g.R, g.P, g.Q, g.C), input.dtype).transpose(0, 3, 1, 2)
     else:
         output = engine.empty(g.output_shape, input.dtype)
-    input_rows = all_rows(engine, input, g.N, g.C, g.H * g.W)
+    input_rows = as_rows(engine, input, g.N, g.C, g.H * g.W)
     tile_rows = call.tile_rows(call.slices)
     params = DeformRoIPoolForwardParams(
         input=engine.pointer(input_rows),
@@ -150,7 +142,7 @@ def deform_roi_pool_backward(
     mask: Any | None,
     needs: frozenset[str],
     deterministic: bool = False,
-    chunk_bytes: int = DETERMINISTIC_BYTES,
+    chunk_bytes: int = WORKSPACE_BYTES,
 ) -> dict[str, Any]:
     """The gradients named in `needs`, each like its argument, of contiguous arrays.
 
@@ -176,7 +168,7 @@ def deform_roi_pool_backward(
         sums = engine.zeros((g.N * g.H * g.W, g.C), sum_dtype(engine, input.dtype))
 
     grad_rows = _rows_in_place(engine, g, grad_out)
-    input_rows = all_rows(engine, input, g.N, g.C, g.H * g.W) if gradients else None
+    input_rows = as_rows(engine, input, g.N, g.C, g.H * g.W) if gradients else None
     if gradients or sums is not None:
         tile_rows = call.tile_rows(1)
         params = DeformRoIPoolBackwardParams(
@@ -193,7 +185,7 @@ def deform_roi_pool_backward(
         shared = (_WARPS * _WARP_PIXELS + tile_rows * _ROW_DOTS) * call.sum_bytes + call.tile_bytes(tile_rows)
         call.launch(_BACKWARD, "deform_roi_pool_backward", ceil_div(g.R * g.bins, tile_rows), params, shared)
     if sums is not None:
-        gradients["input"] = all_pixels(engine, sums, input, g.N, g.C, g.H * g.W)
+        gradients["input"] = images_from_rows(engine, sums, input, g.N, g.C, g.H * g.W)
     elif "input" in needs:
         gradients["input"] = _collect_input(call, grad_out, grad_rows, input, chunk_bytes)
     return gradients
@@ -212,7 +204,7 @@ def _collect_input(call: _Call, grad_out: Any, grad_rows: Any | None, input: Any
     sums = None if whole else engine.zeros((g.N * g.H * g.W, g.C), sum_dtype(engine, input.dtype))
     scratch = engine.empty((ranges[0].rows, g.C), input.dtype) if grad_rows is None else None
     bounds = engine.empty((g.R, _BOUNDS_INTS), "int32")
-    params = DeformRoIPoolCollectParams(
+    params = DeformRoIPoolGradInputParams(
         bounds=engine.pointer(bounds),
         grad_input=engine.pointer(gradient),
         sums=engine.pointer(sums),
@@ -228,19 +220,19 @@ def _collect_input(call: _Call, grad_out: Any, grad_rows: Any | None, input: Any
     for rows in ranges:
         part = scratch if grad_rows is None else grad_rows[first:]
         if grad_rows is None and rows.rows:
-            take_rows(engine, grad_out, g.C, g.bins, rows, scratch)
+            pixels_to_rows(engine, grad_out, g.C, g.bins, rows, scratch)
         params.range = rows
         params.grad_out = engine.pointer(part)
-        call.launch(_COLLECT, "deform_roi_pool_grad_input_input", strips, params, shared_bytes)
+        call.launch(_COLLECT, "deform_roi_pool_grad_input", strips, params, shared_bytes)
         first += rows.rows
-    return gradient if whole else all_pixels(engine, sums, input, g.N, g.C, g.H * g.W)
+    return gradient if whole else images_from_rows(engine, sums, input, g.N, g.C, g.H * g.W)
 
 
 def _rows_in_place(engine: Engine, geometry: DeformRoIPoolGeometry, grad_out: Any) -> Any | None:
     """Rows [R*P*Q, C] of gradients that lie so in memory; None for [R, C, P, Q]."""
     g = geometry
     if is_channels_last(grad_out):
-        return all_rows(engine, grad_out, g.R, g.C, g.bins)
+        return as_rows(engine, grad_out, g.R, g.C, g.bins)
     if g.bins == 1 and (engine.pointer(grad_out) or 0) % VECTOR_BYTES == 0:
         return grad_out.reshape(g.R, g.C)
     return None
@@ -262,7 +254,7 @@ class _Call:
         sampling = next((array for array in (offset, mask) if array is not None), input)
         self.engine = engine
         self.geometry = geometry
-        self.item_bytes = ITEMSIZE[dtype]
+        self.item_bytes = DTYPES[dtype].itemsize
         self.sum_bytes = sum_dtype(engine, input.dtype).itemsize
         self.vector = gcd(geometry.C, VECTOR_BYTES // self.item_bytes)
         self.lanes = channel_lanes(geometry.C // self.vector)
@@ -272,7 +264,7 @@ class _Call:
         )
         self._macros: Macros = {
             **data_macros(dtype),
-            "DCN_OFFSET_SCALAR": SCALAR[str(sampling.dtype.name)],
+            "DCN_OFFSET_SCALAR": DTYPES[str(sampling.dtype.name)].c_name,
             "DCN_VEC": self.vector,
         }
 

@@ -1,19 +1,6 @@
-// Moving images [N, C, P] (P pixels, channels apart) to rows [N * P, C] (channels together) and back, and summing over
-// pixels. A launch does several jobs of this kind: its blocks take the tiles of all jobs in turn.
+// Transposes between images [N, C, P] and rows [N * P, C].
 
-#include "dcn/types.cuh"
-#include "dcn/rows.cuh"
-
-enum LayoutTask {
-  kNothing,
-  kPixelsToRows,         // Scalar [N, C, P] to Scalar [rows, C]
-  kPixelsToRoundedRows,  // likewise, floats rounded to TF32
-  kRowsToPixels,         // Sum [rows, C] to Scalar [N, C, P]
-  kSumPixels,            // Scalar [N, C, P] to Sum [N, C]
-  kSumRows,              // Sum [P, C] to Scalar [C]
-  kSumRowParts,          // Scalar [rows, C] to Sum [parts, C], a part being P rows
-  kFillPixels,           // Scalar [N, C, P] with Scalar [C]
-};
+#include "dcn/array_job.cuh"
 
 // An unsigned integer of so many bytes.
 template <int bytes>
@@ -31,25 +18,10 @@ struct WordOf<8> {
   using type = unsigned long long;
 };
 
-struct LayoutJob {
-  const void* source;
-  void* target;
-  int task;
-  int N, C, P;
-  RowRange range;  // the rows to move
-  int tiles;
-};
-
-constexpr int kLayoutJobs = 4;
-
-struct LayoutParams {
-  LayoutJob jobs[kLayoutJobs];
-};
-
 // A tile goes through shared memory, so that both sides are read and written in whole lines: kSide pixels of an image
 // by kSide channels, kPitch elements from one channel to the next.
 template <typename T>
-struct LayoutTile {
+struct TransposeTile {
   static constexpr int kSide = sizeof(T) == 8 ? 32 : 64;
   static constexpr int kPitch = kSide + (sizeof(T) == 2 ? 2 : 1);
   static constexpr int kVector = 16 / sizeof(T);
@@ -59,7 +31,7 @@ struct LayoutTile {
   long long row;  // of the first pixel
   T* memory;
 
-  __device__ __forceinline__ LayoutTile(const LayoutJob& job, int t, unsigned char* shared)
+  __device__ __forceinline__ TransposeTile(const ArrayJob& job, int t, unsigned char* shared)
       : memory(reinterpret_cast<T*>(shared)) {
     const int channel_tiles = (job.C + kSide - 1) / kSide, image_tiles = (job.P + kSide - 1) / kSide;
     const int from_first = job.range.first_pixel / kSide + t / channel_tiles;
@@ -79,14 +51,10 @@ struct LayoutTile {
   __device__ __forceinline__ T& at(int c, int p) const { return memory[c * kPitch + p]; }
 
   // Index in [N, C, P] of the tile's first element.
-  __device__ __forceinline__ long long first(const LayoutJob& job) const {
+  __device__ __forceinline__ long long first(const ArrayJob& job) const {
     return (static_cast<long long>(image) * job.C + channel) * job.P + pixel;
   }
 };
-
-__device__ __forceinline__ bool is_aligned(const void* at, int bytes) {
-  return reinterpret_cast<unsigned long long>(at) % bytes == 0;
-}
 
 template <typename Words, typename T, int count>
 __device__ __forceinline__ void copy_words(T* to, const Vector<T, count>& from) {
@@ -108,10 +76,10 @@ __device__ __forceinline__ Vector<T, count> take_words(const T* from) {
 
 // Reads a tile of [N, C, P], `width` pixels at a time. All loads of a thread are under way before the first is used.
 template <int width, typename T>
-__device__ __forceinline__ void read_pixels(const LayoutJob& job, const LayoutTile<T>& tile) {
+__device__ __forceinline__ void read_pixels(const ArrayJob& job, const TransposeTile<T>& tile) {
   using Pixels = Vector<T, width>;
   using Words = typename WordOf<(width * sizeof(T) < 8 ? width * sizeof(T) : (sizeof(T) == 8 ? 8 : 4))>::type;
-  constexpr int across = LayoutTile<T>::kSide / width, step = 256 / across, turns = LayoutTile<T>::kSide / step;
+  constexpr int across = TransposeTile<T>::kSide / width, step = 256 / across, turns = TransposeTile<T>::kSide / step;
   const int p = threadIdx.x % across * width, c = threadIdx.x / across;
   const T* source = static_cast<const T*>(job.source) + tile.first(job) + p;
   Pixels pixels[turns];
@@ -128,10 +96,10 @@ __device__ __forceinline__ void read_pixels(const LayoutJob& job, const LayoutTi
 }
 
 template <int width, typename T>
-__device__ __forceinline__ void write_pixels(const LayoutJob& job, const LayoutTile<T>& tile) {
+__device__ __forceinline__ void write_pixels(const ArrayJob& job, const TransposeTile<T>& tile) {
   using Pixels = Vector<T, width>;
   using Words = typename WordOf<(width * sizeof(T) < 8 ? width * sizeof(T) : (sizeof(T) == 8 ? 8 : 4))>::type;
-  constexpr int across = LayoutTile<T>::kSide / width, step = 256 / across;
+  constexpr int across = TransposeTile<T>::kSide / width, step = 256 / across;
   const int p = threadIdx.x % across * width;
   T* target = static_cast<T*>(job.target) + tile.first(job) + p;
 #pragma unroll 1
@@ -143,7 +111,7 @@ __device__ __forceinline__ void write_pixels(const LayoutJob& job, const LayoutT
 
 // Calls visit(channel, pixel) for the elements of a tile, neighbouring threads with neighbouring pixels.
 template <typename T, typename Visit>
-__device__ __forceinline__ void visit_pixels(const LayoutTile<T>& tile, Visit visit) {
+__device__ __forceinline__ void visit_pixels(const TransposeTile<T>& tile, Visit visit) {
   const unsigned pixels = tile.pixels;
 #pragma unroll 1
   for (unsigned i = threadIdx.x; i < pixels * tile.channels; i += blockDim.x) {
@@ -153,7 +121,7 @@ __device__ __forceinline__ void visit_pixels(const LayoutTile<T>& tile, Visit vi
 
 // ... with neighbouring channels.
 template <typename T, typename Visit>
-__device__ __forceinline__ void visit_channels(const LayoutTile<T>& tile, Visit visit) {
+__device__ __forceinline__ void visit_channels(const TransposeTile<T>& tile, Visit visit) {
   const unsigned channels = tile.channels;
 #pragma unroll 1
   for (unsigned i = threadIdx.x; i < channels * tile.pixels; i += blockDim.x) {
@@ -163,9 +131,9 @@ __device__ __forceinline__ void visit_channels(const LayoutTile<T>& tile, Visit 
 
 // The most pixels that every access to the pixels of a tile can move at once.
 template <typename T>
-__device__ __forceinline__ int pixels_at_once(const LayoutJob& job, const LayoutTile<T>& tile, const void* pixels) {
+__device__ __forceinline__ int pixels_at_once(const ArrayJob& job, const TransposeTile<T>& tile, const void* pixels) {
   const T* first = static_cast<const T*>(pixels) + tile.first(job);
-  constexpr int widest = LayoutTile<T>::kVector;
+  constexpr int widest = TransposeTile<T>::kVector;
   if (job.P % widest == 0 && tile.pixels % widest == 0 && is_aligned(first, 16)) return widest;
   if (sizeof(T) == 2 && job.P % 2 == 0 && tile.pixels % 2 == 0 && is_aligned(first, 4)) return 2;
   return 1;
@@ -181,8 +149,8 @@ __device__ __forceinline__ float rounded_if<float>(float value, bool rounds) {
 }
 
 template <typename T>
-__device__ __forceinline__ void pixels_to_rows(const LayoutJob& job, int t, unsigned char* shared) {
-  using Tile = LayoutTile<T>;
+__device__ __forceinline__ void pixels_to_rows(const ArrayJob& job, int t, unsigned char* shared) {
+  using Tile = TransposeTile<T>;
   const Tile tile(job, t, shared);
   const bool rounds = job.task == kPixelsToRoundedRows;
   const int width = pixels_at_once(job, tile, job.source);
@@ -214,8 +182,8 @@ __device__ __forceinline__ void pixels_to_rows(const LayoutJob& job, int t, unsi
 }
 
 template <typename T>
-__device__ __forceinline__ void rows_to_pixels(const LayoutJob& job, int t, unsigned char* shared) {
-  using Tile = LayoutTile<T>;
+__device__ __forceinline__ void rows_to_pixels(const ArrayJob& job, int t, unsigned char* shared) {
+  using Tile = TransposeTile<T>;
   using Sum = Accumulator<T>;
   constexpr int vector = 16 / sizeof(Sum);
   const Tile tile(job, t, shared);
@@ -263,15 +231,15 @@ template <typename T>
 struct SmallImages {
   static constexpr int kVector = 16 / sizeof(T);
 
-  static __device__ __forceinline__ bool are(const LayoutJob& job) {
-    return job.P <= LayoutTile<T>::kSide / 2 && job.range.first_pixel == 0 && job.range.rows % job.P == 0;
+  static __device__ __forceinline__ bool are(const ArrayJob& job) {
+    return job.P <= TransposeTile<T>::kSide / 2 && job.range.first_pixel == 0 && job.range.rows % job.P == 0;
   }
 
   int image, channel, channels;  // image: among those of the range
   long long first;               // index in [N, C, P]
 
-  __device__ __forceinline__ SmallImages(const LayoutJob& job, int t) {
-    constexpr int elements = LayoutTile<T>::kSide * LayoutTile<T>::kSide;
+  __device__ __forceinline__ SmallImages(const ArrayJob& job, int t) {
+    constexpr int elements = TransposeTile<T>::kSide * TransposeTile<T>::kSide;
     const int most = elements / job.P / kVector * kVector, channel_tiles = (job.C + most - 1) / most;
     image = t / channel_tiles;
     channel = t % channel_tiles * most;
@@ -280,7 +248,7 @@ struct SmallImages {
   }
 
   // Index in [rows, C].
-  __device__ __forceinline__ long long first_of_rows(const LayoutJob& job) const {
+  __device__ __forceinline__ long long first_of_rows(const ArrayJob& job) const {
     return static_cast<long long>(image) * job.P * job.C + channel;
   }
 };
@@ -299,7 +267,7 @@ __device__ __forceinline__ void copy_elements(T* to, const T* from, int count) {
 }
 
 template <typename T>
-__device__ __forceinline__ void small_pixels_to_rows(const LayoutJob& job, int t, unsigned char* shared) {
+__device__ __forceinline__ void small_pixels_to_rows(const ArrayJob& job, int t, unsigned char* shared) {
   constexpr int vector = SmallImages<T>::kVector;
   const SmallImages<T> tile(job, t);
   const bool rounds = job.task == kPixelsToRoundedRows;
@@ -327,7 +295,7 @@ __device__ __forceinline__ void small_pixels_to_rows(const LayoutJob& job, int t
 }
 
 template <typename T>
-__device__ __forceinline__ void small_rows_to_pixels(const LayoutJob& job, int t, unsigned char* shared) {
+__device__ __forceinline__ void small_rows_to_pixels(const ArrayJob& job, int t, unsigned char* shared) {
   using Sum = Accumulator<T>;
   const SmallImages<T> tile(job, t);
   T* memory = reinterpret_cast<T*>(shared);
@@ -345,8 +313,8 @@ __device__ __forceinline__ void small_rows_to_pixels(const LayoutJob& job, int t
 
 // Images of one pixel: both sides are in the same order. Tile: kSide * kSide elements.
 template <typename T, typename From>
-__device__ __forceinline__ void copy_rows(const LayoutJob& job, int t) {
-  constexpr unsigned elements = LayoutTile<T>::kSide * LayoutTile<T>::kSide, vector = 16 / sizeof(From);
+__device__ __forceinline__ void copy_rows(const ArrayJob& job, int t) {
+  constexpr unsigned elements = TransposeTile<T>::kSide * TransposeTile<T>::kSide, vector = 16 / sizeof(From);
   const bool to_rows = job.task != kRowsToPixels, rounds = job.task == kPixelsToRoundedRows;
   const long long skipped = static_cast<long long>(job.range.first_image) * job.C;
   const long long all = static_cast<long long>(job.range.rows) * job.C, begin = static_cast<long long>(t) * elements;
@@ -371,164 +339,4 @@ __device__ __forceinline__ void copy_rows(const LayoutJob& job, int t) {
   }
 #pragma unroll 1
   for (unsigned i = in_vectors + threadIdx.x; i < count; i += blockDim.x) target[i] = converted(source[i]);
-}
-
-// Channels of a tile of sums.
-constexpr int kTile = 32;
-
-// Adds the sums of all threads of a block in a fixed order; the total is thread 0's.
-template <typename Sum>
-__device__ __forceinline__ Sum block_sum(Sum value, unsigned char* shared) {
-  Sum* partial = reinterpret_cast<Sum*>(shared);
-  partial[threadIdx.x] = value;
-  __syncthreads();
-  for (int stride = blockDim.x / 2; stride > 0; stride /= 2) {
-    if (threadIdx.x < stride) partial[threadIdx.x] += partial[threadIdx.x + stride];
-    __syncthreads();
-  }
-  const Sum total = partial[0];
-  __syncthreads();
-  return total;
-}
-
-// Tile: an image's channel.
-template <typename Scalar>
-__device__ __forceinline__ void sum_pixels(const LayoutJob& job, int t, unsigned char* shared) {
-  using Sum = Accumulator<Scalar>;
-  const Scalar* pixels = static_cast<const Scalar*>(job.source) + static_cast<long long>(t) * job.P;
-  constexpr int vector = 16 / sizeof(Scalar);
-  const int in_vectors = is_aligned(pixels, 16) ? job.P / vector * vector : 0;
-  Sum sum = Sum(0);
-  for (int i = threadIdx.x * vector; i < in_vectors; i += blockDim.x * vector) {
-    const auto values = *reinterpret_cast<const Vector<Scalar, vector>*>(pixels + i);
-#pragma unroll
-    for (int e = 0; e < vector; ++e) sum += widen(values.at[e]);
-  }
-  for (int i = in_vectors + threadIdx.x; i < job.P; i += blockDim.x) sum += widen(pixels[i]);
-  const Sum total = block_sum(sum, shared);
-  if (threadIdx.x == 0) static_cast<Sum*>(job.target)[t] = total;
-}
-
-// Sums of 32 channels over rows, a thread of each group of 32 for every eighth row (at 256 threads).
-template <typename Sum, typename Load>
-__device__ __forceinline__ Sum sum_of_rows(int rows, unsigned char* shared, Load load) {
-  Sum* partial = reinterpret_cast<Sum*>(shared);
-  const int x = threadIdx.x % kTile, step = blockDim.x / kTile;
-  Sum sum = Sum(0);
-  for (int r = threadIdx.x / kTile; r < rows; r += step) sum += load(r);
-  partial[threadIdx.x] = sum;
-  __syncthreads();
-  Sum total = Sum(0);
-  if (threadIdx.x < kTile) {
-    for (int i = 0; i < step; ++i) total += partial[i * kTile + x];
-  }
-  __syncthreads();
-  return total;
-}
-
-// Tile: 32 channels of a part of the rows.
-template <typename Scalar>
-__device__ __forceinline__ void sum_row_part(const LayoutJob& job, int t, unsigned char* shared) {
-  using Sum = Accumulator<Scalar>;
-  const int channel_tiles = (job.C + kTile - 1) / kTile, part = t / channel_tiles;
-  const int c = t % channel_tiles * kTile + threadIdx.x % kTile, first = part * job.P;
-  const Scalar* source = static_cast<const Scalar*>(job.source) + static_cast<long long>(first) * job.C + c;
-  const Sum total = sum_of_rows<Sum>(min(job.P, job.range.rows - first), shared, [&](int r) {
-    return c < job.C ? widen(source[static_cast<long long>(r) * job.C]) : Sum(0);
-  });
-  if (threadIdx.x < kTile && c < job.C) {
-    static_cast<Sum*>(job.target)[static_cast<long long>(part) * job.C + c] = total;
-  }
-}
-
-// Tile: 32 channels.
-template <typename Scalar>
-__device__ __forceinline__ void sum_rows(const LayoutJob& job, int t, unsigned char* shared) {
-  using Sum = Accumulator<Scalar>;
-  const int c = t * kTile + threadIdx.x % kTile;
-  const Sum* source = static_cast<const Sum*>(job.source) + c;
-  const Sum total = sum_of_rows<Sum>(
-      job.P, shared, [&](int r) { return c < job.C ? source[static_cast<long long>(r) * job.C] : Sum(0); });
-  if (threadIdx.x < kTile && c < job.C) static_cast<Scalar*>(job.target)[c] = narrow<Scalar>(total);
-}
-
-// Tile: kFill elements.
-constexpr int kFill = 4096;
-
-template <typename Scalar>
-__device__ __forceinline__ void fill_pixels(const LayoutJob& job, int t) {
-  constexpr unsigned vector = 16 / sizeof(Scalar);
-  const long long all = static_cast<long long>(job.N) * job.C * job.P, first = static_cast<long long>(t) * kFill;
-  const unsigned count = static_cast<unsigned>(min(all - first, static_cast<long long>(kFill)));
-  const unsigned first_channel = static_cast<unsigned>(first / job.P % job.C);
-  const unsigned first_pixel = static_cast<unsigned>(first % job.P);
-  const Scalar* source = static_cast<const Scalar*>(job.source);
-  Scalar* target = static_cast<Scalar*>(job.target) + first;
-  const auto value_at = [&](unsigned i) { return source[(first_channel + (first_pixel + i) / job.P) % job.C]; };
-  // A vector is of one channel, or of consecutive ones.
-  if (is_aligned(target, 16) && (job.P == 1 ? job.C : job.P) % vector == 0) {
-#pragma unroll 1
-    for (unsigned i = threadIdx.x * vector; i < count; i += blockDim.x * vector) {
-      Vector<Scalar, vector> elements;
-#pragma unroll
-      for (unsigned e = 0; e < vector; ++e) elements.at[e] = value_at(job.P == 1 ? i + e : i);
-      *reinterpret_cast<Vector<Scalar, vector>*>(target + i) = elements;
-    }
-  } else {
-#pragma unroll 1
-    for (unsigned i = threadIdx.x; i < count; i += blockDim.x) target[i] = value_at(i);
-  }
-}
-
-__device__ __forceinline__ long long layout_tiles(const LayoutParams& p) {
-  long long tiles = 0;
-#pragma unroll
-  for (int i = 0; i < kLayoutJobs; ++i) tiles += p.jobs[i].tiles;
-  return tiles;
-}
-
-// One tile of one job. Block: 256 threads in one row, all with the same t.
-template <typename Scalar>
-__device__ __forceinline__ void do_layout_tile(const LayoutParams& p, long long t, unsigned char* shared) {
-#pragma unroll 1
-  for (int i = 0; i < kLayoutJobs; ++i) {
-    const LayoutJob& job = p.jobs[i];
-    if (t >= 0 && t < job.tiles) {
-      const int tile = static_cast<int>(t);
-      switch (job.task) {
-        case kPixelsToRows:
-        case kPixelsToRoundedRows:
-          if (job.P == 1) {
-            copy_rows<Scalar, Scalar>(job, tile);
-          } else if (SmallImages<Scalar>::are(job)) {
-            small_pixels_to_rows<Scalar>(job, tile, shared);
-          } else {
-            pixels_to_rows<Scalar>(job, tile, shared);
-          }
-          break;
-        case kRowsToPixels:
-          if (job.P == 1) {
-            copy_rows<Scalar, Accumulator<Scalar>>(job, tile);
-          } else if (SmallImages<Scalar>::are(job)) {
-            small_rows_to_pixels<Scalar>(job, tile, shared);
-          } else {
-            rows_to_pixels<Scalar>(job, tile, shared);
-          }
-          break;
-        case kSumPixels:
-          sum_pixels<Scalar>(job, tile, shared);
-          break;
-        case kSumRows:
-          sum_rows<Scalar>(job, tile, shared);
-          break;
-        case kSumRowParts:
-          sum_row_part<Scalar>(job, tile, shared);
-          break;
-        case kFillPixels:
-          fill_pixels<Scalar>(job, tile);
-          break;
-      }
-    }
-    t -= job.tiles;
-  }
 }

@@ -1,0 +1,30 @@
+// One job on an array, a part of a launch that runs several.
+//
+// Images are [N, C, P]: P pixels, each channel contiguous. Rows are [N * P, C]: one per pixel, channels contiguous.
+
+#include "dcn/types.cuh"
+#include "dcn/rows.cuh"
+
+enum ArrayTask {
+  kNothing,
+  kPixelsToRows,         // Scalar [N, C, P] to Scalar [rows, C]
+  kPixelsToRoundedRows,  // likewise, floats rounded to TF32
+  kRowsToPixels,         // Sum [rows, C] to Scalar [N, C, P]
+  kSumPixels,            // Scalar [N, C, P] to Sum [N, C]
+  kSumRows,              // Sum [P, C] to Scalar [C]
+  kSumRowParts,          // Scalar [rows, C] to Sum [parts, C], a part being P rows
+  kFillPixels,           // Scalar [N, C, P] with Scalar [C]
+};
+
+struct ArrayJob {
+  const void* source;
+  void* target;
+  int task;
+  int N, C, P;
+  RowRange range;  // the rows to move
+  int tiles;
+};
+
+__device__ __forceinline__ bool is_aligned(const void* at, int bytes) {
+  return reinterpret_cast<unsigned long long>(at) % bytes == 0;
+}

@@ -1,0 +1,63 @@
+// Several array jobs in one launch: its blocks take the tiles of all jobs in turn.
+
+#include "dcn/channel_sums.cuh"
+#include "dcn/transposes.cuh"
+
+constexpr int kMaxArrayJobs = 4;
+
+struct ArrayJobsParams {
+  ArrayJob jobs[kMaxArrayJobs];
+};
+
+__device__ __forceinline__ long long array_job_tiles(const ArrayJobsParams& p) {
+  long long tiles = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxArrayJobs; ++i) tiles += p.jobs[i].tiles;
+  return tiles;
+}
+
+// One tile of one job. Block: 256 threads in one row, all with the same t.
+template <typename Scalar>
+__device__ __forceinline__ void run_array_job_tile(const ArrayJobsParams& p, long long t, unsigned char* shared) {
+#pragma unroll 1
+  for (int i = 0; i < kMaxArrayJobs; ++i) {
+    const ArrayJob& job = p.jobs[i];
+    if (t >= 0 && t < job.tiles) {
+      const int tile = static_cast<int>(t);
+      switch (job.task) {
+        case kPixelsToRows:
+        case kPixelsToRoundedRows:
+          if (job.P == 1) {
+            copy_rows<Scalar, Scalar>(job, tile);
+          } else if (SmallImages<Scalar>::are(job)) {
+            small_pixels_to_rows<Scalar>(job, tile, shared);
+          } else {
+            pixels_to_rows<Scalar>(job, tile, shared);
+          }
+          break;
+        case kRowsToPixels:
+          if (job.P == 1) {
+            copy_rows<Scalar, Accumulator<Scalar>>(job, tile);
+          } else if (SmallImages<Scalar>::are(job)) {
+            small_rows_to_pixels<Scalar>(job, tile, shared);
+          } else {
+            rows_to_pixels<Scalar>(job, tile, shared);
+          }
+          break;
+        case kSumPixels:
+          sum_pixels<Scalar>(job, tile, shared);
+          break;
+        case kSumRows:
+          sum_rows<Scalar>(job, tile, shared);
+          break;
+        case kSumRowParts:
+          sum_row_part<Scalar>(job, tile, shared);
+          break;
+        case kFillPixels:
+          fill_pixels<Scalar>(job, tile);
+          break;
+      }
+    }
+    t -= job.tiles;
+  }
+}
