@@ -639,7 +639,7 @@ __device__ __forceinline__ SampleGradient differentiate(const SamplePlan& plan, 
   return gradient;
 }
 
-#if defined(DCN_HOST) || __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 800
 template <typename T>
 __device__ __forceinline__ unsigned pack(float low, float high);
 template <>
@@ -656,7 +656,7 @@ __device__ __forceinline__ unsigned pack<BFloat16>(float low, float high) {
 template <typename T>
 __device__ __forceinline__ Vector<T, DCN_VEC> narrow_vector(const Accumulator<T> (&value)[DCN_VEC]) {
   Vector<T, DCN_VEC> narrowed;
-#if defined(DCN_HOST) || __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 800
   if constexpr (sizeof(T) == 2 && DCN_VEC % 2 == 0) {
 #pragma unroll
     for (int e = 0; e < DCN_VEC; e += 2) {

@@ -1,4 +1,7 @@
-"""Constants of all launch plans. The test of shared constants compares those that the CUDA sources repeat."""
+"""Constants of the launch plans.
+
+The CUDA sources repeat some of them; tests/cuda/test_shared_constants.py compares each pair.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,69 @@ VECTOR_BYTES = 16
 """Bytes of the widest load or store of a thread."""
 
 WARP = 32
+
 THREADS = 256
-"""Threads of a block."""
+"""Threads of a block of every kernel but the fused convolution."""
 
 MAX_BLOCKS = 2**20
 MAX_ROWS = 2**30
+
+# Array jobs.
+
+MAX_ARRAY_JOBS = 4
+"""Jobs of one launch."""
+
+TRANSPOSE_TILE_SIDE = {2: 64, 4: 64, 8: 32}
+"""Pixels and channels of a tile of a transpose, by the size of an element."""
+
+ARRAY_JOBS_SHARED_BYTES = 64 * 65 * 4
+"""Shared memory of a block that runs array jobs: the largest tile of a transpose."""
+
+SUM_TILE_CHANNELS = 32
+"""Channels of a tile of a sum over rows."""
+
+FILL_TILE_ELEMENTS = 4096
+
+# The fused forward convolution.
+
+FUSED_TILE_ROWS = 128
+"""Output pixels of a block."""
+
+FUSED_SLICE_OUTPUTS = 64
+"""Outputs that a block writes at once: the outputs of a block are a multiple."""
+
+FUSED_STEP_BYTES = 128
+"""Bytes of a group's channels that a step of the products takes from each pixel."""
+
+# The backward convolution.
+
+BAND_ROWS = 8
+"""Rows of a band of sampling points."""
+
+LISTS_PER_THREAD = 16
+"""Lists that a thread starts at a time."""
+
+LIST_PART_BYTES = 16
+"""Bytes of the description of a part of a long list."""
+
+# RoI pooling, in numbers of the type of sums.
+
+ROI_WARP_PIXELS = 224
+"""Shared memory of a warp for the pixels of its bin."""
+
+ROI_BIN_DOTS = 4
+"""Shared memory of a bin for its dot products."""
+
+ROI_STRIP_PADDING = 4
+"""Shared memory between the pixels of a strip."""
+
+ROI_BOUNDS_INTS = 5
+"""Integers of the bounds of a region."""
+
+
+def roi_strip_pixels(sum_bytes: int, vector: int) -> int:
+    """Return the pixels of a strip of the deterministic input gradient: the sums of a thread must fit registers."""
+    return 2 if sum_bytes == 8 else 4 if vector == 8 else 8
 
 
 def ceil_div(a: int, b: int) -> int:

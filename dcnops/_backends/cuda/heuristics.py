@@ -12,18 +12,11 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import NamedTuple
 
-from dcnops._backends.cuda.constants import VECTOR_BYTES, ceil_div
+from dcnops._backends.cuda.constants import FUSED_STEP_BYTES, FUSED_TILE_ROWS, VECTOR_BYTES, ceil_div
 from dcnops._backends.cuda.engine import Device
 from dcnops._dtypes import DTYPES
 from dcnops._geometry import DeformConvGeometry
 
-TILE_ROWS = 128
-"""Output pixels of a block of the fused kernel (`kTileRows` in dcn/products.cuh)."""
-
-SLICE_OUTPUTS = 64
-"""Outputs that leave a block of the fused kernel at once (`kSlice` there): its tiles are multiples of it."""
-
-_STEP_BYTES = 128
 _MAX_INDEX = 2**31
 _LEAST_STEPS = 4
 
@@ -53,7 +46,7 @@ class ForwardProblem:
     def steps(self) -> int:
         """Steps of the inner axis of the fused kernel's products."""
         g = self.geometry
-        return g.C // g.G // self.segment * g.K * ceil_div(self.segment * DTYPES[self.dtype].itemsize, _STEP_BYTES)
+        return g.C // g.G // self.segment * g.K * ceil_div(self.segment * DTYPES[self.dtype].itemsize, FUSED_STEP_BYTES)
 
     @property
     def has_tensor_product(self) -> bool:
@@ -62,7 +55,7 @@ class ForwardProblem:
     def blocks(self, outputs: int) -> int:
         """Blocks of the fused kernel that compute so many outputs each."""
         g = self.geometry
-        return ceil_div(g.N * g.pixels, TILE_ROWS) * g.G * ceil_div(g.O // g.G, outputs)
+        return ceil_div(g.N * g.pixels, FUSED_TILE_ROWS) * g.G * ceil_div(g.O // g.G, outputs)
 
 
 class Requirement(NamedTuple):
@@ -98,7 +91,7 @@ class FusedTiles(NamedTuple):
     def shared_bytes(self) -> int:
         """Two tiles of columns and of filters, the pixels' places and sampling weights, and what aligns them."""
         alignment = 1024 if self.by_warpgroups else 16
-        tiles = 2 * (TILE_ROWS + self.outputs) * _STEP_BYTES + TILE_ROWS * (2 * 20 + 16)
+        tiles = 2 * (FUSED_TILE_ROWS + self.outputs) * FUSED_STEP_BYTES + FUSED_TILE_ROWS * (2 * 20 + 16)
         return ceil_div(tiles, alignment) * alignment + alignment - 16
 
 
@@ -129,7 +122,7 @@ FUSED_NEEDS = (
 FUSED_PAYS = (
     Requirement(
         "a step has room for 128 bytes of a group's channels: with less than half of them most of it is idle",
-        lambda p: 2 * p.segment * DTYPES[p.dtype].itemsize >= _STEP_BYTES,
+        lambda p: 2 * p.segment * DTYPES[p.dtype].itemsize >= FUSED_STEP_BYTES,
     ),
     Requirement(
         "a block computes 64 outputs of a weight group or more: with less than half of them most of it is idle",

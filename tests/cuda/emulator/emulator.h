@@ -7,6 +7,7 @@
 
 // ---- keywords
 
+#define __CUDA_ARCH__ 900
 #define __global__
 #define __device__
 #define __host__
@@ -421,3 +422,5 @@ CUDA_ON_CPU_SHUFFLES(float)
 CUDA_ON_CPU_SHUFFLES(double)
 #undef CUDA_ON_CPU_SHUFFLES
 #undef CUDA_ON_CPU_SHUFFLE
+
+#include "ptx.h"

@@ -124,7 +124,7 @@ class HostCompiler:
         defines = tuple(option for option in options if option.startswith("-D"))
         unit = self._build(
             f'{source}\n#line 1 "entry of {kernel}"\nCUDA_ON_CPU_ENTRY({kernel})\n',
-            (*self._flags, "-DDCN_HOST", *defines),
+            (*self._flags, *defines),
             ("-include", str(_HERE / "emulator.h"), f"-L{self.cache}"),
             # The scheduler is found beside the unit, so that the folder can be moved as a whole.
             (f"-l:{scheduler.name}", "-Wl,-rpath,$ORIGIN"),
@@ -225,7 +225,7 @@ def _scheduler() -> str:
 
 @functools.cache
 def _headers() -> str:
-    return "".join((_HERE / name).read_text(encoding="utf-8") for name in ("scheduler.h", "emulator.h"))
+    return "".join((_HERE / name).read_text(encoding="utf-8") for name in ("scheduler.h", "emulator.h", "ptx.h"))
 
 
 _LOADED: dict[Path, ctypes.CDLL] = {}

@@ -10,23 +10,23 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any
 
-from dcnops._backends.cuda.constants import MAX_BLOCKS, MAX_ROWS, THREADS, VECTOR_BYTES, WARP, ceil_div
+from dcnops._backends.cuda.constants import (
+    ARRAY_JOBS_SHARED_BYTES,
+    FILL_TILE_ELEMENTS,
+    MAX_ARRAY_JOBS,
+    MAX_BLOCKS,
+    MAX_ROWS,
+    SUM_TILE_CHANNELS,
+    THREADS,
+    TRANSPOSE_TILE_SIDE,
+    VECTOR_BYTES,
+    WARP,
+    ceil_div,
+)
 from dcnops._backends.cuda.engine import Engine
 from dcnops._dtypes import DTYPES
 
-MAX_ARRAY_JOBS = 4
-
-_TILE = 32
-"""Channels of a tile of sums."""
-
-_TRANSPOSE_TILE_SIDE = {2: 64, 4: 64, 8: 32}
-"""Pixels and channels of a tile, by the size of an element (`TransposeTile` in dcn/transposes.cuh)."""
-
-ARRAY_JOBS_SHARED_BYTES = 64 * 65 * 4
-"""Shared memory of a block that runs array jobs."""
-
 _PART_ROWS = 1024
-_FILL = 4096
 
 
 class RowRange(ctypes.Structure):
@@ -169,14 +169,14 @@ def channel_sums_jobs(engine: Engine, images: Any, N: int, C: int, P: int, resul
         partial = engine.empty((parts, C), sums)
         first = ArrayJob(engine.pointer(images), engine.pointer(partial), ArrayTask.SUM_ROW_PARTS)
         first.C, first.P, first.range = C, _PART_ROWS, RowRange(0, 0, N * P)
-        first.tiles = parts * ceil_div(C, _TILE)
+        first.tiles = parts * ceil_div(C, SUM_TILE_CHANNELS)
     else:
         parts = N
         partial = engine.empty((parts, C), sums)
         first = ArrayJob(engine.pointer(images), engine.pointer(partial), ArrayTask.SUM_PIXELS, N, C, P)
         first.tiles = N * C
     second = ArrayJob(engine.pointer(partial), engine.pointer(result), ArrayTask.SUM_ROWS, 0, C, parts)
-    second.tiles = ceil_div(C, _TILE)
+    second.tiles = ceil_div(C, SUM_TILE_CHANNELS)
     return first, second, partial
 
 
@@ -184,7 +184,7 @@ def fill_job(engine: Engine, bias: Any, images: Any, N: int, C: int, P: int) -> 
     """Fill images [N, C, P], in either memory order, with `bias` [C]."""
     sizes = (N * P, C, 1) if is_channels_last(images) else (N, C, P)
     job = ArrayJob(engine.pointer(bias), engine.pointer(images), ArrayTask.FILL_PIXELS, *sizes)
-    job.tiles = ceil_div(N * C * P, _FILL)
+    job.tiles = ceil_div(N * C * P, FILL_TILE_ELEMENTS)
     return job
 
 
@@ -235,7 +235,7 @@ def _transpose_job(
     itemsize: int,
 ) -> ArrayJob:
     job = ArrayJob(engine.pointer(source), engine.pointer(target), task, 0, C, P, rows)
-    side = _TRANSPOSE_TILE_SIDE[itemsize]
+    side = TRANSPOSE_TILE_SIDE[itemsize]
     if P == 1:
         job.tiles = ceil_div(rows.rows * C, side * side)
     elif rows.first_pixel == 0 and rows.rows % P == 0 and side // 2 >= P:

@@ -11,10 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dcnops._backends.cuda.constants import MAX_ROWS, THREADS, VECTOR_BYTES, WARP, WORKSPACE_BYTES, ceil_div
+from dcnops._backends.cuda.constants import (
+    ARRAY_JOBS_SHARED_BYTES,
+    BAND_ROWS,
+    LIST_PART_BYTES,
+    LISTS_PER_THREAD,
+    MAX_ROWS,
+    THREADS,
+    VECTOR_BYTES,
+    WARP,
+    WORKSPACE_BYTES,
+    ceil_div,
+)
 from dcnops._backends.cuda.engine import Engine
 from dcnops._backends.cuda.plans.array_jobs import (
-    ARRAY_JOBS_SHARED_BYTES,
     ArrayJob,
     ArrayJobsParams,
     RowRange,
@@ -49,15 +59,10 @@ With fewer, an entry of a list weighs about as much as the channels that it stan
 """
 
 _MOST_ENTRIES = 2**30
-_LISTS_OF_THREAD = 16
-_BAND = 8
-"""Rows of a band of sampling points (`kBand` in the kernels)."""
-
 _COUNT_BLOCKS = 4
 """Blocks per multiprocessor that count the entries of lists, at most."""
 
 _ALIGNED_ROWS = 64
-_PART_BYTES = 16
 
 _pointer = ctypes.c_void_p
 _int = ctypes.c_int
@@ -344,7 +349,7 @@ class _Call:
         params.grad_input = engine.pointer(grad_input)
         for rows in row_ranges(g.N, g.pixels, self.rows):
             params.range, params.by_rows = rows, divisor(rows.rows)
-            samples = ceil_div(rows.rows, _BAND) * _BAND * g.K
+            samples = ceil_div(rows.rows, BAND_ROWS) * BAND_ROWS * g.K
             params.tiles = g.D * ceil_div(samples, params.tile_samples)
             if self.lists is not None:
                 self.lists.make(self.gradient_kernels, params, g, jobs)
@@ -405,7 +410,7 @@ class _Lists:
         self._lengths = engine.zeros((lists,), engine.xp.int32)
         self._starts = engine.empty((lists,), engine.xp.int32)
         self._entries = engine.empty((entries, self._entry_bytes), engine.xp.uint8)
-        self._parts = engine.empty((entries // limits.part_entries, _PART_BYTES), engine.xp.uint8)
+        self._parts = engine.empty((entries // limits.part_entries, LIST_PART_BYTES), engine.xp.uint8)
         self._counters = engine.zeros((2,), engine.xp.int32)
 
     @staticmethod
@@ -413,7 +418,7 @@ class _Lists:
         """What an image's lists take, and what a row's entries do."""
         g = geometry
         entries = 4 * g.D * g.K
-        return 8 * g.H * g.W * g.D, entries * 2 * sum_size + ceil_div(entries * _PART_BYTES, limits.part_entries)
+        return 8 * g.H * g.W * g.D, entries * 2 * sum_size + ceil_div(entries * LIST_PART_BYTES, limits.part_entries)
 
     def make(
         self,
@@ -451,7 +456,7 @@ class _Lists:
 
 def _padded(lists: int) -> int:
     """Lists and one more, in whole pieces of what a thread takes at a time."""
-    return (lists // _LISTS_OF_THREAD + 1) * _LISTS_OF_THREAD
+    return (lists // LISTS_PER_THREAD + 1) * LISTS_PER_THREAD
 
 
 def _rows(images: Any, C: int) -> Any:

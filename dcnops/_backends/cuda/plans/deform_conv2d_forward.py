@@ -7,11 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from dcnops._backends.cuda.constants import MAX_BLOCKS, THREADS, VECTOR_BYTES, WORKSPACE_BYTES, ceil_div
+from dcnops._backends.cuda.constants import (
+    FUSED_SLICE_OUTPUTS,
+    MAX_BLOCKS,
+    THREADS,
+    VECTOR_BYTES,
+    WORKSPACE_BYTES,
+    ceil_div,
+)
 from dcnops._backends.cuda.engine import Device, Engine, Macros, dtype_name
 from dcnops._backends.cuda.heuristics import (
     FUSED_NEEDS,
-    SLICE_OUTPUTS,
     ForwardProblem,
     FusedTiles,
     choose_images,
@@ -201,7 +207,7 @@ class _Fused:
         unit, macros = "deform_conv2d_fused", fused_macros(call.dtype, call.offset_dtype, tiles)
         kernels = {unit: (problem.blocks(tiles.outputs) * splits, tiles.threads)}
         if splits > 1:
-            kernels["deform_conv2d_add_splits"] = problem.blocks(SLICE_OUTPUTS), THREADS
+            kernels["deform_conv2d_add_splits"] = problem.blocks(FUSED_SLICE_OUTPUTS), THREADS
         self._shared_bytes = tiles.shared_bytes
         self._launches = [
             (engine.kernel(unit, kernel, macros), min(blocks, MAX_BLOCKS), (threads, 1))

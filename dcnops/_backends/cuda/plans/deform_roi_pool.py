@@ -11,7 +11,20 @@ import ctypes
 from math import gcd
 from typing import Any
 
-from dcnops._backends.cuda.constants import MAX_BLOCKS, MAX_ROWS, VECTOR_BYTES, WARP, WORKSPACE_BYTES, ceil_div
+from dcnops._backends.cuda.constants import (
+    MAX_BLOCKS,
+    MAX_ROWS,
+    ROI_BIN_DOTS,
+    ROI_BOUNDS_INTS,
+    ROI_STRIP_PADDING,
+    ROI_WARP_PIXELS,
+    THREADS,
+    VECTOR_BYTES,
+    WARP,
+    WORKSPACE_BYTES,
+    ceil_div,
+    roi_strip_pixels,
+)
 from dcnops._backends.cuda.engine import Engine, Macros
 from dcnops._backends.cuda.plans.array_jobs import (
     RowRange,
@@ -29,17 +42,10 @@ from dcnops._dtypes import DTYPES
 from dcnops._geometry import DeformRoIPoolGeometry, DeformRoIPoolSizes
 
 _FORWARD, _BACKWARD, _COLLECT = "deform_roi_pool_forward", "deform_roi_pool_backward", "deform_roi_pool_grad_input"
-_WARPS = 8
+_WARPS = THREADS // WARP
 _BLOCK = (WARP, _WARPS)
 _MAX_TILE_ROWS = 56  # with their channels they and what the warps keep fit 48 KiB
 _FEW_BLOCKS = 512  # about four for each multiprocessor of a large GPU
-
-# In numbers of the type of sums; the kernels assert them.
-_WARP_PIXELS = 224
-_ROW_DOTS = 4
-_STRIP_PITCH_PADDING = 4
-
-_BOUNDS_INTS = 5
 
 _pointer = ctypes.c_void_p
 _int = ctypes.c_int
@@ -126,7 +132,7 @@ def deform_roi_pool(
         # Of one bin, both orders are the same.
         channels_last=channels_last or g.bins == 1,
     )
-    shared_bytes = _WARPS * _WARP_PIXELS * call.sum_bytes + call.tile_bytes(tile_rows)
+    shared_bytes = _WARPS * ROI_WARP_PIXELS * call.sum_bytes + call.tile_bytes(tile_rows)
     tiles = ceil_div(g.R * g.bins, tile_rows) * call.slices
     call.launch(_FORWARD, "deform_roi_pool_forward", tiles, params, shared_bytes)
     return output
@@ -182,7 +188,7 @@ def deform_roi_pool_backward(
             tile_rows=tile_rows,
             channels_last=grad_rows is not None,
         )
-        shared = (_WARPS * _WARP_PIXELS + tile_rows * _ROW_DOTS) * call.sum_bytes + call.tile_bytes(tile_rows)
+        shared = (_WARPS * ROI_WARP_PIXELS + tile_rows * ROI_BIN_DOTS) * call.sum_bytes + call.tile_bytes(tile_rows)
         call.launch(_BACKWARD, "deform_roi_pool_backward", ceil_div(g.R * g.bins, tile_rows), params, shared)
     if sums is not None:
         gradients["input"] = images_from_rows(engine, sums, input, g.N, g.C, g.H * g.W)
@@ -203,7 +209,7 @@ def _collect_input(call: _Call, grad_out: Any, grad_rows: Any | None, input: Any
     gradient = empty_images(engine, input.shape, input.dtype, input) if whole else None
     sums = None if whole else engine.zeros((g.N * g.H * g.W, g.C), sum_dtype(engine, input.dtype))
     scratch = engine.empty((ranges[0].rows, g.C), input.dtype) if grad_rows is None else None
-    bounds = engine.empty((g.R, _BOUNDS_INTS), "int32")
+    bounds = engine.empty((g.R, ROI_BOUNDS_INTS), "int32")
     params = DeformRoIPoolGradInputParams(
         bounds=engine.pointer(bounds),
         grad_input=engine.pointer(gradient),
@@ -213,9 +219,9 @@ def _collect_input(call: _Call, grad_out: Any, grad_rows: Any | None, input: Any
         channels_last=is_channels_last(input),
     )
     call.launch(_COLLECT, "deform_roi_pool_region_bounds", ceil_div(g.R, _WARPS), params)
-    strip = 2 if call.sum_bytes == 8 else 4 if call.vector == 8 else 8
+    strip = roi_strip_pixels(call.sum_bytes, call.vector)
     strips = g.N * g.H * ceil_div(g.W, strip) * call.slices
-    shared_bytes = _WARPS * strip * (WARP * call.vector + _STRIP_PITCH_PADDING) * call.sum_bytes
+    shared_bytes = _WARPS * strip * (WARP * call.vector + ROI_STRIP_PADDING) * call.sum_bytes
     first = 0
     for rows in ranges:
         part = scratch if grad_rows is None else grad_rows[first:]
