@@ -2,8 +2,9 @@
 
 #include "dcn/array_jobs.cuh"
 
-// Block: 256 threads. Grid: the tiles of all jobs.
-extern "C" __global__ void __launch_bounds__(256, kManyBlocks) DCN_KERNEL(run_array_jobs)(const ArrayJobsParams p) {
+// Grid: the tiles of all jobs.
+extern "C" __global__ void __launch_bounds__(kThreads, kManyBlocks)
+    DCN_KERNEL(run_array_jobs)(const ArrayJobsParams p) {
   DCN_SHARED_MEMORY(shared);
   const long long tiles = array_job_tiles(p);
   for (long long t = blockIdx.x; t < tiles; t += gridDim.x) run_array_job_tile<DCN_SCALAR>(p, t, shared);

@@ -1,31 +1,33 @@
 // Backward pass of deformable convolution, given the gradient of the columns.
 //
-// The input's gradient is a scatter: each sampling point adds to its four neighbours. It is done without atomic
-// additions by lists: for each (pixel of the input, deformable group), the columns that add to it, with their weights.
-//   prepare                 counts the entries of the lists and sets where each starts; does changes of layout besides
+// The gradient of the input is a scatter: each sampling point adds to its four neighbours. Lists turn it into a gather
+// without atomic additions: for each (pixel of the input, deformable group), a list holds the columns that add to it
+// and their weights.
+//   prepare                 counts the entries of the lists and computes their starts; also runs array jobs
 //   fill_lists              writes the entries
 //   gather_input            sums over each list
-//   gather_input_in_order   likewise, in an order that is always the same
-//   scatter_input           atomic additions instead, for channels too few to be worth a list
-// Then grad_samples makes the gradients of offsets and masks, and turns the gradient of the columns into the columns.
+//   gather_input_in_order   the same in a fixed order
+//   scatter_input           atomic additions instead of lists, if there are too few channels for lists to pay
+// Then grad_samples computes the gradients of offsets and masks, and replaces the gradient of the columns by the
+// columns.
 
 #include "dcn/deform_conv2d.cuh"
 #include "dcn/array_jobs.cuh"
 
-// A column that adds to a pixel; the same bits make the same list.
+// A column that adds to the pixel of the list.
 struct alignas(2 * sizeof(Sum)) ListEntry {
   int column;  // row * K + tap
   Sum weight;
 };
 
-// A stretch of a list that is too long for one warp.
+// A part of a list that is too long for one warp.
 struct ListPart {
   long long list;
   int begin, end;
 };
 
 struct ListCounters {
-  unsigned blocks;  // that are done counting
+  unsigned blocks;  // blocks that have finished counting
   int parts;
 };
 
@@ -33,52 +35,49 @@ struct DeformConvBackwardParams {
   const Scalar* input;         // [N, H, W, C]
   const OffsetScalar* offset;  // [N, 2*D*K, oh, ow]
   const OffsetScalar* mask;    // [N, D*K, oh, ow] or null
-  Scalar* columns;             // [rows, G, K, C/G]: their gradient, replaced by the columns where write_columns
+  Scalar* columns;             // [rows, G, K, C/G]: their gradient; if write_columns, replaced by the columns
   OffsetScalar* grad_offset;   // [N, 2*D*K, oh, ow], written, or null
   OffsetScalar* grad_mask;     // [N, D*K, oh, ow], written, or null
   Sum* grad_input;             // [N, H, W, C], added to
-  int* lengths;                // [lists + padding]: 0, then each list's entries that are not yet filled in
-  int* starts;                 // [lists + padding]: the first entry of each list, and behind the last one their number
+  int* lengths;                // [lists + padding]: 0, then the number of entries still to write to each list
+  int* starts;                 // [lists + padding]: the first entry of each list, then the number of all entries
   ListEntry* entries;          // [4 * rows * D * K]
-  ListPart* parts;             // what of the lists lies beyond their first part_entries entries
-  ListCounters* counters;      // 0 at first
+  ListPart* parts;             // the parts of long lists after their first part_entries entries
+  ListCounters* counters;      // initially 0
   DeformConvSizes size;
   RowRange range;
   Divisor by_taps, by_group_taps, by_kernel_width;  // K, D * K, kw
   Divisor by_pixels, by_output_width;               // oh * ow, ow
   Divisor by_rows, by_groups, by_group_channels;    // range.rows, D, C / G
   long long lists;                                  // N * H * W * D: pixel * D + deformable group
-  int part_entries;                                 // of a list that one warp sums
-  int sorted_entries;                               // the longest list that is put in order
-  int warp_bytes;                                   // of shared memory, for putting lists in order
-  int tile_samples;                                 // sampling points that a block prepares at once
-  unsigned tiles;                                   // of sampling points, of all deformable groups
+  int part_entries;                                 // entries of a list that one warp sums
+  int sorted_entries;                               // length of the longest list that is sorted
+  int warp_bytes;                                   // shared memory of a warp that sorts lists
+  int tile_samples;                                 // sampling points that a block prepares together
+  unsigned tiles;                                   // tiles of sampling points of all deformable groups
   int channels;                                     // C / D
   int write_columns;
-  int count_blocks;  // of those that prepare the lists, the first ones, which count
+  int count_blocks;  // the first blocks of prepare, which count
   ArrayJobsParams array_jobs;
 };
-
-constexpr int kThreads = 256;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 using SumVector = Vector<Sum, (DCN_VEC < 16 / sizeof(Sum) ? DCN_VEC : 16 / sizeof(Sum))>;
 
 constexpr int kSumVector = sizeof(SumVector) / sizeof(Sum);
 
-// What all channels of a sampling point share.
+// A sampling point for all its channels.
 struct alignas(16) SamplePlan {
-  long long first;   // index in the input of channel 0 of the first neighbour that is a pixel
-  long long column;  // index in the columns of the tap's channel 0; -1: there is no such point
-  Sum weight[4];     // modulated
+  long long first;   // index of channel 0 of the first neighbour inside the image, in the input
+  long long column;  // index of the tap's channel 0 in the columns; -1 beyond the last row
+  Sum weight[4];     // modulated bilinear weights
   Sum ly, lx, modulation;
-  int flags;  // bit i: neighbour i is a pixel; kIsNaN; kHasRight and kHasLower: a step leads to another neighbour
+  int flags;  // bit i: neighbour i is inside the image; kIsNaN; kHasRight, kHasLower: that neighbour is another pixel
 };
 
 constexpr int kAnyPixel = 15, kIsNaN = 1 << 4, kHasRight = 1 << 5, kHasLower = 1 << 6;
 
-// Dot products of the column's gradient with the neighbours' channels. Where a neighbour is no pixel, it stands for
-// another one.
+// Dot products of the column's gradient with the channels of the neighbours. Entries of neighbours outside the image
+// are those of other neighbours.
 struct alignas(16) SampleDots {
   Sum at[4];
 };
@@ -104,7 +103,7 @@ __device__ __forceinline__ Sum modulation_of(const DeformConvBackwardParams& p, 
 
 // ---- lists
 
-// The lists to which a sampling point adds, with the weights; where a weight is 0, there is no such list.
+// The lists that a sampling point belongs to, and its weights. An entry of weight 0 has no list.
 struct SampleLists {
   long long list[4];
   Sum weight[4];
@@ -112,7 +111,7 @@ struct SampleLists {
 
 __device__ __forceinline__ SampleLists lists_of(const DeformConvBackwardParams& p, int row, int d, int k) {
   const Tap tap = find_tap(p, row, d * (p.size.kh * p.size.kw) + k);
-  // Asked for before the offsets have come.
+  // Loaded before the offsets are waited for.
   const Sum modulation = modulation_of(p, tap);
   const SamplePoint<Sum> point = locate_tap(p, tap, k);
   const long long first = first_neighbour(p.size, tap.image, point.y0, point.x0) * p.size.D + d;
@@ -135,7 +134,8 @@ struct Sample {
   int row, d, k;
 };
 
-// Sampling point number s, numbered in the memory order of the offsets: neighbouring threads read neighbouring words.
+// Sampling point number s. Numbers follow the memory order of the offsets, so that consecutive threads read consecutive
+// words.
 __device__ __forceinline__ Sample sample_number(const DeformConvBackwardParams& p, unsigned s) {
   const bool rows_together = p.size.offset_pixel == 1;
   const Division at = divide(s, rows_together ? p.by_rows : p.by_group_taps);
@@ -144,7 +144,7 @@ __device__ __forceinline__ Sample sample_number(const DeformConvBackwardParams& 
           static_cast<int>(group_tap.remainder)};
 }
 
-// Whether this block is the last of `count` to come here. It then sees what all others wrote before.
+// Returns true in the last of `count` blocks to arrive. It then sees all writes of the others.
 __device__ __forceinline__ bool arrives_last(unsigned* blocks, unsigned count, unsigned char* shared) {
   int* is_last = reinterpret_cast<int*>(shared);
   __threadfence();
@@ -160,16 +160,16 @@ __device__ __forceinline__ bool arrives_last(unsigned* blocks, unsigned count, u
   return last;
 }
 
-constexpr int kListsOfThread = 16;
+constexpr int kListsPerThread = 16;
 
-// One block: the starts of all lists from their lengths, and the parts of the long ones. A thread takes 16 lists at a
-// time, and asks for its next ones before it works on them.
+// Computes the starts of all lists from their lengths, and the parts of long lists, in one block. A thread takes
+// kListsPerThread lists at a time, and loads the next lengths before it works on them.
 __device__ __forceinline__ void start_lists(const DeformConvBackwardParams& p, unsigned char* shared) {
-  constexpr int warps = kThreads / 32, vectors = kListsOfThread / 4;
-  constexpr long long step = kThreads * kListsOfThread;
+  constexpr int warps = kThreads / kWarp, vectors = kListsPerThread / 4;
+  constexpr long long step = kThreads * kListsPerThread;
   int* warp_sums = reinterpret_cast<int*>(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const long long padded = (p.lists / kListsOfThread + 1) * kListsOfThread;
+  const long long padded = (p.lists / kListsPerThread + 1) * kListsPerThread;
   if (threadIdx.x == 0) p.counters->parts = 0;
   __syncthreads();
 
@@ -180,10 +180,10 @@ __device__ __forceinline__ void start_lists(const DeformConvBackwardParams& p, u
     }
   };
   int4 next[vectors];
-  load(threadIdx.x * kListsOfThread, next);
+  load(threadIdx.x * kListsPerThread, next);
   int total = 0;
   for (long long first = 0; first < padded; first += step) {
-    const long long at = first + threadIdx.x * kListsOfThread;
+    const long long at = first + threadIdx.x * kListsPerThread;
     int4 current[vectors];
     int sum = 0;
 #pragma unroll
@@ -231,21 +231,21 @@ __device__ __forceinline__ void start_lists(const DeformConvBackwardParams& p, u
   }
 }
 
-// Block: 256 threads in one row. Grid: count_blocks of them count, and the last of these starts the lists while others
-// still change layouts; then the tiles of all changes of layout.
-extern "C" __global__ void __launch_bounds__(256, kManyBlocks)
+// Block: kThreads threads in x. Grid: count_blocks blocks that count, then one block per tile of the array jobs. The
+// last block that counts computes the starts while others still run array jobs.
+extern "C" __global__ void __launch_bounds__(kThreads, kManyBlocks)
     DCN_KERNEL(deform_conv2d_prepare)(const DeformConvBackwardParams p) {
   DCN_SHARED_MEMORY(shared);
-  // A grid of fewer blocks counts with all of them, and changes layouts afterwards.
+  // In a smaller grid, all blocks count first and run array jobs afterwards.
   const unsigned count_blocks = min(static_cast<unsigned>(p.count_blocks), gridDim.x);
   const unsigned first_other = gridDim.x > count_blocks ? count_blocks : 0, others = gridDim.x - first_other;
-  const auto change_layouts = [&] {
+  const auto run_jobs = [&] {
     const long long tiles = array_job_tiles(p.array_jobs);
     for (long long t = blockIdx.x - first_other; t < tiles; t += others)
       run_array_job_tile<Scalar>(p.array_jobs, t, shared);
   };
   if (blockIdx.x >= count_blocks) {
-    change_layouts();
+    run_jobs();
     return;
   }
   const unsigned samples = sample_count(p), threads = count_blocks * kThreads;
@@ -258,18 +258,18 @@ extern "C" __global__ void __launch_bounds__(256, kManyBlocks)
     }
   }
   if (arrives_last(&p.counters->blocks, count_blocks, shared)) start_lists(p, shared);
-  if (first_other == 0) change_layouts();
+  if (first_other == 0) run_jobs();
 }
 
-// Fills each list from its end, which takes its length back to 0, ready for the next count. Grid: sampling points.
-extern "C" __global__ void __launch_bounds__(256, 2)
+// Fills each list from its end. This decrements its length to 0, ready for the next count. Grid: sampling points.
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     DCN_KERNEL(deform_conv2d_fill_lists)(const DeformConvBackwardParams p) {
   const unsigned samples = sample_count(p), threads = gridDim.x * kThreads;
   for (unsigned s = blockIdx.x * kThreads + threadIdx.x; s < samples; s += threads) {
     const Sample sample = sample_number(p, s);
     const SampleLists lists = lists_of(p, sample.row, sample.d, sample.k);
     const int column = sample.row * (p.size.kh * p.size.kw) + sample.k;
-    // All four at once, not one after the other: each has far to go.
+    // Four independent loads, then four atomics: their latencies overlap.
     int start[4], left[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -286,8 +286,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   }
 }
 
-// How a warp works on a list: `lanes` threads side by side take the vectors of a column's channels, `slots` such teams
-// take the entries in turn.
+// Work distribution in a warp that sums a list: `lanes` threads of a slot take the vectors of a column's channels, and
+// the `slots` slots take entries in turn.
 struct ListTeam {
   int lane, lanes, slot, slots;
 };
@@ -308,9 +308,8 @@ __device__ __forceinline__ long long entry_index(const DeformConvSizes& size, in
   return column_index(size, column / K, column % K, c);
 }
 
-// Adds the entries entry_at(0 ... count - 1), as far as they are this slot's. The warp reads 32 entries at once, and
-// each slot asks for `in_flight` columns before the first is used. All lanes take part in that, those that load and
-// others.
+// Adds this slot's entries of entry_at(0 ... count - 1). The warp loads 32 entries at once, and each slot loads
+// `in_flight` columns before it uses the first. Lanes that load no channels must call this too, for the shuffles.
 template <int in_flight, typename EntryAt>
 __device__ __forceinline__ void add_entries(const DeformConvBackwardParams& p, const ListTeam& team, int c, bool loads,
                                             int count, EntryAt entry_at, Sum (&sums)[DCN_VEC]) {
@@ -346,8 +345,8 @@ __device__ __forceinline__ void sum_over_slots(const ListTeam& team, Sum (&sums)
   }
 }
 
-// Adds to consecutive elements that no other thread adds to.
-__device__ __forceinline__ void add_alone(Sum* to, const Sum (&sums)[DCN_VEC]) {
+// Adds to consecutive elements without atomics: no other thread may add to them.
+__device__ __forceinline__ void add_exclusively(Sum* to, const Sum (&sums)[DCN_VEC]) {
   SumVector* vectors = reinterpret_cast<SumVector*>(to);
 #pragma unroll
   for (int i = 0; i < DCN_VEC / kSumVector; ++i) {
@@ -358,20 +357,20 @@ __device__ __forceinline__ void add_alone(Sum* to, const Sum (&sums)[DCN_VEC]) {
   }
 }
 
-// Block: x (a power of two up to 32) over the channel vectors of a deformable group, 256 threads. Grid: warps, one for
-// each list. The parts of long lists follow, and only they need atomic additions.
-extern "C" __global__ void __launch_bounds__(256, sizeof(Sum) == 8 ? 3 : kManyBlocks)
+// Block: x (a power of two up to 32) over the channel vectors of a deformable group, kThreads threads. Grid: one warp
+// per list, then one per part of a long list. Only long lists need atomic additions.
+extern "C" __global__ void __launch_bounds__(kThreads, sizeof(Sum) == 8 ? 3 : kManyBlocks)
     DCN_KERNEL(deform_conv2d_gather_input)(const DeformConvBackwardParams p) {
   const ListTeam team = list_team();
   const int channels = p.size.C / p.size.D;
   const long long tasks = p.lists + p.counters->parts;
   for (long long task = warp_of_grid(); task < tasks; task += warps_of_grid()) {
     ListPart part;
-    bool is_alone = false;
+    bool is_whole = false;
     if (task < p.lists) {
       part = {task, p.starts[task], p.starts[task + 1]};
-      is_alone = part.end - part.begin <= p.part_entries;
-      if (!is_alone) part.end = part.begin + p.part_entries;
+      is_whole = part.end - part.begin <= p.part_entries;
+      if (!is_whole) part.end = part.begin + p.part_entries;
       if (part.begin == part.end) continue;
     } else {
       part = p.parts[task - p.lists];
@@ -385,8 +384,8 @@ extern "C" __global__ void __launch_bounds__(256, sizeof(Sum) == 8 ? 3 : kManyBl
       add_entries<4>(p, team, c, v < channels, part.end - part.begin, [&](int i) { return entries[i]; }, sums);
       sum_over_slots(team, sums);
       if (team.slot == 0 && v < channels) {
-        if (is_alone) {
-          add_alone(pixel + c, sums);
+        if (is_whole) {
+          add_exclusively(pixel + c, sums);
         } else {
           add_vector(pixel + c, sums);
         }
@@ -395,11 +394,11 @@ extern "C" __global__ void __launch_bounds__(256, sizeof(Sum) == 8 ? 3 : kManyBl
   }
 }
 
-// What a warp needs of shared memory to take a list in order.
+// Shared memory of a warp that sums a list in order.
 struct ListOrder {
-  ListEntry* found;       // [32], of sampling points that were searched
+  ListEntry* found;       // [32] entries found by search
   int* columns;           // [sorted_entries + padding to whole int4]
-  unsigned short* order;  // [sorted_entries]: the entries by their columns
+  unsigned short* order;  // [sorted_entries]: the entries sorted by their columns
 };
 
 __device__ __forceinline__ ListOrder list_order(const DeformConvBackwardParams& p, unsigned char* shared) {
@@ -410,7 +409,7 @@ __device__ __forceinline__ ListOrder list_order(const DeformConvBackwardParams& 
   return order;
 }
 
-// The rank of an entry is the number of lesser columns: a list holds a column once.
+// The rank of an entry is the number of smaller columns, because a list holds a column once.
 __device__ __forceinline__ void sort_list(const ListOrder& order, int lane, const ListEntry* entries, int count) {
   const int vectors = (count + 3) / 4;
   for (int i = lane; i < 4 * vectors; i += 32) order.columns[i] = i < count ? entries[i].column : 0x7fffffff;
@@ -427,14 +426,14 @@ __device__ __forceinline__ void sort_list(const ListOrder& order, int lane, cons
   __syncwarp();
 }
 
-// Adds a list of any length without reading it: all sampling points that may be on it are searched, in order.
+// Adds the entries of a list of any length in order, by a search through all sampling points that may be on it.
 __device__ __forceinline__ void add_by_search(const DeformConvBackwardParams& p, const ListTeam& team,
                                               const ListOrder& order, long long list, bool takes_part, int c,
                                               Sum (&sums)[DCN_VEC]) {
   const int K = p.size.kh * p.size.kw, d = static_cast<int>(list % p.size.D);
   const long long pixels = static_cast<long long>(p.size.oh) * p.size.ow;
   const long long image = list / p.size.D / p.size.W / p.size.H;
-  // The rows of the list's image, as far as they belong to the chunk.
+  // The rows of the list's image in this chunk.
   const long long image_row = (image - p.range.first_image) * pixels - p.range.first_pixel;
   const int first_row = static_cast<int>(max(image_row, 0ll));
   const int rows = static_cast<int>(min(image_row + pixels, static_cast<long long>(p.range.rows))) - first_row;
@@ -458,9 +457,9 @@ __device__ __forceinline__ void add_by_search(const DeformConvBackwardParams& p,
   }
 }
 
-// Block and grid as for gather_input. Long lists are rare; however many there are, together they hold the entries of
-// the chunk, which bounds the searches.
-extern "C" __global__ void __launch_bounds__(256, 2)
+// Block and grid as for gather_input. The lists together hold one chunk's entries, which bounds the number of searches
+// for long lists.
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     DCN_KERNEL(deform_conv2d_gather_input_in_order)(const DeformConvBackwardParams p) {
   DCN_SHARED_MEMORY(shared);
   const ListTeam team = list_team();
@@ -484,7 +483,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         add_entries<4>(p, team, c, takes_part, count, [&](int i) { return entries[order.order[i]]; }, sums);
       }
       sum_over_slots(team, sums);
-      if (team.slot == 0 && takes_part) add_alone(pixel + c, sums);
+      if (team.slot == 0 && takes_part) add_exclusively(pixel + c, sums);
     }
     __syncwarp();
   }
@@ -492,13 +491,13 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 
 // ---- sampling points
 
-// Sampling points are taken in bands of so many rows, tap by tap: those of a block share most of their neighbours.
+// Sampling points are numbered in bands of kBand rows, tap by tap, so that those of a block share most neighbours.
 constexpr int kBand = 8;
 
-// Some consecutive sampling points of a deformable group.
+// Consecutive sampling points of a deformable group.
 struct BandTile {
   int d;
-  unsigned first;  // the number of its first one
+  unsigned first;  // number of the first sampling point
   int first_channel;
 };
 
@@ -511,7 +510,7 @@ __device__ __forceinline__ BandTile band_tile(const DeformConvBackwardParams& p,
   return tile;
 }
 
-// Sampling point number s of a tile; its row may be beyond the last.
+// Sampling point number s of a tile. Its row may be beyond the last.
 __device__ __forceinline__ Sample sample_of_tile(const DeformConvBackwardParams& p, const BandTile& tile, int s) {
   const unsigned q = tile.first + s;
   const Division at = divide(q / kBand, p.by_taps);
@@ -528,7 +527,7 @@ __device__ __forceinline__ SamplePlan plan_sample(const DeformConvBackwardParams
   const SamplePoint<Sum> point = locate_tap(p, tap, sample.k);
   plan.column = static_cast<long long>(sample.row) * K * p.size.C +
                 static_cast<long long>(sample.k) * static_cast<int>(p.by_group_channels.value);
-  // Outside, the first neighbour that is a pixel stands for both.
+  // The neighbour inside the image replaces the one outside.
   const int right = point.x0 >= 0 && point.x0 + 1 < p.size.W, lower = point.y0 >= 0 && point.y0 + 1 < p.size.H;
   plan.first = first_neighbour(p.size, tap.image, max(point.y0, 0), max(point.x0, 0)) * p.size.C;
 #pragma unroll
@@ -539,7 +538,7 @@ __device__ __forceinline__ SamplePlan plan_sample(const DeformConvBackwardParams
   return plan;
 }
 
-// Steps from a sampling point's first neighbour to others, in elements of the input or of its gradient.
+// Steps from a sampling point's first neighbour to the others, in elements of the input or its gradient.
 struct NeighbourSteps {
   int right;
   long long lower;
@@ -550,7 +549,7 @@ struct NeighbourSteps {
   __device__ __forceinline__ long long to(int i) const { return (i & 2 ? lower : 0) + (i & 1 ? right : 0); }
 };
 
-// Channel c of a column, from channel 0 on.
+// Offset of channel c of a column from its channel 0.
 __device__ __forceinline__ long long channel_of_column(const DeformConvBackwardParams& p, int c) {
   if (p.size.G == 1) return c;
   const int group_channels = p.by_group_channels.value, g = divide(c, p.by_group_channels).quotient;
@@ -559,7 +558,7 @@ __device__ __forceinline__ long long channel_of_column(const DeformConvBackwardP
 
 // Block: x (a power of two up to 32) over the channel vectors of a deformable group, y over sampling points. Grid:
 // tiles.
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     DCN_KERNEL(deform_conv2d_scatter_input)(const DeformConvBackwardParams p) {
   DCN_SHARED_MEMORY(shared);
   SamplePlan* plans = reinterpret_cast<SamplePlan*>(shared);
@@ -593,9 +592,9 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   }
 }
 
-// The sums of four values over the `lanes` threads of a sampling point, each where x is its number (modulo 4, where
-// there are at least 4 threads; all are thread 0's otherwise). Threads trade values before they add, which takes fewer
-// shuffles than four sums one by one.
+// Sums four values over the `lanes` threads of a sampling point. With 4 threads or more, thread i < 4 writes sum i;
+// with fewer, thread 0 writes all. Threads exchange values before they add, which takes fewer shuffles than four
+// separate sums.
 __device__ __forceinline__ void sum_over_lanes(int lanes, const Sum (&value)[4], SampleDots& dots) {
   const int x = threadIdx.x;
   if (lanes < 4) {
@@ -618,7 +617,7 @@ __device__ __forceinline__ void sum_over_lanes(int lanes, const Sum (&value)[4],
   if (x < 4) dots.at[x] = sum;
 }
 
-// Gradients of one sampling point.
+// Gradients of the position and the modulation of a sampling point.
 struct SampleGradient {
   Sum y, x, modulation;
 };
@@ -652,7 +651,7 @@ __device__ __forceinline__ unsigned pack<BFloat16>(float low, float high) {
 }
 #endif
 
-// Two elements at once where there is an instruction that rounds both.
+// Rounds two elements at once if there is an instruction for it.
 template <typename T>
 __device__ __forceinline__ Vector<T, DCN_VEC> narrow_vector(const Accumulator<T> (&value)[DCN_VEC]) {
   Vector<T, DCN_VEC> narrowed;
@@ -671,9 +670,8 @@ __device__ __forceinline__ Vector<T, DCN_VEC> narrow_vector(const Accumulator<T>
   return narrowed;
 }
 
-// Block and grid as above; a tile has a multiple of the block's y, so that all lanes of a warp reach the shuffles
-// together.
-extern "C" __global__ void __launch_bounds__(256, kManyBlocks)
+// Block and grid as above. The samples of a tile are a multiple of blockDim.y, so that all lanes reach the shuffles.
+extern "C" __global__ void __launch_bounds__(kThreads, kManyBlocks)
     DCN_KERNEL(deform_conv2d_grad_samples)(const DeformConvBackwardParams p) {
   DCN_SHARED_MEMORY(shared);
   SamplePlan* plans = reinterpret_cast<SamplePlan*>(shared);

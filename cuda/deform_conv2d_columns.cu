@@ -1,5 +1,5 @@
-// Forward pass of deformable convolution by way of columns: the sampled image, which a matrix product then multiplies
-// by the weights.
+// The columns (im2col) of a deformable convolution: the sampled image, which a matrix product multiplies by the
+// weights.
 
 #include "dcn/columns.cuh"
 
@@ -10,14 +10,13 @@ struct DeformConvColumnsParams {
   Scalar* columns;             // [rows, G, K, C/G], written
   DeformConvSizes size;
   RowRange range;
-  int tile_rows;  // sampling points that a block prepares at once
+  int tile_rows;  // sampling points that a block prepares together
 };
 
 static_assert(sizeof(SampleWeights<long long>) <= DCN_SAMPLE_BYTES, "shared memory per sampling point");
 
-// Block: x runs over the vectors of a sampling point's channels, y over sampling points.
-// Grid: a tile of rows for one (deformable group, tap); neighbouring blocks share rows.
-extern "C" __global__ void __launch_bounds__(256, 2)
+// Block: x over the channel vectors of a sampling point, y over sampling points. Grid: sample tiles.
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     DCN_KERNEL(deform_conv2d_columns)(const DeformConvColumnsParams p) {
   DCN_SHARED_MEMORY(shared);
   auto* samples = reinterpret_cast<SampleWeights<long long>*>(shared);

@@ -1,13 +1,14 @@
-// Forward pass of deformable convolution in one kernel: the sampled image never leaves the multiprocessor.
+// Forward pass of deformable convolution in one kernel (implicit GEMM): columns exist in shared memory only.
 //
-// A block computes kTileRows output pixels by DCN_OUTPUTS output channels. It walks through the products' inner axis in
-// steps of 128 bytes of channels of one tap: samples them for its pixels into shared memory, fetches the weights' piece
-// of the same channels beside them, and multiplies. What the next step needs is loaded while this one is multiplied.
+// A block computes kTileRows output pixels by DCN_OUTPUTS output channels. It walks through the inner axis of the
+// product in steps of 128 bytes of channels of one tap. In each step, it samples the channels at its pixels into shared
+// memory, copies the filters' elements of the same channels there, and multiplies. The loads of the next step overlap
+// with the products of this one.
 //
-//   DCN_OUTPUTS   64 | 128 | 256
-//   DCN_PRODUCT   TensorProduct | WarpgroupProduct | SplitTensorProduct | FmaProduct, see dcn/products.cuh
-//   DCN_BLOCKS    blocks that a multiprocessor should have room for
-//   DCN_SHARED_BYTES
+//   DCN_OUTPUTS        64 | 128 | 256
+//   DCN_PRODUCT        TensorProduct | WarpgroupProduct | SplitTensorProduct | FmaProduct, see dcn/products.cuh
+//   DCN_BLOCKS         blocks that a multiprocessor should have registers for
+//   DCN_SHARED_BYTES   shared memory of a block
 
 #include "dcn/columns.cuh"
 #include "dcn/products.cuh"
@@ -20,30 +21,29 @@ struct DeformConvFusedParams {
   const Scalar* filters;       // [O, K, C/G]
   const Scalar* bias;          // [O] or null
   Scalar* output;              // [N, O, oh, ow], or [N, oh, ow, O] if channels_last, written
-  float* partial;              // [splits, rows, O]: each split's part of the sums, written; null for one split
+  float* partial;              // [splits, rows, O]: partial sums of each split, written; null if there is one split
   DeformConvSizes size;
   int O;
   int rows;            // N * oh * ow
   int group_outputs;   // O / G
   int group_channels;  // C / G
-  int segment;         // channels of a deformable group or of a weight group, whichever is smaller
-  int steps;           // of the inner axis of a weight group
+  int segment;         // channels of a deformable group or a weight group, whichever is smaller
+  int steps;           // steps of the inner axis of a weight group
   int splits;          // blocks that share the steps of an output
-  int channels_last;   // of the output
+  int channels_last;   // memory order of the output
 };
 
-constexpr int kBand = 8;  // pixels are counted in bands of so many image rows, column by column
-constexpr int kChannels = kRowBytes / sizeof(Scalar);  // of a step
+constexpr int kBand = 8;                               // image rows of a band; a band's pixels are numbered by columns
+constexpr int kChannels = kRowBytes / sizeof(Scalar);  // channels of a step
 using Product = DCN_PRODUCT<Scalar, DCN_OUTPUTS>;
 
-constexpr int kThreads = Product::kThreads;
-constexpr int kRowStep = kThreads / kPieces;       // a thread has a piece of every so manyth row
-constexpr int kHalves = kTileRows / kRowStep / 2;  // it takes them two at a time
+constexpr int kRowStep = Product::kThreads / kPieces;  // each thread handles one piece of every kRowStep-th row,
+constexpr int kHalves = kTileRows / kRowStep / 2;      // two rows at a time
 constexpr int kTileAlignment = Product::kIsAsync ? 1024 : 16;
 
-// An output pixel of the tile: where it is, and the input position of tap (0, 0).
+// An output pixel of the tile and the input position of its tap (0, 0).
 struct TilePixel {
-  ImagePixel at;  // image -1: beyond the last
+  ImagePixel at;  // image -1: beyond the last pixel
   int y, x;
 };
 
@@ -59,7 +59,7 @@ struct alignas(kTileAlignment) SharedMemory {
   TilePixel pixels[kTileRows];
 };
 
-// What the hardware promises is an alignment of 16 bytes.
+// The hardware guarantees an alignment of 16 bytes.
 static_assert(sizeof(SharedMemory) + kTileAlignment - 16 <= DCN_SHARED_BYTES, "shared memory of a block");
 
 __device__ __forceinline__ SharedMemory& tile_memory(unsigned char* memory) {
@@ -67,19 +67,19 @@ __device__ __forceinline__ SharedMemory& tile_memory(unsigned char* memory) {
   return *reinterpret_cast<SharedMemory*>(memory + (kTileAlignment - address % kTileAlignment) % kTileAlignment);
 }
 
-// A slice of sums on its way out: outputs together, or pixels together in an order in which neither side meets on a
-// bank (pixel r of a band-high patch is r % kBand rows down).
+// A slice of sums in shared memory, with contiguous outputs or with contiguous pixels. The pitches keep the writes and
+// the reads free of bank conflicts. Row r of the tile is r % kBand rows down in a patch of a band's height.
 constexpr int kRowPitch = kSlice + 8, kPatchPitch = kTileRows / kBand + 1, kOutputPitch = kBand * kPatchPitch + 12;
 constexpr int kSliceFloats =
     kTileRows * kRowPitch > kSlice* kOutputPitch ? kTileRows * kRowPitch : kSlice * kOutputPitch;
-static_assert(kSliceFloats * 4 <= sizeof(SharedMemory::a) + sizeof(SharedMemory::b), "a slice takes the tiles' place");
+static_assert(kSliceFloats * 4 <= sizeof(SharedMemory::a) + sizeof(SharedMemory::b), "a slice replaces the tiles");
 static_assert(kTileRows * sizeof(TilePixel) + kSliceFloats * 4 <= DCN_SHARED_BYTES, "shared memory to add splits");
 
-// Where row 8 * across + down of the tile is, in a slice of either kind.
+// The place of row kBand * across + down of the tile in a slice of either kind.
 __device__ __forceinline__ int row_place(int across, int down) { return (across * kBand + down) * kRowPitch; }
 __device__ __forceinline__ int patch_place(int across, int down) { return down * kPatchPitch + across; }
 
-// Pixel number q: neighbouring numbers lie in a patch of the image, whose samples are near each other.
+// Pixel number q. Consecutive numbers form a patch of the image, so that their samples are near each other.
 __device__ __forceinline__ TilePixel find_tile_pixel(const DeformConvFusedParams& p, int q) {
   if (q >= p.rows) return {{-1, 0}, 0, 0};
   const int pixels = p.size.oh * p.size.ow, image = q / pixels, in_image = q - image * pixels;
@@ -89,10 +89,10 @@ __device__ __forceinline__ TilePixel find_tile_pixel(const DeformConvFusedParams
   return {{image, row * p.size.ow + column}, row * p.size.sh - p.size.pad_top, column * p.size.sw - p.size.pad_left};
 }
 
-// The part of the inner axis that a step covers: some channels of a tap. The deformable groups of a weight group (or
-// the part of one that it has) are walked through one after the other, taps inside them, channels innermost.
+// A step of the inner axis: some channels of a tap. The order is: segments (the deformable groups of a weight group, or
+// one segment if it is inside a deformable group), then taps, then channels.
 struct Step {
-  int segment, i, j, c;  // tap (i, j); c: first channel within the segment
+  int segment, i, j, c;  // tap (i, j), c is the first channel within the segment
 
   __device__ __forceinline__ bool begins_tap() const { return c == 0; }
 };
@@ -118,7 +118,7 @@ __device__ __forceinline__ Step step_after(const DeformConvFusedParams& p, Step 
   return step;
 }
 
-// A block's share of the work.
+// The sums that a block computes.
 struct BlockTile {
   int g, first_row, first_output, split;  // first_output: within the weight group
 };
@@ -140,13 +140,12 @@ __device__ __forceinline__ int count_block_tiles(const DeformConvFusedParams& p)
   return (p.rows + kTileRows - 1) / kTileRows * p.size.G * p.splits * outputs;
 }
 
-// 16 bytes of channels of a sampling point's four neighbours; zeros where the weight is 0, so that what has no weight
-// takes no part, and costs no access.
+// 16 bytes of channels of a sampling point's four neighbours. A neighbour of weight 0 is not read: its channels are 0.
 struct CornerWords {
   Words at[4];
 };
 
-// A word of the column: rounded as the element type is, and as the product wants its operand.
+// A word of the column, rounded to the element type and then as an operand of the product.
 __device__ __forceinline__ unsigned interpolate_word(const CornerWords& corners, int w, const float (&weight)[4]) {
   float sums[Word<Scalar>::kElements];
 #pragma unroll
@@ -159,15 +158,15 @@ __device__ __forceinline__ unsigned interpolate_word(const CornerWords& corners,
   return Product::kRoundsA ? tensor_operand<Scalar>(word) : word;
 }
 
-// What moves data for a block. A thread has every kRowStep-th row from `row` on, a piece of 16 bytes of it.
+// Moves data into the tiles of a block. A thread handles one 16-byte piece of every kRowStep-th row from `row` on.
 struct Loader {
   const DeformConvFusedParams& p;
   SharedMemory& shared;
-  int row, place;         // of the thread's first piece in a tile
-  int channel, piece;     // the tile's first channel, and the thread's among those of a step
-  int deformable_group;   // the tile's first
-  const Scalar* filters;  // of the thread's first row
-  unsigned outputs;       // bit i: the i-th row is that of an output
+  int row, place;         // row and offset of the thread's first piece in a tile
+  int channel, piece;     // the block's first channel, and the thread's first within a step
+  int deformable_group;   // the block's first
+  const Scalar* filters;  // the thread's first row of filters
+  unsigned outputs;       // bit i: the thread's i-th row belongs to an output
 
   __device__ __forceinline__ Loader(const DeformConvFusedParams& p, const BlockTile& tile, SharedMemory& shared)
       : p(p), shared(shared) {
@@ -185,7 +184,7 @@ struct Loader {
 
   __device__ __forceinline__ int filter_size() const { return p.size.kh * p.size.kw * p.group_channels; }
 
-  // Sampling points of a tap, a thread for each pixel.
+  // Locates the sampling points of a tap, one thread per pixel.
   __device__ __forceinline__ void weigh(const Step& step, int side) const {
     const int r = threadIdx.x;
     if (r >= kTileRows) return;
@@ -202,7 +201,7 @@ struct Loader {
     for (int i = 0; i < 4; ++i) shared.weights[side].of[r].at[i] = sample.weight[i];
   }
 
-  // What does not belong to the segment or to an output is not read.
+  // Fills with zeros beyond the segment and beyond the last output.
   __device__ __forceinline__ void fetch_filters(const Step& step, unsigned char* b) const {
     const bool valid = step.c + piece < p.segment;
     const Scalar* from = filters + (step.i * p.size.kw + step.j) * p.group_channels + step.segment * p.segment + step.c;
@@ -214,7 +213,7 @@ struct Loader {
     commit_copies();
   }
 
-  // Two of the thread's rows at a time, so that few registers hold what is under way.
+  // Loads two of the thread's rows at a time, so that few registers hold pending loads.
   __device__ __forceinline__ void load(const Step& step, int side, int half, CornerWords (&corners)[2]) const {
     const bool valid = step.c + piece < p.segment;
     const Scalar* channels = p.input + (channel + step.segment * p.segment + step.c + piece);
@@ -244,27 +243,27 @@ struct Loader {
   }
 };
 
-// A block's share of the steps of the inner axis.
-struct Share {
+// The steps of a block.
+struct StepRange {
   int begin, end;
 };
 
-__device__ __forceinline__ Share share_of(const DeformConvFusedParams& p, const BlockTile& tile) {
+__device__ __forceinline__ StepRange steps_of(const DeformConvFusedParams& p, const BlockTile& tile) {
   return {static_cast<int>(static_cast<long long>(p.steps) * tile.split / p.splits),
           static_cast<int>(static_cast<long long>(p.steps) * (tile.split + 1) / p.splits)};
 }
 
-// The sums of a block's tile. Threads multiply between loading and storing what the next step needs.
+// Computes the sums of a block. Threads multiply between the loads and the stores of the next step.
 template <typename P>
-__device__ __forceinline__ void multiply_in_turn(const DeformConvFusedParams& p, const BlockTile& tile,
-                                                 SharedMemory& shared, P& product) {
-  const Share share = share_of(p, tile);
+__device__ __forceinline__ void multiply_synchronously(const DeformConvFusedParams& p, const BlockTile& tile,
+                                                       SharedMemory& shared, P& product) {
+  const StepRange steps = steps_of(p, tile);
   const Loader loader(p, tile, shared);
-  constexpr int elements = 32 / sizeof(Scalar);  // of a row that a product takes at once
+  constexpr int elements = 32 / sizeof(Scalar);  // elements of a row per instruction
   constexpr int pairs = kPieces / 2 / kHalves;
   CornerWords corners[2];
-  Step next = find_step(p, share.begin);
-  int side = 0;  // of the weights: sides alternate with taps, those of the tiles with steps
+  Step next = find_step(p, steps.begin);
+  int side = 0;  // buffer of the weights; they alternate with taps, the tiles with steps
   loader.weigh(next, side);
   loader.fetch_filters(next, shared.b[0]);
   __syncthreads();
@@ -274,9 +273,9 @@ __device__ __forceinline__ void multiply_in_turn(const DeformConvFusedParams& p,
     loader.store(side, half, corners, shared.a[0]);
   }
 
-  for (int s = share.begin; s < share.end; ++s) {
-    const int now = (s - share.begin) & 1;
-    const bool more = s + 1 < share.end;
+  for (int s = steps.begin; s < steps.end; ++s) {
+    const int now = (s - steps.begin) & 1;
+    const bool more = s + 1 < steps.end;
     const int channels = p.segment - next.c;
     next = step_after(p, next);
     if (more && next.begins_tap()) {
@@ -298,17 +297,17 @@ __device__ __forceinline__ void multiply_in_turn(const DeformConvFusedParams& p,
   }
 }
 
-// The sums of a block's tile. The hardware multiplies a step's tiles while threads load and store the next one's, and
-// weigh the sampling points of the one after that.
+// Computes the sums of a block. The tensor cores multiply the tiles of a step asynchronously while threads fill those
+// of the next step and locate the sampling points of the one after.
 template <typename P>
-__device__ __forceinline__ void multiply_beside(const DeformConvFusedParams& p, const BlockTile& tile,
-                                                SharedMemory& shared, P& product) {
-  const Share share = share_of(p, tile);
+__device__ __forceinline__ void multiply_asynchronously(const DeformConvFusedParams& p, const BlockTile& tile,
+                                                        SharedMemory& shared, P& product) {
+  const StepRange steps = steps_of(p, tile);
   const Loader loader(p, tile, shared);
   CornerWords corners[2];
-  const Step first = find_step(p, share.begin);
+  const Step first = find_step(p, steps.begin);
   Step next = step_after(p, first);
-  int side = 0;  // of the weights of the step after next: sides alternate with taps
+  int side = 0;  // buffer of the weights of the step after next; they alternate with taps
   loader.weigh(first, side);
   loader.fetch_filters(first, shared.b[0]);
   __syncthreads();
@@ -317,23 +316,23 @@ __device__ __forceinline__ void multiply_beside(const DeformConvFusedParams& p, 
     loader.load(first, side, half, corners);
     loader.store(side, half, corners, shared.a[0]);
   }
-  if (share.begin + 1 < share.end && next.begins_tap()) loader.weigh(next, side ^= 1);
+  if (steps.begin + 1 < steps.end && next.begins_tap()) loader.weigh(next, side ^= 1);
 
-  for (int s = share.begin; s < share.end; ++s) {
-    const int tiles = (s - share.begin) & 1;
+  for (int s = steps.begin; s < steps.end; ++s) {
+    const int tiles = (s - steps.begin) & 1;
     const Step after = step_after(p, next);
     wait_for_copies<0>();
     show_to_products();
     __syncthreads();
     product.start(shared.a[tiles], shared.b[tiles]);
-    if (s + 1 < share.end) {
+    if (s + 1 < steps.end) {
       const int next_side = side;
       loader.fetch_filters(next, shared.b[tiles ^ 1]);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         loader.load(next, next_side, half, corners);
         loader.store(next_side, half, corners, shared.a[tiles ^ 1]);
-        if (half == 0 && s + 2 < share.end && after.begins_tap()) loader.weigh(after, side ^= 1);
+        if (half == 0 && s + 2 < steps.end && after.begins_tap()) loader.weigh(after, side ^= 1);
       }
     }
     product.finish();
@@ -341,10 +340,10 @@ __device__ __forceinline__ void multiply_beside(const DeformConvFusedParams& p, 
   }
 }
 
-// Writes a slice with outputs together to rows [.., O], `width` outputs at a time.
+// Writes a slice with contiguous outputs to rows [.., O], `width` outputs at a time.
 template <int width, typename T, typename Row>
 __device__ __forceinline__ void write_rows(T* rows, const float* slice, const Scalar* bias, int count, Row row_of) {
-  constexpr int threads = kSlice / width;  // of a row
+  constexpr int threads = kSlice / width;  // threads of a row
   const int output = threadIdx.x % threads * width;
   if (output >= count) return;
   float added[width];
@@ -371,8 +370,7 @@ __device__ __forceinline__ void write_rows(const DeformConvFusedParams& p, T* ro
   }
 }
 
-// Writes a slice with pixels together to planes [.., P], neighbouring threads to pixels that are neighbours in a row of
-// the image.
+// Writes a slice with contiguous pixels to planes [.., P]. Consecutive threads write neighbours in a row of the image.
 __device__ __forceinline__ void write_planes(Scalar* planes, int P, const float* slice, const TilePixel* pixels,
                                              const Scalar* bias, int count, long long image_step) {
   constexpr int across = kTileRows / kBand;
@@ -387,7 +385,7 @@ __device__ __forceinline__ void write_planes(Scalar* planes, int P, const float*
   }
 }
 
-// Writes a slice of finished sums, the outputs from `first` of a weight group on, to the output.
+// Writes a slice of complete sums to the outputs from `first` of a weight group on.
 __device__ __forceinline__ void write_output(const DeformConvFusedParams& p, const TilePixel* pixels,
                                              const float* slice, const BlockTile& tile, int first) {
   const int outputs = p.group_outputs, count = min(kSlice, outputs - first), o = tile.g * outputs + first;
@@ -404,7 +402,7 @@ __device__ __forceinline__ void write_output(const DeformConvFusedParams& p, con
   }
 }
 
-// Writes a slice of a split's sums.
+// Writes a slice of the partial sums of a split.
 __device__ __forceinline__ void write_partial(const DeformConvFusedParams& p, const float* slice, const BlockTile& tile,
                                               int first) {
   const int outputs = p.group_outputs;
@@ -415,8 +413,8 @@ __device__ __forceinline__ void write_partial(const DeformConvFusedParams& p, co
   });
 }
 
-// Grid: the tiles, those of the same pixels together.
-extern "C" __global__ void __launch_bounds__(kThreads, DCN_BLOCKS)
+// Grid: tiles; those of the same pixels have consecutive numbers.
+extern "C" __global__ void __launch_bounds__(Product::kThreads, DCN_BLOCKS)
     DCN_KERNEL(deform_conv2d_fused)(const DeformConvFusedParams p) {
   DCN_SHARED_MEMORY(memory);
   SharedMemory& shared = tile_memory(memory);
@@ -427,9 +425,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, DCN_BLOCKS)
     __syncthreads();
     Product product;
     if constexpr (Product::kIsAsync) {
-      multiply_beside(p, tile, shared, product);
+      multiply_asynchronously(p, tile, shared, product);
     } else {
-      multiply_in_turn(p, tile, shared, product);
+      multiply_synchronously(p, tile, shared, product);
     }
 
     float* slice = reinterpret_cast<float*>(shared.a);
@@ -457,7 +455,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, DCN_BLOCKS)
   }
 }
 
-// The sums of all splits of `width` outputs from `at` on, always in the same order.
+// Sums `width` outputs from `at` on over all splits, always in the same order.
 template <int width>
 __device__ __forceinline__ Vector<float, width> sum_of_splits(const DeformConvFusedParams& p, long long at) {
   using Sums = Vector<float, width>;
@@ -496,7 +494,7 @@ __device__ __forceinline__ void add_slice(const DeformConvFusedParams& p, const 
 }
 
 // Grid: tiles of kTileRows pixels by kSlice outputs.
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     DCN_KERNEL(deform_conv2d_add_splits)(const DeformConvFusedParams p) {
   DCN_SHARED_MEMORY(memory);
   TilePixel* pixels = reinterpret_cast<TilePixel*>(memory);

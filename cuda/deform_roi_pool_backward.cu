@@ -1,5 +1,5 @@
-// Backward pass of deformable RoI pooling, each bin for itself: the gradients of its offset and mask, and what it adds
-// to the input's.
+// Backward pass of deformable RoI pooling bin by bin: the gradients of the bin's offset and mask, and atomic additions
+// to the gradient of the input.
 
 #include "dcn/roi_bins.cuh"
 
@@ -10,17 +10,17 @@ struct DeformRoIPoolBackwardParams {
   OffsetScalar* grad_mask;    // [R, P, Q], written, or null
   Sum* grad_input;            // [N, H, W, C], added to, or null
   DeformRoIPoolBins bins;
-  int lane_bits;  // 2^lane_bits lanes of a warp run over channel vectors; the others take other pixels
+  int lane_bits;  // 2^lane_bits lanes cover the channel vectors of a pixel; the other lanes take other pixels
   int tile_rows;  // bins of a tile
   int channels_last;
 };
 
-// Dot products of a bin's gradient with its value (without the mask) and with the derivatives of that by its position.
+// Dot products of a bin's gradient with its value before the mask and with the derivatives of that by the position.
 struct alignas(16) BinDots {
   Sum value, slope_y, slope_x;
 };
 
-static_assert(sizeof(BinDots) == 4 * sizeof(Sum), "the launch plan allocates so much");
+static_assert(sizeof(BinDots) == 4 * sizeof(Sum), "as the launch plan allocates");
 
 __device__ __forceinline__ void write_gradients(const DeformRoIPoolBackwardParams& p, const ImagePixel& at,
                                                 const BinShare& share, Sum height, Sum width, const BinDots& dots) {
@@ -39,9 +39,9 @@ __device__ __forceinline__ void write_gradients(const DeformRoIPoolBackwardParam
   }
 }
 
-// Block: (32, 8), a warp a bin. Grid: tiles of bins; a block takes all their channels, slice after slice.
-// Vector additions (sm_90) need few registers and let three blocks share a multiprocessor.
-extern "C" __global__ void __launch_bounds__(256, __CUDA_ARCH__ < 900 ? 2 : 3)
+// Block: (32, 8), one warp per bin. Grid: tiles of bins; a block takes all their channels, slice by slice.
+// Vector additions (sm_90) need few registers, so three blocks fit on a multiprocessor.
+extern "C" __global__ void __launch_bounds__(kThreads, __CUDA_ARCH__ < 900 ? 2 : 3)
     DCN_KERNEL(deform_roi_pool_backward)(const DeformRoIPoolBackwardParams p) {
   DCN_SHARED_MEMORY(shared);
   WarpPixels& pixels_of_warp = reinterpret_cast<WarpPixels*>(shared)[threadIdx.y];
@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(256, __CUDA_ARCH__ < 900 ? 2 : 3)
         }
         const Sum width = __shfl_sync(kAllLanes, bin.axis.region, kHalf);
         if (lane != 0) continue;
-        // Of its row in every slice it is this thread that comes here: no barrier is needed.
+        // No barrier: the same thread comes here for this row in every slice.
         if (first_channel > 0) {
           dots.value += dots_of_row[row].value;
           dots.slope_y += dots_of_row[row].slope_y;

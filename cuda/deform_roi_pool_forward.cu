@@ -1,5 +1,5 @@
-// Deformable RoI pooling: each bin of a region averages bilinear samples of the image, on a grid that its offset
-// shifts.
+// Forward pass of deformable RoI pooling: each bin of a region averages bilinear samples of the image on a grid that
+// the bin's offset shifts.
 
 #include "dcn/roi_bins.cuh"
 
@@ -7,14 +7,14 @@ struct DeformRoIPoolForwardParams {
   const Scalar* input;  // [N, H, W, C]
   Scalar* output;       // [R, C, P, Q], or [R, P, Q, C] if channels_last
   DeformRoIPoolBins bins;
-  int lane_bits;  // 2^lane_bits lanes of a warp run over channel vectors; the others take other pixels
+  int lane_bits;  // 2^lane_bits lanes cover the channel vectors of a pixel; the other lanes take other pixels
   int tile_rows;  // bins of a tile
   int channels_last;
 };
 
-// Block: (32, 8), a warp a bin. Grid: tiles of bins and channels. Neighbouring bins of a region share pixels, and so
-// the first-level cache of a multiprocessor.
-extern "C" __global__ void __launch_bounds__(256, 3)
+// Block: (32, 8), one warp per bin. Grid: tiles of bins and channels. Neighbouring bins share a block because they
+// share pixels, which then hit the L1 cache.
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
     DCN_KERNEL(deform_roi_pool_forward)(const DeformRoIPoolForwardParams p) {
   DCN_SHARED_MEMORY(shared);
   WarpPixels& pixels_of_warp = reinterpret_cast<WarpPixels*>(shared)[threadIdx.y];

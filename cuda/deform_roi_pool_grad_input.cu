@@ -1,28 +1,28 @@
-// The input's gradient of deformable RoI pooling without atomics, in an order that is always the same: a strip of
-// pixels looks for the bins that weigh it, and adds up their gradients.
+// The deterministic gradient of the input of deformable RoI pooling. Without atomics, each strip of pixels searches the
+// bins that it contributes to, and adds up their gradients in a fixed order.
 //
-// No lists are made: the bounds of a region rule out nearly all strips, and what is left, whether a bin of the region
-// touches the strip, is decided for 32 bins at once, a lane each, together with the bin's weights in the strip.
+// The search needs no lists: the bounds of a region rule out nearly all strips. For the others, a warp computes the
+// weights of 32 bins in the strip at once, one bin per lane.
 
 #include "dcn/roi_bins.cuh"
 
-// The pixels that the bins of a region can weigh, all bounds included; image is -1 for none.
+// Inclusive bounds of the pixels that can contribute to the bins of a region; image is -1 if there are none.
 struct RegionBounds {
   int image, top, bottom, left, right;
 };
 
 struct DeformRoIPoolGradInputParams {
-  const Scalar* grad_out;  // [rows, C]: the bins of `range`
+  const Scalar* grad_out;  // [rows, C] for the bins of `range`
   RegionBounds* bounds;    // [R], written by deform_roi_pool_region_bounds
-  Scalar* grad_input;      // [N, C, H, W], or [N, H, W, C] if channels_last, written; or null
-  Sum* sums;               // [N, H, W, C], added to, if there is no grad_input
+  Scalar* grad_input;      // [N, C, H, W], or [N, H, W, C] if channels_last, written; null to add to sums
+  Sum* sums;               // [N, H, W, C], added to if grad_input is null
   DeformRoIPoolBins bins;
   RowRange range;
-  int lane_bits;  // 2^lane_bits lanes of a warp run over channel vectors; the others take other bins
+  int lane_bits;  // 2^lane_bits lanes cover the channel vectors of a bin; the other lanes take other bins
   int channels_last;
 };
 
-// The pixels of an axis from the first to the last that a bin can weigh; high < low for none.
+// The first and the last pixel of an axis that can contribute to a bin; high < low if there are none.
 struct PixelRange {
   int low, high;
 };
@@ -36,8 +36,8 @@ __device__ __forceinline__ PixelRange axis_pixels(const BinAxis& axis, int exten
           high > Sum(0) ? min(static_cast<int>(high < end ? high : end), extent - 2) + 1 : 0};
 }
 
-// Block: (32, 8), a warp a region. Grid: regions.
-extern "C" __global__ void __launch_bounds__(256, 2)
+// Block: (32, 8), one warp per region. Grid: regions.
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     DCN_KERNEL(deform_roi_pool_region_bounds)(const DeformRoIPoolGradInputParams p) {
   const DeformRoIPoolSizes& size = p.bins.size;
   for (long long region = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y; region < size.R;
@@ -63,9 +63,10 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   }
 }
 
-constexpr int kStrip = sizeof(Sum) == 8 ? 2 : DCN_VEC == 8 ? 4 : 8;  // pixels, so many that a lane's sums fit registers
-constexpr int kBinsTogether = sizeof(Sum) == 8 ? 1 : 2;  // gradients that a lane reads before it adds them up
-constexpr int kPitch = kWarp * DCN_VEC + 4;  // of sums in shared memory; padded for threads that run over pixels
+constexpr int kStrip = sizeof(Sum) == 8 ? 2 : DCN_VEC == 8 ? 4 : 8;  // pixels; the sums of a lane must fit registers
+constexpr int kBinsTogether = sizeof(Sum) == 8 ? 1 : 2;              // gradients that a lane loads before it adds them
+constexpr int kStripPadding = 4;  // prevents bank conflicts of threads that run over pixels
+constexpr int kPitch = kWarp * DCN_VEC + kStripPadding;
 
 struct Strip {
   int image, y, x;
@@ -84,14 +85,14 @@ __device__ __forceinline__ bool can_touch(const RegionBounds& bounds, const Stri
          bounds.left - strip.x < kStrip && strip.x <= bounds.right;
 }
 
-// Adds to weights what the samples of an axis weigh of the pixels from `first` on.
+// Adds the weights of the pixels from `first` on in the samples of an axis.
 template <int count>
 __device__ __forceinline__ void add_axis_weights(BinAxis axis, int first, int extent, Sum (&weights)[count]) {
   limit_samples(axis, static_cast<Sum>(first) - Sum(1), static_cast<Sum>(first) + Sum(count));
   for (int i = axis.first; i < axis.last; ++i) {
     const ClampedCoordinate<Sum> at = clamp_coordinate(sample_position(axis, i), extent);
     if (!at.inside) continue;
-    // Selections, not additions to weights[low - first]: the weights stay in registers.
+    // Selections instead of an index into `weights` keep the array in registers.
     const int low = at.low - first, high = at.high - first;
 #pragma unroll
     for (int k = 0; k < count; ++k) {
@@ -100,7 +101,8 @@ __device__ __forceinline__ void add_axis_weights(BinAxis axis, int first, int ex
   }
 }
 
-// The weights of a bin, mask and number of samples included, in a strip; whether there are any but 0.
+// Computes the weights of a strip's pixels in a bin, with its mask and divided by the number of samples. Returns false
+// if all are 0.
 __device__ __forceinline__ bool weigh_strip(const DeformRoIPoolBins& bins, const ImagePixel& at, const Strip& strip,
                                             Sum (&weights)[kStrip]) {
   const BinAxis y = bin_axis(bins, at, false);
@@ -120,7 +122,7 @@ __device__ __forceinline__ bool weigh_strip(const DeformRoIPoolBins& bins, const
   return touches;
 }
 
-// Takes the next bits out of `bits`, one for each group of lanes: the one of this group, or -1.
+// Removes the next bit for each group of lanes from `bits`. Returns the number of this group's bit, or -1.
 __device__ __forceinline__ int next_bit(unsigned& bits, int group, int groups) {
   int mine = -1;
   for (int g = 0; g < groups && bits; ++g) {
@@ -130,8 +132,8 @@ __device__ __forceinline__ int next_bit(unsigned& bits, int group, int groups) {
   return mine;
 }
 
-// Adds the gradients of a region's bins, times their weights in the strip, to the sums. Called by a whole warp; its
-// groups of lanes take turns with the bins. grad_out begins with the region's first bin of those from `first` to `end`.
+// Adds the weighted gradients of the bins from `first` to `end` of a region to the sums of a strip. Called by a whole
+// warp; its groups of lanes share the bins. grad_out points at the gradient of bin `first`.
 __device__ __forceinline__ void add_region(const DeformRoIPoolGradInputParams& p, const Strip& strip, int region,
                                            int first, int end, const Scalar* grad_out, bool has_channels,
                                            Sum (&sums)[kStrip][DCN_VEC]) {
@@ -164,9 +166,9 @@ __device__ __forceinline__ void add_region(const DeformRoIPoolGradInputParams& p
   }
 }
 
-// Block: (32, 8); each warp takes an equal share of the regions, in order, and the shares are added up in order. Grid:
-// strips of pixels and channels.
-extern "C" __global__ void __launch_bounds__(256, 2)
+// Block: (32, 8). Each warp adds up an equal part of the regions in order; the parts are then added in order. Grid:
+// strips of pixels by slices of channels.
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     DCN_KERNEL(deform_roi_pool_grad_input)(const DeformRoIPoolGradInputParams p) {
   DCN_SHARED_MEMORY(shared);
   Sum(*const partial)[kStrip][kPitch] = reinterpret_cast<Sum(*)[kStrip][kPitch]>(shared);
@@ -175,7 +177,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   const int lanes = 1 << p.lane_bits, slice = lanes * DCN_VEC, slices = (size.C + slice - 1) / slice;
   const long long strips = static_cast<long long>(size.N) * size.H * strips_of_row(size);
 
-  const long long last_bin = static_cast<long long>(p.range.first_pixel) + p.range.rows;  // from first_image's first on
+  // Bins are counted from the first of region first_image.
+  const long long last_bin = static_cast<long long>(p.range.first_pixel) + p.range.rows;
   const int regions = static_cast<int>((last_bin + bins - 1) / bins);
   const int share = (regions + blockDim.y - 1) / blockDim.y;
   const int first_region = min(warp * share, regions), end_region = min(first_region + share, regions);

@@ -8,12 +8,12 @@
 enum ArrayTask {
   kNothing,
   kPixelsToRows,         // Scalar [N, C, P] to Scalar [rows, C]
-  kPixelsToRoundedRows,  // likewise, floats rounded to TF32
+  kPixelsToRoundedRows,  // the same for floats, rounded to TF32
   kRowsToPixels,         // Sum [rows, C] to Scalar [N, C, P]
   kSumPixels,            // Scalar [N, C, P] to Sum [N, C]
   kSumRows,              // Sum [P, C] to Scalar [C]
-  kSumRowParts,          // Scalar [rows, C] to Sum [parts, C], a part being P rows
-  kFillPixels,           // Scalar [N, C, P] with Scalar [C]
+  kSumRowParts,          // Scalar [rows, C] to Sum [parts, C], P rows to a part
+  kFillPixels,           // Scalar [C] to Scalar [N, C, P]
 };
 
 struct ArrayJob {
@@ -21,7 +21,7 @@ struct ArrayJob {
   void* target;
   int task;
   int N, C, P;
-  RowRange range;  // the rows to move
+  RowRange range;  // the rows of a transpose, or of the parts to sum
   int tiles;
 };
 

@@ -1,4 +1,4 @@
-// Several array jobs in one launch: its blocks take the tiles of all jobs in turn.
+// Several array jobs in one launch. Its blocks share the tiles of all jobs.
 
 #include "dcn/channel_sums.cuh"
 #include "dcn/transposes.cuh"
@@ -16,7 +16,7 @@ __device__ __forceinline__ long long array_job_tiles(const ArrayJobsParams& p) {
   return tiles;
 }
 
-// One tile of one job. Block: 256 threads in one row, all with the same t.
+// Runs tile t of all jobs. Block: kThreads threads in x, all with the same t.
 template <typename Scalar>
 __device__ __forceinline__ void run_array_job_tile(const ArrayJobsParams& p, long long t, unsigned char* shared) {
 #pragma unroll 1
@@ -29,7 +29,7 @@ __device__ __forceinline__ void run_array_job_tile(const ArrayJobsParams& p, lon
         case kPixelsToRoundedRows:
           if (job.P == 1) {
             copy_rows<Scalar, Scalar>(job, tile);
-          } else if (SmallImages<Scalar>::are(job)) {
+          } else if (SmallImages<Scalar>::fit(job)) {
             small_pixels_to_rows<Scalar>(job, tile, shared);
           } else {
             pixels_to_rows<Scalar>(job, tile, shared);
@@ -38,7 +38,7 @@ __device__ __forceinline__ void run_array_job_tile(const ArrayJobsParams& p, lon
         case kRowsToPixels:
           if (job.P == 1) {
             copy_rows<Scalar, Accumulator<Scalar>>(job, tile);
-          } else if (SmallImages<Scalar>::are(job)) {
+          } else if (SmallImages<Scalar>::fit(job)) {
             small_rows_to_pixels<Scalar>(job, tile, shared);
           } else {
             rows_to_pixels<Scalar>(job, tile, shared);

@@ -2,10 +2,10 @@
 
 #include "dcn/array_job.cuh"
 
-// Channels of a tile of sums.
-constexpr int kTile = 32;
+// Channels of a tile of a sum over rows.
+constexpr int kSumTileChannels = 32;
 
-// Adds the sums of all threads of a block in a fixed order; the total is thread 0's.
+// Returns the sum over all threads of a block, added in a fixed order.
 template <typename Sum>
 __device__ __forceinline__ Sum block_sum(Sum value, unsigned char* shared) {
   Sum* partial = reinterpret_cast<Sum*>(shared);
@@ -20,7 +20,7 @@ __device__ __forceinline__ Sum block_sum(Sum value, unsigned char* shared) {
   return total;
 }
 
-// Tile: an image's channel.
+// Tile: a channel of an image.
 template <typename Scalar>
 __device__ __forceinline__ void sum_pixels(const ArrayJob& job, int t, unsigned char* shared) {
   using Sum = Accumulator<Scalar>;
@@ -38,63 +38,64 @@ __device__ __forceinline__ void sum_pixels(const ArrayJob& job, int t, unsigned 
   if (threadIdx.x == 0) static_cast<Sum*>(job.target)[t] = total;
 }
 
-// Sums of 32 channels over rows, a thread of each group of 32 for every eighth row (at 256 threads).
+// Returns the sums of a tile's channels over rows to its first threads. Each thread adds up every `step`-th row.
 template <typename Sum, typename Load>
 __device__ __forceinline__ Sum sum_of_rows(int rows, unsigned char* shared, Load load) {
   Sum* partial = reinterpret_cast<Sum*>(shared);
-  const int x = threadIdx.x % kTile, step = blockDim.x / kTile;
+  const int x = threadIdx.x % kSumTileChannels, step = blockDim.x / kSumTileChannels;
   Sum sum = Sum(0);
-  for (int r = threadIdx.x / kTile; r < rows; r += step) sum += load(r);
+  for (int r = threadIdx.x / kSumTileChannels; r < rows; r += step) sum += load(r);
   partial[threadIdx.x] = sum;
   __syncthreads();
   Sum total = Sum(0);
-  if (threadIdx.x < kTile) {
-    for (int i = 0; i < step; ++i) total += partial[i * kTile + x];
+  if (threadIdx.x < kSumTileChannels) {
+    for (int i = 0; i < step; ++i) total += partial[i * kSumTileChannels + x];
   }
   __syncthreads();
   return total;
 }
 
-// Tile: 32 channels of a part of the rows.
+// Tile: kSumTileChannels channels of a part of the rows.
 template <typename Scalar>
 __device__ __forceinline__ void sum_row_part(const ArrayJob& job, int t, unsigned char* shared) {
   using Sum = Accumulator<Scalar>;
-  const int channel_tiles = (job.C + kTile - 1) / kTile, part = t / channel_tiles;
-  const int c = t % channel_tiles * kTile + threadIdx.x % kTile, first = part * job.P;
+  const int channel_tiles = (job.C + kSumTileChannels - 1) / kSumTileChannels, part = t / channel_tiles;
+  const int c = t % channel_tiles * kSumTileChannels + threadIdx.x % kSumTileChannels, first = part * job.P;
   const Scalar* source = static_cast<const Scalar*>(job.source) + static_cast<long long>(first) * job.C + c;
   const Sum total = sum_of_rows<Sum>(min(job.P, job.range.rows - first), shared, [&](int r) {
     return c < job.C ? widen(source[static_cast<long long>(r) * job.C]) : Sum(0);
   });
-  if (threadIdx.x < kTile && c < job.C) {
+  if (threadIdx.x < kSumTileChannels && c < job.C) {
     static_cast<Sum*>(job.target)[static_cast<long long>(part) * job.C + c] = total;
   }
 }
 
-// Tile: 32 channels.
+// Tile: kSumTileChannels channels.
 template <typename Scalar>
 __device__ __forceinline__ void sum_rows(const ArrayJob& job, int t, unsigned char* shared) {
   using Sum = Accumulator<Scalar>;
-  const int c = t * kTile + threadIdx.x % kTile;
+  const int c = t * kSumTileChannels + threadIdx.x % kSumTileChannels;
   const Sum* source = static_cast<const Sum*>(job.source) + c;
   const Sum total = sum_of_rows<Sum>(
       job.P, shared, [&](int r) { return c < job.C ? source[static_cast<long long>(r) * job.C] : Sum(0); });
-  if (threadIdx.x < kTile && c < job.C) static_cast<Scalar*>(job.target)[c] = narrow<Scalar>(total);
+  if (threadIdx.x < kSumTileChannels && c < job.C) static_cast<Scalar*>(job.target)[c] = narrow<Scalar>(total);
 }
 
-// Tile: kFill elements.
-constexpr int kFill = 4096;
+// Tile: kFillTileElements elements.
+constexpr int kFillTileElements = 4096;
 
 template <typename Scalar>
 __device__ __forceinline__ void fill_pixels(const ArrayJob& job, int t) {
   constexpr unsigned vector = 16 / sizeof(Scalar);
-  const long long all = static_cast<long long>(job.N) * job.C * job.P, first = static_cast<long long>(t) * kFill;
-  const unsigned count = static_cast<unsigned>(min(all - first, static_cast<long long>(kFill)));
+  const long long all = static_cast<long long>(job.N) * job.C * job.P,
+                  first = static_cast<long long>(t) * kFillTileElements;
+  const unsigned count = static_cast<unsigned>(min(all - first, static_cast<long long>(kFillTileElements)));
   const unsigned first_channel = static_cast<unsigned>(first / job.P % job.C);
   const unsigned first_pixel = static_cast<unsigned>(first % job.P);
   const Scalar* source = static_cast<const Scalar*>(job.source);
   Scalar* target = static_cast<Scalar*>(job.target) + first;
   const auto value_at = [&](unsigned i) { return source[(first_channel + (first_pixel + i) / job.P) % job.C]; };
-  // A vector is of one channel, or of consecutive ones.
+  // A vector belongs to one channel, or to consecutive channels of one pixel each.
   if (is_aligned(target, 16) && (job.P == 1 ? job.C : job.P) % vector == 0) {
 #pragma unroll 1
     for (unsigned i = threadIdx.x * vector; i < count; i += blockDim.x * vector) {

@@ -1,8 +1,8 @@
-// A column's elements: the modulated bilinear samples of the image at a sampling point.
+// Elements of a column: modulated bilinear samples of the image.
 
 #include "dcn/deform_conv2d.cuh"
 
-// What all channels of a sampling point share: its first neighbour, as an index of pixels [N, H, W], and the modulated
+// A sampling point for all its channels: the index of its first neighbour in pixels [N, H, W] and the modulated
 // bilinear weights of its four neighbours.
 template <typename Index>
 struct SampleWeights {
@@ -10,7 +10,7 @@ struct SampleWeights {
   Sum weight[4];
 };
 
-// A NaN coordinate gives the first pixel of the image the weight NaN.
+// For a NaN coordinate, the first pixel of the image gets weight NaN.
 template <typename Index>
 __device__ __forceinline__ SampleWeights<Index> weigh_sample(const DeformConvSizes& size, const Tap& tap,
                                                              const SamplePoint<Sum>& point, const OffsetScalar* mask) {
@@ -23,8 +23,7 @@ __device__ __forceinline__ SampleWeights<Index> weigh_sample(const DeformConvSiz
   return sample;
 }
 
-// Some consecutive channels of a sampling point's four neighbours; zeros where the weight is 0, so that what has no
-// weight takes no part, and costs no access.
+// Consecutive channels of a sampling point's four neighbours. A neighbour of weight 0 is not read: its channels are 0.
 struct Corners {
   ScalarVector at[4];
 };

@@ -1,13 +1,7 @@
-// Deformable convolution, what forward and backward share: sizes, the order of rows and columns, where a tap samples.
+// The sizes of a deformable convolution, the order of its rows and columns, and the sampling points of its taps.
 
-#include "dcn/types.cuh"
 #include "dcn/sampling.cuh"
 #include "dcn/rows.cuh"
-
-using Scalar = DCN_SCALAR;
-using OffsetScalar = DCN_OFFSET_SCALAR;
-using Sum = Accumulator<Scalar>;
-using ScalarVector = Vector<Scalar, DCN_VEC>;
 
 __device__ __forceinline__ ScalarVector load_vector(const Scalar* at) {
   ScalarVector value;
@@ -20,7 +14,7 @@ __device__ __forceinline__ ScalarVector load_vector(const Scalar* at) {
   return value;
 }
 
-// Zeros where it is not valid.
+// Zeros if not valid.
 __device__ __forceinline__ ScalarVector load_vector_if(const Scalar* from, bool valid) {
   ScalarVector value = {};
   if constexpr (sizeof(ScalarVector) == 16) {
@@ -39,15 +33,15 @@ struct DeformConvSizes {
   int sh, sw, dh, dw;
   int pad_top, pad_left;
   int G, D;
-  int offset_channel, offset_pixel;  // steps in offset [N, 2*D*K, oh, ow] and its gradient, in either memory order
-  int mask_channel, mask_pixel;      // in mask [N, D*K, oh, ow] and its gradient
+  int offset_channel, offset_pixel;  // strides of offset [N, 2*D*K, oh, ow] and its gradient, NCHW or NHWC
+  int mask_channel, mask_pixel;      // strides of mask [N, D*K, oh, ow] and its gradient
 };
 
-// One (row, deformable group, tap): its image and output pixel, and the channels' place in its offsets.
+// One (row, deformable group, tap): its image, output pixel, and indices of its offset and mask.
 struct Tap {
   int image, pixel;     // pixel = a * ow + b
-  long long offset_at;  // of dy in offset [N, 2*D*K, oh, ow]; dx follows one channel later
-  long long mask_at;    // in mask [N, D*K, oh, ow]
+  long long offset_at;  // index of dy in offset [N, 2*D*K, oh, ow]; dx is one channel further
+  long long mask_at;    // index in mask [N, D*K, oh, ow]
 };
 
 __device__ __forceinline__ Tap tap_of_pixel(const DeformConvSizes& size, const ImagePixel& at, int group_tap) {
@@ -61,7 +55,7 @@ __device__ __forceinline__ Tap find_tap(const DeformConvSizes& size, const RowRa
   return tap_of_pixel(size, find_pixel(range, row, size.oh * size.ow), group_tap);
 }
 
-// The sampling point of a tap that lies at (y, x) without its offset.
+// The sampling point of a tap at (y, x) before its offset is added.
 __device__ __forceinline__ SamplePoint<Sum> locate_shifted(const DeformConvSizes& size, const Tap& tap, int y, int x,
                                                            const OffsetScalar* offset) {
   const Sum dy = widen(offset[tap.offset_at]);
@@ -77,13 +71,9 @@ __device__ __forceinline__ SamplePoint<Sum> locate_tap(const DeformConvSizes& si
   return locate_shifted(size, tap, y, x, offset);
 }
 
-// Index of a sampling point's first neighbour in images [N, H, W]; the neighbour itself may lie outside.
+// Index of a sampling point's first neighbour in images [N, H, W]; it may be outside its image.
 __device__ __forceinline__ long long first_neighbour(const DeformConvSizes& size, int image, int y0, int x0) {
   return (static_cast<long long>(image) * size.H + y0) * size.W + x0;
-}
-
-__device__ __forceinline__ long long neighbour(const DeformConvSizes& size, long long first, int i) {
-  return first + (i & 2 ? size.W : 0) + (i & 1);
 }
 
 // Index in columns [rows, G, K, C/G] of channel c of a tap in a row.
@@ -94,8 +84,8 @@ __device__ __forceinline__ long long column_index(const DeformConvSizes& size, i
          (c - g * group_channels);
 }
 
-// The sampling points that a block prepares together: one (deformable group, tap) of a few rows. Tiles are numbered so
-// that neighbouring blocks share rows.
+// The sampling points that a block prepares together: one (deformable group, tap) of some rows. Tiles with consecutive
+// numbers share rows.
 struct SampleTile {
   int group_tap, k;
   int first_row, samples;
@@ -118,6 +108,3 @@ __device__ __forceinline__ SampleTile sample_tile(const DeformConvSizes& size, c
   tile.first_channel = tile.group_tap / K * tile.channels;
   return tile;
 }
-
-__device__ __forceinline__ int thread_of_block() { return threadIdx.y * blockDim.x + threadIdx.x; }
-__device__ __forceinline__ int threads_of_block() { return blockDim.x * blockDim.y; }

@@ -1,7 +1,7 @@
-// Products of two tiles in shared memory, kTileRows rows of `a` with `outputs` rows of `b`: sums[row, output] += the
-// dot product of 128 bytes of each. All kThreads threads of a block work together. How they share the sums is the
-// business of each class; `visit` calls a function with (row / 8, row % 8, output, sum) for each sum of a slice of
-// kSlice outputs that a thread holds.
+// Products of two tiles in shared memory: sums[row, output] += the dot product of 128 bytes of a row of `a` and a row
+// of `b`, for kTileRows rows of `a` and `outputs` rows of `b`. All threads of a block (kThreads of the class) take
+// part. Each class distributes the sums over them in its own way: `visit` calls a function with (row / 8, row % 8,
+// output, sum) for each sum that a thread holds in a slice of kSlice outputs.
 
 #include "dcn/types.cuh"
 
@@ -10,45 +10,36 @@ constexpr int kRowBytes = 128;
 constexpr int kPieces = kRowBytes / 16;
 constexpr int kSlice = 64;
 
-// Where piece i of 16 bytes of a row lies: permuted, so that eight rows' pieces of the same number, as load_matrices
-// wants them, and the eight pieces of a row, as they are written, fall on different banks.
+// The address of the 16-byte piece i of a row. Pieces are permuted so that neither the same piece of eight rows, which
+// load_matrices reads, nor the eight pieces of a row, which are written together, conflict on a bank.
 __device__ __forceinline__ unsigned char* piece_of(unsigned char* tile, int row, int i) {
   return tile + row * kRowBytes + ((i ^ (row & 7)) << 4);
 }
 
+template <typename T>
+constexpr bool is_half = false;
+template <>
+constexpr bool is_half<Half> = true;
+
 // One instruction of the tensor cores.
 template <typename T>
-struct Multiply;
-template <>
-struct Multiply<Half> {
-  static __device__ __forceinline__ void run(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+__device__ __forceinline__ void multiply(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    multiply_tf32(sums, a, b0, b1);
+  } else if constexpr (is_half<T>) {
     multiply_half(sums, a, b0, b1);
-  }
-};
-template <>
-struct Multiply<BFloat16> {
-  static __device__ __forceinline__ void run(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  } else {
     multiply_bfloat16(sums, a, b0, b1);
   }
-};
-template <>
-struct Multiply<float> {
-  static __device__ __forceinline__ void run(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    multiply_tf32(sums, a, b0, b1);
-  }
-};
+}
 
-// The operand as the tensor cores see it: a float is rounded to TF32, 16 bits are taken as they are.
+// An operand of the tensor cores: a float is rounded to TF32, 16-bit elements are taken as they are.
 template <typename T>
 __device__ __forceinline__ unsigned tensor_operand(unsigned bits) {
-  return bits;
-}
-template <>
-__device__ __forceinline__ unsigned tensor_operand<float>(unsigned bits) {
-  return __float_as_uint(round_to_tf32(__uint_as_float(bits)));
+  return sizeof(T) == sizeof(float) ? __float_as_uint(round_to_tf32(__uint_as_float(bits))) : bits;
 }
 
-// Fragments of 16 rows by 8 outputs: a warp has kI x kJ of them.
+// Sums in fragments of 16 rows by 8 outputs. A warp has kI x kJ fragments.
 template <int outputs>
 struct TensorSums {
   static constexpr int kThreads = 256;
@@ -56,7 +47,7 @@ struct TensorSums {
   static constexpr int kAcross = outputs >= 128 ? 4 : 2, kDown = 8 / kAcross;  // warps
   static constexpr int kI = kTileRows / kDown / 16, kJ = outputs / kAcross / 8;
   float at[kI][kJ][4];
-  int row, output, lane;  // the warp's first ones
+  int row, output, lane;  // the warp's first row and output
 
   __device__ __forceinline__ TensorSums() : at{} {
     const int warp = threadIdx.x / 32;
@@ -65,7 +56,7 @@ struct TensorSums {
     output = warp % kAcross * kJ * 8;
   }
 
-  // Two pieces of 16 rows of a, and of 16 rows of b: words 0 and 1 belong to the first eight outputs.
+  // Two pieces of 16 rows of `a` and of 16 rows of `b`, of which words 0 and 1 belong to the first eight outputs.
   __device__ __forceinline__ void load_a(unsigned (&fragment)[4], unsigned char* a, int i, int pair) const {
     load_matrices(fragment, piece_of(a, row + 16 * i + lane % 16, 2 * pair + lane / 16));
   }
@@ -74,7 +65,7 @@ struct TensorSums {
   }
 
   template <typename Visit>
-  __device__ __forceinline__ void visit(int slice, Visit see) const {
+  __device__ __forceinline__ void visit(int slice, Visit function) const {
     static_assert(kSlice % (kJ * 8) == 0, "a warp's outputs lie in one slice");
     if (output / kSlice != slice) return;
 #pragma unroll
@@ -83,14 +74,14 @@ struct TensorSums {
       for (int j = 0; j < kJ; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          see(row / 8 + 2 * i + e / 2, lane / 4, output % kSlice + 8 * j + lane % 4 * 2 + e % 2, at[i][j][e]);
+          function(row / 8 + 2 * i + e / 2, lane / 4, output % kSlice + 8 * j + lane % 4 * 2 + e % 2, at[i][j][e]);
         }
       }
     }
   }
 };
 
-// 16-bit elements, whose products are exact, or floats as TF32. Rows of `a` are operands already.
+// Products of 16-bit elements (exact) or of floats as TF32. Rows of `a` are stored as operands.
 template <typename T, int outputs>
 struct TensorProduct : TensorSums<outputs> {
   using TensorSums<outputs>::kI;
@@ -109,15 +100,15 @@ struct TensorProduct : TensorSums<outputs> {
       for (int e = 0; e < 4; ++e) right[e] = tensor_operand<T>(right[e]);
 #pragma unroll
       for (int i = 0; i < kI; ++i) {
-        Multiply<T>::run(this->at[i][j], left[i], right[0], right[1]);
-        Multiply<T>::run(this->at[i][j + 1], left[i], right[2], right[3]);
+        multiply<T>(this->at[i][j], left[i], right[0], right[1]);
+        multiply<T>(this->at[i][j + 1], left[i], right[2], right[3]);
       }
     }
   }
 };
 
-// A float as the sum of two TF32 numbers, which together have 21 bits of it. What is not finite is all in `large`;
-// `finite` is `large` without that, for 0 * inf is not what the float's product would be.
+// Floats as sums of two TF32 numbers, which keep 21 bits together. A number that is not finite is only in `large`;
+// `finite` is `large` with 0 instead, because the product of infinity with a `small` of 0 would be NaN.
 struct SplitFragment {
   unsigned large[4], small[4], finite[4];
 
@@ -133,7 +124,7 @@ struct SplitFragment {
   }
 };
 
-// Floats at nearly their own accuracy: three TF32 products, of which the smaller ones are added first.
+// Products of floats at nearly float32 accuracy: three TF32 products, the smaller ones added first.
 template <typename T, int outputs>
 struct SplitTensorProduct : TensorSums<outputs> {
   using TensorSums<outputs>::kI;
@@ -162,7 +153,7 @@ struct SplitTensorProduct : TensorSums<outputs> {
   }
 };
 
-// Floats by fused multiply-adds: a thread has every sixteenth row, and every kStep-th output.
+// Products of floats by fused multiply-adds. A thread has every sixteenth row and every kStep-th output.
 template <typename T, int outputs>
 struct FmaProduct {
   static constexpr int kThreads = outputs > 64 ? 512 : 256;
@@ -175,7 +166,7 @@ struct FmaProduct {
   __device__ __forceinline__ void add(unsigned char* a, unsigned char* b, int pair) {
     using Piece = Vector<float, 4>;
     const int row = threadIdx.x % 16, output = threadIdx.x / 16;
-    // One after the other, so that few registers hold factors.
+    // Not unrolled, so that few registers hold factors.
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       Piece right[kJ];
@@ -196,55 +187,42 @@ struct FmaProduct {
   }
 
   template <typename Visit>
-  __device__ __forceinline__ void visit(int slice, Visit see) const {
+  __device__ __forceinline__ void visit(int slice, Visit function) const {
     const int row = threadIdx.x % 16, output = threadIdx.x / 16;
 #pragma unroll
     for (int j = 0; j < kJ; ++j) {
       if (kStep * j / kSlice != slice) continue;
 #pragma unroll
-      for (int i = 0; i < kI; ++i) see(row / 8 + 2 * i, row % 8, (output + kStep * j) % kSlice, at[i][j]);
+      for (int i = 0; i < kI; ++i) function(row / 8 + 2 * i, row % 8, (output + kStep * j) % kSlice, at[i][j]);
     }
   }
 };
 
-// The instruction of a warpgroup.
-template <typename T>
-struct MultiplyTiles;
-template <>
-struct MultiplyTiles<Half> {
-  template <int n>
-  static __device__ __forceinline__ void run(float (&sums)[n], unsigned long long a, unsigned long long b) {
+// One instruction of a warpgroup.
+template <typename T, int n>
+__device__ __forceinline__ void multiply_tiles(float (&sums)[n], unsigned long long a, unsigned long long b) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    multiply_tiles_tf32(sums, a, b);
+  } else if constexpr (is_half<T>) {
     multiply_tiles_half(sums, a, b);
-  }
-};
-template <>
-struct MultiplyTiles<BFloat16> {
-  template <int n>
-  static __device__ __forceinline__ void run(float (&sums)[n], unsigned long long a, unsigned long long b) {
+  } else {
     multiply_tiles_bfloat16(sums, a, b);
   }
-};
-template <>
-struct MultiplyTiles<float> {
-  template <int n>
-  static __device__ __forceinline__ void run(float (&sums)[n], unsigned long long a, unsigned long long b) {
-    multiply_tiles_tf32(sums, a, b);
-  }
-};
+}
 
-// As TensorProduct, by the instructions of compute capability 9.0, which take both tiles from shared memory and work
-// beside the threads. Tiles are 1024-byte aligned; rows of both are operands already.
+// TensorProduct with the instructions of compute capability 9.0. They read both tiles from shared memory and run
+// asynchronously. Tiles are 1024-byte aligned; rows of both are stored as operands.
 template <typename T, int outputs>
 struct WarpgroupProduct {
   static constexpr bool kRoundsA = true, kIsAsync = true;
   static constexpr int kDown = 2, kAcross = outputs > 128 ? 2 : 1;  // warpgroups
   static constexpr int kThreads = 128 * kDown * kAcross, kOutputs = outputs / kAcross;
   float at[kOutputs / 2];
-  int row, output;  // the warpgroup's first ones
+  int row, output;  // the warpgroup's first row and output
 
   __device__ __forceinline__ WarpgroupProduct() : at{} {
-    // The same for all lanes, as the compiler then knows, too.
-    const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
+    // The shuffle tells the compiler that the value is the same in all lanes.
+    const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 128), 0);
     row = group % kDown * 64;
     output = group / kDown * kOutputs;
   }
@@ -254,7 +232,7 @@ struct WarpgroupProduct {
     begin_products(at);
 #pragma unroll
     for (int pair = 0; pair < kPieces / 2; ++pair) {
-      MultiplyTiles<T>::run(at, tile_step(left, pair), tile_step(right, pair));
+      multiply_tiles<T>(at, tile_step(left, pair), tile_step(right, pair));
     }
     commit_products();
   }
@@ -262,7 +240,7 @@ struct WarpgroupProduct {
   __device__ __forceinline__ void finish() { wait_for_products(at); }
 
   template <typename Visit>
-  __device__ __forceinline__ void visit(int slice, Visit see) const {
+  __device__ __forceinline__ void visit(int slice, Visit function) const {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
 #pragma unroll
     for (int part = 0; part < kOutputs / kSlice; ++part) {
@@ -271,7 +249,8 @@ struct WarpgroupProduct {
       for (int j = 0; j < kSlice / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          see(row / 8 + 2 * warp + e / 2, lane / 4, 8 * j + lane % 4 * 2 + e % 2, at[4 * (kSlice / 8 * part + j) + e]);
+          function(row / 8 + 2 * warp + e / 2, lane / 4, 8 * j + lane % 4 * 2 + e % 2,
+                   at[4 * (kSlice / 8 * part + j) + e]);
         }
       }
     }

@@ -16,7 +16,7 @@ __device__ __forceinline__ unsigned short float_to_half(float value) {
   return bits;
 }
 
-// A product that the compiler does not fuse with an addition: coordinates are rounded alike everywhere.
+// A product that the compiler does not fuse with an addition, so that all kernels round coordinates alike.
 __device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
@@ -32,7 +32,7 @@ __device__ __forceinline__ void add_4(float* to, float a, float b, float c, floa
 #endif
 }
 
-// 16 bytes of memory that nobody writes meanwhile, or zeros: a predicate instead of a branch.
+// Loads 16 bytes of read-only memory, or zeros if not valid. A predicate replaces the branch.
 __device__ __forceinline__ void load_16_if(unsigned (&words)[4], const void* from, bool valid) {
   words[0] = words[1] = words[2] = words[3] = 0;
   asm("{\n  .reg .pred valid;\n  setp.ne.u32 valid, %5, 0;\n  @valid ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_16_if(unsigned (&words)[4], const void* fro
       : "l"(from), "r"(static_cast<unsigned>(valid)));
 }
 
-// To nearest, ties away from zero.
+// Rounds to nearest, ties away from zero.
 __device__ __forceinline__ float round_to_tf32(float value) {
 #if __CUDA_ARCH__ >= 800
   unsigned rounded;
@@ -52,15 +52,14 @@ __device__ __forceinline__ float round_to_tf32(float value) {
 #endif
 }
 
-// What follows needs sm_80.
+// The rest needs sm_80.
 
 __device__ __forceinline__ unsigned shared_address(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
-// The products of tensor cores, 32 lanes together: sums [16, 8] += a [16, k] * b [k, 8], where a row of a and a column
-// of b have 32 bytes: k is 16 for 16-bit elements and 8 for TF32. A fragment holds, in the order of the instruction,
-// what load_matrices delivers.
+// Tensor core products of a warp: sums [16, 8] += a [16, k] * b [k, 8]. A row of a and a column of b have 32 bytes: k
+// is 16 for 16-bit elements and 8 for TF32. Fragments have the order in which load_matrices returns them.
 #define DCN_MULTIPLY(name, instruction)                                                                      \
   __device__ __forceinline__ void name(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { \
     asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"              \
@@ -72,7 +71,7 @@ DCN_MULTIPLY(multiply_half, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
 DCN_MULTIPLY(multiply_bfloat16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
 DCN_MULTIPLY(multiply_tf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
 
-// Two floats as 16-bit elements, the first in the lower half.
+// Two floats as 16-bit elements, `low` in the lower half.
 __device__ __forceinline__ unsigned pack_half(float low, float high) {
   unsigned packed;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
@@ -85,8 +84,8 @@ __device__ __forceinline__ unsigned pack_bfloat16(float low, float high) {
   return packed;
 }
 
-// Four matrices of eight rows of 16 bytes: lane l points at row l % 8 of matrix l / 8, and gets the 32-bit word l % 4
-// of row l / 4 of each.
+// Loads four matrices of eight rows of 16 bytes. Lane l passes the address of row l % 8 of matrix l / 8, and receives
+// the 32-bit word l % 4 of row l / 4 of each matrix.
 __device__ __forceinline__ void load_matrices(unsigned (&fragment)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
@@ -94,8 +93,8 @@ __device__ __forceinline__ void load_matrices(unsigned (&fragment)[4], const voi
                : "memory");
 }
 
-// Copies 16 bytes from global to shared memory, or zeros. The thread sees them after a wait, others after a barrier
-// too.
+// Copies 16 bytes from global to shared memory, or zeros if not valid. They are visible to the thread after a wait, and
+// to other threads after a barrier that follows it.
 __device__ __forceinline__ void copy_16_async(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
@@ -111,16 +110,16 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 #undef DCN_MULTIPLY
 
-// What follows is of compute capability 9.0 alone, compiled for sm_90a.
+// The rest exists in compute capability 9.0 alone, compiled for sm_90a.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// A tile of K-major rows of 128 bytes, in groups of eight rows, swizzled over 128 bytes.
+// Descriptor of a tile of K-major rows of 128 bytes, in groups of eight rows, swizzled over 128 bytes.
 __device__ __forceinline__ unsigned long long describe_tile(const unsigned char* tile) {
   constexpr unsigned long long swizzle_128 = 1ull << 62, group_step = (1024ull >> 4) << 32, unused_step = 1ull << 16;
   return ((shared_address(tile) & 0x3ffffu) >> 4) | unused_step | group_step | swizzle_128;
 }
 
-// The tile's rows from 32 * steps bytes on.
+// The descriptor of the tile's rows from byte 32 * steps on.
 __device__ __forceinline__ unsigned long long tile_step(unsigned long long tile, int steps) { return tile + 2 * steps; }
 
 // clang-format off
@@ -156,14 +155,14 @@ DCN_MULTIPLY_TILES(multiply_tiles_tf32, "k8", ".f32.tf32.tf32", "")
 #undef DCN_NAMES_32
 // clang-format on
 
-// Keeps what is done to the sums on its side of this place.
+// Keeps the compiler from moving uses of the sums across this point.
 template <int n>
 __device__ __forceinline__ void pin(float (&sums)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// Before the first product of a group.
+// Called before the first product of a group.
 template <int n>
 __device__ __forceinline__ void begin_products(float (&sums)[n]) {
   pin(sums);
@@ -178,7 +177,7 @@ __device__ __forceinline__ void wait_for_products(float (&sums)[n]) {
   pin(sums);
 }
 
-// What a thread has written to shared memory, products see after this and a barrier.
+// Makes a thread's writes to shared memory visible to products that start after a following barrier.
 __device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
 

@@ -1,25 +1,19 @@
-// The bins of deformable RoI pooling, for all of its kernels: where they lie, and the pixels that they weigh.
+// The bins of deformable RoI pooling: their positions, and the pixels that contribute to them.
 //
-// The samples of a bin form a grid, and the weights of a pixel are products of one factor for its row and one for its
-// column. A bin is therefore a list of pixels, each once however many samples touch it.
+// The samples of a bin form a grid, so the weight of a pixel is a factor for its row times a factor for its column. A
+// bin is therefore a list of distinct pixels, no matter how many samples touch each.
 
-#include "dcn/types.cuh"
 #include "dcn/rows.cuh"
 #include "dcn/sampling.cuh"
-
-using Scalar = DCN_SCALAR;
-using OffsetScalar = DCN_OFFSET_SCALAR;
-using Sum = Accumulator<Scalar>;
-using ScalarVector = Vector<Scalar, DCN_VEC>;
 
 struct DeformRoIPoolSizes {
   int N, C, H, W;
   int R, P, Q;
-  int sampling_ratio;  // samples of a bin along an axis; 0: as many as it has pixels
+  int sampling_ratio;  // samples of a bin along an axis; 0: one per pixel
   double spatial_scale, gamma;
 };
 
-// What says where the bins lie.
+// The arrays that define the bins.
 struct DeformRoIPoolBins {
   const Sum* rois;             // [R, 5]: image, x1, y1, x2, y2
   const OffsetScalar* offset;  // [R, 2, P, Q], x first, or null
@@ -27,26 +21,23 @@ struct DeformRoIPoolBins {
   DeformRoIPoolSizes size;
 };
 
-__device__ __forceinline__ int thread_of_block() { return threadIdx.y * blockDim.x + threadIdx.x; }
-__device__ __forceinline__ int threads_of_block() { return blockDim.x * blockDim.y; }
-
-// The samples of a bin along one axis: at start + (i + 1/2) * length / samples.
+// The samples of a bin along one axis; sample i is at start + (i + 1/2) * length / samples.
 struct BinAxis {
   Sum start, length;
   Sum region;  // length of the whole region
   int samples;
-  int first, last;  // the samples that can lie in the image
+  int first, last;  // range of the samples that can be inside the image
 };
 
-// A region that is larger than this many samples per bin has them further apart.
-constexpr int kMostSamples = 1 << 24;
+// Limit of the samples of a bin along an axis. In larger bins they are further apart.
+constexpr int kMaxSamples = 1 << 24;
 
 __device__ __forceinline__ Sum sample_position(const BinAxis& axis, int i) {
   return axis.start + rounded_product(static_cast<Sum>(i) + Sum(0.5), axis.length) / static_cast<Sum>(axis.samples);
 }
 
-// Leaves out samples that clearly lie outside of [low, high]: a region may be far larger than the image. The margin is
-// what rounding can move a sample by.
+// Skips samples that are clearly outside [low, high]: a region may be far larger than the image. The margin covers
+// rounding errors of the sample positions.
 __device__ __forceinline__ void limit_samples(BinAxis& axis, Sum low, Sum high) {
   const Sum samples = static_cast<Sum>(axis.samples), step = axis.length / samples;
   if (axis.last - axis.first <= 4 || step == Sum(0)) return;
@@ -66,7 +57,7 @@ __device__ __forceinline__ long long mask_index(const DeformRoIPoolSizes& size, 
   return static_cast<long long>(at.image) * size.P * size.Q + at.pixel;
 }
 
-// The rows or the columns of a bin; at.image is its region, at.pixel p * Q + q.
+// The samples along the rows or the columns of a bin; at.image is its region, at.pixel p * Q + q.
 __device__ __forceinline__ BinAxis bin_axis(const DeformRoIPoolBins& bins, const ImagePixel& at, bool is_column) {
   const DeformRoIPoolSizes& size = bins.size;
   const Sum* roi = bins.rois + 5LL * at.image + (is_column ? 1 : 2);
@@ -83,7 +74,7 @@ __device__ __forceinline__ BinAxis bin_axis(const DeformRoIPoolBins& bins, const
   axis.samples = size.sampling_ratio;
   if (axis.samples == 0) {
     const Sum pixels = ceil(axis.length);
-    axis.samples = pixels < Sum(kMostSamples) ? (pixels > Sum(0) ? static_cast<int>(pixels) : 0) : kMostSamples;
+    axis.samples = pixels < Sum(kMaxSamples) ? (pixels > Sum(0) ? static_cast<int>(pixels) : 0) : kMaxSamples;
   }
   axis.first = 0;
   axis.last = axis.samples;
@@ -95,9 +86,9 @@ __device__ __forceinline__ bool is_nan(const BinAxis& axis) {
   return !is_finite(axis.region) || axis.start != axis.start;
 }
 
-// What a bin has beside its axes.
+// Image and scale of a bin.
 struct BinShare {
-  int image;       // -1 for none: the bin is NaN, its region being of no image or not finite, or its offset NaN
+  int image;       // -1 if the bin is NaN: its region has no such image or is not finite, or its offset is NaN
   Sum per_sample;  // 1 / number of samples
   Sum scale;       // mask / number of samples
 };
@@ -113,15 +104,14 @@ __device__ __forceinline__ BinShare bin_share(const DeformRoIPoolBins& bins, con
   return share;
 }
 
-// The bin that a warp works on: the first half of the warp knows its rows, the second its columns.
+// The bin of a warp. `axis` is that of the rows in the first half of the warp, that of the columns in the second.
 struct WarpBin {
   BinAxis axis;
-  int first_y, last_y, first_x, last_x;  // the samples that can lie in the image; none if the bin is NaN
+  int first_y, last_y, first_x, last_x;  // ranges of the samples inside the image; empty if the bin is NaN
   BinShare share;
 };
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kWarp = 32, kHalf = kWarp / 2;
+constexpr int kHalf = kWarp / 2;
 
 __device__ __forceinline__ WarpBin find_bin(const DeformRoIPoolBins& bins, const ImagePixel& at) {
   WarpBin bin;
@@ -137,7 +127,7 @@ __device__ __forceinline__ WarpBin find_bin(const DeformRoIPoolBins& bins, const
   return bin;
 }
 
-// A row or a column of the image with its factor of the weights, and the factor's derivative by the bin's position.
+// A row or a column of the image, its factor of the weights, and the derivative of the factor by the bin's position.
 struct AxisPixel {
   int at;
   Sum weight, slope;
@@ -148,19 +138,19 @@ struct alignas(16) BinPixel {
   Sum weight, slope_y, slope_x;
 };
 
-constexpr int kSamplesTogether = kHalf / 2;  // of an axis; a lane has one of the two neighbours of one of them
+constexpr int kSamplesTogether = kHalf / 2;  // per axis; a lane has one of the two neighbours of a sample
 constexpr int kPixelsTogether = kWarp;
 
-// What a warp knows of a part of its bin, in shared memory.
+// Shared memory of a warp for a part of its bin.
 struct WarpPixels {
   AxisPixel axes[2][kHalf];  // rows, columns
   BinPixel pixels[kPixelsTogether];
 };
 
-static_assert(sizeof(WarpPixels) == 224 * sizeof(Sum), "the launch plan allocates so much");
+static_assert(sizeof(WarpPixels) == 224 * sizeof(Sum), "as the launch plan allocates");
 
-// The rows and columns, each once, that the samples from (first_y, first_x) on weigh: how many of each. Called by a
-// whole warp. With slopes those of weight 0 count too, which the bin would weigh if it moved.
+// Stores the distinct rows and columns that contribute to the samples from (first_y, first_x) on, and returns their
+// numbers. Called by a whole warp. With slopes, this includes those of weight 0 that contribute once the bin moves.
 template <bool with_slopes>
 __device__ __forceinline__ ImagePixel merge_samples(const WarpBin& bin, int first_y, int first_x, int H, int W,
                                                     AxisPixel (&axes)[2][kHalf]) {
@@ -191,7 +181,7 @@ __device__ __forceinline__ ImagePixel merge_samples(const WarpBin& bin, int firs
   return {__popc(all & 0xffffu), __popc(all >> kHalf)};
 }
 
-// Calls visit(pixels, count) until all pixels that a bin weighs have been listed. Called by a whole warp.
+// Calls visit(pixels, count) for groups of the pixels that contribute to a bin. Called by a whole warp.
 template <bool with_slopes, typename Visit>
 __device__ __forceinline__ void for_pixels_of_bin(const WarpBin& bin, int H, int W, WarpPixels& shared, Visit visit) {
   const int lane = threadIdx.x % kWarp;
@@ -214,9 +204,9 @@ __device__ __forceinline__ void for_pixels_of_bin(const WarpBin& bin, int H, int
   }
 }
 
-// Bins in tiles: a stretch of rows (the bins of all regions in one sequence) by the channels that the lanes of a warp
-// hold. Where arrays are [R, C, P, Q], a tile passes through shared memory, so that global memory is read and written
-// along P * Q; its rows are padded by a vector, for threads that take a column of it.
+// A tile of bins: a range of rows (the bins of all regions, numbered consecutively) by the channels that the lanes of a
+// warp hold. A tile of an array [R, C, P, Q] passes through shared memory, so that global memory is read and written
+// along P * Q. A vector of padding per row avoids bank conflicts of threads that read down a column.
 __device__ __forceinline__ long long row_tiles(const DeformRoIPoolSizes& size, int tile_rows) {
   return (static_cast<long long>(size.R) * size.P * size.Q + tile_rows - 1) / tile_rows;
 }
@@ -233,7 +223,7 @@ __device__ __forceinline__ long long row_index(const DeformRoIPoolSizes& size, c
   return mask_index(size, at) * size.C + c;
 }
 
-// Calls visit(vector of the tile, index in [R, C, P, Q] of its first element); the next one is P * Q further.
+// Calls visit(vector of the tile, index of its first element in [R, C, P, Q]); its elements are P * Q apart.
 template <typename Visit>
 __device__ __forceinline__ void for_vectors_of_tile(const DeformRoIPoolSizes& size, const RowRange& range,
                                                     int first_channel, int lanes, ScalarVector* tile, Visit visit) {

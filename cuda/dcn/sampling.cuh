@@ -1,4 +1,11 @@
-// Bilinear sampling: of an image that is extended by zeros (convolution), or by its border pixels (RoI pooling).
+// Bilinear sampling of an image with zeros outside (convolution) or with repeated border pixels (RoI pooling).
+
+#include "dcn/types.cuh"
+
+using Scalar = DCN_SCALAR;
+using OffsetScalar = DCN_OFFSET_SCALAR;
+using Sum = Accumulator<Scalar>;
+using ScalarVector = Vector<Scalar, DCN_VEC>;
 
 // A sampling point and its four neighbours, numbered 0 (y0, x0), 1 (y0, x0+1), 2 (y0+1, x0), 3 (y0+1, x0+1).
 template <typename A>
@@ -9,7 +16,7 @@ struct SamplePoint {
   bool is_nan;  // a coordinate is NaN, and so is the sample
 };
 
-// The comparisons are made in floating point, so that no coordinate becomes an integer that cannot hold it.
+// Compares in floating point: a coordinate out of range would overflow an integer.
 template <typename A>
 __device__ __forceinline__ SamplePoint<A> locate(A y, A x, int H, int W) {
   SamplePoint<A> point = {0, 0, A(0), A(0), 0, y != y || x != x};
@@ -25,7 +32,7 @@ __device__ __forceinline__ SamplePoint<A> locate(A y, A x, int H, int W) {
   return point;
 }
 
-// The bilinear weight of neighbour i, 0 where it is no pixel.
+// The bilinear weight of neighbour i, 0 if it is outside the image.
 template <typename A>
 __device__ __forceinline__ A bilinear_weight(const SamplePoint<A>& point, int i) {
   const A vertical = i & 2 ? point.ly : A(1) - point.ly;
@@ -33,18 +40,18 @@ __device__ __forceinline__ A bilinear_weight(const SamplePoint<A>& point, int i)
   return point.inside >> i & 1 ? vertical * horizontal : A(0);
 }
 
-// What has weight 0 does not take part: 0 * inf is 0 here.
+// A product in which weight 0 excludes the value: 0 * inf is 0.
 template <typename A>
 __device__ __forceinline__ A weighted(A weight, A value) {
   return weight != A(0) ? weight * value : A(0);
 }
 
-// A coordinate of RoIAlign: 0 outside of [-1, extent], clamped to the image inside.
+// A coordinate of RoIAlign: samples outside [-1, extent] are 0, others are clamped to the image.
 template <typename A>
 struct ClampedCoordinate {
   bool inside;
   int low, high;  // the neighbours
-  A fraction;     // weight of the high one
+  A fraction;     // weight of the high neighbour
   A slope;        // derivative of that weight: 1, or 0 where the coordinate is clamped
 };
 

@@ -2,7 +2,7 @@
 
 #include "dcn/array_job.cuh"
 
-// An unsigned integer of so many bytes.
+// The unsigned integer of `bytes` bytes.
 template <int bytes>
 struct WordOf;
 template <>
@@ -18,17 +18,17 @@ struct WordOf<8> {
   using type = unsigned long long;
 };
 
-// A tile goes through shared memory, so that both sides are read and written in whole lines: kSide pixels of an image
-// by kSide channels, kPitch elements from one channel to the next.
+// A tile of kSide pixels of an image by kSide channels. It passes through shared memory, where channels are kPitch
+// elements apart, so that global memory is read and written in whole lines.
 template <typename T>
 struct TransposeTile {
   static constexpr int kSide = sizeof(T) == 8 ? 32 : 64;
   static constexpr int kPitch = kSide + (sizeof(T) == 2 ? 2 : 1);
   static constexpr int kVector = 16 / sizeof(T);
 
-  int image, pixel, pixels;  // the first one, and how many
+  int image, pixel, pixels;  // the first pixel and the number of pixels
   int channel, channels;
-  long long row;  // of the first pixel
+  long long row;  // row of the first pixel
   T* memory;
 
   __device__ __forceinline__ TransposeTile(const ArrayJob& job, int t, unsigned char* shared)
@@ -37,11 +37,12 @@ struct TransposeTile {
     const int from_first = job.range.first_pixel / kSide + t / channel_tiles;
     image = job.range.first_image + from_first / image_tiles;
     pixel = from_first % image_tiles * kSide;
-    // Where the rows before and behind this image begin.
+    // The image's first row, which is negative if the range begins within the image, and the pixel where the range
+    // ends.
     row = static_cast<long long>(image - job.range.first_image) * job.P - job.range.first_pixel;
-    const long long behind = min(static_cast<long long>(job.P), job.range.rows - row);
+    const long long end = min(static_cast<long long>(job.P), job.range.rows - row);
     const int begin = max(pixel, static_cast<int>(max(-row, 0ll)));
-    pixels = static_cast<int>(min(behind, static_cast<long long>(pixel + kSide))) - begin;
+    pixels = static_cast<int>(min(end, static_cast<long long>(pixel + kSide))) - begin;
     pixel = begin;
     row += begin;
     channel = t % channel_tiles * kSide;
@@ -50,14 +51,14 @@ struct TransposeTile {
 
   __device__ __forceinline__ T& at(int c, int p) const { return memory[c * kPitch + p]; }
 
-  // Index in [N, C, P] of the tile's first element.
+  // Index of the tile's first element in [N, C, P].
   __device__ __forceinline__ long long first(const ArrayJob& job) const {
     return (static_cast<long long>(image) * job.C + channel) * job.P + pixel;
   }
 };
 
 template <typename Words, typename T, int count>
-__device__ __forceinline__ void copy_words(T* to, const Vector<T, count>& from) {
+__device__ __forceinline__ void store_words(T* to, const Vector<T, count>& from) {
   Words words[sizeof(from) / sizeof(Words)];
   memcpy(words, &from, sizeof from);
 #pragma unroll
@@ -65,7 +66,7 @@ __device__ __forceinline__ void copy_words(T* to, const Vector<T, count>& from) 
 }
 
 template <typename T, int count, typename Words>
-__device__ __forceinline__ Vector<T, count> take_words(const T* from) {
+__device__ __forceinline__ Vector<T, count> load_words(const T* from) {
   Words words[sizeof(T) * count / sizeof(Words)];
 #pragma unroll
   for (unsigned i = 0; i < sizeof(words) / sizeof(Words); ++i) words[i] = reinterpret_cast<const Words*>(from)[i];
@@ -74,24 +75,25 @@ __device__ __forceinline__ Vector<T, count> take_words(const T* from) {
   return vector;
 }
 
-// Reads a tile of [N, C, P], `width` pixels at a time. All loads of a thread are under way before the first is used.
+// Reads a tile of [N, C, P], `width` pixels at a time. A thread issues all its loads before it uses the first.
 template <int width, typename T>
 __device__ __forceinline__ void read_pixels(const ArrayJob& job, const TransposeTile<T>& tile) {
   using Pixels = Vector<T, width>;
   using Words = typename WordOf<(width * sizeof(T) < 8 ? width * sizeof(T) : (sizeof(T) == 8 ? 8 : 4))>::type;
-  constexpr int across = TransposeTile<T>::kSide / width, step = 256 / across, turns = TransposeTile<T>::kSide / step;
+  constexpr int across = TransposeTile<T>::kSide / width, step = kThreads / across,
+                count = TransposeTile<T>::kSide / step;
   const int p = threadIdx.x % across * width, c = threadIdx.x / across;
   const T* source = static_cast<const T*>(job.source) + tile.first(job) + p;
-  Pixels pixels[turns];
+  Pixels pixels[count];
 #pragma unroll
-  for (int i = 0; i < turns; ++i) {
+  for (int i = 0; i < count; ++i) {
     if (p < tile.pixels && c + i * step < tile.channels) {
       pixels[i] = *reinterpret_cast<const Pixels*>(source + static_cast<long long>(c + i * step) * job.P);
     }
   }
 #pragma unroll
-  for (int i = 0; i < turns; ++i) {
-    if (p < tile.pixels && c + i * step < tile.channels) copy_words<Words>(&tile.at(c + i * step, p), pixels[i]);
+  for (int i = 0; i < count; ++i) {
+    if (p < tile.pixels && c + i * step < tile.channels) store_words<Words>(&tile.at(c + i * step, p), pixels[i]);
   }
 }
 
@@ -99,17 +101,17 @@ template <int width, typename T>
 __device__ __forceinline__ void write_pixels(const ArrayJob& job, const TransposeTile<T>& tile) {
   using Pixels = Vector<T, width>;
   using Words = typename WordOf<(width * sizeof(T) < 8 ? width * sizeof(T) : (sizeof(T) == 8 ? 8 : 4))>::type;
-  constexpr int across = TransposeTile<T>::kSide / width, step = 256 / across;
+  constexpr int across = TransposeTile<T>::kSide / width, step = kThreads / across;
   const int p = threadIdx.x % across * width;
   T* target = static_cast<T*>(job.target) + tile.first(job) + p;
 #pragma unroll 1
   for (int c = threadIdx.x / across; c < tile.channels && p < tile.pixels; c += step) {
-    const Pixels pixels = take_words<T, width, Words>(&tile.at(c, p));
+    const Pixels pixels = load_words<T, width, Words>(&tile.at(c, p));
     *reinterpret_cast<Pixels*>(target + static_cast<long long>(c) * job.P) = pixels;
   }
 }
 
-// Calls visit(channel, pixel) for the elements of a tile, neighbouring threads with neighbouring pixels.
+// Calls visit(channel, pixel) for the elements of a tile; consecutive threads get consecutive pixels.
 template <typename T, typename Visit>
 __device__ __forceinline__ void visit_pixels(const TransposeTile<T>& tile, Visit visit) {
   const unsigned pixels = tile.pixels;
@@ -119,7 +121,7 @@ __device__ __forceinline__ void visit_pixels(const TransposeTile<T>& tile, Visit
   }
 }
 
-// ... with neighbouring channels.
+// The same; consecutive threads get consecutive channels.
 template <typename T, typename Visit>
 __device__ __forceinline__ void visit_channels(const TransposeTile<T>& tile, Visit visit) {
   const unsigned channels = tile.channels;
@@ -129,7 +131,7 @@ __device__ __forceinline__ void visit_channels(const TransposeTile<T>& tile, Vis
   }
 }
 
-// The most pixels that every access to the pixels of a tile can move at once.
+// The largest number of pixels that every access to the pixels of a tile can move at once.
 template <typename T>
 __device__ __forceinline__ int pixels_at_once(const ArrayJob& job, const TransposeTile<T>& tile, const void* pixels) {
   const T* first = static_cast<const T*>(pixels) + tile.first(job);
@@ -140,11 +142,11 @@ __device__ __forceinline__ int pixels_at_once(const ArrayJob& job, const Transpo
 }
 
 template <typename T>
-__device__ __forceinline__ T rounded_if(T value, bool) {
+__device__ __forceinline__ T round_if(T value, bool) {
   return value;
 }
 template <>
-__device__ __forceinline__ float rounded_if<float>(float value, bool rounds) {
+__device__ __forceinline__ float round_if<float>(float value, bool rounds) {
   return rounds ? round_to_tf32(value) : value;
 }
 
@@ -171,12 +173,12 @@ __device__ __forceinline__ void pixels_to_rows(const ArrayJob& job, int t, unsig
     for (int r = threadIdx.x / across; r < tile.pixels && c < tile.channels; r += blockDim.x / across) {
       Vector<T, Tile::kVector> channels;
 #pragma unroll
-      for (int e = 0; e < Tile::kVector; ++e) channels.at[e] = rounded_if(tile.at(c + e, r), rounds);
+      for (int e = 0; e < Tile::kVector; ++e) channels.at[e] = round_if(tile.at(c + e, r), rounds);
       *reinterpret_cast<Vector<T, Tile::kVector>*>(target + static_cast<long long>(r) * job.C + c) = channels;
     }
   } else {
     visit_channels(
-        tile, [&](int c, int p) { target[static_cast<long long>(p) * job.C + c] = rounded_if(tile.at(c, p), rounds); });
+        tile, [&](int c, int p) { target[static_cast<long long>(p) * job.C + c] = round_if(tile.at(c, p), rounds); });
   }
   __syncthreads();
 }
@@ -190,17 +192,17 @@ __device__ __forceinline__ void rows_to_pixels(const ArrayJob& job, int t, unsig
   const Sum* source = static_cast<const Sum*>(job.source) + tile.row * job.C + tile.channel;
   if (job.C % vector == 0 && is_aligned(source, 16)) {
     using Sums = Vector<Sum, vector>;
-    constexpr int across = Tile::kSide / vector, step = 256 / across, turns = Tile::kSide / step;
+    constexpr int across = Tile::kSide / vector, step = kThreads / across, count = Tile::kSide / step;
     const int c = threadIdx.x % across * vector, r = threadIdx.x / across;
-    Sums sums[turns];
+    Sums sums[count];
 #pragma unroll
-    for (int i = 0; i < turns; ++i) {
+    for (int i = 0; i < count; ++i) {
       if (c < tile.channels && r + i * step < tile.pixels) {
         sums[i] = *reinterpret_cast<const Sums*>(source + static_cast<long long>(r + i * step) * job.C + c);
       }
     }
 #pragma unroll
-    for (int i = 0; i < turns; ++i) {
+    for (int i = 0; i < count; ++i) {
       if (c < tile.channels && r + i * step < tile.pixels) {
 #pragma unroll
         for (int e = 0; e < vector; ++e) {
@@ -225,17 +227,17 @@ __device__ __forceinline__ void rows_to_pixels(const ArrayJob& job, int t, unsig
   __syncthreads();
 }
 
-// Whole images of few pixels, as the taps of weights are: a tile is as many channels of an image as there is room for,
-// in the order [C, P] in shared memory.
+// Whole images of few pixels, such as filters with their taps as pixels. A tile has as many channels of an image as fit
+// in shared memory, in the order [C, P].
 template <typename T>
 struct SmallImages {
   static constexpr int kVector = 16 / sizeof(T);
 
-  static __device__ __forceinline__ bool are(const ArrayJob& job) {
+  static __device__ __forceinline__ bool fit(const ArrayJob& job) {
     return job.P <= TransposeTile<T>::kSide / 2 && job.range.first_pixel == 0 && job.range.rows % job.P == 0;
   }
 
-  int image, channel, channels;  // image: among those of the range
+  int image, channel, channels;  // image: counted from the first of the range
   long long first;               // index in [N, C, P]
 
   __device__ __forceinline__ SmallImages(const ArrayJob& job, int t) {
@@ -247,7 +249,7 @@ struct SmallImages {
     first = (static_cast<long long>(job.range.first_image + image) * job.C + channel) * job.P;
   }
 
-  // Index in [rows, C].
+  // Index of the tile's first element in [rows, C].
   __device__ __forceinline__ long long first_of_rows(const ArrayJob& job) const {
     return static_cast<long long>(image) * job.P * job.C + channel;
   }
@@ -285,10 +287,10 @@ __device__ __forceinline__ void small_pixels_to_rows(const ArrayJob& job, int t,
     if (is_vector) {
       Vector<T, vector> channels;
 #pragma unroll
-      for (int e = 0; e < vector; ++e) channels.at[e] = rounded_if(elements[e * job.P], rounds);
+      for (int e = 0; e < vector; ++e) channels.at[e] = round_if(elements[e * job.P], rounds);
       *reinterpret_cast<Vector<T, vector>*>(to) = channels;
     } else {
-      *to = rounded_if(*elements, rounds);
+      *to = round_if(*elements, rounds);
     }
   }
   __syncthreads();
@@ -311,7 +313,7 @@ __device__ __forceinline__ void small_rows_to_pixels(const ArrayJob& job, int t,
   __syncthreads();
 }
 
-// Images of one pixel: both sides are in the same order. Tile: kSide * kSide elements.
+// Images of one pixel, which have the same order as rows. Tile: kSide * kSide elements.
 template <typename T, typename From>
 __device__ __forceinline__ void copy_rows(const ArrayJob& job, int t) {
   constexpr unsigned elements = TransposeTile<T>::kSide * TransposeTile<T>::kSide, vector = 16 / sizeof(From);
@@ -323,7 +325,7 @@ __device__ __forceinline__ void copy_rows(const ArrayJob& job, int t) {
   const unsigned count = static_cast<unsigned>(min(all - begin, static_cast<long long>(elements)));
   const auto converted = [&](From value) {
     if constexpr (sizeof(From) == sizeof(T)) {
-      if (to_rows) return rounded_if(value, rounds);
+      if (to_rows) return round_if(value, rounds);
     }
     return narrow<T>(widen(value));
   };

@@ -1,22 +1,29 @@
-// Element types: what arrays hold, what sums are kept in, and vectors of them.
+// Element types of arrays and of sums, vectors of elements, and what else all units share.
 //
 // A unit is specialised by macros:
-//   DCN_SUFFIX          f16 | bf16 | f32 | f64, the last part of the kernels' names
+//   DCN_SUFFIX          f16 | bf16 | f32 | f64, the end of each kernel's name
 //   DCN_SCALAR          Half | BFloat16 | float | double, the element type of the data
 //   DCN_OFFSET_SCALAR   the element type of offsets and masks
-//   DCN_VEC             elements that are moved at once, a power of two
-//   DCN_SAMPLE_BYTES    shared memory of a sampling point
+//   DCN_VEC             elements that a thread loads or stores at once, a power of two
+//   DCN_SAMPLE_BYTES    shared memory per sampling point
 
 #include "dcn/ptx.cuh"
 
 #define DCN_JOIN_(name, suffix) name##_##suffix
 #define DCN_JOIN(name, suffix) DCN_JOIN_(name, suffix)
 
-// Kernels are launched with up to 256 threads; __launch_bounds__(256, 2) leaves the compiler 128 registers, without
-// which it would rather spill than use more than 64.
 #define DCN_KERNEL(name) DCN_JOIN(name, DCN_SUFFIX)
 
-// Blocks of a kernel that waits for memory rather than computes: as many as leave each thread the registers it needs.
+// Threads of a block, except those of deform_conv2d_fused. __launch_bounds__(kThreads, 2) grants a thread 128
+// registers; without the 2, the compiler spills rather than use more than 64.
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ int thread_of_block() { return threadIdx.y * blockDim.x + threadIdx.x; }
+__device__ __forceinline__ int threads_of_block() { return blockDim.x * blockDim.y; }
+
+// Blocks per multiprocessor of a memory-bound kernel: as many as leave each thread enough registers.
 #if __CUDA_ARCH__ >= 1000
 constexpr int kManyBlocks = 3;
 #else
@@ -31,7 +38,7 @@ struct BFloat16 {
   unsigned short bits;
 };
 
-// The type of coordinates, weights and sums beside data of type T.
+// The type of coordinates, weights and sums for data of type T.
 template <typename T>
 struct AccumulatorOf {
   using type = float;
@@ -88,13 +95,13 @@ __device__ __forceinline__ bool is_finite(A value) {
   return value - value == A(0);
 }
 
-// Moved by one load or store of up to 16 bytes.
+// Elements that one load or store of up to 16 bytes moves.
 template <typename T, int count>
 struct alignas(sizeof(T) * count) Vector {
   T at[count];
 };
 
-// Atomic addition of a vector's elements, for an address that is aligned like the vector.
+// Atomic addition of a vector to an address that is aligned like it.
 template <int count>
 __device__ __forceinline__ void add_vector(float* to, const float (&value)[count]) {
   if constexpr (count % 4 == 0) {

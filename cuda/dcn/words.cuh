@@ -1,4 +1,4 @@
-// Elements in 32-bit registers, two of 16 bits or a float: what loads and stores of 16 bytes consist of.
+// 32-bit words of two 16-bit elements or one float. Four words make a 16-byte load or store.
 
 #include "dcn/types.cuh"
 

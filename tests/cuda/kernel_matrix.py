@@ -1,4 +1,4 @@
-"""Every specialisation of every kernel that the launch plans can ask for."""
+"""All specialisations of the kernels that launch plans can ask for, and the facts that Python and CUDA share."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dcnops._backends.cuda.constants import VECTOR_BYTES
+from dcnops._backends.cuda import constants
 from dcnops._backends.cuda.engine import Macros
 from dcnops._backends.cuda.heuristics import FusedTiles
-from dcnops._backends.cuda.plans.array_jobs import ArrayJob, ArrayJobsParams, RowRange
+from dcnops._backends.cuda.plans.array_jobs import ArrayJobsParams, ArrayTask
 from dcnops._backends.cuda.plans.deform_conv2d_backward import DeformConvBackwardParams, gradient_sample_bytes
 from dcnops._backends.cuda.plans.deform_conv2d_common import column_sample_bytes
 from dcnops._backends.cuda.plans.deform_conv2d_forward import (
@@ -19,12 +19,10 @@ from dcnops._backends.cuda.plans.deform_conv2d_forward import (
 )
 from dcnops._backends.cuda.plans.deform_roi_pool import (
     DeformRoIPoolBackwardParams,
-    DeformRoIPoolBins,
     DeformRoIPoolForwardParams,
     DeformRoIPoolGradInputParams,
 )
 from dcnops._dtypes import DTYPES
-from dcnops._geometry import DeformConvSizes, DeformRoIPoolSizes
 
 UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {
     "array_jobs": (ArrayJobsParams, ("run_array_jobs",)),
@@ -49,25 +47,44 @@ UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {
     ),
 }
 
-STRUCTS = (
-    RowRange,
-    DeformConvSizes,
-    DeformRoIPoolSizes,
-    ArrayJob,
-    ArrayJobsParams,
-    DeformConvColumnsParams,
-    DeformConvFusedParams,
-    DeformConvBackwardParams,
-    DeformRoIPoolBins,
-    DeformRoIPoolForwardParams,
-    DeformRoIPoolBackwardParams,
-    DeformRoIPoolGradInputParams,
-)
+# C++ expressions and the values that the launch plans take them for.
+SHARED_CONSTANTS: dict[str, dict[str, int]] = {
+    "array_jobs": {
+        "kThreads": constants.THREADS,
+        "kWarp": constants.WARP,
+        "kMaxArrayJobs": constants.MAX_ARRAY_JOBS,
+        "kSumTileChannels": constants.SUM_TILE_CHANNELS,
+        "kFillTileElements": constants.FILL_TILE_ELEMENTS,
+        "TransposeTile<Half>::kSide": constants.TRANSPOSE_TILE_SIDE[2],
+        "TransposeTile<float>::kSide": constants.TRANSPOSE_TILE_SIDE[4],
+        "TransposeTile<double>::kSide": constants.TRANSPOSE_TILE_SIDE[8],
+        "TransposeTile<float>::kSide * TransposeTile<float>::kPitch * 4": constants.ARRAY_JOBS_SHARED_BYTES,
+        **{f"k{task.name.title().replace('_', '')}": task for task in ArrayTask},
+    },
+    "deform_conv2d_fused": {
+        "kTileRows": constants.FUSED_TILE_ROWS,
+        "kSlice": constants.FUSED_SLICE_OUTPUTS,
+        "kRowBytes": constants.FUSED_STEP_BYTES,
+    },
+    "deform_conv2d_backward": {
+        "kBand": constants.BAND_ROWS,
+        "kListsPerThread": constants.LISTS_PER_THREAD,
+        "sizeof(ListPart)": constants.LIST_PART_BYTES,
+        "sizeof(ListEntry) / sizeof(Sum)": 2,
+        "sizeof(ListCounters) / sizeof(int)": 2,
+    },
+    "deform_roi_pool_forward": {"sizeof(WarpPixels) / sizeof(Sum)": constants.ROI_WARP_PIXELS},
+    "deform_roi_pool_backward": {"sizeof(BinDots) / sizeof(Sum)": constants.ROI_BIN_DOTS},
+    "deform_roi_pool_grad_input": {
+        "kStripPadding": constants.ROI_STRIP_PADDING,
+        "sizeof(RegionBounds) / sizeof(int)": constants.ROI_BOUNDS_INTS,
+    },
+}
 
 
 @dataclass(frozen=True)
 class Specialisation:
-    """One compilation: a unit and its macros."""
+    """A unit and its macros: one compilation."""
 
     unit: str
     macros_items: tuple[tuple[str, str | int], ...]
@@ -97,7 +114,7 @@ def specialisations() -> Iterator[Specialisation]:
         common: dict[str, str | int] = {"DCN_SUFFIX": suffix, "DCN_SCALAR": scalar}
         yield Specialisation("array_jobs", tuple(common.items()))
         for offset_scalar in dict.fromkeys((scalar, scalar if dtype == "float64" else "float")):
-            vector = VECTOR_BYTES // itemsize
+            vector = constants.VECTOR_BYTES // itemsize
             while vector:
                 macros = {**common, "DCN_OFFSET_SCALAR": offset_scalar, "DCN_VEC": vector}
                 for part in ("forward", "backward", "grad_input"):
@@ -109,7 +126,7 @@ def specialisations() -> Iterator[Specialisation]:
                 vector //= 2
 
     for dtype, offset_dtype, tiles in fused_tiles():
-        # A kernel that has a multiprocessor to itself may use all the registers that a thread can have.
+        # A thread can have at most 255 registers, even if a multiprocessor runs a single block.
         registers = 65536 // (tiles.blocks * tiles.threads)
         macros = dict(fused_macros(dtype, offset_dtype, tiles))
         most = 90 if tiles.by_warpgroups else 999
@@ -118,7 +135,7 @@ def specialisations() -> Iterator[Specialisation]:
 
 
 def fused_tiles() -> Iterator[tuple[str, str, FusedTiles]]:
-    """Element types of data and offsets, and tiles, of the fused kernel."""
+    """Yield (data type, offset type, tiles) of the fused kernel."""
     for suffix, dtype in {"f16": "float16", "bf16": "bfloat16", "tf32": "float32"}.items():
         for offset_dtype in dict.fromkeys((dtype, "float32")):
             for product in ("TensorProduct", "WarpgroupProduct"):
@@ -129,11 +146,25 @@ def fused_tiles() -> Iterator[tuple[str, str, FusedTiles]]:
         yield "float32", "float32", FusedTiles("FmaProduct", "f32", outputs, 1)
 
 
-def layout_assertions(struct: type[ctypes.Structure]) -> str:
-    """C++ that compiles only if its struct of the same name has the layout of `struct`."""
+def constant_assertions(specialisation: Specialisation) -> str:
+    """Return C++ that compiles only if each shared constant has the value that the launch plans take it for."""
+    values = dict(SHARED_CONSTANTS.get(specialisation.unit, {}))
+    if specialisation.unit == "deform_conv2d_fused":
+        values |= {f"{tiles.product}<Scalar, {tiles.outputs}>::kThreads": tiles.threads for *_, tiles in fused_tiles()}
+    if specialisation.unit == "deform_roi_pool_grad_input":
+        sum_bytes, vector = 8 if specialisation.macros["DCN_SUFFIX"] == "f64" else 4, specialisation.macros["DCN_VEC"]
+        values["kStrip"] = constants.roi_strip_pixels(sum_bytes, int(vector))
+    return "".join(f'static_assert({name} == {value}, "{name}");\n' for name, value in values.items())
+
+
+def struct_assertions(struct: type[ctypes.Structure]) -> str:
+    """Return C++ that compiles only if its structs have the sizes and offsets of `struct` and of the structs in it."""
     name = struct.__name__
-    lines = [f'static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "size of {name}");']
-    for field in struct._fields_:
-        offset = getattr(struct, field[0]).offset
-        lines.append(f'static_assert(OFFSET_OF({name}, {field[0]}) == {offset}, "{name}.{field[0]}");')
-    return "\n".join(lines) + "\n"
+    lines = [f'static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "size of {name}");\n']
+    for field, kind, *_ in struct._fields_:
+        offset = getattr(struct, field).offset
+        lines.append(f'static_assert(OFFSET_OF({name}, {field}) == {offset}, "{name}.{field}");\n')
+        element = getattr(kind, "_type_", kind)
+        if isinstance(element, type) and issubclass(element, ctypes.Structure):
+            lines.append(struct_assertions(element))
+    return "".join(lines)

@@ -1,6 +1,6 @@
-"""NVRTC, which needs no GPU, builds every specialisation for every architecture that it knows: no kernel may spill.
+"""NVRTC builds all specialisations for all architectures that it supports, without a GPU. No kernel may spill.
 
-The registers of each kernel are printed at the end of the test run.
+The test run prints the registers of each kernel at its end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 from cupy_backends.cuda.libs import nvrtc
 
 from dcnops._backends.cuda.engine import compile_options, kernel_source
-from tests.cuda.kernel_matrix import STRUCTS, UNITS, layout_assertions, specialisations
+from tests.cuda.kernel_matrix import UNITS, constant_assertions, specialisations, struct_assertions
 
 ARCHITECTURES = nvrtc.getSupportedArchs()
 
@@ -22,7 +22,7 @@ _REGISTERS = re.compile(r"Used (\d+) registers")
 
 
 def compile_with_nvrtc(source: str, name: str, options: tuple[str, ...]) -> str:
-    """The compiler's log; fails with it when the source does not compile."""
+    """Return the compiler's log. If the source does not compile, fail with the log."""
     program = nvrtc.createProgram(source, name, (), ())
     try:
         nvrtc.compileProgram(program, options)
@@ -32,7 +32,7 @@ def compile_with_nvrtc(source: str, name: str, options: tuple[str, ...]) -> str:
 
 
 def resources(log: str) -> dict[str, tuple[int, int]]:
-    """(registers, bytes of stack frame and spills) by kernel, from ptxas's log."""
+    """Return (registers, bytes of stack frame and spills) of each kernel in the log of ptxas."""
     used = {}
     kernel, frame = "", 0
     for line in log.splitlines():
@@ -70,7 +70,7 @@ def test_every_kernel_compiles_without_spills(architecture: int, record_property
 
 
 def test_the_spill_check_sees_a_spill():
-    """An array that no register file can hold, indexed at run time."""
+    # An array that needs memory: it is indexed at run time.
     source = """
     extern "C" __global__ void greedy(float* data, const int* at) {
       float values[64];
@@ -83,19 +83,18 @@ def test_the_spill_check_sees_a_spill():
     assert used["greedy"][1] > 0
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_structs_have_the_layout_of_their_python_namesakes(unit: str):
-    macros = next(s.macros for s in specialisations() if s.unit == unit)
+@pytest.mark.parametrize(
+    "unit, suffix",
+    [*((unit, "f16") for unit in UNITS), *(("deform_roi_pool_grad_input", suffix) for suffix in ("f32", "f64"))],
+)
+def test_structs_and_constants_equal_those_in_python(unit: str, suffix: str):
+    specialisation = next(s for s in specialisations() if s.unit == unit and s.macros["DCN_SUFFIX"] == suffix)
     source = kernel_source(unit) + "\n#define OFFSET_OF(type, field) __INTADDR__(&((type*)0)->field)\n"
-    structs = [struct for struct in STRUCTS if f"struct {struct.__name__} " in source]
-    assert UNITS[unit][0] in structs
-    compile_with_nvrtc(
-        source + "".join(map(layout_assertions, structs)), f"{unit}.cu", (*compile_options(macros), "-arch=sm_90")
-    )
+    source += struct_assertions(UNITS[unit][0]) + constant_assertions(specialisation)
+    compile_with_nvrtc(source, f"{unit}.cu", (*compile_options(specialisation.macros), "-arch=compute_90"))
 
 
-def test_compiler_messages_name_the_true_file_and_line():
-    """After the includes, too, whose text comes before."""
+def test_compiler_messages_name_the_file_and_line_before_flattening():
     text = "const long long tiles = array_job_tiles(p);"
     true_line = next(i for i, line in enumerate(Path("cuda/array_jobs.cu").read_text().splitlines(), 1) if text in line)
     source = kernel_source("array_jobs").replace(text, f"broken {text}")
@@ -106,7 +105,7 @@ def test_compiler_messages_name_the_true_file_and_line():
 @pytest.mark.parametrize("dtype, vector", [("f16", 8), ("f32", 4)])
 @pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.startswith("deform_roi_pool")])
 def test_roi_pooling_moves_16_bytes_at_once(unit: str, dtype: str, vector: int):
-    """And adds 16 bytes at once, where it adds atomically."""
+    # Atomic additions add 16 bytes, too.
     wanted = {"DCN_SUFFIX": dtype, "DCN_VEC": vector, "DCN_OFFSET_SCALAR": "float"}
     macros = next(s.macros for s in specialisations() if s.unit == unit and wanted.items() <= s.macros.items())
     program = nvrtc.createProgram(kernel_source(unit), f"{unit}.cu", (), ())

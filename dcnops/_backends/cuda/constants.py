@@ -1,6 +1,6 @@
 """Constants of the launch plans.
 
-The CUDA sources repeat some of them; tests/cuda/test_shared_constants.py compares each pair.
+The CUDA sources repeat some of them. `SHARED_CONSTANTS` in tests/cuda/kernel_matrix.py lists the pairs for a test.
 """
 
 from __future__ import annotations
