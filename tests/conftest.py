@@ -67,14 +67,14 @@ class EmulatedRunner:
     def forward(self, case: Case) -> np.ndarray:
         plan = getattr(plans, case.operation)
         # The forward pass of RoI pooling has no chunks.
-        options = {"chunk_bytes": self.chunk_bytes, **self.forward_options} if case.operation == "deform_conv2d" else {}
-        return plan(self.engine, case.geometry(), *self._arrays(case), **options)
+        chunks = {"workspace_bytes": self.chunk_bytes} if case.operation == "deform_conv2d" else {}
+        return plan(self.engine, case.geometry(), *self._arrays(case), **chunks, **self.forward_options)
 
     def backward(self, case: Case, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
         plan = getattr(plans, f"{case.operation}_backward")
         arrays = [_images(case.grad_out), *self._arrays(case, without="bias")]
         wanted = frozenset(needs or case.needs)
-        options = {"deterministic": self.deterministic, "chunk_bytes": self.chunk_bytes, **self.backward_options}
+        options = {"deterministic": self.deterministic, "workspace_bytes": self.chunk_bytes, **self.backward_options}
         return plan(self.engine, case.geometry(), *arrays, wanted, **options)
 
     @staticmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import time
 from typing import Any
@@ -17,13 +16,12 @@ from torchvision.ops import roi_align
 
 import dcnops
 from dcnops import ArgumentError
+from dcnops._backends.cuda import plans
+from dcnops._backends.cuda.plans import deform_roi_pool_common
 from tests.cases import DTYPES, RoIPoolCase, assert_close, make_roi_pool, roi_pool_cases
 from tests.conftest import EmulatedRunner
 
 NAMES = ("input", "offset", "mask")
-
-# The package's attribute of this name is the function.
-plan = importlib.import_module("dcnops._backends.cuda.plans.deform_roi_pool")
 
 
 def assert_correct(run, case: RoIPoolCase, slack: float = 1.0) -> None:
@@ -401,7 +399,7 @@ def test_every_path_of_the_kernels(
         grad_out=in_order(case.grad_out, channels_last[1]),
         sampling_ratio=sampling_ratio,
     )
-    with mock.patch.object(plan, "_FEW_BLOCKS", few_blocks):  # 0: whole tiles of bins, although there are few
+    with mock.patch.object(deform_roi_pool_common, "_FEW_BLOCKS", few_blocks):  # 0: whole tiles
         assert_correct(EmulatedRunner(chunk_bytes=chunk_bytes, deterministic=deterministic, **schedule), case)
 
 
@@ -415,7 +413,7 @@ def test_more_channels_than_a_warp_holds_and_more_bins_than_a_tile(
     dtype: str, C: int, output_size: Any, schedule: dict[str, Any], deterministic: bool
 ):
     case = make_roi_pool(N=1, C=C, H=5, W=13, R=3, output_size=output_size, dtype=dtype, seed=C)
-    with mock.patch.object(plan, "_FEW_BLOCKS", 0):
+    with mock.patch.object(deform_roi_pool_common, "_FEW_BLOCKS", 0):
         assert_correct(EmulatedRunner(deterministic=deterministic, **schedule), case)
 
 
@@ -424,7 +422,7 @@ def test_the_output_may_be_channels_last(case: RoIPoolCase, channels_last_input:
     case = case.with_arrays(input=in_order(case.input, channels_last_input))
     runner = EmulatedRunner()
     arrays = EmulatedRunner._arrays(case)
-    output = plan.deform_roi_pool(runner.engine, case.geometry(), *arrays, channels_last=True)
+    output = plans.deform_roi_pool(runner.engine, case.geometry(), *arrays, channels_last=True)
     assert output.shape == case.grad_out.shape
     assert output.transpose(0, 2, 3, 1).flags.c_contiguous
     np.testing.assert_array_equal(output, runner.forward(case))

@@ -7,21 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dcnops._backends.cuda import constants
-from dcnops._backends.cuda.engine import Macros
 from dcnops._backends.cuda.heuristics import FusedTiles
+from dcnops._backends.cuda.kernel_source import Macros
 from dcnops._backends.cuda.plans.array_jobs import ArrayJobsParams, ArrayTask
 from dcnops._backends.cuda.plans.deform_conv2d_backward import DeformConvBackwardParams, gradient_sample_bytes
+from dcnops._backends.cuda.plans.deform_conv2d_columns import DeformConvColumnsParams
 from dcnops._backends.cuda.plans.deform_conv2d_common import column_sample_bytes
-from dcnops._backends.cuda.plans.deform_conv2d_forward import (
-    DeformConvColumnsParams,
-    DeformConvFusedParams,
-    fused_macros,
-)
-from dcnops._backends.cuda.plans.deform_roi_pool import (
-    DeformRoIPoolBackwardParams,
-    DeformRoIPoolForwardParams,
-    DeformRoIPoolGradInputParams,
-)
+from dcnops._backends.cuda.plans.deform_conv2d_fused import DeformConvFusedParams, fused_macros
+from dcnops._backends.cuda.plans.deform_roi_pool_backward import DeformRoIPoolBackwardParams
+from dcnops._backends.cuda.plans.deform_roi_pool_forward import DeformRoIPoolForwardParams
+from dcnops._backends.cuda.plans.deform_roi_pool_grad_input import DeformRoIPoolGradInputParams
 from dcnops._dtypes import DTYPES
 
 UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from cupy_backends.cuda.libs import nvrtc
 
-from dcnops._backends.cuda.engine import compile_options, kernel_source
+from dcnops._backends.cuda.kernel_source import compile_options, kernel_source
 from tests.cuda.kernel_matrix import UNITS, Specialisation, specialisations
 
 DISASSEMBLER = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin" / "nvdisasm"

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcnops._backends.cuda import engine as engine_module
+from dcnops._backends.cuda import kernel_source as source_module
 from dcnops._errors import KernelCompileError
 from tests.cuda.emulator import (
     HostArrays,
@@ -564,7 +564,7 @@ def test_an_engine_launches_the_sources_of_the_checkout(
         "        p.y[i] = 2 * p.x[i] + gridDim.x;\n"
         "}\n"
     )
-    monkeypatch.setattr(engine_module, "_ROOTS", (tmp_path,))
+    monkeypatch.setattr(source_module, "_ROOTS", (tmp_path,))
     engine = host_engine(**options)
     for suffix, ctype, dtype in (("f32", "float", np.float32), ("f64", "double", np.float64)):
         x, y = engine.xp.asarray(np.arange(1000, dtype=dtype)), engine.xp.empty(1001, dtype)

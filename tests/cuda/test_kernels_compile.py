@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cupy_backends.cuda.libs import nvrtc
 
-from dcnops._backends.cuda.engine import compile_options, kernel_source
+from dcnops._backends.cuda.kernel_source import compile_options, kernel_source
 from tests.cuda.kernel_matrix import UNITS, constant_assertions, specialisations, struct_assertions
 
 ARCHITECTURES = nvrtc.getSupportedArchs()

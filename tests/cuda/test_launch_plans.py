@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcnops._backends.cuda.engine import kernel_source
+from dcnops._backends.cuda.kernel_source import kernel_source
 from dcnops._backends.cuda.plans.array_jobs import ArrayJobsParams, ArrayTask, is_channels_last
 from tests.cases import DTYPES, Case, RoIPoolCase, assert_close, conv_cases, make_conv, make_roi_pool, roi_pool_cases
 from tests.conftest import EmulatedRunner

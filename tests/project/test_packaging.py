@@ -23,7 +23,7 @@ PROJECT = (
 USE = """
 import numpy as np
 import dcnops
-from dcnops._backends.cuda.engine import kernel_source
+from dcnops._backends.cuda.kernel_source import kernel_source
 image = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
 offset = np.zeros((1, 2, 4, 4), np.float32)
 offset[:, 1] = 1

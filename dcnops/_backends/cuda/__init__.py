@@ -1,1 +1,4 @@
-"""Backend of CuPy arrays: launch plans and the engine that runs them. Only `backend` imports CuPy."""
+"""Backend for CuPy arrays: launch plans and the engine that runs them.
+
+Only `backend`, `cupy_engine` and `cublas` import CuPy.
+"""

@@ -5,12 +5,6 @@ The CUDA sources repeat some of them. `SHARED_CONSTANTS` in tests/cuda/kernel_ma
 
 from __future__ import annotations
 
-WORKSPACE_BYTES = 32 * 2**20
-"""Limit of the scratch memory of a call, in bytes: this much stays in the L2 cache of a large GPU.
-
-A call whose smallest piece of work needs more takes what that piece needs.
-"""
-
 VECTOR_BYTES = 16
 """Bytes of the widest load or store of a thread."""
 

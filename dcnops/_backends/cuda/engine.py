@@ -1,7 +1,6 @@
-"""Finds and flattens the CUDA sources, compiles them at run time, launches them.
+"""Engine: the seam between the launch plans and what executes them.
 
-`Engine` is the one seam between the launch plans and what executes them: CuPy and a GPU in the library, NumPy and the
-host compiler in the tests.
+That is CuPy and a GPU in the library, NumPy and a host compiler in the tests.
 """
 
 from __future__ import annotations
@@ -9,40 +8,35 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-Macros = Mapping[str, "str | int"]
+from dcnops._backends.cuda.kernel_source import Macros, compile_options, kernel_name, kernel_source
+from dcnops._explain import LOGGER
 
 _T = TypeVar("_T")
 
-_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
-_PACKAGE = Path(__file__).resolve().parents[2]
-_ROOTS = (_PACKAGE / "cuda", _PACKAGE.parent / "cuda")
-
 
 class Device(NamedTuple):
-    """What plans ask of a device."""
+    """Properties of a device that plans depend on."""
 
     id: int
     architecture: int
     """Compute capability, 90 for 9.0."""
     multiprocessors: int
     shared_bytes: int
-    """Shared memory that a block can have."""
+    """Most shared memory of a block."""
 
 
 class Launcher(Protocol):
-    """A compiled kernel: runs on `grid` blocks of `block` threads with the parameter struct `params`."""
+    """Compiled kernel: runs on `grid` blocks of `block` threads with the parameter struct `params`."""
 
     def __call__(self, grid: int, block: tuple[int, int], shared_bytes: int, params: ctypes.Structure) -> None: ...
 
 
 class Engine:
-    """What a launch plan needs of the world: memory, kernels and matrix products.
+    """Memory, kernels and matrix products for the launch plans.
 
     Parameters
     ----------
@@ -55,12 +49,15 @@ class Engine:
         ``matmul(a, b, out, accumulate, precision)`` computes ``out (+)= a @ b`` on stacks of matrices, see
         `Engine.matmul`.
     device : callable
-        Describes the current `Device`; kernels are compiled once for each.
+        Describes the current `Device`; kernels are compiled once per device.
     pointer : callable
-        Address of an array's first element.
+        Returns the address of an array's first element.
     session : callable
-        A context within which `matmul` can be called any number of times.
+        Returns a context within which `matmul` may be called repeatedly.
     """
+
+    explains = False
+    """Whether plans log what they do and why."""
 
     def __init__(
         self,
@@ -86,22 +83,27 @@ class Engine:
         """The current device."""
         return self._device()
 
+    @functools.cached_property
+    def explaining(self) -> Engine:
+        """This engine, but every launch and product is logged. It has plans of its own: the others pay nothing."""
+        return _ExplainingEngine(self)
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """A new C-contiguous array, at least 16-byte aligned, contents undefined."""
+        """Return a new C-contiguous array, at least 16-byte aligned, with undefined contents."""
         return self.xp.empty(shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """A new C-contiguous array of zeros."""
+        """Return a new C-contiguous array of zeros."""
         return self.xp.zeros(shape, dtype)
 
     def pointer(self, array: Any | None) -> int | None:
-        """Address of an array's first element, null for None."""
+        """Return the address of an array's first element, null for None."""
         return None if array is None else self._pointer(array)
 
     def recall(self, make: Callable[..., _T], *key: Any) -> _T:
-        """``make(self, device, *key)`` for the current device, made once: what it returns must not be changed.
+        """Return ``make(self, device, *key)`` for the current device, from a cache after the first time.
 
-        `key` is hashable and says all that the result depends on.
+        The hashable `key` must determine the result, which must not be modified.
         """
         found: _T = self._recall(make, self._device(), *key)
         return found
@@ -110,7 +112,7 @@ class Engine:
         return make(self, *key)
 
     def kernel(self, unit: str, kernel: str, macros: Macros) -> Launcher:
-        """`kernel` of ``cuda/<unit>.cu``, specialised by `macros`, for the current device."""
+        """Return `kernel` of ``cuda/<unit>.cu``, specialised by `macros`, for the current device."""
         key = (unit, kernel, tuple(macros.items()), self._device().id)
         launcher = self._launchers.get(key)
         if launcher is None:
@@ -131,7 +133,7 @@ class Engine:
         params: ctypes.Structure,
         shared_bytes: int = 0,
     ) -> None:
-        """Run `kernel` of ``cuda/<unit>.cu``, specialised by `macros`; nothing happens on an empty grid.
+        """Run `kernel` of ``cuda/<unit>.cu``, specialised by `macros`; do nothing if the grid is empty.
 
         `block` is (x, y); `params` is the kernel's only argument.
         """
@@ -139,7 +141,7 @@ class Engine:
             self.kernel(unit, kernel, macros)(grid, block, shared_bytes, params)
 
     def matmul(self, a: Any, b: Any, out: Any, accumulate: bool = False, precision: str = "ieee") -> None:
-        """``out (+)= a @ b`` with sums in float32 (float64 for float64).
+        """Compute ``out (+)= a @ b`` with sums in float32 (float64 for float64).
 
         Parameters
         ----------
@@ -150,15 +152,14 @@ class Engine:
         accumulate : bool
             Add to `out` instead of overwriting it.
         precision : str
-            "tf32" allows float32 factors to be rounded to the 10 bits of mantissa that tensor cores take; any other
-            does not.
+            "tf32" permits rounding float32 factors to the 10 bits of mantissa that tensor cores take.
         """
         with self._session():
             self._multiply(a, b, out, accumulate, precision)
 
     @contextlib.contextmanager
     def products(self) -> Iterator[Callable[..., None]]:
-        """For many products in a row: a context with a cheaper `matmul`."""
+        """Enter a context that yields a cheaper `matmul` for several products in a row."""
         with self._session():
             yield self._multiply
 
@@ -167,51 +168,31 @@ class Engine:
             self._matmul(a, b, out, accumulate, precision)
 
 
+class _ExplainingEngine(Engine):
+    """Engine that logs every launch and product of another one before it runs."""
+
+    explains = True
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.xp, engine._compile, engine._matmul, engine._device, engine._pointer, engine._session)
+        self._engine = engine
+
+    def kernel(self, unit: str, kernel: str, macros: Macros) -> Launcher:
+        launcher = self._engine.kernel(unit, kernel, macros)
+        name = kernel_name(kernel, macros)
+
+        def launch(grid: int, block: tuple[int, int], shared_bytes: int, params: ctypes.Structure) -> None:
+            LOGGER.debug("launch %s: grid %d, block %dx%d, shared memory %d bytes", name, grid, *block, shared_bytes)
+            launcher(grid, block, shared_bytes, params)
+
+        return launch
+
+    def _multiply(self, a: Any, b: Any, out: Any, accumulate: bool = False, precision: str = "ieee") -> None:
+        LOGGER.debug("product %s @ %s -> %s, %s", a.shape, b.shape, out.dtype, precision)
+        super()._multiply(a, b, out, accumulate, precision)
+
+
 @functools.cache
 def dtype_name(dtype: Any) -> str:
-    """The name of a dtype; NumPy makes it up anew each time it is asked."""
+    """Return the name of a dtype; NumPy builds the string each time it is asked."""
     return str(dtype.name)
-
-
-def kernel_name(kernel: str, macros: Macros) -> str:
-    """The name of a kernel in its compiled form, as a profiler shows it: ``<op>_<role>_<dtype>``."""
-    return f"{kernel}_{macros['DCN_SUFFIX']}"
-
-
-def compile_options(macros: Macros) -> tuple[str, ...]:
-    """NVRTC's options for one specialisation.
-
-    The macro DCN_ARCHITECTURE names an architecture of which a specialisation uses instructions that no other has.
-    """
-    options = ["--std=c++17", "--generate-line-info", *(f"-D{name}={value}" for name, value in macros.items())]
-    if "DCN_ARCHITECTURE" in macros:
-        # NVRTC takes it before the device's own, which CuPy adds: the more specific one.
-        options.append(f"-arch=sm_{macros['DCN_ARCHITECTURE']}")
-    return tuple(options)
-
-
-@functools.cache
-def kernel_source(unit: str) -> str:
-    """The self-contained text of ``cuda/<unit>.cu``: its own includes stand in place of the include lines, each once.
-
-    CuPy's cache on disk knows a kernel by its source text: an edit in a header must change it. `#line` keeps the
-    compiler's messages at the true file and line.
-    """
-    root = next((root for root in _ROOTS if root.is_dir()), None)
-    if root is None:
-        raise FileNotFoundError(f"the CUDA sources of dcnops are in neither {_ROOTS[0]} nor {_ROOTS[1]}")
-    return "".join(_flatten(root, f"{unit}.cu", set()))
-
-
-def _flatten(root: Path, name: str, seen: set[str]) -> list[str]:
-    seen.add(name)
-    text = [f'#line 1 "cuda/{name}"\n']
-    for number, line in enumerate((root / name).read_text(encoding="utf-8").splitlines(), start=1):
-        include = _INCLUDE.match(line)
-        if include is None:
-            text.append(f"{line}\n")
-        elif include.group(1) not in seen:
-            text += [*_flatten(root, include.group(1), seen), f'#line {number + 1} "cuda/{name}"\n']
-        else:
-            text.append("\n")
-    return text

@@ -1,33 +1,56 @@
-"""What the plans of both directions of deformable convolution share."""
+"""Parts that the plans of deformable convolution share."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 from dcnops._backends.cuda.constants import MAX_BLOCKS, THREADS, VECTOR_BYTES, WARP, ceil_div
-from dcnops._backends.cuda.engine import Device, Engine, Launcher, Macros
+from dcnops._backends.cuda.engine import Device, Engine, Launcher
+from dcnops._backends.cuda.kernel_source import Macros
 from dcnops._backends.cuda.plans.array_jobs import (
     ArrayJob,
     RowRange,
     channel_lanes,
     data_macros,
-    is_channels_last,
     pixels_to_rows_job,
 )
 from dcnops._dtypes import DTYPES
-from dcnops._geometry import DeformConvGeometry, DeformConvSizes
+from dcnops._geometry import DeformConvGeometry
+
+sizes_of = functools.lru_cache(maxsize=512)(DeformConvGeometry.params)
+"""Cached `DeformConvGeometry.params`; the struct must not be modified."""
 
 
-def column_sample_bytes(dtype: str) -> int:
-    """Shared memory per sampling point of the kernel that makes columns, in bytes; it asserts that it is enough."""
-    return 40 if dtype == "float64" else 24
+class ForwardKey(NamedTuple):
+    """Everything that the plan of a forward pass depends on: all but the addresses.
+
+    `..._last` is true where an array [N, C, H, W] is stored as [N, H, W, C].
+    """
+
+    geometry: DeformConvGeometry
+    dtype: str
+    offset_dtype: str
+    input_is_rows: bool
+    """Whether the kernels can read the input in place."""
+    offset_last: bool
+    mask_last: bool
+    output_last: bool
+    precision: str
+    workspace_bytes: int
+    path: str | None
+
+    @property
+    def input_copy_bytes(self) -> int:
+        """Scratch memory for the channels-last copy of the input."""
+        g = self.geometry
+        return 0 if self.input_is_rows else g.N * g.H * g.W * g.C * DTYPES[self.dtype].itemsize
 
 
 class SampleKernels:
-    """The kernels of a unit that work on sampling points, for one kind of data and offsets on one device.
+    """Kernels of a unit that work on sampling points, for one dtype of data and of offsets on one device.
 
     The x dimension of a block runs over the channel vectors of a sampling point, y over sampling points.
 
@@ -64,14 +87,14 @@ class SampleKernels:
         self._shared_bytes = self.tile_rows * sample_bytes
 
     def launch(self, kernel: str, params: ctypes.Structure, rows: int) -> None:
-        """Run a kernel on the sampling points of so many rows, a tile of rows per block."""
+        """Run a kernel on the sampling points of `rows` output pixels, one tile of rows per block."""
         tiles = ceil_div(rows, self.tile_rows) * self._group_taps
         self.launch_blocks(kernel, tiles, self.block, params, self._shared_bytes)
 
     def launch_blocks(
         self, kernel: str, blocks: int, block: tuple[int, int], params: ctypes.Structure, shared_bytes: int = 0
     ) -> None:
-        """Run a kernel on so many blocks; it can do with fewer."""
+        """Run a kernel that has work for `blocks` blocks; it also completes with fewer."""
         launcher = self._launchers.get(kernel)
         if launcher is None:
             launcher = self._launchers[kernel] = self._engine.kernel(self._unit, kernel, self._macros)
@@ -79,12 +102,16 @@ class SampleKernels:
             launcher(min(blocks, MAX_BLOCKS), block, shared_bytes, params)
 
 
-def sizes_of(geometry: DeformConvGeometry, offset: Any, mask: Any | None) -> DeformConvSizes:
-    """The struct the kernels take, for offsets and masks in either memory order; not to be changed."""
-    return _sizes(geometry, is_channels_last(offset), mask is not None and is_channels_last(mask))
+def column_sample_bytes(dtype: str) -> int:
+    """Return the shared memory per sampling point of the column kernel, in bytes; it asserts that this is enough."""
+    return 40 if dtype == "float64" else 24
 
 
-_sizes = functools.lru_cache(maxsize=512)(DeformConvGeometry.params)
+def column_kernels(engine: Engine, geometry: DeformConvGeometry, dtype: str, offset_dtype: str) -> SampleKernels:
+    """Return the kernel that computes columns, specialised."""
+    return engine.recall(
+        SampleKernels, "deform_conv2d_columns", geometry, dtype, offset_dtype, column_sample_bytes(dtype)
+    )
 
 
 def filters_job(
@@ -94,3 +121,17 @@ def filters_job(
     g = geometry
     rows = RowRange(0, 0, g.O * g.K)
     return pixels_to_rows_job(engine, weight, g.C // g.G, g.K, rows, filters, round_to_tf32)
+
+
+def input_rows(engine: Engine, key: ForwardKey, input: Any, jobs: list[ArrayJob]) -> tuple[Any, list[ArrayJob]]:
+    """Return the rows of the input, and the jobs to run before they are read."""
+    if key.input_is_rows:
+        return input, jobs
+    g = key.geometry
+    rows = engine.empty((g.N * g.H * g.W, g.C), input.dtype)
+    return rows, [*jobs, pixels_to_rows_job(engine, input, g.C, g.H * g.W, RowRange(0, 0, g.N * g.H * g.W), rows)]
+
+
+def mebibytes(size: int) -> str:
+    """Return a size for an explanation."""
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,112 @@
+"""Matrix products by the cuBLAS that CuPy has loaded.
+
+CuPy's own wrappers refuse to be captured in a CUDA graph, so two functions are called through ctypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from typing import Any, TypeAlias
+
+import cupy
+from cupy_backends.cuda.api import runtime
+from cupy_backends.cuda.libs import cublas
+
+from dcnops._backends.cuda.engine import dtype_name
+from dcnops._dtypes import DTYPES
+
+_Matrices: TypeAlias = tuple[Any, tuple[int, ...], tuple[int, ...]]
+"""dtype, shape and strides of a stack of matrices."""
+
+_DISALLOW_REDUCED_PRECISION_REDUCTION = 16
+_MATH_MODE = cublas.CUBLAS_DEFAULT_MATH | _DISALLOW_REDUCED_PRECISION_REDUCTION
+"""TF32 only by the compute type, and partial sums of 16-bit products in float32, whatever is set on CuPy's handle."""
+
+
+class CublasSession:
+    """Context in which CuPy's cuBLAS handle is set up for products on the current stream."""
+
+    def __enter__(self) -> None:
+        self._handle = cupy.cuda.device.get_cublas_handle()
+        _CUBLAS.set_stream(self._handle, cupy.cuda.get_current_stream().ptr)
+        self._mode = cublas.getMathMode(self._handle)
+        cublas.setMathMode(self._handle, _MATH_MODE)
+
+    def __exit__(self, *_: object) -> None:
+        cublas.setMathMode(self._handle, self._mode)
+
+
+def matmul(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray, accumulate: bool, precision: str) -> None:
+    """Compute ``out (+)= a @ b`` within a `CublasSession`; see `Engine.matmul`."""
+    sizes, after_b, after_a, after_out = _gemm_arguments(
+        (a.dtype, a.shape, a.strides), (b.dtype, b.shape, b.strides), (out.dtype, out.shape, out.strides),
+        accumulate, precision,
+    )  # fmt: skip
+    address = ctypes.c_void_p
+    _CUBLAS.gemm(
+        address(cupy.cuda.device.get_cublas_handle()), *sizes,
+        address(b.data.ptr), *after_b, address(a.data.ptr), *after_a, address(out.data.ptr), *after_out,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _gemm_arguments(
+    a: _Matrices, b: _Matrices, out: _Matrices, accumulate: bool, precision: str
+) -> tuple[tuple[Any, ...], ...]:
+    """Return the arguments of cublasGemmStridedBatchedEx between the handle and the addresses of `b`, `a` and `out`.
+
+    cuBLAS expects column-major matrices, so it is asked for the transposed product: out.T (+)= b.T @ a.T.
+    """
+    batch, rows, columns = out[1]
+    scalar_type, compute_type = _compute_types(dtype_name(a[0]), precision)
+    (a_operation, after_a), (b_operation, after_b), (_, after_out) = map(_gemm_operand, (a, b, out))
+    factor, old_factor = (ctypes.byref(scalar_type(value)) for value in (1, accumulate))
+    sizes = b_operation, a_operation, columns, rows, a[1][2], factor
+    return sizes, after_b, (*after_a, old_factor), (*after_out, batch, compute_type, cublas.CUBLAS_GEMM_DEFAULT)
+
+
+def _compute_types(dtype: str, precision: str) -> tuple[Any, int]:
+    """Return the C type of the scalar factors and cuBLAS's compute type."""
+    if dtype == "float64":
+        return ctypes.c_double, cublas.CUBLAS_COMPUTE_64F
+    if dtype == "float32" and precision == "tf32":
+        return ctypes.c_float, cublas.CUBLAS_COMPUTE_32F_FAST_TF32
+    return ctypes.c_float, cublas.CUBLAS_COMPUTE_32F
+
+
+def _gemm_operand(matrices: _Matrices) -> tuple[int, tuple[Any, ...]]:
+    """Return cuBLAS's operation for the transposes of a stack; and their type, leading dimension and distance."""
+    dtype, (_, rows, columns), strides = matrices
+    distance, row_stride, column_stride = (stride // dtype.itemsize for stride in strides)
+    kind, step = DTYPES[dtype_name(dtype)].cublas_type, ctypes.c_longlong(distance)
+    # The stride of an axis of length 1 is meaningless.
+    if columns == 1 or column_stride == 1:
+        return cublas.CUBLAS_OP_N, (kind, max(columns, 1 if rows == 1 else row_stride), step)
+    return cublas.CUBLAS_OP_T, (kind, max(rows, column_stride), step)
+
+
+class _Cublas:
+    """cublasSetStream and cublasGemmStridedBatchedEx."""
+
+    def __init__(self) -> None:
+        major = runtime.runtimeGetVersion() // 1000
+        # A look-up in an extension module also searches the libraries that it is linked with.
+        library = ctypes.CDLL(f"cublas64_{major}.dll" if sys.platform == "win32" else cublas.__file__)
+        # No argtypes: converting the arguments would take longer than the call. All but ints are ctypes objects.
+        self._set_stream, self._gemm = library.cublasSetStream_v2, library.cublasGemmStridedBatchedEx
+
+    def set_stream(self, handle: int, stream: int) -> None:
+        self._check(self._set_stream(ctypes.c_void_p(handle), ctypes.c_void_p(stream)))
+
+    def gemm(self, *arguments: Any) -> None:
+        self._check(self._gemm(*arguments))
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status:
+            raise cublas.CUBLASError(status)
+
+
+_CUBLAS = _Cublas()

@@ -1,0 +1,85 @@
+"""Parts that the plans of deformable RoI pooling share."""
+
+from __future__ import annotations
+
+import ctypes
+from math import gcd
+from typing import Any
+
+from dcnops._backends.cuda.constants import MAX_BLOCKS, THREADS, VECTOR_BYTES, WARP, ceil_div
+from dcnops._backends.cuda.engine import Device, Engine, dtype_name
+from dcnops._backends.cuda.kernel_source import Macros
+from dcnops._backends.cuda.plans.array_jobs import channel_lanes, data_macros
+from dcnops._dtypes import DTYPES
+from dcnops._geometry import DeformRoIPoolGeometry, DeformRoIPoolSizes
+
+WARPS = THREADS // WARP
+_MAX_TILE_BINS = 56
+"""Bins of a tile: with their channels and the memory of the warps they fit 48 KiB of shared memory."""
+
+_FEW_BLOCKS = 512
+"""About four blocks for each multiprocessor of a large GPU: with fewer, tiles are made smaller."""
+
+_pointer = ctypes.c_void_p
+
+
+class DeformRoIPoolBins(ctypes.Structure):
+    """Arrays and sizes that determine the bins (`DeformRoIPoolBins` in dcn/roi_bins.cuh)."""
+
+    _fields_ = [("rois", _pointer), ("offset", _pointer), ("mask", _pointer), ("size", DeformRoIPoolSizes)]
+
+
+class RoIPoolKernels:
+    """Kernels of RoI pooling for a number of channels and the dtypes of data and offsets, on one device.
+
+    The lanes of a warp share the channels of a bin. A launch does not depend on the number of regions but by its grid.
+    """
+
+    def __init__(self, engine: Engine, device: Device, channels: int, dtype: str, offset_dtype: str) -> None:
+        self._engine = engine
+        self.item_bytes = DTYPES[dtype].itemsize
+        self.sum_bytes = max(4, self.item_bytes)
+        self.vector = gcd(channels, VECTOR_BYTES // self.item_bytes)
+        self.lanes = channel_lanes(channels // self.vector)
+        self.lane_bits = self.lanes.bit_length() - 1
+        self.slices = ceil_div(channels, self.lanes * self.vector)
+        """Parts of the channels, each held by the lanes of a warp."""
+        self._macros: Macros = {
+            **data_macros(dtype),
+            "DCN_OFFSET_SCALAR": DTYPES[offset_dtype].c_name,
+            "DCN_VEC": self.vector,
+        }
+
+    @classmethod
+    def of(
+        cls, engine: Engine, geometry: DeformRoIPoolGeometry, input: Any, offset: Any | None, mask: Any | None
+    ) -> RoIPoolKernels:
+        """Return the kernels of a call."""
+        sampling = next((array for array in (offset, mask) if array is not None), input)
+        return engine.recall(cls, geometry.C, dtype_name(input.dtype), dtype_name(sampling.dtype))
+
+    def tile_bytes(self, tile_bins: int) -> int:
+        """Return the shared memory of a tile of bins, padded by a vector per bin."""
+        return tile_bins * (self.lanes + 1) * self.vector * self.item_bytes
+
+    def launch(self, unit: str, kernel: str, blocks: int, params: ctypes.Structure, shared_bytes: int = 0) -> None:
+        """Run a kernel that has work for `blocks` blocks; it also completes with fewer."""
+        grid = min(blocks, MAX_BLOCKS)
+        self._engine.launch(unit, kernel, self._macros, grid, (WARP, WARPS), params, shared_bytes)
+
+
+def choose_tile_bins(geometry: DeformRoIPoolGeometry, slices: int) -> int:
+    """Choose the bins of a tile: whole regions or an equal part of one, but fewer where that leaves few blocks."""
+    g = geometry
+    parts = ceil_div(g.bins, _MAX_TILE_BINS)
+    bins = _MAX_TILE_BINS // g.bins * g.bins if parts == 1 else ceil_div(g.bins, parts)
+    while bins > WARPS and ceil_div(g.R * g.bins, bins) * slices < _FEW_BLOCKS:
+        bins = max(WARPS, ceil_div(bins, 2))
+    return bins
+
+
+def bins_of(
+    engine: Engine, geometry: DeformRoIPoolGeometry, rois: Any, offset: Any | None, mask: Any | None
+) -> DeformRoIPoolBins:
+    """Return the struct that determines the bins."""
+    return DeformRoIPoolBins(*map(engine.pointer, (rois, offset, mask)), geometry.params())
