@@ -590,7 +590,8 @@ def test_matmul(name: str, wide_out: bool, accumulate: bool) -> None:
     if accumulate:
         out[...] = 3
         expected += 3
-    host_engine().matmul(a.swapaxes(1, 2), b.swapaxes(1, 2), out, accumulate)
+    with host_engine().products() as multiply:
+        multiply(a.swapaxes(1, 2), b.swapaxes(1, 2), out, accumulate)
     np.testing.assert_array_equal(out.astype(wide), expected)
 
 

@@ -39,7 +39,7 @@ class CublasSession:
 
 
 def matmul(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray, accumulate: bool, precision: str) -> None:
-    """Compute ``out (+)= a @ b`` within a `CublasSession`; see `Engine.matmul`."""
+    """Compute ``out (+)= a @ b`` within a `CublasSession`; see `Engine.products`."""
     sizes, after_b, after_a, after_out = _gemm_arguments(
         (a.dtype, a.shape, a.strides), (b.dtype, b.shape, b.strides), (out.dtype, out.shape, out.strides),
         accumulate, precision,

@@ -47,7 +47,7 @@ class Engine:
         CUDA source; `options` are NVRTC's.
     matmul : callable
         ``matmul(a, b, out, accumulate, precision)`` computes ``out (+)= a @ b`` on stacks of matrices, see
-        `Engine.matmul`.
+        `Engine.products`.
     device : callable
         Describes the current `Device`; kernels are compiled once per device.
     pointer : callable
@@ -140,26 +140,18 @@ class Engine:
         if grid:
             self.kernel(unit, kernel, macros)(grid, block, shared_bytes, params)
 
-    def matmul(self, a: Any, b: Any, out: Any, accumulate: bool = False, precision: str = "ieee") -> None:
-        """Compute ``out (+)= a @ b`` with sums in float32 (float64 for float64).
-
-        Parameters
-        ----------
-        a : array [B, M, L], b : array [B, L, N]
-            Same dtype; of the last two axes of each, one has stride 1 and the other a stride that covers it.
-        out : array [B, M, N]
-            dtype of `a`, or float32 for 16-bit `a`; unit stride in N.
-        accumulate : bool
-            Add to `out` instead of overwriting it.
-        precision : str
-            "tf32" permits rounding float32 factors to the 10 bits of mantissa that tensor cores take.
-        """
-        with self._session():
-            self._multiply(a, b, out, accumulate, precision)
-
     @contextlib.contextmanager
     def products(self) -> Iterator[Callable[..., None]]:
-        """Enter a context that yields a cheaper `matmul` for several products in a row."""
+        """Enter a context that yields ``matmul(a, b, out, accumulate=False, precision="ieee")``.
+
+        It computes ``out (+)= a @ b`` with sums in float32 (float64 for float64).
+
+        - `a` [B, M, L] and `b` [B, L, N] have the same dtype. Of the last two axes of each, one has stride 1 and the
+          other a stride that covers it.
+        - `out` [B, M, N] has the dtype of `a`, or float32 for 16-bit `a`, and unit stride in N.
+        - `accumulate` adds to `out` instead of overwriting it.
+        - `precision` "tf32" permits rounding float32 factors to the 10 bits of mantissa that tensor cores take.
+        """
         with self._session():
             yield self._multiply
 

@@ -109,7 +109,7 @@ def host_engine(
 
 
 def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool, precision: str = "ieee") -> None:
-    """``out (+)= a @ b`` under the contract of `Engine.matmul`, that is, what cuBLAS can do.
+    """``out (+)= a @ b`` under the contract of `Engine.products`, that is, what cuBLAS can do.
 
     Raises
     ------

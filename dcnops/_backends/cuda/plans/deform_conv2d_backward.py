@@ -150,10 +150,6 @@ class BackwardKey(NamedTuple):
     limits: ListLimits
 
     @property
-    def itemsize(self) -> int:
-        return DTYPES[self.dtype].itemsize
-
-    @property
     def sum_dtype(self) -> str:
         return "float64" if self.dtype == "float64" else "float32"
 
@@ -178,6 +174,11 @@ class BackwardKey(NamedTuple):
         return "input" in self.needs and gathers_input(self.geometry, self.deterministic)
 
     @property
+    def scatters(self) -> bool:
+        """Whether the gradient of the input is scattered by atomic additions."""
+        return "input" in self.needs and not gathers_input(self.geometry, self.deterministic)
+
+    @property
     def copies_input(self) -> bool:
         return bool(self.needs & {"offset", "mask", "weight"}) and not self.input_is_rows
 
@@ -194,7 +195,7 @@ class BackwardKey(NamedTuple):
     @property
     def splits_grad_out(self) -> bool:
         """Whether cuBLAS can read a part of an image [O, oh*ow] as rows: it is slow if oh*ow is not aligned."""
-        return self.geometry.pixels * self.itemsize % VECTOR_BYTES == 0
+        return self.geometry.pixels * DTYPES[self.dtype].itemsize % VECTOR_BYTES == 0
 
 
 class ScratchArray(NamedTuple):
@@ -203,9 +204,6 @@ class ScratchArray(NamedTuple):
     shape: tuple[int, ...]
     dtype: str | None = None
     is_zeroed: bool = False
-
-    def allocate(self, engine: Engine, data_dtype: Any) -> Any:
-        return (engine.zeros if self.is_zeroed else engine.empty)(self.shape, self.dtype or data_dtype)
 
 
 class Chunk(NamedTuple):
@@ -220,59 +218,26 @@ class Chunk(NamedTuple):
     """Blocks that count list entries."""
 
 
-class Group(NamedTuple):
-    """Images that are processed together."""
-
-    images: slice
-    pixels: RowRange
-    """All pixels of the input."""
-    rows: RowRange
-    """All pixels of the output."""
-    chunks: tuple[Chunk, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class BackwardPlan:
+class BackwardPlan(NamedTuple):
     """Launch plan of a backward pass."""
 
     key: BackwardKey
-    groups: tuple[Group, ...]
+    groups: tuple[tuple[slice, tuple[Chunk, ...]], ...]
+    """Images that are processed together, and the chunks of their rows."""
     scratch: dict[str, ScratchArray]
     params: DeformConvBackwardParams
-    """Parameters of the kernels except addresses, groups and chunks."""
+    """Parameters of the kernels except addresses and those of groups and chunks."""
     kernels: SampleKernels
     column_kernels: SampleKernels
-    propagates: bool
-    computes_samples: bool
-    gathers: bool
-    scatters: bool
 
     def __str__(self) -> str:
-        how = {
-            self.gathers: f"gathered by lists, {'in order' if self.key.deterministic else 'with atomic parts'}",
-            self.scatters: "scattered by atomic additions",
-        }
+        key, chunks = self.key, sum(len(chunks) for _, chunks in self.groups)
+        how = "gathered by lists" if key.gathers else "scattered by atomic additions" if key.scatters else "not needed"
+        rows = self.scratch["columns"].shape[0]
         return (
-            f"gradient of the input {how.get(True, 'not needed')}; {self.key.geometry.N} images in "
-            f"{len(self.groups)} groups and {sum(len(group.chunks) for group in self.groups)} chunks of at most "
-            f"{self.scratch['columns'].shape[0]} rows of columns"
+            f"gradient of the input {how}; {key.geometry.N} images in {len(self.groups)} groups and {chunks} chunks "
+            f"of at most {rows} rows of columns"
         )
-
-
-class _Arrays(NamedTuple):
-    """Arrays [N, ...] of a call or of a group of its images; None for those that are not given or not needed."""
-
-    grad_out: Any
-    input: Any
-    offset: Any
-    mask: Any | None
-    grad_input: Any | None
-    grad_offset: Any | None
-    grad_mask: Any | None
-
-    def of(self, images: slice) -> _Arrays:
-        """Return the part that belongs to some images."""
-        return _Arrays(*[None if array is None else array[images] for array in self])
 
 
 def deform_conv2d_backward(
@@ -340,27 +305,25 @@ def deform_conv2d_backward(
         run_array_jobs(engine, dtype_name(input.dtype), opening)
         run_array_jobs(engine, dtype_name(input.dtype), closing)
         return gradients
-    order = is_channels_last
     key = BackwardKey(
         geometry,
         dtype_name(input.dtype),
         dtype_name(offset.dtype),
-        order(grad_out),
-        order(input),
+        is_channels_last(grad_out),
+        is_channels_last(input),
         are_rows(engine, input),
-        order(offset),
-        order(weight),
+        is_channels_last(offset),
+        is_channels_last(weight),
         are_rows(engine, weight),
-        mask is not None and order(mask),
+        mask is not None and is_channels_last(mask),
         needs,
         deterministic,
         precision,
         workspace_bytes,
         limits,
     )
-    plan = engine.recall(_make_plan, key)
-    arrays = _Arrays(grad_out, input, offset, mask, *map(gradients.get, ("input", "offset", "mask")))
-    _run(engine, plan, arrays, weight, gradients.get("weight"), opening, closing)
+    arrays = grad_out, input, offset, mask, *map(gradients.get, ("input", "offset", "mask"))
+    _run(engine, engine.recall(_make_plan, key), arrays, weight, gradients.get("weight"), opening, closing)
     return gradients
 
 
@@ -391,26 +354,18 @@ def _make_plan(engine: Engine, device: Device, key: BackwardKey) -> BackwardPlan
         channels=g.C // g.D,
         write_columns="weight" in key.needs,
     )
-    chunks_of = {
+    slices = [slice(first, min(first + images, g.N)) for first in range(0, g.N, images)]
+    chunks = {
         count: tuple(_chunk(g, part, kernels, device) for part in row_ranges(count, g.pixels, rows))
-        for count in {min(images, g.N - first) for first in range(0, g.N, images)}
+        for count in {part.stop - part.start for part in slices}
     }
-    groups = []
-    for first in range(0, g.N, images):
-        count = min(images, g.N - first)
-        pixels, output_pixels = RowRange(0, 0, count * g.H * g.W), RowRange(0, 0, count * g.pixels)
-        groups.append(Group(slice(first, first + count), pixels, output_pixels, chunks_of[count]))
     return BackwardPlan(
         key,
-        tuple(groups),
+        tuple((part, chunks[part.stop - part.start]) for part in slices),
         _scratch_arrays(key, images, rows),
         params,
         kernels,
         column_kernels(engine, g, key.dtype, key.offset_dtype),
-        key.propagates,
-        key.computes_samples,
-        key.gathers,
-        "input" in key.needs and not key.gathers,
     )
 
 
@@ -424,9 +379,9 @@ def _chunk(geometry: DeformConvGeometry, rows: RowRange, kernels: SampleKernels,
 
 def _sizes_of_group_and_chunk(key: BackwardKey) -> tuple[int, int]:
     """Return the images of a group and the rows of a chunk, cut evenly: whole images, or rows of a single one."""
-    g, budget, itemsize, sum_size = key.geometry, key.workspace_bytes, key.itemsize, DTYPES[key.sum_dtype].itemsize
+    g, budget, itemsize = key.geometry, key.workspace_bytes, DTYPES[key.dtype].itemsize
     entries = 4 * g.D * g.K
-    image_bytes = g.H * g.W * g.C * (key.copies_input * itemsize + key.sums_input * sum_size)
+    image_bytes = g.H * g.W * g.C * (key.copies_input * itemsize + key.sums_input * DTYPES[key.sum_dtype].itemsize)
     row_bytes = g.K * g.C * itemsize
     if key.gathers:
         image_bytes += 8 * g.H * g.W * g.D
@@ -480,15 +435,18 @@ def _scratch_arrays(key: BackwardKey, images: int, rows: int) -> dict[str, Scrat
 def _run(
     engine: Engine,
     plan: BackwardPlan,
-    arrays: _Arrays,
+    arrays: tuple[Any, ...],
     weight: Any,
     grad_weight: Any | None,
     opening: list[ArrayJob],
     closing: list[ArrayJob],
 ) -> None:
-    """Run a plan; `opening` and `closing` are array jobs of the first and of the last launches."""
-    g = plan.key.geometry
-    scratch = {name: array.allocate(engine, arrays.input.dtype) for name, array in plan.scratch.items()}
+    """Run a plan on arrays of images; `opening` and `closing` are array jobs of the first and the last launch."""
+    key, g = plan.key, plan.key.geometry
+    scratch = {
+        name: (engine.zeros if array.is_zeroed else engine.empty)(array.shape, array.dtype or weight.dtype)
+        for name, array in plan.scratch.items()
+    }
     if engine.explains:
         size = mebibytes(sum(array.nbytes for array in scratch.values()))
         LOGGER.debug("deform_conv2d_backward on %s: %s, scratch memory %s", engine.device, plan, size)
@@ -496,7 +454,7 @@ def _run(
     shape = (g.G, g.O // g.G, g.K * g.C // g.G)
     if filters is not None:
         opening = [*opening, filters_job(engine, g, weight, filters)]
-    elif plan.propagates:
+    elif key.propagates:
         filters = _rows(weight, g.C // g.G).reshape(shape)
     if grad_filters is not None:
         taps = RowRange(0, 0, g.O * g.K)
@@ -505,118 +463,121 @@ def _run(
         grad_filters = _rows(grad_weight, g.C // g.G).reshape(shape)
         grad_filters.fill(0)
     if not plan.groups:
-        run_array_jobs(engine, plan.key.dtype, opening)
-        run_array_jobs(engine, plan.key.dtype, closing)
+        run_array_jobs(engine, key.dtype, opening)
+        run_array_jobs(engine, key.dtype, closing)
         return
     params = DeformConvBackwardParams.from_buffer_copy(plan.params)
     for name in ("columns", "lengths", "starts", "entries", "parts", "counters"):
         setattr(params, name, engine.pointer(scratch.get(name)))
     with engine.products() as multiply:
         run = _Run(engine, plan, params, scratch, filters, grad_filters, multiply)
-        for group in plan.groups:
-            part = arrays if len(plan.groups) == 1 else arrays.of(group.images)
-            before = opening if group is plan.groups[0] else []
-            after = closing if group is plan.groups[-1] else []
-            run.compute_group(group, part, before, after)
+        for index, (images, chunks) in enumerate(plan.groups):
+            part = [None if array is None else array[images] for array in arrays]
+            before = opening if index == 0 else []
+            after = closing if index == len(plan.groups) - 1 else []
+            run.compute_group(chunks, before, after, *part)
 
 
-@dataclass(frozen=True)
-class _Run:
+class _Run(NamedTuple):
     """One run of a plan."""
 
     engine: Engine
     plan: BackwardPlan
     params: DeformConvBackwardParams
-    """Parameters of the kernels, updated by groups and chunks."""
+    """Parameters of the kernels; groups and chunks update their part."""
     scratch: dict[str, Any]
     filters: Any | None
     grad_filters: Any | None
     multiply: Callable[..., None]
 
-    def compute_group(self, group: Group, arrays: _Arrays, opening: list[ArrayJob], closing: list[ArrayJob]) -> None:
-        engine, plan, params, g = self.engine, self.plan, self.params, self.plan.key.geometry
-        grad_out, input = arrays.grad_out, arrays.input
+    def compute_group(
+        self,
+        chunks: tuple[Chunk, ...],
+        opening: list[ArrayJob],
+        closing: list[ArrayJob],
+        grad_out: Any,
+        input: Any,
+        offset: Any,
+        mask: Any | None,
+        grad_input: Any | None,
+        grad_offset: Any | None,
+        grad_mask: Any | None,
+    ) -> None:
+        engine, params, key, g = self.engine, self.params, self.plan.key, self.plan.key.geometry
+        N, HW = len(input), g.H * g.W
+        pixels, rows = RowRange(0, 0, N * HW), RowRange(0, 0, N * g.pixels)
         if "input_rows" in self.scratch:
-            source, input = input, self.scratch["input_rows"]
-            opening = [*opening, pixels_to_rows_job(engine, source, g.C, g.H * g.W, group.pixels, input)]
+            images, input = input, self.scratch["input_rows"]
+            opening = [*opening, pixels_to_rows_job(engine, images, g.C, HW, pixels, input)]
         if "grad_out_rows" in self.scratch:
-            source, grad_out = grad_out, self.scratch["grad_out_rows"]
-            opening = [*opening, pixels_to_rows_job(engine, source, g.O, g.pixels, group.rows, grad_out)]
-        elif plan.key.grad_out_last:
+            images, grad_out = grad_out, self.scratch["grad_out_rows"]
+            opening = [*opening, pixels_to_rows_job(engine, images, g.O, g.pixels, rows, grad_out)]
+        elif key.grad_out_last:
             grad_out = _rows(grad_out, g.O)
-        grad_input = arrays.grad_input
         if "grad_input_rows" in self.scratch:
-            target, grad_input = grad_input, self.scratch["grad_input_rows"]
-            closing = [rows_to_pixels_job(engine, grad_input, target, g.C, g.H * g.W, group.pixels), *closing]
+            images, grad_input = grad_input, self.scratch["grad_input_rows"]
+            closing = [rows_to_pixels_job(engine, grad_input, images, g.C, HW, pixels), *closing]
         elif grad_input is not None:
             grad_input = _rows(grad_input, g.C)
         if grad_input is not None:
             grad_input.fill(0)
 
-        params.size.N = group.images.stop - group.images.start
-        params.lists = params.size.N * g.H * g.W * g.D
-        params.input, params.offset, params.mask = map(engine.pointer, (input, arrays.offset, arrays.mask))
+        params.size.N, params.lists = N, N * HW * g.D
+        params.input, params.offset, params.mask = map(engine.pointer, (input, offset, mask))
         params.grad_input = engine.pointer(grad_input)
-        params.grad_offset, params.grad_mask = map(engine.pointer, (arrays.grad_offset, arrays.grad_mask))
-        for chunk in group.chunks:
+        params.grad_offset, params.grad_mask = map(engine.pointer, (grad_offset, grad_mask))
+        for chunk in chunks:
             params.range, params.by_rows, params.tiles = chunk.rows, chunk.by_rows, chunk.tiles
-            if plan.gathers:
+            if key.gathers:
                 self.make_lists(chunk, opening)
             else:
-                run_array_jobs(engine, plan.key.dtype, opening)
+                run_array_jobs(engine, key.dtype, opening)
             opening = []
-            self.compute_chunk(chunk, self.factors(grad_out, chunk.rows))
-        run_array_jobs(engine, plan.key.dtype, closing)
-
-    def factors(self, grad_out: Any, rows: RowRange) -> Any:
-        """Return the gradient of the output at `rows`, [G, rows, O/G].
-
-        `grad_out` is one image [1, O, oh, ow], or the rows of the group.
-        """
-        g = self.plan.key.geometry
-        first = rows.first_image * g.pixels + rows.first_pixel
-        if grad_out.ndim == 4:
-            image = grad_out.reshape(g.G, g.O // g.G, g.pixels)
-            return image[:, :, first : first + rows.rows].transpose(0, 2, 1)
-        return grad_out[first : first + rows.rows].reshape(rows.rows, g.G, g.O // g.G).transpose(1, 0, 2)
+            self.compute_chunk(chunk, _factors(g, grad_out, chunk.rows))
+        run_array_jobs(engine, key.dtype, closing)
 
     def make_lists(self, chunk: Chunk, jobs: list[ArrayJob]) -> None:
         """List the samples of a chunk by the pixels that they read; array jobs share the first launch."""
         kernels, params = self.plan.kernels, self.params
-        params.array_jobs = array_jobs_params(jobs)
-        params.count_blocks = chunk.count_blocks
+        params.array_jobs, params.count_blocks = array_jobs_params(jobs), chunk.count_blocks
         blocks = chunk.count_blocks + array_job_tiles(jobs)
         kernels.launch_blocks("deform_conv2d_prepare", blocks, (THREADS, 1), params, ARRAY_JOBS_SHARED_BYTES)
         kernels.launch_blocks("deform_conv2d_fill_lists", chunk.list_blocks, (THREADS, 1), params)
 
     def compute_chunk(self, chunk: Chunk, grad_out: Any) -> None:
-        plan, params, rows = self.plan, self.params, chunk.rows.rows
+        plan, key, params, rows = self.plan, self.plan.key, self.params, chunk.rows.rows
         columns = self.scratch["columns"][:rows].transpose(1, 0, 2)
-        if plan.propagates:
-            self.multiply(grad_out, self.filters, columns, False, plan.key.precision)
-        if plan.gathers:
+        if key.propagates:
+            self.multiply(grad_out, self.filters, columns, False, key.precision)
+        if key.gathers:
             self.gather_input()
-        elif plan.scatters:
+        elif key.scatters:
             plan.kernels.launch("deform_conv2d_scatter_input", params, rows)
-        if plan.computes_samples:
+        if key.computes_samples:
             plan.kernels.launch("deform_conv2d_grad_samples", params, rows)
         elif self.grad_filters is not None:
             arrays = params.input, params.offset, params.mask, params.columns
             forward = DeformConvColumnsParams(*arrays, params.size, chunk.rows, plan.column_kernels.tile_rows)
             plan.column_kernels.launch("deform_conv2d_columns", forward, rows)
         if self.grad_filters is not None:
-            self.multiply(grad_out.transpose(0, 2, 1), columns, self.grad_filters, True, plan.key.precision)
+            self.multiply(grad_out.transpose(0, 2, 1), columns, self.grad_filters, True, key.precision)
 
     def gather_input(self) -> None:
-        """Add the gradient of the columns to the gradient of the input, pixel by pixel."""
-        kernels, params = self.plan.kernels, self.params
-        warps = THREADS // WARP
-        blocks = ceil_div(params.lists, warps)
-        if self.plan.key.deterministic:
-            shared_bytes = warps * params.warp_bytes
-            kernels.launch_blocks("deform_conv2d_gather_input_in_order", blocks, kernels.block, params, shared_bytes)
-        else:
-            kernels.launch_blocks("deform_conv2d_gather_input", blocks, kernels.block, params)
+        """Add the gradients of the columns on the lists to the gradient of the input."""
+        kernels, params, warps = self.plan.kernels, self.params, THREADS // WARP
+        in_order = self.plan.key.deterministic
+        kernel = "deform_conv2d_gather_input_in_order" if in_order else "deform_conv2d_gather_input"
+        shared_bytes = warps * params.warp_bytes if in_order else 0
+        kernels.launch_blocks(kernel, ceil_div(params.lists, warps), kernels.block, params, shared_bytes)
+
+
+def _factors(geometry: DeformConvGeometry, grad_out: Any, rows: RowRange) -> Any:
+    """Return the gradient of the output at `rows`, [G, rows, O/G]; `grad_out` is one image [1, O, oh, ow] or rows."""
+    g = geometry
+    first = rows.first_image * g.pixels + rows.first_pixel
+    if grad_out.ndim == 4:
+        return grad_out.reshape(g.G, g.O // g.G, g.pixels)[:, :, first : first + rows.rows].transpose(0, 2, 1)
+    return grad_out[first : first + rows.rows].reshape(rows.rows, g.G, g.O // g.G).transpose(1, 0, 2)
 
 
 def _rows(images: Any, C: int) -> Any:
