@@ -1,4 +1,4 @@
-"""The CUDA backend without a GPU: arrays that the library takes for CuPy's, and the kernels under emulation."""
+"""CUDA backend without a GPU: arrays that the library takes for CuPy arrays, and emulated kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Device:
 
 
 class ndarray(np.ndarray):
-    """What CuPy's class of this name is to the library."""
+    """Array that the library takes for a CuPy array."""
 
     device = _Device()  # type: ignore[assignment]
 
@@ -31,7 +31,7 @@ ndarray.__module__ = "cupy"
 
 
 class StandIn(HostArrays):
-    """Stands for the module `cupy` in the CUDA backend and counts the copies that it is asked for."""
+    """Replacement of module `cupy` in the CUDA backend. Counts copies."""
 
     def __init__(self) -> None:
         self.copies = 0
@@ -47,14 +47,14 @@ class StandIn(HostArrays):
 
 @contextmanager
 def emulated_cupy(**engine_options: Any) -> Iterator[StandIn]:
-    """Within, the public functions take arrays of this module and run the shipped CUDA backend on the host engine."""
+    """Make the public functions run the CUDA backend on the host engine, with arrays of this module."""
     stand_in = StandIn()
     with mock.patch.object(cuda, "cupy", stand_in), mock.patch.object(cuda, "ENGINE", host_engine(**engine_options)):
         yield stand_in
 
 
 def cupy_arguments(stand_in: StandIn, case: Case) -> dict[str, Any]:
-    """The arguments of a case, its arrays on the stand-in's device with the strides they have."""
+    """Return the arguments of a case, with its arrays and their strides on the device of the stand-in."""
     return {
         name: _moved(stand_in, value) if isinstance(value, np.ndarray) else value
         for name, value in {**case.arguments(), "grad_out": case.grad_out}.items()
@@ -62,6 +62,6 @@ def cupy_arguments(stand_in: StandIn, case: Case) -> dict[str, Any]:
 
 
 def _moved(stand_in: StandIn, array: np.ndarray) -> Any:
-    """As CuPy copies to a GPU: in the memory order of the array where that is dense."""
+    """Copy like CuPy: a dense array keeps its memory order."""
     order = np.argsort([-stride for stride in array.strides], kind="stable")
     return stand_in.asarray(array.transpose(order)).transpose(np.argsort(order))

@@ -1,4 +1,4 @@
-"""The stand-in of the GPU bites: each misuse of CUDA that it promises to catch is committed here, and caught."""
+"""The emulator catches each misuse of CUDA that its README.md lists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcnops._backends.cuda import kernel_source as source_module
 from dcnops._errors import KernelCompileError
 from tests.cuda.emulator import (
     HostArrays,
@@ -43,7 +42,7 @@ struct Params { const float* x; float* y; int n, m; };
 
 
 def compile_kernel(body: str, **options: Any) -> HostKernel:
-    """The kernel of statements `body`, whose first line is ``cuda/test.cu:1``."""
+    """Compile a kernel of the statements `body`. Reports call their first line ``cuda/test.cu:1``."""
     source = f'{PRELUDE}extern "C" __global__ void __launch_bounds__(1024) test_f32(const Params p) {{\n'
     source += f'#line 1 "cuda/test.cu"\n{body}\n}}\n'
     return HostCompiler(sanitize=is_sanitized(), **options).compile(source, "test_f32", ("--std=c++17",))
@@ -64,7 +63,7 @@ def run(
     kernel(grid, block, shared_bytes, Params(*addresses, n, m))
 
 
-# ---- right kernels pass, whatever the schedule
+# ---- correct kernels pass under every schedule
 
 REDUCTION = """
 DCN_SHARED_MEMORY(raw);
@@ -80,7 +79,7 @@ for (int i = blockIdx.x; i < p.m; i += gridDim.x) {
     }
     if (threadIdx.x < 32) {
         sum = s[threadIdx.x];
-        for (int by = 16; by; by /= 2) sum += __shfl_down_sync(0xffffffffu, sum, by);
+        for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, by);
         if (threadIdx.x == 0) p.y[i] = sum;
     }
     __syncthreads();
@@ -96,16 +95,12 @@ def check_reduction(**options: Any) -> None:
 
 
 @pytest.mark.parametrize(("schedule", "seed"), SCHEDULES)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_right_reduction_passes(schedule: str, seed: int, threads: int) -> None:
-    check_reduction(schedule=schedule, seed=seed, threads=threads)
+@pytest.mark.parametrize("options", [{}, {"threads": 3}, {"single_block": True}], ids=str)
+def test_a_correct_reduction_passes(schedule: str, seed: int, options: dict[str, Any]) -> None:
+    check_reduction(schedule=schedule, seed=seed, **options)
 
 
-def test_a_right_reduction_passes_in_a_single_block() -> None:
-    check_reduction(single_block=True)
-
-
-def test_a_right_reduction_passes_on_the_portable_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_correct_reduction_passes_with_the_portable_switch_of_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_compiler, "_PLAIN", (*host_compiler._PLAIN, "-DCUDA_ON_CPU_UCONTEXT"))
     check_reduction(schedule="random", threads=2)
 
@@ -128,7 +123,7 @@ def test_every_thread_sees_its_indices() -> None:
 # ---- memory
 
 
-def test_what_nobody_wrote_is_nan() -> None:
+def test_unwritten_arrays_are_nan() -> None:
     y = xp.empty(40, np.float32)
     run(compile_kernel("p.y[threadIdx.x] = 1.0f;"), y=y)
     np.testing.assert_array_equal(y, [*32 * [1], *8 * [np.nan]])
@@ -149,14 +144,14 @@ def test_shared_memory_starts_as_nan_in_every_block() -> None:
 
 
 @pytest.mark.skipif(is_sanitized(), reason="AddressSanitizer would end the process")
-def test_a_write_behind_shared_memory_is_a_fault() -> None:
+def test_a_write_after_the_end_of_shared_memory_is_a_fault() -> None:
     kernel = compile_kernel("DCN_SHARED_MEMORY(raw); reinterpret_cast<float*>(raw)[threadIdx.x] = 0.0f;")
     run(kernel, shared_bytes=128)
     with pytest.raises(KernelFault, match="shared memory written at byte 124 of 124"):
         run(kernel, shared_bytes=124)
 
 
-def test_arrays_are_made_as_on_a_gpu() -> None:
+def test_arrays_are_aligned_and_copied_as_on_a_gpu() -> None:
     for size in (0, 1, 5, 1000):
         assert xp.empty(size, np.uint8).ctypes.data % 256 == 0
     host = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -169,7 +164,7 @@ def test_arrays_are_made_as_on_a_gpu() -> None:
     assert xp.float32 is np.float32
 
 
-def test_a_copy_that_is_not_waited_for_has_not_happened() -> None:
+def test_an_asynchronous_copy_happens_at_its_wait() -> None:
     body = """DCN_SHARED_MEMORY(raw);
         float* s = reinterpret_cast<float*>(raw);
         using cuda_on_cpu::Site;
@@ -195,12 +190,11 @@ def test_a_copy_that_is_not_waited_for_has_not_happened() -> None:
     [
         ("int", np.int32),
         ("unsigned", np.uint32),
-        ("unsigned long long", np.uint64),
         ("float", np.float32),
         ("double", np.float64),
     ],
 )
-def test_atomics_are_right_across_os_threads(ctype: str, dtype: type) -> None:
+def test_atomic_additions_of_several_os_threads(ctype: str, dtype: type) -> None:
     body = f"atomicAdd(reinterpret_cast<{ctype}*>(p.y) + threadIdx.x % 3, static_cast<{ctype}>(1));"
     kernel = compile_kernel(body, threads=4)
     y = xp.zeros(3, dtype)
@@ -208,26 +202,11 @@ def test_atomics_are_right_across_os_threads(ctype: str, dtype: type) -> None:
     np.testing.assert_array_equal(y, np.full(3, 64000))
 
 
-def test_the_other_atomics() -> None:
-    kernel = compile_kernel(
-        """int* y = reinterpret_cast<int*>(p.y);
-        const int i = blockIdx.x * blockDim.x + threadIdx.x;
-        atomicMax(y, i); atomicMin(y + 1, -i); atomicOr(y + 2, 1 << threadIdx.x); atomicExch(y + 3, 7);
-        int old = y[4], seen;
-        while ((seen = atomicCAS(y + 4, old, old + 2)) != old) old = seen;""",
-        schedule="random",
-        threads=2,
-    )
-    y = xp.zeros(5, np.int32)
-    run(kernel, y=y, grid=50)
-    np.testing.assert_array_equal(y, [1599, -1599, -1, 7, 3200])
-
-
 # ---- missing barriers
 
 
 def rotates(barrier: str, **options: Any) -> bool:
-    """Whether a kernel that overwrites what its neighbour still reads, but for `barrier`, gives the right result."""
+    """Run a kernel that needs `barrier`, and return True if its result is correct."""
     kernel = compile_kernel(
         f"""DCN_SHARED_MEMORY(raw);
         float* s = reinterpret_cast<float*>(raw);
@@ -248,24 +227,12 @@ def rotates(barrier: str, **options: Any) -> bool:
 def test_a_missing_barrier_shows_under_some_schedule() -> None:
     for schedule, seed in SCHEDULES:
         assert rotates("__syncthreads();", schedule=schedule, seed=seed)
-    assert rotates("", schedule="forward"), "this order hides it, or the test proves nothing"
+    assert rotates("", schedule="forward"), "this order must hide the fault, or the test proves nothing"
     assert not rotates("", schedule="reverse")
     assert not all(rotates("", schedule="random", seed=seed) for seed in range(6))
 
 
-def test_a_missing_barrier_before_the_first_read_shows_as_nan() -> None:
-    kernel = compile_kernel(
-        """DCN_SHARED_MEMORY(raw);
-        float* s = reinterpret_cast<float*>(raw);
-        s[threadIdx.x] = 1.0f;
-        p.y[threadIdx.x] = s[31 - threadIdx.x];"""
-    )
-    y = xp.empty(32, np.float32)
-    run(kernel, y=y, shared_bytes=128)
-    assert np.isnan(y).any()
-
-
-def test_a_seed_is_one_order() -> None:
+def test_a_seed_determines_the_order() -> None:
     def order(seed: int) -> list[int]:
         body = "reinterpret_cast<int*>(p.y)[atomicAdd(reinterpret_cast<int*>(p.y) + 64, 1)] = threadIdx.x;"
         y = xp.zeros(65, np.int32)
@@ -276,16 +243,12 @@ def test_a_seed_is_one_order() -> None:
     assert sorted(order(1)) == list(range(64)) != order(1)
 
 
-# ---- divergence and deadlock: a report with file and line, never a hang
+# ---- divergence and deadlock are reported with file and line
 
 FAULTS = {
     "barrier after an exit": (
         "if (threadIdx.x == 5) return;\n__syncthreads();",
         r"divergent __syncthreads.* waits at cuda/test.cu:2 .*thread \(5, 0, 0\), which has left",
-    ),
-    "exit while others wait": (
-        "if (threadIdx.x == 31) return;\n__syncthreads();",
-        r"divergent __syncthreads.*cuda/test.cu:2 .*\(31, 0, 0\), which has left",
     ),
     "barriers at two places": (
         "if (threadIdx.x < 7)\n  __syncthreads();\nelse\n  __syncthreads();",
@@ -347,12 +310,12 @@ def test_a_fault_is_reported_and_the_next_launch_works(name: str, schedule: str,
     check_reduction(**options)
 
 
-def test_a_mask_names_only_lanes_that_exist() -> None:
+def test_a_mask_with_lanes_that_do_not_exist_is_a_fault() -> None:
     with pytest.raises(KernelFault, match=r"cuda/test.cu:1: mask 0xffffffff names lanes that the block does not have"):
         run(compile_kernel("__syncwarp();"), block=(40, 1))
 
 
-def test_half_warps_may_go_separate_ways() -> None:
+def test_half_warps_may_diverge() -> None:
     kernel = compile_kernel(
         """const unsigned mask = threadIdx.x < 16 ? 0x0000ffffu : 0xffff0000u;
         float v = threadIdx.x;
@@ -366,18 +329,15 @@ def test_half_warps_may_go_separate_ways() -> None:
     np.testing.assert_array_equal(y, np.where(np.arange(32) < 16, pairs, 4 * pairs))
 
 
-def test_votes_and_counts() -> None:
+def test_votes() -> None:
     kernel = compile_kernel(
-        """unsigned* y = reinterpret_cast<unsigned*>(p.y) + 6 * threadIdx.x;
-        const int odd = threadIdx.x % 2;
-        y[0] = __ballot_sync(~0u, odd);
-        y[1] = __any_sync(~0u, threadIdx.x == 40); y[2] = __all_sync(~0u, threadIdx.x < 32);
-        y[3] = __syncthreads_count(odd); y[4] = __syncthreads_or(threadIdx.x == 9); y[5] = __syncthreads_and(odd);"""
+        """unsigned* y = reinterpret_cast<unsigned*>(p.y) + 2 * threadIdx.x;
+        y[0] = __ballot_sync(~0u, threadIdx.x % 2);
+        y[1] = __any_sync(~0u, threadIdx.x == 40);"""
     )
-    y = xp.empty((64, 6), np.uint32)
+    y = xp.empty((64, 2), np.uint32)
     run(kernel, y=y, block=(64, 1))
-    for first, expected in ((0, [0xAAAAAAAA, 0, 1, 32, 1, 0]), (32, [0xAAAAAAAA, 1, 0, 32, 1, 0])):
-        np.testing.assert_array_equal(y[first : first + 32], np.broadcast_to(expected, (32, 6)))
+    np.testing.assert_array_equal(y, [*32 * [[0xAAAAAAAA, 0]], *32 * [[0xAAAAAAAA, 1]]])
 
 
 SHUFFLE = """
@@ -389,8 +349,7 @@ extern "C" __global__ void shuffle(const ShuffleParams p) {
     const int by = p.by[t];
     if (p.mode == 0) p.result[t] = __shfl_sync(p.mask, v, by, p.width);
     if (p.mode == 1) p.result[t] = __shfl_up_sync(p.mask, v, by, p.width);
-    if (p.mode == 2) p.result[t] = __shfl_down_sync(p.mask, v, by, p.width);
-    if (p.mode == 3) p.result[t] = __shfl_xor_sync(p.mask, v, by, p.width);
+    if (p.mode == 2) p.result[t] = __shfl_xor_sync(p.mask, v, by, p.width);
 }
 """
 
@@ -406,13 +365,13 @@ class ShuffleParams(ctypes.Structure):
     ]
 
 
-SHUFFLED = {"float": np.float32, "double": np.float64, "int": np.int32, "unsigned": np.uint32, "long long": np.int64}
+SHUFFLED = {"float": np.float32, "double": np.float64, "int": np.int32}
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     ctype=st.sampled_from(list(SHUFFLED)),
-    mode=st.integers(0, 3),
+    mode=st.integers(0, 2),
     width=st.sampled_from([1, 2, 4, 8, 16, 32]),
     by=st.one_of(st.integers(0, 31).map(lambda n: [n] * 32), st.lists(st.integers(0, 31), min_size=32, max_size=32)),
     mask=st.one_of(st.just(0xFFFFFFFF), st.integers(1, 0xFFFFFFFF)),
@@ -433,52 +392,12 @@ def test_shuffles_match_their_definition(
         if not mask >> lane & 1:
             continue
         first = lane // width * width
-        source = (first + by[lane] % width, lane - by[lane], lane + by[lane], lane ^ by[lane])[mode]
-        if (mode == 1 and source < first) or (mode >= 2 and source >= first + width):
+        source = (first + by[lane] % width, lane - by[lane], lane ^ by[lane])[mode]
+        if (mode == 1 and source < first) or (mode == 2 and source >= first + width):
             source = lane
         if mask >> source & 1:
             expected[lane] = value[source]
     np.testing.assert_array_equal(result, expected)
-
-
-# ---- intrinsics
-
-
-def test_conversions_saturate_and_know_nan() -> None:
-    kernel = compile_kernel(
-        """int* y = reinterpret_cast<int*>(p.y) + 6 * threadIdx.x;
-        const float x = p.x[threadIdx.x];
-        y[0] = __float2int_rd(x); y[1] = __float2int_rn(x); y[2] = __float2int_ru(x); y[3] = __float2int_rz(x);
-        y[4] = __float2uint_rz(x); y[5] = __double2int_rz(x);"""
-    )
-    lowest, highest = -(2**31), 2**31 - 1
-    cases = {
-        -1.5: [-2, -2, -1, -1, 0, -1],
-        2.5: [2, 2, 3, 2, 2, 2],
-        3e9: [highest, highest, highest, highest, 3_000_000_000 - 2**32, highest],
-        -1e30: [lowest, lowest, lowest, lowest, 0, lowest],
-        2.0**31: [highest, highest, highest, highest, lowest, highest],
-        np.inf: [highest, highest, highest, highest, -1, highest],
-        np.nan: [0, 0, 0, 0, 0, lowest],
-    }
-    x, y = xp.asarray(np.array(list(cases), np.float32)), xp.empty((len(cases), 6), np.int32)
-    run(kernel, x, y, block=(len(cases), 1))
-    np.testing.assert_array_equal(y, list(cases.values()))
-
-
-def test_bits_and_order() -> None:
-    kernel = compile_kernel(
-        """unsigned* y = reinterpret_cast<unsigned*>(p.y);
-        y[0] = __popc(0xf0f0u); y[1] = __clz(1); y[2] = __ffs(8); y[3] = __byte_perm(0x33221100u, 0x77665544u, 0x7520u);
-        y[4] = __funnelshift_l(0x80000001u, 0x5u, 4); y[5] = __umulhi(0x80000000u, 6u); y[6] = __float_as_uint(1.0f);
-        y[7] = static_cast<unsigned>(min(-3, 2) + max(4, 1));
-        y[8] = __float_as_uint(max(__int_as_float(0x7fc00000), 2.0f));
-        y[9] = sizeof(float3) * 100 + alignof(float4) * 10 + alignof(ushort4);"""
-    )
-    y = xp.empty(10, np.uint32)
-    run(kernel, y=y, block=(1, 1))
-    expected = [8, 31, 4, 0x77552200, 0x58, 3, 0x3F800000, 1, 0x40000000, 1200 + 160 + 8]
-    np.testing.assert_array_equal(y, expected)
 
 
 # ---- compilation and launch
@@ -504,7 +423,7 @@ def test_a_cached_object_is_not_compiled_again(tmp_path: Path) -> None:
         assert y[0] == value
 
 
-def test_who_comes_second_waits_for_the_object_of_the_first(tmp_path: Path) -> None:
+def test_concurrent_compilers_build_an_object_once(tmp_path: Path) -> None:
     compilers = [HostCompiler(tmp_path) for _ in range(4)]
     source = f'{PRELUDE}extern "C" __global__ void k(const Params p) {{}}'
     workers = [threading.Thread(target=compiler.compile, args=(source, "k", ())) for compiler in compilers]
@@ -515,7 +434,7 @@ def test_who_comes_second_waits_for_the_object_of_the_first(tmp_path: Path) -> N
     assert sum(compiler.builds for compiler in compilers) == 2, "the scheduler and the unit, each once"
 
 
-def test_a_compile_error_names_the_place() -> None:
+def test_a_compile_error_names_file_and_line() -> None:
     with pytest.raises(KernelCompileError, match=r"cuda/test.cu:2:.*nonsense"):
         compile_kernel("int a = 0;\nnonsense(a);")
     with pytest.raises(KernelCompileError, match="dynamic shared memory only"):
@@ -525,7 +444,7 @@ def test_a_compile_error_names_the_place() -> None:
         HostCompiler().compile(source, "k", ())
 
 
-def test_without_a_compiler_there_is_a_clear_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(host_compiler, "_compiler", host_compiler._compiler.__wrapped__)
     with pytest.raises(RuntimeError, match="there is no g\\+\\+ on the PATH"):
@@ -544,34 +463,6 @@ def test_an_illegal_launch_is_a_fault() -> None:
             run(kernel, **arguments)  # type: ignore[arg-type]
     with pytest.raises(KernelFault, match="takes 24 bytes of parameters, got 40"):
         kernel(1, (32, 1), 0, ShuffleParams())
-
-
-class ScaleParams(ctypes.Structure):
-    _fields_ = [("x", ctypes.c_void_p), ("y", ctypes.c_void_p), ("n", ctypes.c_int)]
-
-
-@pytest.mark.parametrize("options", [{}, {"single_block": True}, {"threads": 2}, {"schedule": "random", "seed": 4}])
-def test_an_engine_launches_the_sources_of_the_checkout(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "params.cuh").write_text("struct ScaleParams { const DCN_T* x; DCN_T* y; int n; };\n")
-    (tmp_path / "harness_scale.cu").write_text(
-        '#include "params.cuh"\n'
-        "#define NAME2(a, b) a##_##b\n#define NAME(a, b) NAME2(a, b)\n"
-        'extern "C" __global__ void __launch_bounds__(64) NAME(scale, DCN_SUFFIX)(const ScaleParams p) {\n'
-        "    const int stride = gridDim.x * blockDim.x;\n"
-        "    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < p.n; i += stride)\n"
-        "        p.y[i] = 2 * p.x[i] + gridDim.x;\n"
-        "}\n"
-    )
-    monkeypatch.setattr(source_module, "_ROOTS", (tmp_path,))
-    engine = host_engine(**options)
-    for suffix, ctype, dtype in (("f32", "float", np.float32), ("f64", "double", np.float64)):
-        x, y = engine.xp.asarray(np.arange(1000, dtype=dtype)), engine.xp.empty(1001, dtype)
-        params = ScaleParams(x.ctypes.data, y.ctypes.data, 1000)
-        engine.launch("harness_scale", "scale", {"DCN_SUFFIX": suffix, "DCN_T": ctype}, 5, (64, 1), params)
-        np.testing.assert_array_equal(y[:1000], 2 * x + (1 if options.get("single_block") else 5))
-        assert np.isnan(y[1000])
 
 
 # ---- matrix products
@@ -595,7 +486,7 @@ def test_matmul(name: str, wide_out: bool, accumulate: bool) -> None:
     np.testing.assert_array_equal(out.astype(wide), expected)
 
 
-def test_matmul_refuses_what_cublas_cannot_do() -> None:
+def test_matmul_rejects_what_cublas_cannot_do() -> None:
     def zeros(*shape: int, dtype: type = np.float32) -> np.ndarray:
         return np.zeros(shape, dtype)
 
@@ -631,7 +522,7 @@ FINDINGS = {
         "WRITE of size 4",
     ),
     "misaligned": (
-        "\n*reinterpret_cast<float4*>(p.y + 4 + threadIdx.x / 31 * 2) = make_float4(1, 2, 3, 4);",
+        "\n*reinterpret_cast<int4*>(p.y + 4 + threadIdx.x / 31 * 2) = make_int4(1, 2, 3, 4);",
         "runtime error",
         "misaligned address",
     ),
@@ -645,7 +536,7 @@ FINDINGS = {
 
 
 def sanitized_case(name: str) -> None:
-    """Run one of `FINDINGS`; the tests below call this in a process of its own."""
+    """Run one of `FINDINGS`. The tests below call this in a new process."""
     x, y = xp.asarray(np.ones(32, np.float32)), xp.empty(32, np.float32)
     run(compile_kernel(FINDINGS[name][0]), x, y, shared_bytes=128)
     for body, _ in FAULTS.values():
@@ -671,7 +562,7 @@ def test_the_sanitizers_report_the_line(name: str) -> None:
 
 
 @pytest.mark.skipif(is_sanitized(), reason="starts sanitized processes itself")
-def test_pytest_does_not_swallow_the_report(tmp_path: Path) -> None:
+def test_pytest_keeps_the_report(tmp_path: Path) -> None:
     (tmp_path / "test_case.py").write_text(
         "from tests.cuda.test_emulator import sanitized_case\ndef test(): sanitized_case('misaligned')\n"
     )

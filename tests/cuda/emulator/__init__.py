@@ -1,9 +1,4 @@
-"""Runs the shipped CUDA sources under pytest, on a machine without a GPU.
-
-`host_engine` is a `dcnops._backends.cuda.engine.Engine` over NumPy: the launch plans and kernels are the library's, the
-kernels compiled by the host compiler and their threads run as fibers. What it catches, and the rules a kernel must obey
-for that, stand in `host_compiler.py`.
-"""
+"""Emulator that runs the shipped CUDA sources without a GPU, see README.md."""
 
 from tests.cuda.emulator.host_compiler import HostCompiler, HostKernel, KernelFault
 from tests.cuda.emulator.host_engine import HOPPER, HostArrays, host_engine, matmul

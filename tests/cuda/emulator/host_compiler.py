@@ -1,18 +1,4 @@
-"""Compiles a CUDA source with the host compiler and runs its kernel on the CPU.
-
-What is caught: a barrier or warp-wide operation that not all of its threads reach, with file and line; a deadlock; a
-missing barrier, by a wrong result under one of the schedules; shared memory that is read before it is written (it is
-filled with NaN) or written behind its end; cp.async without its wait. Under the sanitizers also every access outside an
-array, misaligned vector accesses, and conversions of a float that does not fit an integer.
-
-What is not: races that only a weaker memory model shows, bank conflicts, register and launch-bound limits, loops that
-never end, and what a GPU rounds differently (fused multiply-add, flushed denormals).
-
-Rules for kernels: one parameter struct of plain data by value; dynamic shared memory only, through
-``DCN_SHARED_MEMORY``; every lane of a mask is a thread of the block and reaches the same call site; no `__syncthreads`
-after a thread has left; no waiting between blocks; no code that counts on lanes running together without a ``_sync``;
-inline PTX behind functions with a ``DCN_HOST`` branch (`scheduler.h` says what that may use); no `#include`.
-"""
+"""Compile a CUDA source with the host compiler and run its kernel on the CPU. README.md lists what this catches."""
 
 from __future__ import annotations
 
@@ -35,7 +21,7 @@ _HERE = Path(__file__).resolve().parent
 _SCHEDULES = ("forward", "reverse", "random")
 _MAX_THREADS = 1024
 _MAX_SHARED_BYTES = 232_448
-"""What a block of sm_90 can ask for."""
+"""Limit of a block on sm_90."""
 
 _COMMON = ("-std=c++17", "-g", "-fPIC", "-shared", "-pthread")
 _PLAIN = (*_COMMON, "-O2")
@@ -49,7 +35,7 @@ _SANITIZED = (
 
 
 class KernelFault(RuntimeError):
-    """A kernel broke a rule of CUDA while it ran."""
+    """A kernel broke a rule of CUDA."""
 
 
 class _LaunchConfig(ctypes.Structure):
@@ -72,22 +58,22 @@ class HostCompiler:
     Parameters
     ----------
     cache : path, optional
-        Folder of the compiled objects, shared between processes; ``dcnops-cuda-on-cpu`` in the user's cache folder.
+        Folder of the compiled objects, shared by all processes. Default: ``~/.cache/dcnops-cuda-on-cpu``.
     schedule : {"forward", "reverse", "random"}
-        Which thread of a block runs next when one waits, and which block: in order, in reverse, or as `seed` says.
+        Order of threads and blocks.
     seed : int
-        Of the random schedule. One seed, one kernel and one grid are always run in the same order.
+        Seed of the random schedule. The same seed, kernel and grid always run in the same order.
     single_block : bool
-        Launch every kernel with one block, whatever grid was asked for.
+        Launch every kernel with one block, regardless of the grid.
     threads : int
-        OS threads that the blocks of a launch are spread over.
+        OS threads that share the blocks of a launch.
     sanitize : bool
-        Compile with AddressSanitizer and UBSan; only in a process started by `run_sanitized`.
+        Compile with AddressSanitizer and UBSan. Only in a process started by `run_sanitized`.
 
     Attributes
     ----------
     builds : int
-        How often the host compiler was run, that is, objects that the cache did not have.
+        Number of objects that were not in the cache.
     """
 
     def __init__(
@@ -113,12 +99,12 @@ class HostCompiler:
         self._flags = _SANITIZED if sanitize else _PLAIN
 
     def compile(self, source: str, kernel: str, options: Sequence[str]) -> HostKernel:
-        """Compile `source` and return its `kernel`; of NVRTC's `options` those that define a macro count.
+        """Compile `source` with the macros in NVRTC's `options`, and return its `kernel`.
 
         Raises
         ------
         KernelCompileError
-            With the compiler's log.
+            The source does not compile. The message has the compiler's log.
         """
         scheduler = self._build(_scheduler(), self._flags, (f"-I{_HERE}",))
         defines = tuple(option for option in options if option.startswith("-D"))
@@ -126,7 +112,7 @@ class HostCompiler:
             f'{source}\n#line 1 "entry of {kernel}"\nCUDA_ON_CPU_ENTRY({kernel})\n',
             (*self._flags, *defines),
             ("-include", str(_HERE / "emulator.h"), f"-L{self.cache}"),
-            # The scheduler is found beside the unit, so that the folder can be moved as a whole.
+            # The unit finds the scheduler in its own folder, so that the folder can be moved.
             (f"-l:{scheduler.name}", "-Wl,-rpath,$ORIGIN"),
         )
         return HostKernel(self, _load(unit), kernel)
@@ -164,7 +150,7 @@ class HostCompiler:
 
 
 class HostKernel:
-    """A kernel compiled for the CPU: a `dcnops._backends.cuda.engine.Launcher`."""
+    """Kernel compiled for the CPU, a `dcnops._backends.cuda.engine.Launcher`."""
 
     def __init__(self, compiler: HostCompiler, library: ctypes.CDLL, name: str) -> None:
         self.name = name
@@ -178,7 +164,7 @@ class HostKernel:
         Raises
         ------
         KernelFault
-            When the launch is illegal, or a thread broke a rule.
+            The launch is illegal, or a thread broke a rule.
         """
         settings = self._compiler
         if not 1 <= grid < 2**31:

@@ -1,4 +1,4 @@
-"""The engine of the tests: NumPy arrays, kernels on the CPU, matrix products in NumPy."""
+"""Engine of the tests: NumPy arrays, kernels on the CPU, matrix products in NumPy."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.cuda.emulator.host_compiler import HostCompiler
 from tests.cuda.emulator.sanitizers import is_sanitized
 
 HOPPER = Device(0, 90, 4, 227 * 1024)
-"""What plans believe to run on: compute capability 9.0, but with few multiprocessors, as the tests' sizes are small."""
+"""Compute capability 9.0 with few multiprocessors, because the tests use small sizes."""
 
 _ALIGNMENT = 256
-"""Of every allocation, as CUDA's allocator gives it."""
+"""Alignment of every allocation, like that of CUDA's allocator."""
 
 _LIBC = ctypes.CDLL(None)
 _LIBC.posix_memalign.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
@@ -23,7 +23,7 @@ _LIBC.free.argtypes = (ctypes.c_void_p,)
 
 
 class _Allocation:
-    """Memory straight from the C library, whose end AddressSanitizer knows; NumPy keeps small pieces to itself."""
+    """Memory of the C library, so that AddressSanitizer knows where it ends. NumPy pools small allocations."""
 
     def __init__(self, size: int) -> None:
         self._address = ctypes.c_void_p()
@@ -41,10 +41,10 @@ class _Allocation:
 
 
 class HostArrays:
-    """Stands for `cupy`: NumPy, but arrays are aligned as on a GPU and hold NaN until they are written."""
+    """Replacement of `cupy`: NumPy with arrays that are aligned as on a GPU and filled with NaN."""
 
     def empty(self, shape: Any, dtype: Any = float) -> np.ndarray:
-        """An array whose bytes are all 0xFF: NaN in every float type, -1 in signed integers."""
+        """Return an array of bytes 0xFF, which are NaN in every float type."""
         kind = np.dtype(dtype)
         extents = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
         size = int(np.prod(extents, dtype=np.int64)) * kind.itemsize
@@ -65,7 +65,7 @@ class HostArrays:
         return self.zeros(array.shape, array.dtype if dtype is None else dtype)
 
     def asarray(self, array: Any, dtype: Any = None) -> np.ndarray:
-        """A copy of `array` in such memory, as `cupy.asarray` copies to a GPU; itself if it is there already."""
+        """Copy `array` to such memory, like `cupy.asarray`; return it unchanged if it is there."""
         given = np.asarray(array, dtype=dtype)
         if _is_owned(given):
             return given
@@ -93,10 +93,9 @@ def host_engine(
     sanitize: bool | None = None,
     device: Device = HOPPER,
 ) -> Engine:
-    """An engine whose kernels run on the CPU; see `HostCompiler` for the parameters.
+    """Return an engine that runs kernels on the CPU. See `HostCompiler` for the parameters.
 
-    `sanitize` is None for: exactly in a process started by `run_sanitized`. `device` is what the plans believe to run
-    on.
+    `device` is the device that the launch plans see. `sanitize=None` sanitizes if `run_sanitized` started this process.
     """
     compiler = HostCompiler(
         schedule=schedule,
@@ -109,13 +108,7 @@ def host_engine(
 
 
 def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool, precision: str = "ieee") -> None:
-    """``out (+)= a @ b`` under the contract of `Engine.products`, that is, what cuBLAS can do.
-
-    Raises
-    ------
-    AssertionError
-        When the arguments break the contract.
-    """
+    """Compute ``out (+)= a @ b``, and assert that cuBLAS can: see `Engine.products`."""
     assert a.ndim == b.ndim == out.ndim == 3, f"matmul: {a.shape} @ {b.shape} -> {out.shape}"
     (B, M, L), N = a.shape, b.shape[2]
     assert (b.shape, out.shape) == ((B, L, N), (B, M, N)), f"matmul: {a.shape} @ {b.shape} -> {out.shape}"
@@ -144,7 +137,7 @@ def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool, prec
 
 
 def _tf32(array: np.ndarray) -> np.ndarray:
-    """float32 rounded to 10 bits of mantissa, as tensor cores take it: to nearest, ties away from zero."""
+    """Round float32 to 10 bits of mantissa like tensor cores: to nearest, ties away from zero."""
     bits = np.ascontiguousarray(array).view(np.uint32)
     with np.errstate(over="ignore"):
         rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
@@ -152,7 +145,7 @@ def _tf32(array: np.ndarray) -> np.ndarray:
 
 
 def _covers(rows: int, vertical: int, columns: int, horizontal: int) -> bool:
-    """Whether rows of unit stride lie `vertical` apart without overlap; the stride of an extent of 1 means nothing."""
+    """Return True if rows of unit stride do not overlap. The stride of an axis of length 1 is ignored."""
     return (columns == 1 or horizontal == 1) and (rows == 1 or vertical >= max(columns, 1))
 
 

@@ -1,4 +1,4 @@
-// The functions of cuda/dcn/ptx.cuh in plain C++; their comments are there. `scheduler.h` lists what they may use.
+// The functions of cuda/dcn/ptx.cuh in plain C++. Their comments are there; scheduler.h lists what they may use.
 #pragma once
 
 inline float half_to_float(unsigned short bits) {
@@ -25,7 +25,6 @@ inline void add_4(float* to, float a, float b, float c, float d) {
   atomicAdd(to + 3, d);
 }
 
-// 16 bytes of memory that nobody writes meanwhile, or zeros.
 inline void load_16_if(unsigned (&words)[4], const void* from, bool valid) {
   if (valid && reinterpret_cast<unsigned long long>(from) % 16) cuda_on_cpu::fail("load_16_if: not 16-byte aligned");
   if (valid) {
@@ -35,9 +34,6 @@ inline void load_16_if(unsigned (&words)[4], const void* from, bool valid) {
   }
 }
 
-// The products of tensor cores, 32 lanes together: sums [16, 8] += a [16, k] * b [k, 8], where a row of a and a column
-// of b have 32 bytes: k is 16 for 16-bit elements and 8 for TF32. A fragment holds, in the order of the instruction,
-// what load_matrices delivers.
 namespace cuda_on_cpu {
 
 template <int k, class Element>
@@ -92,7 +88,7 @@ inline void multiply_bfloat16(float (&sums)[4], const unsigned (&a)[4], unsigned
       site);
 }
 
-// The lower 13 bits of an operand are not looked at, as in the hardware.
+// Like the hardware, this ignores the lower 13 bits of an operand.
 inline void multiply_tf32(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
                           cuda_on_cpu::Site site = cuda_on_cpu::Site::here("multiply_tf32")) {
   cuda_on_cpu::multiply_fragments<8>(
@@ -148,10 +144,10 @@ inline void wait_for_copies() {
   cuda_on_cpu::copy_async_wait(pending);
 }
 
-// Products of warpgroups, four warps together: sums [64, 2 * n] += a [64, 32 bytes] * b [2 * n, 32 bytes], tiles of
-// rows of 128 bytes in shared memory whose pieces of 16 bytes are permuted as `piece_of` does. The warp number w of the
-// group has rows 16 * w on; sums[4 * j + e] of a lane are those of row lane / 4 + 8 * (e / 2), output 8 * j + lane % 4
-// * 2 + e % 2. Performed at the wait, so that whoever writes to a tile before is found out.
+// Products of a warpgroup (four warps): sums [64, 2 * n] += a [64, 32 bytes] * b [2 * n, 32 bytes]. Tiles have rows of 128
+// bytes in shared memory; their 16-byte pieces are permuted as `piece_of` does. Warp w of the group has the rows from
+// 16 * w on. In a lane, sums[4 * j + e] belongs to row lane / 4 + 8 * (e / 2) and output 8 * j + lane % 4 * 2 + e % 2.
+// Computed at the wait, so that a write to a tile before the wait shows.
 inline unsigned long long describe_tile(const unsigned char* tile) {
   const unsigned long long address = reinterpret_cast<unsigned long long>(tile);
   if (address % 1024 >= 128 || address % 32) cuda_on_cpu::fail("describe_tile: tile not 1024-byte aligned");

@@ -1,4 +1,4 @@
-"""AddressSanitizer and UBSan around a Python process."""
+"""Python processes with AddressSanitizer and UBSan."""
 
 from __future__ import annotations
 
@@ -13,32 +13,25 @@ _CHECKOUT = Path(__file__).resolve().parents[3]
 
 
 def is_sanitized() -> bool:
-    """Whether this process was started by `run_sanitized`."""
+    """Return True in a process started by `run_sanitized`."""
     return "libasan" in os.environ.get("LD_PRELOAD", "")
 
 
 def run_sanitized(argv: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run this Python on `argv` in the checkout's root, with the sanitizers' runtime in place.
+    """Run the Python interpreter with arguments `argv` and the sanitizers, in the root of the checkout.
 
-    Engines made in that process run sanitized kernels. A finding ends the process: the report, with the file and the
-    line of the ``.cu``, is in `stderr`.
-
-    Parameters
-    ----------
-    argv : sequence of str
-        Arguments of the interpreter, such as ``["-m", "pytest", "-x", "tests/cuda/test_launch_plans.py"]``.
-    timeout : float
-        Seconds.
+    Engines created in that process run sanitized kernels. A finding ends the process; its report in `stderr` names the
+    file and line of the ``.cu``.
     """
     libraries = [_runtime("libasan.so"), _runtime("libstdc++.so.6")]
     environment = {
         **os.environ,
-        # The C++ library too: ASan looks for its exception functions once, at the start.
+        # ASan looks for the exception functions of the C++ library once, when it starts.
         "LD_PRELOAD": " ".join(libraries),
-        # Python itself leaks by design; a fiber's stack is its own, so no second stack is kept for each frame.
+        # Python leaks by design. Fibers have their own stacks, so ASan must not move frames to fake ones.
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-        # A report is written to the descriptor itself, which pytest would redirect and lose with the process.
+        # Reports go to the file descriptor, which pytest would redirect and lose when the process dies.
         "PYTEST_ADDOPTS": f"{os.environ.get('PYTEST_ADDOPTS', '')} --capture=sys",
     }
     return subprocess.run(

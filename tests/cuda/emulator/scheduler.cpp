@@ -1,4 +1,4 @@
-// Runs the blocks of a launch: fibers, barriers, rendezvous, and the reports when threads do not meet.
+// Runs the blocks of a launch: fibers, barriers, rendezvous, and reports of threads that do not meet.
 #include "scheduler.h"
 
 #include <sys/mman.h>
@@ -41,7 +41,7 @@ constexpr size_t STACK_SIZE = 256 * 1024;
 constexpr size_t STACK_SIZE = 64 * 1024;
 #endif
 
-// ---- one stack, and the switch between two
+// ---- stacks, and the switch between them
 
 struct Stack {
   unsigned char* base = nullptr;
@@ -56,7 +56,7 @@ struct Stack {
 };
 
 #ifndef CUDA_ON_CPU_USES_UCONTEXT
-// The callee-saved registers of the System V ABI; an indirect jump, since a `ret` would always be mispredicted.
+// Saves the callee-saved registers of the System V ABI. A jump, because a `ret` would always be mispredicted.
 extern "C" void cuda_on_cpu_switch(void** save, void* load);
 asm(R"(
     .text
@@ -124,7 +124,7 @@ void prepare(Stack& stack, unsigned number, void (*entry)()) {
   stack.context.uc_link = nullptr;
   makecontext(&stack.context, entry, 0);
 #else
-  // Stacks that all begin at one offset within a page would share the same few sets of the cache.
+  // Different offsets within a page: otherwise all stacks would compete for the same few cache sets.
   void** top = reinterpret_cast<void**>(stack.base + stack.size - 128 * (number % WARP)) - 2;
   top[0] = nullptr;
   top[1] = nullptr;
@@ -136,7 +136,7 @@ void prepare(Stack& stack, unsigned number, void (*entry)()) {
 #endif
 }
 
-// ---- one OS thread's share of a launch
+// ---- the work of an OS thread in a launch
 
 enum class Schedule { forward, reverse, random };
 
@@ -156,7 +156,6 @@ struct Deferred {
 
 struct Fiber : Thread {
   State state;
-  unsigned votes;
   unsigned mask;
   unsigned copy_group;
   Stack* stack;
@@ -183,7 +182,7 @@ bool same(const Site& a, const Site& b) {
          (a.name == b.name || !strcmp(a.name, b.name));
 }
 
-/** Lanes of a warp that wait for each other. */
+/** Lanes of a warp that wait for one another. */
 struct Group {
   unsigned mask, arrived;
   Site site;
@@ -206,7 +205,7 @@ struct Random {
   unsigned below(unsigned n) { return static_cast<unsigned>((static_cast<uint64_t>((*this)()) * n) >> 32); }
 };
 
-/** The dynamic shared memory of a block: exactly its size under ASan, followed by a checked pattern otherwise. */
+/** The dynamic shared memory of a block. A checked pattern follows it; under ASan, the allocation ends there. */
 class Arena {
  public:
   ~Arena() { free(memory_); }
@@ -219,7 +218,7 @@ class Arena {
     memory_ = static_cast<unsigned char*>(malloc(bytes));
     data_ = memory_;
 #else
-    // 16 bytes past a larger alignment: no kernel may count on more than it was promised.
+    // Aligned to 16 bytes and no more, which is all that CUDA guarantees.
     memory_ = static_cast<unsigned char*>(aligned_alloc(256, (16 + bytes + TAIL + 255) / 256 * 256));
     data_ = memory_ + 16;
 #endif
@@ -232,7 +231,7 @@ class Arena {
 #endif
     return data_;
   }
-  /** The offset of the first byte written behind the end, or -1. */
+  /** The offset of the first byte written after the end, or -1. */
   long overrun() const {
 #ifndef __SANITIZE_ADDRESS__
     for (unsigned i = 0; i < TAIL; ++i)
@@ -254,7 +253,7 @@ class Worker {
   void run(Launch& launch);
 
   [[noreturn]] void fail(const char* format, va_list arguments);
-  unsigned barrier(bool predicate, const Site& site);
+  void barrier(const Site& site);
   void rendezvous(unsigned mask, const void* in, void* out, Combine combine, const void* closure, const Site& site);
   void interleave();
   void copy_async(const Copy& copy);
@@ -284,7 +283,7 @@ class Worker {
   Block block_{};
   Schedule schedule_ = Schedule::forward;
   std::thread::id owner_;
-  unsigned threads_ = 0, done_ = 0, waiting_ = 0, votes_ = 0;
+  unsigned threads_ = 0, done_ = 0, waiting_ = 0;
   const Fiber* first_waiting_ = nullptr;
   bool failed_ = false;
   Random random_{};
@@ -314,7 +313,7 @@ void Worker::set_runnable(Fiber& fiber) {
 
 void Worker::clear_runnable(Fiber& fiber) { runnable_[fiber.linear / 64] &= ~(uint64_t{1} << (fiber.linear % 64)); }
 
-/** The thread that runs next, or -1 if all wait or are done. */
+/** Returns the thread that runs next, or -1 if all wait or are done. */
 int Worker::pick() {
   const unsigned words = (threads_ + 63) / 64;
   if (schedule_ == Schedule::reverse) {
@@ -354,7 +353,7 @@ void Worker::resume(Fiber& fiber, Stack& from) {
   switch_stack(from, *fiber.stack);
 }
 
-/** Lets the next thread run; returns when this one is chosen again. */
+/** Lets the next thread run. Returns when this one is chosen again. */
 void Worker::give_way() {
   const int next = pick();
   if (next < 0) deadlock();
@@ -362,7 +361,7 @@ void Worker::give_way() {
   if (&fiber != current) resume(fiber, *self().stack);
 }
 
-/** The life of a stack: runs one thread after the other, for as long as blocks come. */
+/** The main loop of a stack: runs one thread after another as long as blocks come. */
 void Worker::live() {
 #ifdef __SANITIZE_ADDRESS__
   const void* bottom;
@@ -398,7 +397,7 @@ void Worker::finish() {
     const Site& site = fiber.copies.front().site;
     fail("leaves the kernel without waiting for its %s at %s:%d", site.name, site.file, site.line);
   }
-  if (!fiber.deferred.empty()) fail("leaves the kernel without waiting for what it began");
+  if (!fiber.deferred.empty()) fail("leaves the kernel without waiting for its deferred work");
   fiber.state = State::done;
   clear_runnable(fiber);
   ++done_;
@@ -411,7 +410,7 @@ void Worker::finish() {
   }
 }
 
-/** The first of `lanes` in the warp of `fiber`. */
+/** Returns the first of `lanes` in the warp of `fiber`. */
 Fiber& Worker::fiber_of_lane(const Fiber& fiber, unsigned lanes) {
   return fibers_[fiber.linear - fiber.lane + static_cast<unsigned>(__builtin_ctz(lanes))];
 }
@@ -422,7 +421,7 @@ void Worker::fail_missing(const Fiber& waiter, const Fiber& gone) {
        describe(waiter.index, a), waiter.site.file, waiter.site.line, describe(gone.index, b));
 }
 
-unsigned Worker::barrier(bool predicate, const Site& site) {
+void Worker::barrier(const Site& site) {
   Fiber& fiber = self();
   fiber.site = site;
   fiber.state = State::barrier;
@@ -437,18 +436,13 @@ unsigned Worker::barrier(bool predicate, const Site& site) {
     fail("divergent %s: thread %s waits at %s:%d, thread %s in %s at %s:%d", site.name, describe(fiber.index, a),
          site.file, site.line, describe(other.index, b), other.site.name, other.site.file, other.site.line);
   }
-  votes_ += predicate;
   if (++waiting_ < threads_) {
     clear_runnable(fiber);
   } else {
-    for (Fiber& released : fibers_) {
-      set_runnable(released);
-      released.votes = votes_;
-    }
-    waiting_ = votes_ = 0;
+    for (Fiber& released : fibers_) set_runnable(released);
+    waiting_ = 0;
   }
   give_way();
-  return fiber.votes;
 }
 
 void Worker::rendezvous(unsigned mask, const void* in, void* out, Combine combine, const void* closure,
@@ -580,7 +574,7 @@ bool Worker::run_block(unsigned index) {
   block_.index = {index, 0, 0};
   block_.shared = arena_.fill();
   random_.state = launch_->config.seed * 0x2545f4914f6cdd1du + index;
-  done_ = waiting_ = votes_ = 0;
+  done_ = waiting_ = 0;
   for (Warp& warp : warps_) warp.done = warp.groups = 0;
   failed_ = false;
   for (Fiber& fiber : fibers_) {
@@ -617,7 +611,7 @@ void Worker::run(Launch& launch) {
   launch_ = &launch;
   worker = this;
   if (owner_ != std::this_thread::get_id()) {
-    // A fiber stays with its OS thread: the compiler may keep the address of a thread-local variable on its stack.
+    // Start new stacks: the compiler may have kept the address of a thread-local variable on the old ones.
     owner_ = std::this_thread::get_id();
     main_ = Stack();
     abandon_stacks();
@@ -654,7 +648,7 @@ void Worker::run(Launch& launch) {
   worker = nullptr;
 }
 
-/** Workers are kept between launches, so that their stacks are mapped once. */
+/** Keeps workers between launches, so that their stacks are mapped once. */
 class Pool {
  public:
   std::unique_ptr<Worker> take() {
@@ -675,7 +669,7 @@ class Pool {
 };
 
 Pool& pool() {
-  static Pool* const kept = new Pool;  // never destroyed: a launch may still run in another thread at exit
+  static Pool* const kept = new Pool;  // never destroyed: another thread may still run a launch at exit
   return *kept;
 }
 
@@ -693,7 +687,7 @@ void fail(const char* format, ...) {
   worker->fail(format, arguments);
 }
 
-unsigned barrier(bool predicate, Site site) { return worker->barrier(predicate, site); }
+void barrier(Site site) { worker->barrier(site); }
 
 void rendezvous(unsigned mask, const void* in, void* out, Combine combine, const void* closure, Site site) {
   worker->rendezvous(mask, in, out, combine, closure, site);
@@ -721,7 +715,7 @@ void defer(void (*run)(const void*), const void* closure, unsigned bytes) {
 void run_deferred() { worker->run_deferred(); }
 
 const char* launch(Body body, const void* params, const LaunchConfig& config) {
-  static thread_local std::string report;  // thread-local storage of a late library must be small
+  static thread_local std::string report;  // a library that is loaded late has little thread-local storage
   Launch launch;
   launch.body = body;
   launch.params = params;

@@ -1,17 +1,17 @@
 // The interface between a kernel compiled for the host and the scheduler (scheduler.cpp) that runs its threads.
 // No standard header is included: a kernel is self-contained for NVRTC too, and every test pays for compilation.
 //
-// A block is run by one OS thread and each of its CUDA threads is a fiber: it runs alone until it waits. What a wrapper
-// of inline PTX may use in its host branch:
+// One OS thread runs a block, and each CUDA thread of it is a fiber that runs alone until it waits. The host versions of
+// PTX instructions (ptx.h) may use:
 //
 //   current             the running thread: its index, lane, linear number and block
-//   collective(...)     the rendezvous of the lanes of a mask, behind every warp-wide instruction
-//   copy_async(...)     cp.async with its commit and wait
-//   defer(...)          what the hardware does beside the thread, with its wait
-//   fail(...)           report a misuse: the launch raises KernelFault
-//   Site::here(name)    as a default argument: the file and line of the caller, for the reports
+//   collective(...)     the rendezvous of the lanes of a mask, for every warp-wide instruction
+//   copy_async(...)     cp.async, with commit and wait
+//   defer(...)          work that the hardware does asynchronously, with wait
+//   fail(...)           reports a misuse: the launch raises KernelFault
+//   Site::here(name)    file and line of the caller for reports, if it is a default argument
 //
-// A fiber that is abandoned at a failure is not unwound: host branches own nothing that has a destructor.
+// A failure abandons fibers without unwinding them, so these functions may own nothing that has a destructor.
 #pragma once
 
 namespace cuda_on_cpu {
@@ -20,7 +20,7 @@ struct Index3 {
   unsigned x, y, z;
 };
 
-/** A place in the source where threads meet, under the name of what they call there. */
+/** A place in the source where threads meet, and the name of the function that they call there. */
 struct Site {
   const char* name;
   const char* file;
@@ -44,35 +44,35 @@ struct Thread {
   const Block* block;
 };
 
-/** Never null while a kernel runs; another thread's after every call that may wait. */
+/** Never null while a kernel runs. Every call that may wait changes it. */
 extern __thread const Thread* current __attribute__((tls_model("initial-exec")));
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-/** Waits for all threads of the block; returns how many of them came with a true predicate. */
-unsigned barrier(bool predicate, Site site);
+/** Waits for all threads of the block. */
+void barrier(Site site);
 
 using Combine = void (*)(const void* closure, const void* const* in, void* const* out, unsigned mask);
 
 void rendezvous(unsigned mask, const void* in, void* out, Combine combine, const void* closure, Site site);
 
-/** Lets another thread run, now and then, under the random schedule: called where threads may race by design. */
+/** Under the random schedule, lets another thread run now and then. Called where threads may race by design. */
 void interleave();
 
-/** Performed as late as the program allows, so that a missing wait shows: zeros follow the first `valid` bytes. */
+/** Copies at the wait, so that a missing wait shows. Zeros follow the first `valid` bytes. */
 void copy_async(void* shared, const void* global, unsigned bytes, unsigned valid, Site site);
 void copy_async_commit();
 void copy_async_wait(unsigned pending);
 
 constexpr unsigned DEFERRED_BYTES = 48;
 
-/** Calls run(closure) on a copy of the closure, at most DEFERRED_BYTES long, when the thread waits for it. */
+/** Calls run(closure) when the thread waits for it, on a copy of the closure of at most DEFERRED_BYTES. */
 void defer(void (*run)(const void* closure), const void* closure, unsigned bytes);
 void run_deferred();
 
 /**
- * The rendezvous of exactly the lanes of `mask`, at one call site. The lane that comes last calls
- * combine(const In* const in[32], Out* const out[32], mask) for all; entries of lanes outside the mask are null.
+ * Waits for exactly the lanes of `mask` at one call site. The last lane to arrive calls
+ * combine(const In* const in[32], Out* const out[32], mask) for all. Entries of lanes outside the mask are null.
  */
 template <class In, class Out, class F>
 void collective(unsigned mask, const In& in, Out& out, const F& combine, Site site) {
@@ -99,7 +99,7 @@ struct LaunchConfig {
   unsigned long long seed;
 };
 
-/** Runs the grid; returns null, or the report of the first failure (valid until this OS thread launches again). */
+/** Runs the grid. Returns null, or the report of the first failure, valid until this OS thread launches again. */
 const char* launch(Body body, const void* params, const LaunchConfig& config);
 
 template <class Function>
