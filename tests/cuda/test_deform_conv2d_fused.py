@@ -1,4 +1,4 @@
-"""The fused forward kernel under emulation: tensor cores, tiles, split sums, and the choice between the two ways."""
+"""Emulated fused kernel of the forward convolution: tensor cores, tiles, split sums, choice of the algorithm."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ KIND_NAMES = [dtype if precision == "ieee" else precision for dtype, precision i
 TOLERANCE_OF = {"tf32": "float16"}
 
 SINGLE = Device(0, 90, 1, 227 * 1024)
-"""One multiprocessor is filled by few blocks."""
+"""A device that a few blocks fill."""
 
 MANY = Device(0, 90, 132, 227 * 1024)
-"""So many multiprocessors that sums are split."""
+"""A device with so many multiprocessors that sums are split."""
 
 AMPERE = Device(0, 80, 4, 163 * 1024)
-"""Without the instructions of warpgroups."""
+"""A device without the instructions of warpgroups."""
 
 SMALL_MEMORY = Device(0, 89, 1, 99 * 1024)
 
@@ -61,7 +61,7 @@ def assert_fused(runner: EmulatedRunner, case: ConvCase) -> None:
 
 @st.composite
 def fused_cases(draw: st.DrawFn, dtype: str, **fixed: Any) -> ConvCase:
-    """Calls that meet what the fused kernel needs."""
+    """Draw calls that the fused kernel can run."""
     vector = 4 if dtype == "float32" else 8
     segment = vector * draw(st.sampled_from([1, 2, 3, 5, 9, 17]))
     small, large = draw(st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 2), (2, 4)]))
@@ -92,20 +92,13 @@ def test_equals_the_reference(dtype: str, precision: str, data: st.DataObject):
     ],
 )
 def test_tiles_of_every_width(dtype: str, precision: str, outputs: int, device: Device):
-    """More pixels than a tile, in bands that are not all as high, and outputs that leave the last tile partly empty."""
+    # More pixels than a tile has, bands of different heights, and a last tile that is partly empty.
     case = make_conv(N=2, C=72, O=outputs, H=11, W=13, dtype=dtype, kernel=(2, 1), padding=0, seed=3)
     problem = ForwardProblem(case.geometry(), dtype, precision, device)
     wide = outputs > 128 and device is not SMALL_MEMORY and problem.has_tensor_product and precision != "3xtf32"
     middle = outputs > 64 and precision != "3xtf32"
     assert choose_tiles(problem).outputs == (256 if wide else 128 if middle else 64)
     assert_fused(fused(precision, device), case)
-
-
-@pytest.mark.parametrize("dtype, precision", KINDS, ids=KIND_NAMES)
-@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 2)])
-def test_kernels_of_any_size(dtype: str, precision: str, kernel: tuple[int, int]):
-    case = make_conv(N=2, C=32, O=40, H=7, W=9, kernel=kernel, dtype=dtype, stride=(1, 2), dilation=(2, 1), padding=2)
-    assert_fused(fused(precision), case)
 
 
 @given(data=st.data(), which=st.sets(st.sampled_from(["input", "offset", "mask"]), min_size=1))
@@ -170,7 +163,7 @@ def test_any_offset_follows_the_reference(dtype: str, precision: str, values: li
 @pytest.mark.parametrize("dtype, precision", KINDS, ids=KIND_NAMES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_bad_pixels_and_weights_follow_the_reference(dtype: str, precision: str, value: float):
-    """Infinity stays infinity, also where a product is made of three; a pixel of weight zero takes no part."""
+    # Infinity stays infinity, even if three products replace one. A pixel of weight 0 is ignored.
     case = make_conv(C=8, O=3, H=6, W=6, mask=False, spread=0.0, dtype=dtype)
     image, weight = case.input.copy(), case.weight.copy()
     image[0, 3, 2, 2] = value
@@ -190,17 +183,7 @@ def test_three_products_are_nearly_as_accurate_as_float32():
     assert errors["tf32"] >= 20 * errors["3xtf32"]
 
 
-@pytest.mark.parametrize("dtype, precision", KINDS, ids=KIND_NAMES)
-def test_zero_offsets_give_a_convolution(dtype: str, precision: str):
-    import torch
-
-    case = make_conv(N=2, C=40, O=20, H=10, W=9, mask=False, spread=0.0, dtype=dtype, seed=9)
-    wide = [torch.from_numpy(array.astype(np.float64)) for array in (case.input, case.weight, case.bias)]
-    expected = torch.nn.functional.conv2d(*wide, padding=1).numpy()
-    assert_close(fused(precision).forward(case), expected, TOLERANCE_OF.get(precision, dtype))
-
-
-# ---- the choice
+# ---- the choice of the algorithm
 
 
 def problem_of(dtype: str = "float16", precision: str = "ieee", device: Device = MANY, **sizes: Any) -> ForwardProblem:
@@ -222,13 +205,13 @@ def problem_of(dtype: str = "float16", precision: str = "ieee", device: Device =
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_goes_through_columns_and_why(problem: ForwardProblem, reason: str):
+def test_reasons_for_columns(problem: ForwardProblem, reason: str):
     reasons = heuristics.failed(FUSED_NEEDS, problem) + heuristics.failed(FUSED_PAYS, problem)
     assert len(reasons) == 1 and reason in reasons[0]
     assert choose_path(problem) == "columns"
 
 
-def test_what_is_fused():
+def test_choices_of_the_fused_kernel():
     assert choose_path(problem_of()) == "fused"
     assert choose_path(problem_of("float32")) == "fused"
     for precision in ("tf32", "3xtf32"):
@@ -236,7 +219,7 @@ def test_what_is_fused():
     assert choose_path(problem_of(C=32, D=32, device=HOPPER)) == "columns"
 
 
-def test_asking_for_the_impossible_is_an_error():
+def test_an_impossible_path_is_an_error():
     with pytest.raises(ValueError, match="float64 goes through columns; channels move 16 bytes at a time"):
         fused().forward(make_conv(C=1, dtype="float64"))
 
@@ -271,15 +254,14 @@ def test_choices_are_legal_for_all_shapes(
 @pytest.mark.parametrize("path", ["fused", "columns"])
 @pytest.mark.parametrize("G, D", [(1, 1), (2, 1), (1, 2), (4, 4)])
 @pytest.mark.parametrize("N, chunk_bytes", [(3, 2**20), (3, 9000), (3, 1000)])
-def test_both_ways_agree(path: str, G: int, D: int, N: int, chunk_bytes: int):
-    """Columns: whole images, parts of one, weight groups one image at a time."""
+def test_both_paths_equal_the_reference(path: str, G: int, D: int, N: int, chunk_bytes: int):
+    # Chunks of columns have whole images, or parts of one, or an image per weight group.
     case = make_conv(N=N, C=32, O=12, H=6, W=5, G=G, D=D, seed=10)
     runner = EmulatedRunner(forward={"path": path}, chunk_bytes=chunk_bytes)
     assert_close(runner.forward(case), case.expected(), "float32")
 
 
-# ---- broken copies
-
+# ---- planted bugs
 
 BROKEN = {
     "no barrier before a step": (
@@ -313,7 +295,7 @@ def break_fused(old: str, new: str, **options: Any) -> EmulatedRunner:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_copies_are_caught(name: str):
+def test_planted_bugs_are_caught(name: str):
     case = make_conv(N=1, C=136, O=66, H=11, W=7, dtype="float16", seed=1)
     device, old, new = BROKEN[name]
     failures = 0

@@ -1,4 +1,4 @@
-"""The backward kernels under emulation: lists of any length, groups and chunks, scratch memory, launches."""
+"""Emulated backward kernels of the convolution: lists of any length, chunks, scratch memory, launches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.cuda.emulator import HostCompiler, HostKernel, KernelFault, is_saniti
 from tests.cuda.test_launch_plans import Recorder, allocations, broken, channels_last_of
 
 SHORT = ListLimits(part_entries=7, sorted_entries=5)
-"""Lists of a few entries are long ones."""
+"""Limits that make lists of a few entries long ones."""
 
 WAYS = {"default": False, "deterministic": True}
 
@@ -36,7 +36,7 @@ def assert_gradients(runner: EmulatedRunner, case: ConvCase) -> None:
 
 
 def on_one_pixel(case: ConvCase, y: float = 3.25, x: float = 2.5) -> ConvCase:
-    """The case with every sampling point at (y, x), for stride 1 and padding 1."""
+    """Move every sampling point of a case with stride 1 and padding 1 to (y, x)."""
     _, channels, oh, ow = case.offset.shape
     a, b = np.indices((oh, ow))
     i, j = np.divmod(np.arange(channels // 2) % 9, 3)
@@ -60,7 +60,7 @@ def test_equals_the_reference(way: str, case: ConvCase, limits: ListLimits, chun
 @pytest.mark.parametrize("limits", [SHORT, ListLimits()], ids=["short limits", "default limits"])
 @pytest.mark.parametrize("D, dtype", [(1, "float32"), (2, "float16"), (1, "float64")])
 def test_all_samples_on_one_pixel(way: str, limits: ListLimits, D: int, dtype: str):
-    """16 x 10 pixels and 9 taps: four lists of 1440 entries, beyond both default limits."""
+    # 16 x 10 pixels and 9 taps make four lists of 1440 entries, above both default limits.
     case = on_one_pixel(make_conv(C=64, O=3, H=16, W=10, D=D, dtype=dtype, offset_dtype=dtype, seed=2))
     assert_gradients(runner_of(way, limits), case)
 
@@ -79,7 +79,7 @@ def test_the_deterministic_way_gives_the_same_bits_under_any_schedule(dtype: str
                 np.testing.assert_array_equal(gradient, runs[0][name], err_msg=name)
 
 
-def test_the_default_way_does_not():
+def test_the_default_way_does_not_give_the_same_bits():
     case = on_one_pixel(make_conv(C=64, O=3, H=8, W=6, seed=6))
     runs = [runner_of("default", schedule="random", seed=seed).backward(case, ("input",)) for seed in range(6)]
     assert any((run["input"] != runs[0]["input"]).any() for run in runs[1:])
@@ -109,50 +109,40 @@ def in_order(case: ConvCase, order: str) -> ConvCase:
     return case.with_arrays(**{name: channels_last_of(getattr(case, name)) for name in ORDERS[order]})
 
 
+def kernels_and_products(runner: Recorder, case: ConvCase, needs: tuple[str, ...] | None = None) -> tuple[list, int]:
+    """Run the backward pass, and return the kernels and the number of matrix products."""
+    products = []
+    multiply = runner.engine._matmul
+    runner.engine._matmul = lambda *args: (products.append(1), multiply(*args))  # type: ignore[assignment]
+    runner.backward(case, needs)
+    return [kernel for _, kernel, *_ in runner.launches], len(products)
+
+
+PREPARE = ["deform_conv2d_prepare", "deform_conv2d_fill_lists"]
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_seven_launches_at_most(dtype: str, order: str, way: str):
-    """Products included; of a call whose columns fit one chunk."""
-    runner = Recorder(deterministic=WAYS[way])
-    products: list[Any] = []
-    multiply = runner.engine._matmul
-    runner.engine._matmul = lambda *args: (products.append(args), multiply(*args))  # type: ignore[assignment]
-    runner.backward(in_order(make_conv(C=32, O=8, H=8, W=8, dtype=dtype), order))
-    names = [kernel for _, kernel, *_ in runner.launches]
+    # For columns that fit in one chunk. The matrix products count.
+    case = in_order(make_conv(C=32, O=8, H=8, W=8, dtype=dtype), order)
     gather = "deform_conv2d_gather_input" + ("_in_order" if WAYS[way] else "")
-    assert names == [
-        "deform_conv2d_prepare",
-        "deform_conv2d_fill_lists",
-        gather,
-        "deform_conv2d_grad_samples",
-        "run_array_jobs",
-    ]
-    assert len(products) == 2
+    expected = [*PREPARE, gather, "deform_conv2d_grad_samples", "run_array_jobs"], 2
+    assert kernels_and_products(Recorder(deterministic=WAYS[way]), case) == expected
 
 
 @pytest.mark.parametrize(
     "needs, kernels, products",
     [
-        (("bias",), ["run_array_jobs"] * 2, 0),
-        (("weight",), ["run_array_jobs", "deform_conv2d_columns", "run_array_jobs"], 1),
-        (("offset",), ["run_array_jobs", "deform_conv2d_grad_samples"], 1),
-        (
-            ("input",),
-            ["deform_conv2d_prepare", "deform_conv2d_fill_lists", "deform_conv2d_gather_input", "run_array_jobs"],
-            1,
-        ),
+        ("bias", ["run_array_jobs"] * 2, 0),
+        ("weight", ["run_array_jobs", "deform_conv2d_columns", "run_array_jobs"], 1),
+        ("offset", ["run_array_jobs", "deform_conv2d_grad_samples"], 1),
+        ("input", [*PREPARE, "deform_conv2d_gather_input", "run_array_jobs"], 1),
     ],
-    ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
 )
-def test_only_what_is_needed_is_launched(needs: tuple[str, ...], kernels: list[str], products: int):
-    runner = Recorder()
-    count = []
-    multiply = runner.engine._matmul
-    runner.engine._matmul = lambda *args: (count.append(1), multiply(*args))  # type: ignore[assignment]
-    runner.backward(make_conv(C=32), needs)
-    assert [kernel for _, kernel, *_ in runner.launches] == kernels
-    assert len(count) == products
+def test_only_what_is_needed_is_launched(needs: str, kernels: list[str], products: int):
+    assert kernels_and_products(Recorder(), make_conv(C=32), (needs,)) == (kernels, products)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -210,7 +200,7 @@ _DIVISORS = sorted(
 
 
 def assert_divides(value: int, *more: int) -> None:
-    """Where the quotient changes, at both ends, and elsewhere: below 2**31, which is what the kernels divide."""
+    """Check numbers below 2**31: those where the quotient changes, both ends, and `more`."""
     last = (2**31 - 1) // value * value
     edges = {edge + step for edge in (0, value, last // value // 2 * value, last) for step in (-1, 0, 1)}
     numbers = np.array(sorted(n for n in edges | {2**31 - 1, *more} if 0 <= n < 2**31), np.uint32)
@@ -241,7 +231,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_copies_are_caught(name: str):
+def test_planted_bugs_are_caught(name: str):
     deterministic = name == "no order"
     case = on_one_pixel(make_conv(N=2, C=32, O=3, H=9, W=8, seed=1)) if name == "parts are forgotten" else None
     case = case or make_conv(N=2, C=32, O=3, H=24, W=20, spread=2.0, seed=1)
@@ -257,5 +247,5 @@ def test_broken_copies_are_caught(name: str):
             runs.append(runner.backward(case, ("input",))["input"])
         except (AssertionError, KernelFault):
             return
-    # What is only in another order each time.
+    # Sums in a different order each time.
     assert any((run != runs[0]).any() for run in runs[1:])

@@ -1,4 +1,4 @@
-"""The machine code has the instructions that each kernel was designed around, and none that would betray it."""
+"""The machine code of each kernel has the instructions that its design relies on, and none that it rules out."""
 
 from __future__ import annotations
 
@@ -29,31 +29,17 @@ COPIES, MATRICES = r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4"
 SHUFFLES = r"SHFL\.BFLY"
 LOCAL_MEMORY = r"(LDL|STL)\b"
 DOUBLES = r"D(ADD|MUL|FMA)\b"
+TILES, NO_WARPS = (COPIES, MATRICES, LOADS), (r"HMMA", MATRICES, ATOMICS)
 
-# Kernel and macros: what must occur, and what must not. All of them use 16-byte vectors of 16-bit data or floats.
+# (Kernel, suffix, product): instructions that must occur, and instructions that must not. All vectors have 16 bytes.
 EXPECTED: dict[tuple[str, str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
-    ("deform_conv2d_fused", "f16", "TensorProduct"): ((r"HMMA\.16816\.F32$", COPIES, MATRICES, LOADS), (ATOMICS,)),
-    ("deform_conv2d_fused", "bf16", "TensorProduct"): (
-        (r"HMMA\.16816\.F32\.BF16", COPIES, MATRICES, LOADS),
-        (ATOMICS,),
-    ),
-    ("deform_conv2d_fused", "tf32", "TensorProduct"): ((r"HMMA\.1688\.F32\.TF32", COPIES, MATRICES, LOADS), (ATOMICS,)),
-    ("deform_conv2d_fused", "f16", "WarpgroupProduct"): (
-        (r"HGMMA\.64x64x16\.F32$", COPIES, LOADS),
-        (r"HMMA", MATRICES, ATOMICS),
-    ),
-    ("deform_conv2d_fused", "bf16", "WarpgroupProduct"): (
-        (r"HGMMA\.64x64x16\.F32\.BF16", COPIES, LOADS),
-        (r"HMMA", MATRICES, ATOMICS),
-    ),
-    ("deform_conv2d_fused", "tf32", "WarpgroupProduct"): (
-        (r"HGMMA\.64x64x8\.F32\.TF32", COPIES, LOADS),
-        (r"HMMA", MATRICES, ATOMICS),
-    ),
-    ("deform_conv2d_fused", "3xtf32", "SplitTensorProduct"): (
-        (r"HMMA\.1688\.F32\.TF32", COPIES, MATRICES, LOADS),
-        (ATOMICS,),
-    ),
+    ("deform_conv2d_fused", "f16", "TensorProduct"): ((r"HMMA\.16816\.F32$", *TILES), (ATOMICS,)),
+    ("deform_conv2d_fused", "bf16", "TensorProduct"): ((r"HMMA\.16816\.F32\.BF16", *TILES), (ATOMICS,)),
+    ("deform_conv2d_fused", "tf32", "TensorProduct"): ((r"HMMA\.1688\.F32\.TF32", *TILES), (ATOMICS,)),
+    ("deform_conv2d_fused", "f16", "WarpgroupProduct"): ((r"HGMMA\.64x64x16\.F32$", COPIES, LOADS), NO_WARPS),
+    ("deform_conv2d_fused", "bf16", "WarpgroupProduct"): ((r"HGMMA\.64x64x16\.F32\.BF16", COPIES, LOADS), NO_WARPS),
+    ("deform_conv2d_fused", "tf32", "WarpgroupProduct"): ((r"HGMMA\.64x64x8\.F32\.TF32", COPIES, LOADS), NO_WARPS),
+    ("deform_conv2d_fused", "3xtf32", "SplitTensorProduct"): ((r"HMMA\.1688\.F32\.TF32", *TILES), (ATOMICS,)),
     ("deform_conv2d_fused", "f32", "FmaProduct"): ((r"FFMA", r"LDS\.128", COPIES, LOADS), (TENSOR_CORES, ATOMICS)),
     ("deform_conv2d_columns", "f16", ""): ((LOADS, STORES), (ATOMICS,)),
     ("deform_conv2d_columns", "f32", ""): ((LOADS, STORES), (ATOMICS,)),
@@ -84,7 +70,7 @@ def disassemble(specialisation: Specialisation, architecture: int) -> str:
     options = (*compile_options(specialisation.macros), f"-arch=sm_{architecture}", "-ftz=true")
     nvrtc.compileProgram(program, options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        # CuPy takes the last byte for the end of a string.
+        # CuPy drops the last byte, which it takes for the end of a string.
         file.write(nvrtc.getCUBIN(program) + b"\0")
         file.flush()
         done = subprocess.run([DISASSEMBLER, "-c", file.name], capture_output=True, text=True, check=False)
@@ -93,7 +79,7 @@ def disassemble(specialisation: Specialisation, architecture: int) -> str:
 
 
 def instructions(text: str, kernel: str) -> Counter[str]:
-    """How often each instruction stands in a kernel's code."""
+    """Count the instructions in the code of a kernel."""
     body = re.split(r"\n\s*\.section", text.split(f".text.{kernel}:")[1])[0]
     found = Counter(_INSTRUCTION.findall(body))
     assert found["EXIT"], f"{kernel} has no code"
@@ -106,7 +92,7 @@ def count(found: Counter[str], pattern: str) -> int:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel, suffix, product", EXPECTED, ids=["-".join(filter(None, names)) for names in EXPECTED])
-def test_the_instructions_are_those_of_the_design(kernel: str, suffix: str, product: str, architecture: int):
+def test_instructions_follow_the_design(kernel: str, suffix: str, product: str, architecture: int):
     wanted, unwanted = EXPECTED[kernel, suffix, product]
     specialisation = specialisation_of(kernel, suffix, product)
     if not specialisation.is_for(architecture):
@@ -121,8 +107,7 @@ def test_the_instructions_are_those_of_the_design(kernel: str, suffix: str, prod
         assert count(found, "RED") == count(found, VECTOR_ADDITIONS), f"scalar additions in {dict(found)}"
 
 
-def test_double_precision_and_atomics_would_be_seen():
-    """What must not occur is found where it does."""
+def test_the_check_finds_double_precision_and_atomics():
     doubles = next(
         s for s in specialisations() if s.unit == "deform_conv2d_backward" and s.macros["DCN_SUFFIX"] == "f64"
     )
@@ -130,7 +115,7 @@ def test_double_precision_and_atomics_would_be_seen():
     assert count(found, DOUBLES) and count(found, ATOMICS)
 
 
-def test_three_tf32_products_are_three():
+def test_3xtf32_has_three_times_the_products_of_tf32():
     counts = {
         suffix: count(
             instructions(disassemble(specialisation_of("deform_conv2d_fused", suffix, product), 90), kernel), r"HMMA"

@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, devices, arrays beyond 32-bit indices. The other tests run there too."""
+"""Tests that need a GPU: streams, devices, arrays beyond 32-bit indices, real sizes. Other tests run there, too."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def on_gpu(cupy, case: ConvCase) -> dict:
 
 
 def test_the_current_stream_is_used(cupy):
-    """The call must wait for what its stream has not finished: the input is written late, by that stream."""
+    # The stream writes the input late, so the call must be ordered after that.
     case = make_conv(C=64, O=64, H=64, W=64)
     arrays = on_gpu(cupy, case)
     dcnops.deform_conv2d(**arrays)
@@ -103,14 +103,14 @@ def need_memory(cupy, gigabytes: int) -> None:
 
 
 def test_an_input_beyond_32_bit_indices(cupy):
-    """The last rows of an image of 2.2 billion elements: values and gradients equal those of a crop."""
+    # Checks the last rows of an image of 2.2 billion elements.
     need_memory(cupy, 40)
     side, stride = 33_000, 1000
     image = cupy.zeros((1, 2, side, side), cupy.float16)
     image[:, :, -50:] = cupy.random.default_rng(0).standard_normal((1, 2, 50, side), dtype=cupy.float32)
     out = (side - 1) // stride + 1
     offset = cupy.full((1, 2, out, out), 0.25, cupy.float32)
-    offset[:, 0, -1] = side - 20.75 - (out - 1) * stride  # the last row of samples lies 20.75 rows above the border
+    offset[:, 0, -1] = side - 20.75 - (out - 1) * stride  # the last samples are 20.75 rows above the border
     weight = cupy.ones((1, 2, 1, 1), cupy.float16)
     output = dcnops.deform_conv2d(image, offset, weight, stride=stride)
     lower, upper = image[0, :, -21, ::stride].sum(0), image[0, :, -20, ::stride].sum(0)
@@ -176,7 +176,7 @@ def moved(array, to: str):
 @pytest.mark.parametrize("deterministic", [False, True], ids=["any order", "deterministic"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_capture_in_a_graph_of_cupy(cupy, dtype: str, deterministic: bool):
-    """Both directions are captured by CuPy's stream, and follow their inputs in every replay."""
+    # Each replay of the graph must read the inputs again.
     case = make_conv(N=2, C=64, O=64, H=20, W=20, dtype=dtype)
     arrays, grad_out = on_gpu(cupy, case), cupy.asarray(case.grad_out)
 
@@ -187,7 +187,7 @@ def test_capture_in_a_graph_of_cupy(cupy, dtype: str, deterministic: bool):
     pool = cupy.cuda.MemoryPool()
     stream = cupy.cuda.Stream(non_blocking=True)
     with cupy.cuda.using_allocator(pool.malloc), stream:
-        # What the graph uses must be in the pool before, and stay there.
+        # The memory that the graph uses must be in the pool before the capture.
         call()
         stream.synchronize()
         stream.begin_capture()

@@ -1,6 +1,7 @@
-"""What all plans share: element types, and moving between images [N, C, P] and rows [N*P, C].
+"""Launch plan of array jobs: transposes between images [N, C, P] and rows [N*P, C], channel sums, and fills.
 
-P are the pixels of an image; rows are the pixels of all images in one sequence, channels together.
+P is the number of pixels of an image. Rows are the pixels of all images, numbered consecutively, with contiguous
+channels. Images may be channels-last, that is, rows already.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from dcnops._backends.cuda.engine import Engine
 from dcnops._dtypes import DTYPES
 
 _PART_ROWS = 1024
+"""Rows of channels-last images that a block sums."""
 
 
 class RowRange(ctypes.Structure):
-    """A stretch of rows (`RowRange` in dcn/rows.cuh)."""
+    """Consecutive rows (`RowRange` in dcn/rows.cuh)."""
 
     _fields_ = [("first_image", ctypes.c_int), ("first_pixel", ctypes.c_int), ("rows", ctypes.c_int)]
 
 
 class ArrayTask(IntEnum):
-    """What a job does (`ArrayTask` in dcn/array_job.cuh)."""
+    """Kind of a job (`ArrayTask` in dcn/array_job.cuh)."""
 
     NOTHING = 0
     PIXELS_TO_ROWS = 1
@@ -49,7 +51,7 @@ class ArrayTask(IntEnum):
 
 
 class ArrayJob(ctypes.Structure):
-    """One job of a launch of run_array_jobs (`ArrayJob` in dcn/array_job.cuh)."""
+    """One job of a launch (`ArrayJob` in dcn/array_job.cuh)."""
 
     _fields_ = [
         ("source", ctypes.c_void_p),
@@ -64,39 +66,39 @@ class ArrayJob(ctypes.Structure):
 
 
 class ArrayJobsParams(ctypes.Structure):
-    """What the kernel of layout.cu takes."""
+    """Parameters of the kernel of array_jobs.cu."""
 
     _fields_ = [("jobs", ArrayJob * MAX_ARRAY_JOBS)]
 
 
 def data_macros(dtype: str) -> dict[str, str | int]:
-    """The macros that name the element type of the data."""
+    """Return the macros that name the element type of the data."""
     return {"DCN_SUFFIX": DTYPES[dtype].suffix, "DCN_SCALAR": DTYPES[dtype].c_name}
 
 
 def sum_dtype(engine: Engine, dtype: Any) -> Any:
-    """The dtype of coordinates and sums beside data of `dtype`."""
+    """Return the dtype of coordinates and sums for data of `dtype`."""
     return engine.xp.dtype("float64" if dtype.name == "float64" else "float32")
 
 
 def channel_lanes(vectors: int) -> int:
-    """Threads of a warp, a power of two, for so many channel vectors."""
+    """Return the threads of a warp, a power of two, that `vectors` channel vectors can occupy."""
     return min(WARP, 1 << (vectors - 1).bit_length())
 
 
 def row_ranges(images: int, pixels: int, chunk: int) -> Iterator[RowRange]:
-    """The rows of all images in stretches of at most `chunk`."""
+    """Yield the rows of all images in ranges of at most `chunk` rows."""
     for first in range(0, images * pixels, chunk):
         yield RowRange(first // pixels, first % pixels, min(chunk, images * pixels - first))
 
 
 def is_channels_last(images: Any) -> bool:
-    """Whether images [N, C, H, W] lie in memory as [N, H, W, C] (and not, as they are, in both orders at once)."""
+    """Return True if images [N, C, H, W] are stored as [N, H, W, C], and not as both."""
     return not images.flags.c_contiguous and bool(images.transpose(0, 2, 3, 1).flags.c_contiguous)
 
 
 def empty_images(engine: Engine, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
-    """New images [N, C, H, W] in the memory order of `like`."""
+    """Return new images [N, C, H, W] in the memory order of `like`."""
     N, C, H, W = shape
     if is_channels_last(like):
         return engine.empty((N, H, W, C), dtype).transpose(0, 3, 1, 2)
@@ -104,7 +106,7 @@ def empty_images(engine: Engine, shape: tuple[int, ...], dtype: Any, like: Any) 
 
 
 def run_array_jobs(engine: Engine, dtype: str, jobs: Sequence[ArrayJob]) -> None:
-    """Do up to `MAX_ARRAY_JOBS` jobs on arrays of `dtype` in one launch; their arrays must live that long."""
+    """Run up to `MAX_ARRAY_JOBS` jobs on arrays of `dtype` in one launch. The caller keeps their arrays alive."""
     tiles = array_job_tiles(jobs)
     if tiles == 0:
         return
@@ -129,40 +131,34 @@ def array_job_tiles(jobs: Sequence[ArrayJob]) -> int:
 
 
 def are_rows(engine: Engine, images: Any) -> bool:
-    """Whether images [N, C, H, W] are rows already: channels-last and aligned for vectors."""
+    """Return True if images [N, C, H, W] are rows: channels-last and aligned for vectors."""
     return is_channels_last(images) and (engine.pointer(images) or 0) % VECTOR_BYTES == 0
 
 
 def pixels_to_rows_job(
     engine: Engine, images: Any, C: int, P: int, rows: RowRange, target: Any, round_to_tf32: bool = False
 ) -> ArrayJob:
-    """Write `rows` of images [N, C, P], in either memory order, to the rows of `target`.
+    """Return the transpose job from `rows` of images [N, C, P] to `target`, which starts with the first of them.
 
     `round_to_tf32` is for float32 only.
     """
     assert not round_to_tf32 or images.dtype == target.dtype == "float32"
     task = ArrayTask.PIXELS_TO_ROUNDED_ROWS if round_to_tf32 else ArrayTask.PIXELS_TO_ROWS
     if is_channels_last(images):
-        # Channels-last images are images of one pixel, one for each row.
+        # A row of channels-last images is an image of one pixel.
         images, P, rows = _flat(images, C)[_first(rows, P) :], 1, RowRange(0, 0, rows.rows)
     return _transpose_job(engine, task, images, target, C, P, rows, target.dtype.itemsize)
 
 
 def rows_to_pixels_job(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange) -> ArrayJob:
-    """Round sums, an array that begins with `rows`, into images [N, C, P] in either memory order."""
+    """Return the transpose job from `sums`, which start with `rows`, to images [N, C, P]. It rounds them."""
     if is_channels_last(images):
         images, P, rows = _flat(images, C)[_first(rows, P) :], 1, RowRange(0, 0, rows.rows)
     return _transpose_job(engine, ArrayTask.ROWS_TO_PIXELS, sums, images, C, P, rows, images.dtype.itemsize)
 
 
 def channel_sums_jobs(engine: Engine, images: Any, N: int, C: int, P: int, result: Any) -> tuple[Any, Any, Any]:
-    """The sums [C] of images [N, C, P] in two jobs, to be done one after the other.
-
-    Returns
-    -------
-    (ArrayJob, ArrayJob, array)
-        The jobs, and the array between them.
-    """
+    """Return two jobs that sum images [N, C, P] to [C], and their intermediate array. Run them in two launches."""
     sums = sum_dtype(engine, images.dtype)
     if is_channels_last(images):
         parts = ceil_div(N * P, _PART_ROWS)
@@ -181,7 +177,7 @@ def channel_sums_jobs(engine: Engine, images: Any, N: int, C: int, P: int, resul
 
 
 def fill_job(engine: Engine, bias: Any, images: Any, N: int, C: int, P: int) -> ArrayJob:
-    """Fill images [N, C, P], in either memory order, with `bias` [C]."""
+    """Return the job that fills images [N, C, P] with `bias` [C]."""
     sizes = (N * P, C, 1) if is_channels_last(images) else (N, C, P)
     job = ArrayJob(engine.pointer(bias), engine.pointer(images), ArrayTask.FILL_PIXELS, *sizes)
     job.tiles = ceil_div(N * C * P, FILL_TILE_ELEMENTS)
@@ -189,7 +185,7 @@ def fill_job(engine: Engine, bias: Any, images: Any, N: int, C: int, P: int) -> 
 
 
 def as_rows(engine: Engine, images: Any, N: int, C: int, P: int) -> Any:
-    """Rows [N*P, C] of images [N, C, P]: the images themselves where they are rows already, else a new array."""
+    """Return images [N, C, P] as rows [N*P, C]: a view if they are rows, otherwise a transpose."""
     if are_rows(engine, images):
         return _flat(images, C)
     rows_array = engine.empty((N * P, C), images.dtype)
@@ -199,21 +195,17 @@ def as_rows(engine: Engine, images: Any, N: int, C: int, P: int) -> Any:
 
 
 def images_from_rows(engine: Engine, sums: Any, like: Any, N: int, C: int, P: int) -> Any:
-    """New images of the shape, dtype and memory order of `like`, of sums [N*P, C]."""
+    """Return sums [N*P, C] as new images with the shape, dtype and memory order of `like`."""
     images = empty_images(engine, like.shape, like.dtype, like)
     for rows in row_ranges(N, P, MAX_ROWS):
-        rows_to_pixels(engine, sums.reshape(N * P, C)[_first(rows, P) :], images, C, P, rows)
+        job = rows_to_pixels_job(engine, sums.reshape(N * P, C)[_first(rows, P) :], images, C, P, rows)
+        run_array_jobs(engine, str(images.dtype.name), [job])
     return images
 
 
 def pixels_to_rows(engine: Engine, images: Any, C: int, P: int, rows: RowRange, target: Any) -> None:
-    """See `pixels_to_rows_job`."""
+    """Run `pixels_to_rows_job`."""
     run_array_jobs(engine, str(images.dtype.name), [pixels_to_rows_job(engine, images, C, P, rows, target)])
-
-
-def rows_to_pixels(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange) -> None:
-    """See `rows_to_pixels_job`."""
-    run_array_jobs(engine, str(images.dtype.name), [rows_to_pixels_job(engine, sums, images, C, P, rows)])
 
 
 def _flat(images: Any, C: int) -> Any:
@@ -239,11 +231,11 @@ def _transpose_job(
     if P == 1:
         job.tiles = ceil_div(rows.rows * C, side * side)
     elif rows.first_pixel == 0 and rows.rows % P == 0 and side // 2 >= P:
-        # Whole images of few pixels (`SmallImages` there).
+        # Whole images of few pixels (`SmallImages` in dcn/transposes.cuh).
         vector = VECTOR_BYTES // itemsize
         job.tiles = rows.rows // P * ceil_div(C, side * side // P // vector * vector)
     elif rows.rows:
-        # A tile is within an image.
+        # No tile spans two images.
         end = rows.first_pixel + rows.rows
         across = end // P * ceil_div(P, side) + ceil_div(end % P, side)
         job.tiles = (across - rows.first_pixel // side) * ceil_div(C, side)
