@@ -569,7 +569,7 @@ def test_pytest_keeps_the_report(tmp_path: Path) -> None:
     argv = ["-m", "pytest", "-p", "no:cacheprovider", str(tmp_path / "test_case.py")]
     done = run_sanitized(argv, timeout=120)
     assert done.returncode != 0
-    assert "cuda/test.cu:2:60: runtime error: store to misaligned address" in done.stderr
+    assert "cuda/test.cu:2:58: runtime error: store to misaligned address" in done.stderr
 
 
 @pytest.mark.skipif(is_sanitized(), reason="needs a process without the sanitizers")
