@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from dcnops._arguments import Padding, Pair, check_layout, check_needs, check_precision
 from dcnops._dispatch import ArrayT, check_arrays, load_backend
+from dcnops._explain import is_explaining, log_call
 from dcnops._geometry import DeformConvGeometry
 
 
@@ -109,6 +110,8 @@ def deform_conv2d(
     >>> dcnops.deform_conv2d(*channels_last, weight, layout="NHWC")[0, 0, :, 0]
     array([0.5, 1.5, 2.5, 1.5], dtype=float32)
     """
+    if is_explaining():
+        log_call("deform_conv2d", locals())
     order = check_layout(layout)
     check_precision(precision)
     library = check_arrays(
@@ -188,6 +191,8 @@ def deform_conv2d_backward(
     >>> grads.weight.item(), grads.input
     (120.0, None)
     """
+    if is_explaining():
+        log_call("deform_conv2d_backward", locals())
     order = check_layout(layout)
     check_precision(precision)
     library = check_arrays(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from dcnops._arguments import Pair, check_layout, check_needs
 from dcnops._dispatch import ArrayT, check_arrays, load_backend
+from dcnops._explain import is_explaining, log_call
 from dcnops._geometry import DeformRoIPoolGeometry
 from dcnops._layout import NCHW
 
@@ -108,6 +109,8 @@ def deform_roi_pool(
     array([[ 3.5,  4.5],
            [10.5, 12.5]], dtype=float32)
     """
+    if is_explaining():
+        log_call("deform_roi_pool", locals())
     order = check_layout(layout)
     library = check_arrays(
         {"input": input}, {"offset": offset, "mask": mask}, {"rois": rois}, optional=("offset", "mask")
@@ -182,6 +185,8 @@ def deform_roi_pool_backward(
     >>> grads.offset.ravel()  # by one region to the right adds 2 * 1, by one region down 2 * 4
     array([2., 8.], dtype=float32)
     """
+    if is_explaining():
+        log_call("deform_roi_pool_backward", locals())
     order = check_layout(layout)
     library = check_arrays(
         {"input": input, "grad_out": grad_out},

@@ -16,6 +16,7 @@ from dcnops._backends.cpu import deform_conv2d_loops as loops
 from dcnops._backends.cpu import transpose_loops
 from dcnops._backends.cpu.arrays import Array, Staged, empty, plain, round_up, rounded, strips, sum_dtype
 from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, alone_below, parallel
+from dcnops._explain import LOGGER
 from dcnops._geometry import DeformConvGeometry
 
 _CHANNELS_PER_THREAD = 16
@@ -184,6 +185,7 @@ def _add_outputs(part: _Part, block: _Block, bias: Array, out: Array) -> None:
     packed = empty((block.Gb, panels, length, lanes), dtype)
     parallel(loops.pack_weight, block.Gb * panels, part.weight, packed, block.g0, block.group_c0, block.cw, og)
     tile = _tile(part.pixels, block.Gb * (length + panels * lanes) * dtype.itemsize)
+    LOGGER.debug("%d channels, %d pixels in tiles of %d, %d threads", block.width, part.pixels, tile, THREADS)
 
     def scratch() -> tuple[Any, ...]:
         return _plan(part), empty((block.Gb, tile, length), dtype), empty((block.Gb, tile, panels * lanes), dtype)
@@ -296,6 +298,10 @@ def _add_block_gradients(
     row_bytes = block.Gb * padded * dtype.itemsize
     tile = _tile(part.pixels, row_bytes)
     span = min(round_up(part.pixels, tile), max(1, _SPAN_BYTES // row_bytes // tile) * tile)
+    LOGGER.debug(
+        "%d channels, %d pixels in spans of %d and tiles of %d, %d threads",
+        block.width, part.pixels, span, tile, THREADS,
+    )  # fmt: skip
 
     image = packed = gradients = grad_image = None
     if grad_weight is not None or "offset" in targets:

@@ -16,6 +16,7 @@ from dcnops._backends.cpu import transpose_loops
 from dcnops._backends.cpu.arrays import Array, Staged, empty, plain, rounded, strips, sum_dtype
 from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, parallel
 from dcnops._errors import ArgumentError
+from dcnops._explain import LOGGER
 from dcnops._geometry import DeformRoIPoolGeometry
 
 _CHANNELS_PER_THREAD = 16
@@ -66,6 +67,7 @@ def deform_roi_pool(
     g = geometry
     call = _call(geometry, input, rois, offset, mask)
     out = np.empty((g.R, g.C, g.bins), call.dtype)
+    LOGGER.debug("%d rows of bins, %d threads", g.R * g.P, THREADS)
     if g.R:
         parallel(
             loops.pool_bins, g.R * g.P,
@@ -96,6 +98,7 @@ def deform_roi_pool_backward(
     image = _channels_last(call, input) if needs & {"offset", "mask"} else None
 
     span = max(1, _SPAN_BYTES // (g.bins * g.C * call.dtype.itemsize))
+    LOGGER.debug("%d regions in spans of %d, %d threads", g.R, span, THREADS)
     for first in range(0, g.R if needs else 0, span):
         last = min(first + span, g.R)
         part = plain(grad_out[first:last], call.dtype, last - first, g.C, g.bins)
