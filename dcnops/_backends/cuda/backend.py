@@ -29,16 +29,8 @@ def deform_conv2d(
 ) -> cupy.ndarray:
     """See `dcnops.deform_conv2d`; the arguments have been checked."""
     with input.device:
-        return plans.deform_conv2d(
-            _engine(),
-            geometry,
-            _images(input),
-            _images(offset),
-            contiguous(weight),
-            contiguous(bias),
-            _images(mask),
-            precision=_precision(precision, input),
-        )
+        arrays = _images(input), _images(offset), contiguous(weight), contiguous(bias), _images(mask)
+        return plans.deform_conv2d(_engine(), geometry, *arrays, _precision(precision, input))
 
 
 def deform_conv2d_backward(
@@ -54,18 +46,9 @@ def deform_conv2d_backward(
 ) -> dict[str, cupy.ndarray]:
     """See `dcnops.deform_conv2d_backward`; the arguments have been checked."""
     with input.device:
-        return plans.deform_conv2d_backward(
-            _engine(),
-            geometry,
-            _images(grad_out),
-            _images(input),
-            _images(offset),
-            contiguous(weight),
-            _images(mask),
-            needs,
-            deterministic,
-            precision=_precision(precision, input),
-        )
+        arrays = _images(grad_out), _images(input), _images(offset), contiguous(weight), _images(mask)
+        options = needs, deterministic, _precision(precision, input)
+        return plans.deform_conv2d_backward(_engine(), geometry, *arrays, *options)
 
 
 def deform_roi_pool(
@@ -81,15 +64,8 @@ def deform_roi_pool(
     With `channels_last` the result [R, C, P, Q] is stored as [R, P, Q, C].
     """
     with input.device:
-        return plans.deform_roi_pool(
-            _engine(),
-            geometry,
-            _images(input),
-            _coordinates(rois, input),
-            contiguous(offset),
-            contiguous(mask),
-            channels_last,
-        )
+        arrays = _images(input), _coordinates(rois, input), contiguous(offset), contiguous(mask)
+        return plans.deform_roi_pool(_engine(), geometry, *arrays, channels_last)
 
 
 def deform_roi_pool_backward(
@@ -104,17 +80,8 @@ def deform_roi_pool_backward(
 ) -> dict[str, cupy.ndarray]:
     """See `dcnops.deform_roi_pool_backward`; the arguments have been checked."""
     with input.device:
-        return plans.deform_roi_pool_backward(
-            _engine(),
-            geometry,
-            _images(grad_out),
-            _images(input),
-            _coordinates(rois, input),
-            contiguous(offset),
-            contiguous(mask),
-            needs,
-            deterministic,
-        )
+        arrays = _images(grad_out), _images(input), _coordinates(rois, input), contiguous(offset), contiguous(mask)
+        return plans.deform_roi_pool_backward(_engine(), geometry, *arrays, needs, deterministic)
 
 
 def contiguous(array: Any) -> Any:

@@ -30,7 +30,8 @@ class CublasSession:
 
     def __enter__(self) -> None:
         self._handle = cupy.cuda.device.get_cublas_handle()
-        _CUBLAS.set_stream(self._handle, cupy.cuda.get_current_stream().ptr)
+        stream = ctypes.c_void_p(cupy.cuda.get_current_stream().ptr)
+        _check(_set_stream(ctypes.c_void_p(self._handle), stream))
         self._mode = cublas.getMathMode(self._handle)
         cublas.setMathMode(self._handle, _MATH_MODE)
 
@@ -45,10 +46,11 @@ def matmul(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray, accumulate: bool
         accumulate, precision,
     )  # fmt: skip
     address = ctypes.c_void_p
-    _CUBLAS.gemm(
+    status = _gemm(
         address(cupy.cuda.device.get_cublas_handle()), *sizes,
         address(b.data.ptr), *after_b, address(a.data.ptr), *after_a, address(out.data.ptr), *after_out,
     )  # fmt: skip
+    _check(status)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -87,26 +89,13 @@ def _gemm_operand(matrices: _Matrices) -> tuple[int, tuple[Any, ...]]:
     return cublas.CUBLAS_OP_T, (kind, max(rows, column_stride), step)
 
 
-class _Cublas:
-    """cublasSetStream and cublasGemmStridedBatchedEx."""
-
-    def __init__(self) -> None:
-        major = runtime.runtimeGetVersion() // 1000
-        # A look-up in an extension module also searches the libraries that it is linked with.
-        library = ctypes.CDLL(f"cublas64_{major}.dll" if sys.platform == "win32" else cublas.__file__)
-        # No argtypes: converting the arguments would take longer than the call. All but ints are ctypes objects.
-        self._set_stream, self._gemm = library.cublasSetStream_v2, library.cublasGemmStridedBatchedEx
-
-    def set_stream(self, handle: int, stream: int) -> None:
-        self._check(self._set_stream(ctypes.c_void_p(handle), ctypes.c_void_p(stream)))
-
-    def gemm(self, *arguments: Any) -> None:
-        self._check(self._gemm(*arguments))
-
-    @staticmethod
-    def _check(status: int) -> None:
-        if status:
-            raise cublas.CUBLASError(status)
+def _check(status: int) -> None:
+    if status:
+        raise cublas.CUBLASError(status)
 
 
-_CUBLAS = _Cublas()
+_WINDOWS_NAME = f"cublas64_{runtime.runtimeGetVersion() // 1000}.dll"
+# A look-up in an extension module also searches the libraries that it is linked with. No argtypes are set: converting
+# the arguments would take longer than the call. All but ints are ctypes objects.
+_LIBRARY = ctypes.CDLL(_WINDOWS_NAME if sys.platform == "win32" else cublas.__file__)
+_set_stream, _gemm = _LIBRARY.cublasSetStream_v2, _LIBRARY.cublasGemmStridedBatchedEx

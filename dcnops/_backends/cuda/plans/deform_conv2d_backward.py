@@ -59,8 +59,9 @@ _COUNT_BLOCKS = 4
 
 _ALIGNED_ROWS = 64
 
-_pointer = ctypes.c_void_p
-_int = ctypes.c_int
+_IMAGES = ("input", "offset", "mask", "columns", "grad_offset", "grad_mask", "grad_input")
+_LISTS = ("lengths", "starts", "entries", "parts", "counters")
+_DIVISORS = ("taps", "group_taps", "kernel_width", "pixels", "output_width", "rows", "groups", "group_channels")
 
 
 @dataclass(frozen=True)
@@ -91,37 +92,14 @@ class DeformConvBackwardParams(ctypes.Structure):
     """Parameters of the kernels of deform_conv2d_backward.cu."""
 
     _fields_ = [
-        ("input", _pointer),
-        ("offset", _pointer),
-        ("mask", _pointer),
-        ("columns", _pointer),
-        ("grad_offset", _pointer),
-        ("grad_mask", _pointer),
-        ("grad_input", _pointer),
-        ("lengths", _pointer),
-        ("starts", _pointer),
-        ("entries", _pointer),
-        ("parts", _pointer),
-        ("counters", _pointer),
+        *((name, ctypes.c_void_p) for name in (*_IMAGES, *_LISTS)),
         ("size", DeformConvSizes),
         ("range", RowRange),
-        ("by_taps", Divisor),
-        ("by_group_taps", Divisor),
-        ("by_kernel_width", Divisor),
-        ("by_pixels", Divisor),
-        ("by_output_width", Divisor),
-        ("by_rows", Divisor),
-        ("by_groups", Divisor),
-        ("by_group_channels", Divisor),
+        *((f"by_{name}", Divisor) for name in _DIVISORS),
         ("lists", ctypes.c_longlong),
-        ("part_entries", _int),
-        ("sorted_entries", _int),
-        ("warp_bytes", _int),
-        ("tile_samples", _int),
+        *((name, ctypes.c_int) for name in ("part_entries", "sorted_entries", "warp_bytes", "tile_samples")),
         ("tiles", ctypes.c_uint),
-        ("channels", _int),
-        ("write_columns", _int),
-        ("count_blocks", _int),
+        *((name, ctypes.c_int) for name in ("channels", "write_columns", "count_blocks")),
         ("array_jobs", ArrayJobsParams),
     ]
 
@@ -172,11 +150,6 @@ class BackwardKey(NamedTuple):
     def gathers(self) -> bool:
         """Whether the gradient of the input is gathered by lists."""
         return "input" in self.needs and gathers_input(self.geometry, self.deterministic)
-
-    @property
-    def scatters(self) -> bool:
-        """Whether the gradient of the input is scattered by atomic additions."""
-        return "input" in self.needs and not gathers_input(self.geometry, self.deterministic)
 
     @property
     def copies_input(self) -> bool:
@@ -232,7 +205,8 @@ class BackwardPlan(NamedTuple):
 
     def __str__(self) -> str:
         key, chunks = self.key, sum(len(chunks) for _, chunks in self.groups)
-        how = "gathered by lists" if key.gathers else "scattered by atomic additions" if key.scatters else "not needed"
+        how = "gathered by lists" if key.gathers else "scattered by atomic additions"
+        how = how if "input" in key.needs else "not needed"
         rows = self.scratch["columns"].shape[0]
         return (
             f"gradient of the input {how}; {key.geometry.N} images in {len(self.groups)} groups and {chunks} chunks "
@@ -467,7 +441,7 @@ def _run(
         run_array_jobs(engine, key.dtype, closing)
         return
     params = DeformConvBackwardParams.from_buffer_copy(plan.params)
-    for name in ("columns", "lengths", "starts", "entries", "parts", "counters"):
+    for name in ("columns", *_LISTS):
         setattr(params, name, engine.pointer(scratch.get(name)))
     with engine.products() as multiply:
         run = _Run(engine, plan, params, scratch, filters, grad_filters, multiply)
@@ -475,7 +449,7 @@ def _run(
             part = [None if array is None else array[images] for array in arrays]
             before = opening if index == 0 else []
             after = closing if index == len(plan.groups) - 1 else []
-            run.compute_group(chunks, before, after, *part)
+            run.compute_group(chunks, part, before, after)
 
 
 class _Run(NamedTuple):
@@ -491,18 +465,9 @@ class _Run(NamedTuple):
     multiply: Callable[..., None]
 
     def compute_group(
-        self,
-        chunks: tuple[Chunk, ...],
-        opening: list[ArrayJob],
-        closing: list[ArrayJob],
-        grad_out: Any,
-        input: Any,
-        offset: Any,
-        mask: Any | None,
-        grad_input: Any | None,
-        grad_offset: Any | None,
-        grad_mask: Any | None,
+        self, chunks: tuple[Chunk, ...], arrays: list[Any], opening: list[ArrayJob], closing: list[ArrayJob]
     ) -> None:
+        grad_out, input, offset, mask, grad_input, grad_offset, grad_mask = arrays
         engine, params, key, g = self.engine, self.params, self.plan.key, self.plan.key.geometry
         N, HW = len(input), g.H * g.W
         pixels, rows = RowRange(0, 0, N * HW), RowRange(0, 0, N * g.pixels)
@@ -551,7 +516,7 @@ class _Run(NamedTuple):
             self.multiply(grad_out, self.filters, columns, False, key.precision)
         if key.gathers:
             self.gather_input()
-        elif key.scatters:
+        elif "input" in key.needs:
             plan.kernels.launch("deform_conv2d_scatter_input", params, rows)
         if key.computes_samples:
             plan.kernels.launch("deform_conv2d_grad_samples", params, rows)

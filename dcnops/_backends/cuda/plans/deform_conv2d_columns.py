@@ -58,14 +58,7 @@ class ColumnsPlan:
         )
 
     def run(
-        self,
-        input: Any,
-        offset: Any,
-        mask: Any | None,
-        output: Any,
-        filters: Any,
-        bias: Any | None,
-        jobs: list[ArrayJob],
+        self, input: Any, offset: Any, mask: Any, output: Any, filters: Any, bias: Any, jobs: list[ArrayJob]
     ) -> None:
         """Compute `output`; run `jobs` before anything else."""
         engine, key, g = self._engine, self._key, self._key.geometry

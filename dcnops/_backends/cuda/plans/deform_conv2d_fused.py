@@ -14,30 +14,17 @@ from dcnops._backends.cuda.plans.deform_conv2d_common import ForwardKey, input_r
 from dcnops._dtypes import DTYPES
 from dcnops._geometry import DeformConvSizes
 
-_pointer = ctypes.c_void_p
-_int = ctypes.c_int
+_ARRAYS = ("input", "offset", "mask", "filters", "bias", "output", "partial")
+_NUMBERS = ("O", "rows", "group_outputs", "group_channels", "segment", "steps", "splits", "channels_last")
 
 
 class DeformConvFusedParams(ctypes.Structure):
     """Parameters of the kernels of deform_conv2d_fused.cu."""
 
     _fields_ = [
-        ("input", _pointer),
-        ("offset", _pointer),
-        ("mask", _pointer),
-        ("filters", _pointer),
-        ("bias", _pointer),
-        ("output", _pointer),
-        ("partial", _pointer),
+        *((name, ctypes.c_void_p) for name in _ARRAYS),
         ("size", DeformConvSizes),
-        ("O", _int),
-        ("rows", _int),
-        ("group_outputs", _int),
-        ("group_channels", _int),
-        ("segment", _int),
-        ("steps", _int),
-        ("splits", _int),
-        ("channels_last", _int),
+        *((name, ctypes.c_int) for name in _NUMBERS),
     ]
 
 
@@ -81,14 +68,7 @@ class FusedPlan:
         )
 
     def run(
-        self,
-        input: Any,
-        offset: Any,
-        mask: Any | None,
-        output: Any,
-        filters: Any,
-        bias: Any | None,
-        jobs: list[ArrayJob],
+        self, input: Any, offset: Any, mask: Any, output: Any, filters: Any, bias: Any, jobs: list[ArrayJob]
     ) -> None:
         """Compute `output`; run `jobs` before anything else."""
         engine, key = self._engine, self._key

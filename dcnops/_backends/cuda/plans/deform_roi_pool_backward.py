@@ -26,23 +26,14 @@ from dcnops._geometry import DeformRoIPoolGeometry
 
 _UNIT = "deform_roi_pool_backward"
 
-_pointer = ctypes.c_void_p
-_int = ctypes.c_int
-
 
 class DeformRoIPoolBackwardParams(ctypes.Structure):
     """Parameters of the kernel of deform_roi_pool_backward.cu."""
 
     _fields_ = [
-        ("input", _pointer),
-        ("grad_out", _pointer),
-        ("grad_offset", _pointer),
-        ("grad_mask", _pointer),
-        ("grad_input", _pointer),
+        *((name, ctypes.c_void_p) for name in ("input", "grad_out", "grad_offset", "grad_mask", "grad_input")),
         ("bins", DeformRoIPoolBins),
-        ("lane_bits", _int),
-        ("tile_rows", _int),
-        ("channels_last", _int),
+        *((name, ctypes.c_int) for name in ("lane_bits", "tile_rows", "channels_last")),
     ]
 
 
