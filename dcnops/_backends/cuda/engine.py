@@ -85,7 +85,10 @@ class Engine:
 
     @functools.cached_property
     def explaining(self) -> Engine:
-        """This engine, but every launch and product is logged. It has plans of its own: the others pay nothing."""
+        """Engine with the same kernels that logs every launch and product.
+
+        Its plans are cached separately, so calls that are not explained pay nothing.
+        """
         return _ExplainingEngine(self)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:

@@ -54,13 +54,13 @@ def deform_conv2d(
         geometry,
         dtype_name(input.dtype),
         dtype_name(offset.dtype),
-        are_rows(engine, input),
-        is_channels_last(offset),
-        mask is not None and is_channels_last(mask),
-        is_channels_last(output),
-        precision,
-        workspace_bytes,
-        path,
+        input_is_rows=are_rows(engine, input),
+        offset_last=is_channels_last(offset),
+        mask_last=mask is not None and is_channels_last(mask),
+        output_last=is_channels_last(output),
+        precision=precision,
+        workspace_bytes=workspace_bytes,
+        path=path,
     )
     groups = engine.recall(_plan_groups, key)
     if engine.explains:
