@@ -230,21 +230,9 @@ def deform_conv2d_backward(
 ) -> dict[str, Any]:
     """Return the gradients named in `needs`, each in the dtype and memory order of its argument.
 
-    Parameters
-    ----------
-    grad_out, input, offset, weight, mask : array
-        Contiguous or channels-last.
-    deterministic : bool
-        Sum the gradient of the input in a fixed order.
-    precision : {"ieee", "tf32", "3xtf32"}
-        Of the matrix products of float32 data.
-    workspace_bytes : int
-        Limit of the scratch memory, that of the weights not counted.
-    limits : ListLimits
-        Of the lists that the gradient of the input is gathered by.
+    All arrays are contiguous or channels-last. `precision` is that of the matrix products of float32 data, `limits`
+    those of the lists that the gradient of the input is gathered by.
 
-    Notes
-    -----
     Scratch memory consists of the following parts, each only where it is needed, with s bytes per element of the data
     and S per sum (4, or 8 for float64):
 

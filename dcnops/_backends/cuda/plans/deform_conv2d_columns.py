@@ -23,10 +23,7 @@ class DeformConvColumnsParams(ctypes.Structure):
     """Parameters of the kernel of deform_conv2d_columns.cu."""
 
     _fields_ = [
-        ("input", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p),
-        ("mask", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("input", "offset", "mask", "columns")),
         ("size", DeformConvSizes),
         ("range", RowRange),
         ("tile_rows", ctypes.c_int),

@@ -52,12 +52,8 @@ class ForwardKey(NamedTuple):
 class SampleKernels:
     """Kernels of a unit that work on sampling points, for one dtype of data and of offsets on one device.
 
-    The x dimension of a block runs over the channel vectors of a sampling point, y over sampling points.
-
-    Parameters
-    ----------
-    sample_bytes : int
-        Shared memory per sampling point.
+    The x dimension of a block runs over the channel vectors of a sampling point, y over sampling points, each of which
+    has `sample_bytes` of shared memory.
     """
 
     def __init__(

@@ -20,13 +20,11 @@ _MAX_TILE_BINS = 56
 _FEW_BLOCKS = 512
 """About four blocks for each multiprocessor of a large GPU: with fewer, tiles are made smaller."""
 
-_pointer = ctypes.c_void_p
-
 
 class DeformRoIPoolBins(ctypes.Structure):
     """Arrays and sizes that determine the bins (`DeformRoIPoolBins` in dcn/roi_bins.cuh)."""
 
-    _fields_ = [("rois", _pointer), ("offset", _pointer), ("mask", _pointer), ("size", DeformRoIPoolSizes)]
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("rois", "offset", "mask")), ("size", DeformRoIPoolSizes)]
 
 
 class RoIPoolKernels:

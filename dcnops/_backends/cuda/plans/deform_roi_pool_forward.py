@@ -28,9 +28,7 @@ class DeformRoIPoolForwardParams(ctypes.Structure):
         ("input", ctypes.c_void_p),
         ("output", ctypes.c_void_p),
         ("bins", DeformRoIPoolBins),
-        ("lane_bits", ctypes.c_int),
-        ("tile_rows", ctypes.c_int),
-        ("channels_last", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("lane_bits", "tile_rows", "channels_last")),
     ]
 
 

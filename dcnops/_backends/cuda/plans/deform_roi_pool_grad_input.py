@@ -34,10 +34,7 @@ class DeformRoIPoolGradInputParams(ctypes.Structure):
     """Parameters of the kernels of deform_roi_pool_grad_input.cu."""
 
     _fields_ = [
-        ("grad_out", ctypes.c_void_p),
-        ("bounds", ctypes.c_void_p),
-        ("grad_input", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("grad_out", "bounds", "grad_input", "sums")),
         ("bins", DeformRoIPoolBins),
         ("range", RowRange),
         ("lane_bits", ctypes.c_int),
