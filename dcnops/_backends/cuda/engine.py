@@ -57,7 +57,7 @@ class Engine:
     """
 
     explains = False
-    """Whether plans log what they do and why."""
+    """True if plans log their decisions and the reasons."""
 
     def __init__(
         self,

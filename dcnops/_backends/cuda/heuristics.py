@@ -98,7 +98,7 @@ class FusedTiles(NamedTuple):
 
     @property
     def rounds_filters(self) -> bool:
-        """Whether float32 filters must be rounded to TF32 before the launch."""
+        """True if float32 filters must be rounded to TF32 before the launch."""
         return self.by_warpgroups and self.suffix == "tf32"
 
     @property

@@ -1,8 +1,8 @@
 """Launch plans: which kernels run, in which order, with which grid and scratch memory, on an `Engine`.
 
 The plans do not depend on an array library: CuPy runs them on a GPU, the tests run them on a CPU. Internally, arrays
-are channels-last, and work is cut into chunks whose scratch memory stays in the L2 cache of a GPU. A plan is a function
-of an immutable key that holds everything but addresses, so engines cache it.
+are channels-last, and work is cut into chunks so that scratch memory stays in the L2 cache of a GPU. A plan is a
+function of an immutable key that holds everything but addresses, so engines cache it.
 """
 
 from dcnops._backends.cuda.plans.deform_conv2d_backward import deform_conv2d_backward

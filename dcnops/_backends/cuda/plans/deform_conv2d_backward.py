@@ -138,17 +138,17 @@ class BackwardKey(NamedTuple):
 
     @property
     def computes_samples(self) -> bool:
-        """Whether the gradients of offsets or masks are computed."""
+        """True if the gradients of offsets or masks are computed."""
         return bool(self.needs & {"offset", "mask"})
 
     @property
     def propagates(self) -> bool:
-        """Whether the gradient of the columns is computed."""
+        """True if the gradient of the columns is computed."""
         return bool(self.needs & {"input", "offset", "mask"})
 
     @property
     def gathers(self) -> bool:
-        """Whether the gradient of the input is gathered by lists."""
+        """True if the gradient of the input is gathered by lists."""
         return "input" in self.needs and gathers_input(self.geometry, self.deterministic)
 
     @property
@@ -157,17 +157,17 @@ class BackwardKey(NamedTuple):
 
     @property
     def sums_input(self) -> bool:
-        """Whether the gradient of the input is summed in scratch memory, not in place."""
+        """True if the gradient of the input is summed in scratch memory, not in place."""
         return "input" in self.needs and not (self.input_last and self.dtype == self.sum_dtype)
 
     @property
     def sums_weight(self) -> bool:
-        """Whether the gradient of the weights is summed in scratch memory, not in place."""
+        """True if the gradient of the weights is summed in scratch memory, not in place."""
         return "weight" in self.needs and not (self.weight_last and self.dtype == self.sum_dtype)
 
     @property
     def splits_grad_out(self) -> bool:
-        """Whether cuBLAS can read a part of an image [O, oh*ow] as rows: it is slow if oh*ow is not aligned."""
+        """True if cuBLAS can read a part of an image [O, oh*ow] as rows: it is slow if oh*ow is not aligned."""
         return self.geometry.pixels * DTYPES[self.dtype].itemsize % VECTOR_BYTES == 0
 
 
@@ -180,7 +180,7 @@ class ScratchArray(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Rows whose columns are in memory together, and the numbers that the kernels derive from them."""
+    """Rows with columns in memory at the same time, and numbers that the kernels need for them."""
 
     rows: RowRange
     by_rows: Divisor
@@ -410,8 +410,9 @@ def _run(
         for name, array in plan.scratch.items()
     }
     if engine.explains:
-        size = mebibytes(sum(array.nbytes for array in scratch.values()))
-        LOGGER.debug("deform_conv2d_backward on %s: %s, scratch memory %s", engine.device, plan, size)
+        size, limit = mebibytes(sum(array.nbytes for array in scratch.values())), mebibytes(key.workspace_bytes)
+        text = "deform_conv2d_backward on %s: %s, scratch memory %s (limit without the weights %s)"
+        LOGGER.debug(text, engine.device, plan, size, limit)
     filters, grad_filters = scratch.get("filters"), scratch.get("grad_filters")
     shape = (g.G, g.O // g.G, g.K * g.C // g.G)
     if filters is not None:

@@ -34,7 +34,7 @@ class ForwardKey(NamedTuple):
     dtype: str
     offset_dtype: str
     input_is_rows: bool
-    """Whether the kernels can read the input in place."""
+    """True if the kernels can read the input in place."""
     offset_last: bool
     mask_last: bool
     output_last: bool

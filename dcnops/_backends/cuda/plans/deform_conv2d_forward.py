@@ -20,7 +20,7 @@ from dcnops._backends.cuda.heuristics import (
 )
 from dcnops._backends.cuda.plans.array_jobs import are_rows, empty_images, is_channels_last
 from dcnops._backends.cuda.plans.deform_conv2d_columns import ColumnsPlan
-from dcnops._backends.cuda.plans.deform_conv2d_common import ForwardKey, filters_job
+from dcnops._backends.cuda.plans.deform_conv2d_common import ForwardKey, filters_job, mebibytes
 from dcnops._backends.cuda.plans.deform_conv2d_fused import FusedPlan
 from dcnops._dtypes import DTYPES
 from dcnops._explain import LOGGER
@@ -103,8 +103,9 @@ def _plan_groups(engine: Engine, device: Device, key: ForwardKey) -> list[tuple[
 def _explain(key: ForwardKey, device: Device, groups: list[tuple[slice, FusedPlan | ColumnsPlan]]) -> None:
     problem = ForwardProblem(key.geometry, key.dtype, key.precision, device)
     is_fused = isinstance(groups[0][1], FusedPlan)
-    reasons = failed(FUSED_NEEDS + FUSED_PAYS, problem) or ["all that the fused kernel needs is given, and it pays"]
+    reasons = failed(FUSED_NEEDS + FUSED_PAYS, problem) or ["the fused kernel can be used and pays"]
     why = "it was asked for" if key.path else "; ".join(reasons)
-    LOGGER.debug("deform_conv2d on %s: %s path, because %s", device, "fused" if is_fused else "columns", why)
+    path, limit = "fused" if is_fused else "columns", mebibytes(key.workspace_bytes)
+    LOGGER.debug("deform_conv2d on %s: %s path, because %s; scratch limit %s", device, path, why, limit)
     for plan in dict.fromkeys(plan for _, plan in groups):
         LOGGER.debug("%d groups of %s", sum(other is plan for _, other in groups), plan)
