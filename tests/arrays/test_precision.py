@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from cupy._core import _routines_linalg as cupy_linalg
-from dcnops.adapters.torch import deform_conv2d, functional
 
 import dcnops
 from dcnops._backends.cuda import backend as cuda
+from dcnops.adapters.torch import deform_conv2d, functional
 from tests.cases import DTYPES, assert_close, make_conv
 from tests.cuda.emulated_cupy import cupy_arguments, emulated_cupy
 
