@@ -27,6 +27,7 @@ class Case:
     """Arguments of one call, as NumPy arrays."""
 
     operation: ClassVar[str]
+    geometry_type: ClassVar[type[DeformConvGeometry] | type[DeformRoIPoolGeometry]]
     arrays: ClassVar[tuple[str, ...]]
     """Array arguments of the forward pass, in their order."""
     parameters: ClassVar[tuple[str, ...]]
@@ -37,6 +38,9 @@ class Case:
 
     def arguments(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in (*self.arrays, *self.parameters)}
+
+    def geometry(self) -> Any:
+        return self.geometry_type.of(**self.arguments())
 
     def with_arrays(self, **changes: Any) -> Self:
         return replace(self, **changes)  # type: ignore[type-var]
@@ -62,6 +66,7 @@ class ConvCase(Case):
     """Arguments of one deformable convolution."""
 
     operation = "deform_conv2d"
+    geometry_type = DeformConvGeometry
     arrays = ("input", "offset", "weight", "bias", "mask")
     parameters = ("stride", "padding", "dilation")
     differentiable = ("input", "offset", "weight", "bias", "mask")
@@ -76,16 +81,13 @@ class ConvCase(Case):
     dilation: Any = 1
     grad_out: np.ndarray = field(default_factory=lambda: np.empty(0))
 
-    def geometry(self) -> DeformConvGeometry:
-        arrays = [getattr(self, name) for name in self.arrays]
-        return DeformConvGeometry.of(*arrays, self.stride, self.padding, self.dilation)
-
 
 @dataclass
 class RoIPoolCase(Case):
     """Arguments of one deformable RoI pooling."""
 
     operation = "deform_roi_pool"
+    geometry_type = DeformRoIPoolGeometry
     arrays = ("input", "rois", "offset", "mask")
     parameters = ("output_size", "spatial_scale", "sampling_ratio", "gamma")
     differentiable = ("input", "offset", "mask")
@@ -99,10 +101,6 @@ class RoIPoolCase(Case):
     sampling_ratio: int = 2
     gamma: float = 0.1
     grad_out: np.ndarray = field(default_factory=lambda: np.empty(0))
-
-    def geometry(self) -> DeformRoIPoolGeometry:
-        arrays = [getattr(self, name) for name in self.arrays]
-        return DeformRoIPoolGeometry.of(*arrays, self.output_size, self.spatial_scale, self.sampling_ratio, self.gamma)
 
 
 def make_conv(

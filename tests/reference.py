@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import floor, isnan
 
 import numpy as np
@@ -155,20 +156,6 @@ def deform_conv2d_backward(grad_out, *args, **kwargs) -> dict[str, np.ndarray]:
     return DeformConv2d(*args, **kwargs).backward(grad_out)
 
 
-@dataclass
-class RoISample:
-    """Sample of a bin along one axis: the neighbouring pixels, and the derivative of their weights."""
-
-    low: int
-    high: int
-    fraction: float
-    slope: float
-
-    def weights(self) -> list[tuple[int, float, float]]:
-        """Return (pixel, weight, d weight / d position) of both neighbours."""
-        return [(self.low, 1 - self.fraction, -self.slope), (self.high, self.fraction, self.slope)]
-
-
 class DeformRoIPool:
     """One call."""
 
@@ -187,7 +174,10 @@ class DeformRoIPool:
         self.sampling_ratio = sampling_ratio
 
     def axis(self, r: int, bin: int, bins: int, low: int, extent: int, offset: np.floating):
-        """Return the length of the region, samples per bin, samples in the image, and True for a NaN position."""
+        """Return the length of the region, the samples per bin, their neighbours, and True for a NaN position.
+
+        A neighbour is (pixel, weight, d weight / d position) of a sample, on the image that its position is clamped to.
+        """
         of = self.coordinate
         with np.errstate(all="ignore"):
             start = self.scale * self.rois[r, low] - of(0.5)
@@ -199,17 +189,18 @@ class DeformRoIPool:
             count = self.sampling_ratio or int(min(max(np.ceil(length), 0), 2**24))
             # Vectorised: adaptive sampling of a huge region has millions of samples, almost all of them outside.
             positions = first + (np.arange(count, dtype=self.coordinate) + of(0.5)) * length / of(max(count, 1))
-        samples = []
+        neighbours = []
         for position in positions[(positions >= -1) & (positions <= extent)]:
             clamped = max(float(position), 0.0)
             at = min(int(clamped), extent - 1)
             free = at + 1 < extent
             slope = 1.0 if free and position >= 0 else 0.0
-            samples.append(RoISample(at, at + free, clamped - at if free else 0.0, slope))
-        return region, count, samples, False
+            fraction = clamped - at if free else 0.0
+            neighbours += [(at, 1 - fraction, -slope), (at + free, fraction, slope)]
+        return region, count, neighbours, False
 
     def bins(self):
-        """Yield (r, p, q), image, samples along y and x, 1 / samples, region size, and True for a NaN bin."""
+        """Yield (r, p, q), image, neighbours along y and x, 1 / samples, region size, and True for a NaN bin."""
         for r, p, q in np.ndindex(len(self.rois), self.P, self.Q):
             height, rows, ys, y_is_nan = self.axis(r, p, self.P, 2, self.H, self.offset[r, 1, p, q])
             width, columns, xs, x_is_nan = self.axis(r, q, self.Q, 1, self.W, self.offset[r, 0, p, q])
@@ -221,11 +212,8 @@ class DeformRoIPool:
         output = np.zeros((len(self.rois), self.C, self.P, self.Q))
         for (r, p, q), n, ys, xs, share, _, is_nan in self.bins():
             total = np.zeros(self.C)
-            for y in ys:
-                for x in xs:
-                    for row, wy, _ in y.weights():
-                        for column, wx, _ in x.weights():
-                            total = total + times(wy * wx, self.x[n, :, row, column])
+            for (row, wy, _), (column, wx, _) in product(ys, xs):
+                total = total + times(wy * wx, self.x[n, :, row, column])
             output[r, :, p, q] = np.nan if is_nan else times(self.mask[r, p, q] * share, total)
         return output
 
@@ -236,16 +224,13 @@ class DeformRoIPool:
         for (r, p, q), n, ys, xs, share, (height, width), is_nan in self.bins():
             t = grad_out[r, :, p, q]
             value = slope_y = slope_x = 0.0
-            for y in ys:
-                for x in xs:
-                    for row, wy, dy in y.weights():
-                        for column, wx, dx in x.weights():
-                            pixel = self.x[n, :, row, column]
-                            if not is_nan:
-                                grad_input[n, :, row, column] += times(wy * wx * self.mask[r, p, q] * share, t)
-                            value = value + times(wy * wx, pixel * t).sum()
-                            slope_y = slope_y + times(dy * wx, pixel * t).sum()
-                            slope_x = slope_x + times(wy * dx, pixel * t).sum()
+            for (row, wy, dy), (column, wx, dx) in product(ys, xs):
+                pixel = self.x[n, :, row, column]
+                if not is_nan:
+                    grad_input[n, :, row, column] += times(wy * wx * self.mask[r, p, q] * share, t)
+                value = value + times(wy * wx, pixel * t).sum()
+                slope_y = slope_y + times(dy * wx, pixel * t).sum()
+                slope_x = slope_x + times(wy * dx, pixel * t).sum()
             factor = float(self.gamma) * self.mask[r, p, q] * share
             if is_nan:
                 grad_offset[r, :, p, q] = grad_mask[r, p, q] = np.nan

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from torch import Tensor, nn
-
 from dcnops.adapters import torch as ours
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Compared")[2].partition("\n## ")[0]

@@ -4,11 +4,27 @@ Every kernel processes the work items ``begin <= item < end``, releases the GIL,
 writes, so that the result does not depend on the split over threads. Arrays must be C-contiguous, aligned and writable
 (there is one compiled variant per dtype), and all float32 or all float64.
 
-All kernels use the same data structures. A block is a range of ``width = Gb*cw`` channels: either `Gb` whole weight
-groups, or `cw` channels of one group. ``image [n, H*W + 1, width]`` is channels-last with a zero pixel at the end.
-Corners that must not contribute point to the zero pixel, which keeps the inner loops free of branches. The output
-pixels of a chunk of images have one running index q. Matrix products take the im2col columns or their gradients as
-``[Gb, q, >= K*cw]``.
+A block is a range of ``width = Gb*cw`` channels: either `Gb` whole weight groups, or `cw` channels of one group. The
+output pixels of a chunk of images have one running index q.
+
+Arguments that the kernels share:
+
+sizes : tuple of int
+    H, W, ow, kh, kw, sh, sw, dh, dw, pad_top, pad_left, and the channels per deformable group.
+image : array [n, H*W + 1, width]
+    Channels-last with a zero pixel at the end. Corners that must not contribute point to the zero pixel, which keeps
+    the inner loops free of branches.
+offset : array [n, 2*D*K, oh*ow]
+mask : array [n, D*K, oh*ow], or empty
+weight : array [O, C/G, K]
+gradients : array [Gb, >= last - first, panels*lanes >= K*cw]
+    Gradients of the im2col columns of output pixels from `first` on, written by `column_gradients`.
+c0, o0 : int
+    First input and output channel of the block.
+g0, cw, og : int
+    First weight group of the block, its channels per weight group, and the output channels per weight group.
+samples : tuple of array
+    Scratch memory of the thread for the sampling points of a strip; see `_locate_samples`.
 """
 
 from __future__ import annotations
@@ -149,13 +165,7 @@ def _generate_sums(
 def pack_weight(weight: Any, packed: Any, g0: int, c0: int, cw: int, og: int, begin: int, end: int) -> None:
     """Set ``packed[g, panel, k*cw + c, lane] = weight[(g0+g)*og + o, c0 + c, k]`` with o = panel*lanes + lane.
 
-    A work item is one g and panel.
-
-    Parameters
-    ----------
-    weight : array [O, C/G, K]
-    packed : array [Gb, panels, K*cw, lanes]
-        Zero in the lanes beyond the last o.
+    A work item is one g and panel. `packed` [Gb, panels, K*cw, lanes] is 0 in the lanes beyond the last o.
     """
     panels, _, lanes = packed.shape[1:]
     K = weight.shape[2]
@@ -173,13 +183,7 @@ def pack_weight(weight: Any, packed: Any, g0: int, c0: int, cw: int, og: int, be
 def pack_weight_transposed(weight: Any, packed: Any, g0: int, c0: int, cw: int, begin: int, end: int) -> None:
     """Set ``packed[g, panel, o, lane] = weight[(g0+g)*og + o, c0 + c, k]`` with k*cw + c = panel*lanes + lane.
 
-    A work item is one g and o.
-
-    Parameters
-    ----------
-    weight : array [O, C/G, K]
-    packed : array [Gb, panels, og, lanes]
-        Zero in the lanes beyond the last (k, c).
+    A work item is one g and o. `packed` [Gb, panels, og, lanes] is 0 in the lanes beyond the last (k, c).
     """
     panels, og, lanes = packed.shape[1:]
     K = weight.shape[2]
@@ -196,13 +200,7 @@ def pack_weight_transposed(weight: Any, packed: Any, g0: int, c0: int, cw: int, 
 
 @kernel
 def unpack_weight(gradient: Any, weight: Any, g0: int, c0: int, cw: int, og: int, begin: int, end: int) -> None:
-    """Set ``weight[(g0+g)*og + o, c0 + c, k] = gradient[g, o, k*cw + c]``; a work item is one g and o.
-
-    Parameters
-    ----------
-    gradient : array [Gb, >= og, >= K*cw]
-    weight : array [O, C/G, K]
-    """
+    """Set ``weight[(g0+g)*og + o, c0 + c, k] = gradient[g, o, k*cw + c]``; a work item is one g and o."""
     K = weight.shape[2]
     for item in range(begin, end):
         g = item // og
@@ -339,22 +337,14 @@ def output_tile(
 
     Parameters
     ----------
-    sizes : tuple of int
-        H, W, ow, kh, kw, sh, sw, dh, dw, pad_top, pad_left, and the channels per deformable group.
-    image : array [n, H*W + 1, width]
-    offset : array [n, 2*D*K, oh*ow]
-    mask : array [n, D*K, oh*ow], or empty
     packed : array [Gb, panels, K*cw, lanes]
         From `pack_weight`.
     bias : array [O]
     out : array [n, O, oh*ow]
-    c0, o0 : int
-        First input and output channel of the block.
-    samples : tuple of array
-        Scratch memory of the thread, as are `columns` and `products`; see `_locate_samples`.
-    columns : array [Gb, tile, K*cw]
-        `tile` is a multiple of ROWS.
-    products : array [Gb, tile, panels*lanes]
+    tile : int
+        A multiple of ROWS.
+    columns : array [Gb, tile, K*cw], products : array [Gb, tile, panels*lanes]
+        Scratch memory of the thread.
     """
     pixels = out.shape[2]
     Gb, panels, length, lanes = packed.shape
@@ -407,7 +397,8 @@ def column_gradients(
         Channels-last.
     packed : array [Gb, panels, og, lanes]
         From `pack_weight_transposed`.
-    gradients : array [Gb, >= last - first rounded up to ROWS, panels*lanes]
+    gradients : array
+        Has rows for `last - first` rounded up to ROWS.
     """
     O = grad_out.shape[1]
     Gb, panels, og, lanes = packed.shape
@@ -440,8 +431,6 @@ def weight_gradient(
     ----------
     grad_out : array [n, O, oh*ow]
     gradient : array [Gb, og rounded up to ROWS, panels*lanes]
-    samples : tuple of array
-        Scratch memory of the thread; see `_locate_samples`.
     columns : array [1, DEPTH, panels of an item * lanes]
         Scratch memory of the thread.
     """
@@ -548,14 +537,7 @@ def sampling_gradients(
 ) -> None:  # fmt: skip
     """Add the offset and mask gradients of one block for output pixels from `first` on; a work item is a pixel.
 
-    Parameters
-    ----------
-    gradients : array [Gb, >= end, >= K*cw]
-        From `column_gradients`.
-    grad_offset : array [n, 2*D*K, oh*ow]
-    grad_mask : array [n, D*K, oh*ow], or empty
-    samples : tuple of array
-        Scratch memory of the thread; see `_locate_samples`.
+    `grad_offset` and `grad_mask` have the shapes of `offset` and `mask`; `grad_mask` may be empty.
     """
     pixels = offset.shape[2]
     cd = sizes[11]
@@ -588,15 +570,7 @@ def scatter_columns(
 
     A work item is a channel of the block, so that no two threads write the same element. The terms of each element are
     added in the order of q.
-
-    Parameters
-    ----------
-    gradients : array [Gb, >= last - first, >= K*cw]
-        From `column_gradients`.
-    grad_image : array [n, H*W + 1, width]
-        Its last pixel is undefined.
-    samples : tuple of array
-        Scratch memory of the thread; see `_locate_samples`.
+    `grad_image` has the shape of `image`; its last pixel is undefined.
     """
     corners, weights = samples
     pixels = offset.shape[2]
