@@ -1,4 +1,7 @@
-"""Checks of all non-array arguments: pairs, padding, sampling parameters, layout, needs and precision."""
+"""Checks of all non-array arguments: pairs, padding, sampling parameters, layout, needs and precision.
+
+All functions raise an `ArgumentError` for an illegal value.
+"""
 
 from __future__ import annotations
 
@@ -62,13 +65,7 @@ def expand_padding(value: Padding) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def check_sampling(sampling_ratio: int, spatial_scale: float, gamma: float) -> tuple[int, float, float]:
-    """Check the sampling parameters of RoI pooling and return them as plain Python numbers.
-
-    Raises
-    ------
-    ArgumentError
-        A parameter has no legal value.
-    """
+    """Check the sampling parameters of RoI pooling and return them as plain Python numbers."""
     ratio, scale, factor = _integer(sampling_ratio), _number(spatial_scale), _number(gamma)
     if ratio is None or not 0 <= ratio <= MAX_EXTENT:
         raise ArgumentError(f"sampling_ratio must be an integer from 0 to {MAX_EXTENT}, got {sampling_ratio!r}")
@@ -80,13 +77,7 @@ def check_sampling(sampling_ratio: int, spatial_scale: float, gamma: float) -> t
 
 
 def check_layout(layout: object) -> Layout:
-    """Return the `Layout` with the given name.
-
-    Raises
-    ------
-    ArgumentError
-        `layout` is neither "NCHW" nor "NHWC".
-    """
+    """Return the `Layout` with the given name."""
     known = LAYOUTS.get(layout) if isinstance(layout, str) else None
     if known is None:
         raise ArgumentError(f"layout must be 'NCHW' or 'NHWC', got {layout!r}")
@@ -94,13 +85,7 @@ def check_layout(layout: object) -> Layout:
 
 
 def check_needs(needs: Iterable[str], **arguments: object) -> frozenset[str]:
-    """Return the names in `needs` for which the call has an argument other than None.
-
-    Raises
-    ------
-    ArgumentError
-        `needs` contains a name that is not among `arguments`.
-    """
+    """Return the names in `needs` for which the call has an argument other than None."""
     try:
         wanted = frozenset([needs] if isinstance(needs, str) else needs)
     except TypeError:
@@ -111,13 +96,7 @@ def check_needs(needs: Iterable[str], **arguments: object) -> frozenset[str]:
 
 
 def check_precision(precision: object) -> None:
-    """Check a precision; None means that the array library's own setting applies.
-
-    Raises
-    ------
-    ArgumentError
-        `precision` is neither None nor one of `PRECISIONS`.
-    """
+    """Check a precision; None means that the array library's own setting applies."""
     if precision is not None and not (isinstance(precision, str) and precision in PRECISIONS):
         raise ArgumentError(f"precision must be None, 'ieee', 'tf32' or '3xtf32', got {precision!r}")
 

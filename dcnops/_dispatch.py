@@ -49,13 +49,6 @@ def check_arrays(
         Arrays of any supported dtype, such as `rois`.
     optional : container of str
         Arguments that may be None.
-
-    Raises
-    ------
-    DtypeError
-        An argument is not a NumPy or CuPy array, or has the wrong dtype.
-    DeviceError
-        The arrays belong to different libraries or devices.
     """
     arrays = {
         name: array

@@ -8,16 +8,11 @@ from typing import NamedTuple
 class DType(NamedTuple):
     """Entry of the table."""
 
-    name: str
-    """Name in NumPy, CuPy, PyTorch and JAX."""
-    suffix: str
-    """Suffix of kernel names."""
-    c_name: str
-    """Element type in the CUDA sources."""
-    itemsize: int
-    """Bytes per element."""
-    cublas_type: int
-    """`cudaDataType` value for cuBLAS."""
+    name: str  # name in NumPy, CuPy, PyTorch and JAX
+    suffix: str  # suffix of kernel names
+    c_name: str  # element type in the CUDA sources
+    itemsize: int  # bytes per element
+    cublas_type: int  # `cudaDataType` value for cuBLAS
 
     @property
     def is_16_bit(self) -> bool:

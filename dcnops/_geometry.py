@@ -135,13 +135,6 @@ class DeformConvGeometry:
         """Infer every size from the arrays and parameters of one call.
 
         Only the shapes of the arrays are read. `layout` is that of `input`, `offset` and `mask`.
-
-        Raises
-        ------
-        ShapeError
-            A shape has the wrong rank or does not fit the others.
-        ArgumentError
-            `stride`, `padding` or `dilation` has no legal value.
         """
         shapes = (tuple(input.shape), tuple(offset.shape), tuple(weight.shape))
         mask_shape = None if mask is None else tuple(mask.shape)
@@ -203,17 +196,8 @@ class DeformConvGeometry:
         )  # fmt: skip
 
     def check_grad_out(self, grad_out: tuple[int, ...], layout: Layout = NCHW) -> None:
-        """Check the shape of the gradient of the output, in `layout`.
-
-        Raises
-        ------
-        ShapeError
-            `grad_out` is not the shape of the output.
-        """
-        if grad_out != layout.shape(*self.output_shape):
-            N, O, oh, ow = self.output_shape
-            needed = layout.text(f"N={N}", f"O={O}", f"oh={oh}", f"ow={ow}")
-            raise ShapeError(f"grad_out must be [{needed}], got shape {grad_out}")
+        """Check the shape of the gradient of the output, in `layout`."""
+        _check_grad_out(grad_out, layout, N=self.N, O=self.O, oh=self.oh, ow=self.ow)
 
 
 class DeformRoIPoolSizes(ctypes.Structure):
@@ -286,13 +270,6 @@ class DeformRoIPoolGeometry:
         """Infer every size from the arrays and check the parameters of one call.
 
         Only the shapes of the arrays are read. `layout` is that of `input`.
-
-        Raises
-        ------
-        ShapeError
-            A shape has the wrong rank or does not fit the others.
-        ArgumentError
-            A parameter has no legal value.
         """
         shape = tuple(input.shape)
         if len(shape) != 4:
@@ -312,17 +289,8 @@ class DeformRoIPoolGeometry:
         return cls(N, C, H, W, R, P, Q, ratio, scale, factor)
 
     def check_grad_out(self, grad_out: tuple[int, ...], layout: Layout = NCHW) -> None:
-        """Check the shape of the gradient of the output, in `layout`.
-
-        Raises
-        ------
-        ShapeError
-            `grad_out` is not the shape of the output.
-        """
-        if grad_out != layout.shape(*self.output_shape):
-            R, C, P, Q = self.output_shape
-            needed = layout.text(f"R={R}", f"C={C}", f"P={P}", f"Q={Q}")
-            raise ShapeError(f"grad_out must be [{needed}], got shape {grad_out}")
+        """Check the shape of the gradient of the output, in `layout`."""
+        _check_grad_out(grad_out, layout, R=self.R, C=self.C, P=self.P, Q=self.Q)
 
 
 @_cached
@@ -354,21 +322,19 @@ def _image_sizes(input: tuple[int, ...], layout: Layout) -> tuple[int, int, int,
     return N, C, H, W
 
 
+def _check_grad_out(grad_out: tuple[int, ...], layout: Layout, **sizes: int) -> None:
+    if grad_out != layout.shape(*sizes.values()):
+        needed = layout.text(*(f"{name}={size}" for name, size in sizes.items()))
+        raise ShapeError(f"grad_out must be [{needed}], got shape {grad_out}")
+
+
 def _check_pixels(argument: str, quantity: str, number: int) -> None:
     if number >= _MAX_PIXELS:
         raise ShapeError(f"{argument} must have {quantity} below {_MAX_PIXELS}, got {number}")
 
 
 def output_extent(axis: str, size: int, padding: int, kernel: int, stride: int, dilation: int) -> int:
-    """Return the output size of a convolution along one axis; `padding` is the sum of both sides.
-
-    Raises
-    ------
-    ArgumentError
-        The padded input is larger than `MAX_EXTENT`.
-    ShapeError
-        The padded input is smaller than the dilated kernel.
-    """
+    """Return the output size of a convolution along one axis; `padding` is the sum of both sides."""
     padded, reach = size + padding, dilation * (kernel - 1) + 1
     if padded > MAX_EXTENT:
         raise ArgumentError(

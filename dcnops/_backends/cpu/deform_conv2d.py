@@ -35,7 +35,7 @@ _LEAST_BLOCK_CHANNELS = 32
 _TILE_PIXELS = 16 * loops.ROWS
 _TILE_BYTES = 2**19
 _SPAN_BYTES = 2**23
-_PART_PIXELS = 2048
+_CHUNK_PIXELS = 2048
 _PANELS_TOGETHER = 5
 
 _NO_MASK = {name: np.empty((0, 0, 0), name) for name in ("float32", "float64")}
@@ -45,20 +45,13 @@ _NO_MASK = {name: np.empty((0, 0, 0), name) for name in ("float32", "float64")}
 class _Block:
     """Block of channels: part of one weight group, or several whole groups."""
 
-    c0: int
-    """First channel."""
-    width: int
-    """Number of channels."""
-    g0: int
-    """First weight group."""
-    Gb: int
-    """Number of weight groups."""
-    group_c0: int
-    """First channel within the first weight group."""
-    cw: int
-    """Channels of the block per weight group."""
-    o0: int
-    """First output channel of the first weight group."""
+    c0: int  # first channel
+    width: int  # number of channels
+    g0: int  # first weight group
+    Gb: int  # number of weight groups
+    group_c0: int  # first channel within the first weight group
+    cw: int  # channels of the block per weight group
+    o0: int  # first output channel of the first weight group
 
 
 def _blocks(geometry: DeformConvGeometry, limit: int) -> Iterator[_Block]:
@@ -90,16 +83,11 @@ class _Chunk:
     """Arguments of the forward and backward pass for a chunk of images."""
 
     geometry: DeformConvGeometry
-    dtype: np.dtype[Any]
-    """Dtype of computation."""
-    input: Array
-    """[n, C, H, W], with any strides and of any dtype."""
-    offset: Array
-    """[n, 2*D*K, oh*ow]"""
-    mask: Array
-    """[n, D*K, oh*ow], or an empty array for None."""
-    weight: Array
-    """[O, C/G, K]"""
+    dtype: np.dtype[Any]  # dtype of computation
+    input: Array  # [n, C, H, W], with any strides and of any dtype
+    offset: Array  # [n, 2*D*K, oh*ow]
+    mask: Array  # [n, D*K, oh*ow], or an empty array for None
+    weight: Array  # [O, C/G, K]
 
     @property
     def pixels(self) -> int:
@@ -136,7 +124,7 @@ def _chunks(
     g = geometry
     dtype = compute_dtype(input)
     loop_weight = loop_array(weight, dtype, g.O, g.C // g.G, g.K)
-    together = max(1, _PART_PIXELS // max(g.pixels, g.H * g.W))
+    together = max(1, _CHUNK_PIXELS // max(g.pixels, g.H * g.W))
     for n in range(0, g.N, together):
         images = slice(n, min(n + together, g.N))
         count = images.stop - n
@@ -277,23 +265,23 @@ def _add_gradients(
         Accumulated weight gradient of each block.
     """
     g, dtype = chunk.geometry, chunk.dtype
-    grad_last = None
+    grad_rows = None
     if targets:
-        grad_last = aligned_empty((len(grad_out), g.pixels, g.O), dtype)
-        parallel(transpose_loops.to_channels_last, strip_count(len(grad_out), g.pixels), grad_out, grad_last)
-        grad_last = grad_last.reshape(chunk.pixels, g.O)
+        grad_rows = aligned_empty((len(grad_out), g.pixels, g.O), dtype)
+        parallel(transpose_loops.to_channels_last, strip_count(len(grad_out), g.pixels), grad_out, grad_rows)
+        grad_rows = grad_rows.reshape(chunk.pixels, g.O)
     if targets.keys() & {"offset", "mask"}:
         targets.setdefault("offset", np.zeros_like(chunk.offset))
         targets.setdefault("mask", _NO_MASK[dtype.name])
     for block, grad_weight in zip(blocks, grad_weights):
-        _add_block_gradients(chunk, block, grad_out, grad_last, targets, grad_weight)
+        _add_block_gradients(chunk, block, grad_out, grad_rows, targets, grad_weight)
 
 
 def _add_block_gradients(
     chunk: _Chunk,
     block: _Block,
     grad_out: Array,
-    grad_last: Array | None,
+    grad_rows: Array | None,
     targets: dict[str, Array],
     grad_weight: Array | None,
 ) -> None:
@@ -310,7 +298,7 @@ def _add_block_gradients(
     image = packed = gradients = grad_image = None
     if grad_weight is not None or "offset" in targets:
         image = _channels_last(chunk, block)
-    if grad_last is not None:
+    if grad_rows is not None:
         gradients = aligned_empty((block.Gb, span, padded), dtype)
         packed = aligned_empty((block.Gb, panels, og, lanes), dtype)
         parallel(loops.pack_weight_transposed, block.Gb * og, chunk.weight, packed, block.g0, block.group_c0, block.cw)
@@ -319,7 +307,7 @@ def _add_block_gradients(
         parallel(lambda begin, end: grad_image[:, begin:end].fill(0), g.H * g.W + 1)
 
     def fill_tiles(first: int, last: int, samples: tuple[Array, Array], begin: int, end: int) -> None:
-        loops.column_gradients(grad_last, packed, gradients, block.o0, first, last, tile, begin, end)
+        loops.column_gradients(grad_rows, packed, gradients, block.o0, first, last, tile, begin, end)
         if "offset" in targets:
             loops.sampling_gradients(
                 sizes, image, chunk.offset, chunk.mask, gradients, targets["offset"], targets["mask"],

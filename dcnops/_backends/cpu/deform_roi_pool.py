@@ -35,14 +35,10 @@ class _LoopArguments:
     """Arguments of the forward and backward pass in the form that the loops need."""
 
     geometry: DeformRoIPoolGeometry
-    dtype: np.dtype[Any]
-    """Dtype of computation."""
-    rois: Array
-    """[R, 5]"""
-    offset: Array
-    """[R, 2, P*Q], or an empty array for None."""
-    mask: Array
-    """[R, P*Q], or an empty array for None."""
+    dtype: np.dtype[Any]  # dtype of computation
+    rois: Array  # [R, 5]
+    offset: Array  # [R, 2, P*Q], or an empty array for None
+    mask: Array  # [R, P*Q], or an empty array for None
 
     @property
     def shared(self) -> tuple[Any, ...]:
