@@ -173,11 +173,8 @@ class DeformRoIPool:
         self.scale, self.gamma = self.coordinate(spatial_scale), self.coordinate(gamma)
         self.sampling_ratio = sampling_ratio
 
-    def axis(self, r: int, bin: int, bins: int, low: int, extent: int, offset: np.floating):
-        """Return the length of the region, the samples per bin, their neighbours, and True for a NaN position.
-
-        A neighbour is (pixel, weight, d weight / d position) of a sample, on the image that its position is clamped to.
-        """
+    def positions(self, r: int, bin: int, bins: int, low: int, offset: np.floating):
+        """Return the length of a region and the positions of a bin's samples along an axis, None for a NaN bin."""
         of = self.coordinate
         with np.errstate(all="ignore"):
             start = self.scale * self.rois[r, low] - of(0.5)
@@ -185,10 +182,19 @@ class DeformRoIPool:
             length = region / of(bins)
             first = (start + of(bin) * length) + (self.gamma * region) * offset
             if not np.isfinite(region) or np.isnan(first):
-                return region, 0, [], True
+                return region, None
             count = self.sampling_ratio or int(min(max(np.ceil(length), 0), 2**24))
             # Vectorised: adaptive sampling of a huge region has millions of samples, almost all of them outside.
-            positions = first + (np.arange(count, dtype=self.coordinate) + of(0.5)) * length / of(max(count, 1))
+            return region, first + (np.arange(count, dtype=self.coordinate) + of(0.5)) * length / of(max(count, 1))
+
+    def axis(self, r: int, bin: int, bins: int, low: int, extent: int, offset: np.floating):
+        """Return the length of the region, the samples per bin, their neighbours, and True for a NaN bin.
+
+        A neighbour is (pixel, weight, d weight / d position) of a sample that is clamped to the image.
+        """
+        region, positions = self.positions(r, bin, bins, low, offset)
+        if positions is None:
+            return region, 0, [], True
         neighbours = []
         for position in positions[(positions >= -1) & (positions <= extent)]:
             clamped = max(float(position), 0.0)
@@ -197,7 +203,7 @@ class DeformRoIPool:
             slope = 1.0 if free and position >= 0 else 0.0
             fraction = clamped - at if free else 0.0
             neighbours += [(at, 1 - fraction, -slope), (at + free, fraction, slope)]
-        return region, count, neighbours, False
+        return region, len(positions), neighbours, False
 
     def bins(self):
         """Yield (r, p, q), image, neighbours along y and x, 1 / samples, region size, and True for a NaN bin."""
