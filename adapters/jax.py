@@ -19,7 +19,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental.buffer_callback import Buffer, ExecutionContext, buffer_callback
 
 from dcnops._arguments import Padding, Pair, check_layout, check_precision
-from dcnops._dispatch import FLOAT_DTYPES, check_arrays, load_backend
+from dcnops._dispatch import check_arrays, load_backend
+from dcnops._dtypes import DTYPES
 from dcnops._errors import ArgumentError, DeviceError, DtypeError
 from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
 from dcnops._layout import NCHW, Layout
@@ -267,7 +268,7 @@ def _stand_ins(arrays: _Arrays) -> _Arrays:
 
 def _dtype(array: Array) -> np.dtype[Any]:
     # JAX makes float32 of NumPy's float64 unless it was told to know 64 bits.
-    if array.dtype.name in FLOAT_DTYPES and array.dtype.isnative:
+    if array.dtype.name in DTYPES and array.dtype.isnative:
         return np.dtype(jax.dtypes.canonicalize_dtype(array.dtype))
     return array.dtype
 
@@ -382,7 +383,7 @@ class _Callback:
         operation, order = self.operation, self.operation.layout
         images = {"output", "grad_out", *operation.images}
         arrays = {name: None if buffer is None else view(buffer) for name, buffer in arguments.items()}
-        arrays = {name: order.images(array) if name in images else array for name, array in arrays.items()}
+        arrays = {name: order.to_nchw(array) if name in images else array for name, array in arrays.items()}
         options = dict(operation.options)
         if self.needs is None:
             computed = {"output": getattr(backend, operation.name)(operation.geometry, **arrays, **options)}
@@ -391,5 +392,5 @@ class _Callback:
             computed = backward(operation.geometry, **arrays, needs=self.needs, deterministic=False, **options)
         for name, array in computed.items():
             if name in images:
-                array = order.array(array, backend.contiguous)
+                array = order.from_nchw(array, backend.contiguous)
             library.copyto(view(results[name]), array)

@@ -35,8 +35,8 @@ _LAST_LINES = 4
 
 # Of the tests without a GPU, one of each kind stands for them in a rehearsal.
 _REHEARSED_TESTS = (
-    "tests/arrays/test_deform_conv2d_extremes.py::test_images_of_a_pixel_or_two",
-    "tests/arrays/test_precision.py::test_each_precision_is_as_accurate_as_it_says",
+    "tests/arrays/test_deform_conv2d.py::test_tiny_images",
+    "tests/arrays/test_precision.py::test_each_precision_has_its_accuracy",
 )
 
 

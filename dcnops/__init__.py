@@ -16,7 +16,7 @@ from dcnops.deform_roi_pool import DeformRoIPoolGradients, deform_roi_pool, defo
 
 __version__ = "0.1.0"
 
-# A checkout that is not installed has the adapters and the CUDA sources beside this folder, an installation in it.
+# An installed package contains the adapters and the CUDA sources; in a checkout they lie next to this folder.
 if not os.path.isdir(os.path.join(__path__[0], "adapters")):
     __path__.append(os.path.dirname(__path__[0]))
 

@@ -1,4 +1,4 @@
-"""``python -m dcnops``: what is installed, what works, and what is wrong."""
+"""Command line of ``python -m dcnops``: environment report and ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -7,34 +7,38 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
-from dcnops._diagnosis import describe, find_out
+from dcnops._diagnosis import format_report, inspect_environment
 from dcnops._errors import DcnError
 from dcnops._prefetch import LIBRARIES, prefetch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the diagnosis, or compile ahead of time.
+    """Print the environment report, or compile ahead of time.
 
     Returns
     -------
     int
-        0; 1 if an installed backend does not work; 2 for a wrong command.
+        0 for success, 1 if an installed backend does not work, 2 for a wrong command.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m dcnops", description="Versions, devices, backends and caches, and what is wrong with them."
+        prog="python -m dcnops", description="Report versions, devices, backends and caches, with advice on problems."
     )
-    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     commands = parser.add_subparsers(metavar="COMMAND")
     command = commands.add_parser(
         "prefetch",
         help="compile ahead of the first call",
-        description="Compile what calls with these arrays need (dcnops.prefetch), which is kept on disk.",
+        description="Compile the code for calls of these sizes and keep it on disk (dcnops.prefetch).",
     )
-    command.add_argument("--library", choices=LIBRARIES, default="numpy", help="of the arrays; default: %(default)s")
-    command.add_argument("--dtypes", nargs="+", default=["float32"], metavar="DTYPE", help="default: float32")
-    command.add_argument("--input", nargs=4, type=int, default=(1, 16, 32, 32), metavar=("N", "C", "H", "W"))
-    command.add_argument("--weight", nargs=4, type=int, default=(16, 16, 3, 3), metavar=("O", "C/G", "KH", "KW"))
+    command.add_argument("--library", choices=LIBRARIES, default="numpy", help="array library; default: %(default)s")
+    command.add_argument(
+        "--dtypes", nargs="+", default=["float32"], metavar="DTYPE", help="data types; default: float32"
+    )
+    sizes: dict[str, Any] = {"nargs": 4, "type": int, "help": "default: %(default)s"}
+    command.add_argument("--input", **sizes, default=(1, 16, 32, 32), metavar=("N", "C", "H", "W"))
+    command.add_argument("--weight", **sizes, default=(16, 16, 3, 3), metavar=("O", "C/G", "KH", "KW"))
     options = parser.parse_args(arguments)
     if "library" in options:
         begin = time.perf_counter()
@@ -45,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         print(f"compiled in {time.perf_counter() - begin:.1f} s")
         return 0
-    facts = find_out()
-    print(json.dumps(facts.to_dict(), indent=1) if options.json else describe(facts))
-    return 0 if facts.works else 1
+    environment = inspect_environment()
+    print(json.dumps(environment.to_dict(), indent=1) if options.json else format_report(environment))
+    return 0 if environment.works else 1
 
 
 if __name__ == "__main__":

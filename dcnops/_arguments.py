@@ -1,4 +1,7 @@
-"""Checks of the arguments that are not arrays: pairs, padding, sampling numbers, layout, needs and precision."""
+"""Checks of all non-array arguments: pairs, padding, sampling parameters, layout, needs and precision.
+
+All functions raise an `ArgumentError` for an illegal value.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ MAX_EXTENT = 2**24
 
 
 def expand_pair(name: str, value: Pair, minimum: int = 1) -> tuple[int, int]:
-    """(vertical, horizontal) of an integer or a pair of them, from `minimum` on."""
-    # What is given nearly always, without the questions below.
+    """Return (vertical, horizontal) of an integer or a pair of integers, each at least `minimum`."""
+    # Fast path for plain integers and pairs of them; everything else goes through the slower conversions below.
     plain: Any = (value, value) if type(value) is int else value
     if type(plain) in (tuple, list) and len(plain) == 2:
         vertical, horizontal = plain
@@ -46,7 +49,7 @@ def expand_pair(name: str, value: Pair, minimum: int = 1) -> tuple[int, int]:
 
 
 def expand_padding(value: Padding) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((top, bottom), (left, right)) of any form of padding."""
+    """Return ((top, bottom), (left, right)), the only form used inside the library, of any form of padding."""
     items = None if type(value) is int else _sequence(value)
     try:
         if items is not None and len(items) == 2 and all(_sequence(item) is not None for item in items):
@@ -62,13 +65,7 @@ def expand_padding(value: Padding) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def check_sampling(sampling_ratio: int, spatial_scale: float, gamma: float) -> tuple[int, float, float]:
-    """The numbers of a RoI pooling as plain Python numbers.
-
-    Raises
-    ------
-    ArgumentError
-        When one of them is not a legal value.
-    """
+    """Check the sampling parameters of RoI pooling and return them as plain Python numbers."""
     ratio, scale, factor = _integer(sampling_ratio), _number(spatial_scale), _number(gamma)
     if ratio is None or not 0 <= ratio <= MAX_EXTENT:
         raise ArgumentError(f"sampling_ratio must be an integer from 0 to {MAX_EXTENT}, got {sampling_ratio!r}")
@@ -80,13 +77,7 @@ def check_sampling(sampling_ratio: int, spatial_scale: float, gamma: float) -> t
 
 
 def check_layout(layout: object) -> Layout:
-    """The layout of that name.
-
-    Raises
-    ------
-    ArgumentError
-        When there is none.
-    """
+    """Return the `Layout` with the given name."""
     known = LAYOUTS.get(layout) if isinstance(layout, str) else None
     if known is None:
         raise ArgumentError(f"layout must be 'NCHW' or 'NHWC', got {layout!r}")
@@ -94,13 +85,7 @@ def check_layout(layout: object) -> Layout:
 
 
 def check_needs(needs: Iterable[str], **arguments: object) -> frozenset[str]:
-    """The names in `needs` whose argument was given.
-
-    Raises
-    ------
-    ArgumentError
-        When `needs` holds a name that is not among `arguments`.
-    """
+    """Return the names in `needs` for which the call has an argument other than None."""
     try:
         wanted = frozenset([needs] if isinstance(needs, str) else needs)
     except TypeError:
@@ -111,13 +96,7 @@ def check_needs(needs: Iterable[str], **arguments: object) -> frozenset[str]:
 
 
 def check_precision(precision: object) -> None:
-    """Check the name of a precision; None is left to the array library's own switch.
-
-    Raises
-    ------
-    ArgumentError
-        When there is none of that name.
-    """
+    """Check a precision; None means that the array library's own setting applies."""
     if precision is not None and not (isinstance(precision, str) and precision in PRECISIONS):
         raise ArgumentError(f"precision must be None, 'ieee', 'tf32' or '3xtf32', got {precision!r}")
 
@@ -130,7 +109,7 @@ def _integer(value: object) -> int | None:
 
 
 def _number(value: object) -> float | None:
-    """A finite real number as a float."""
+    """Return a finite real number as a float, and None for anything else."""
     if isinstance(value, Real) and math.isfinite(value):
         return float(value)
     return None

@@ -1,4 +1,4 @@
-"""What ``python -m dcnops`` finds out: versions, devices, backends, caches, and what is wrong with them."""
+"""Environment report of ``python -m dcnops``: versions, devices, backends, caches, and advice on problems."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 MINIMUM = {"numpy": (1, 26), "numba": (0, 60), "cupy": (14,), "torch": (2, 6), "jax": (0, 9)}
-"""The oldest versions that are supported, as in pyproject.toml."""
+"""Oldest supported versions, as in pyproject.toml."""
 
-WATCHED = ("numpy", "numba", "torch", "torchvision", "jax", "onnx", "onnxruntime", "ml-dtypes")
+REPORTED = ("numpy", "numba", "torch", "torchvision", "jax", "onnx", "onnxruntime", "ml-dtypes")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What computes arrays of a library."""
+    """Result of the check of one backend; `arrays` names the library of its arrays."""
 
     arrays: str
     device: str
@@ -30,7 +30,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder in which compiled code is kept."""
+    """Folder of compiled code."""
 
     what: str
     folder: str
@@ -39,20 +39,20 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """All that is known of an environment.
+class Environment:
+    """State of the environment.
 
     Attributes
     ----------
     versions : dict of str to str
-        Of the packages that are installed, those of CuPy by their own names (cupy-cuda13x).
+        Versions of the installed packages; CuPy appears under the names of its packages, such as cupy-cuda13x.
     driver : int or None
-        The newest CUDA that the NVIDIA driver can run, 13020 for 13.2; None without a driver.
+        Newest CUDA version that the NVIDIA driver supports (13020 for 13.2); None without a driver.
     backends : list of Backend
-        That of NumPy, and that of CuPy if it is installed.
+        The NumPy backend, and the CuPy backend if CuPy is installed.
     caches : list of Cache
     interpreted : bool
-        Whether NUMBA_DISABLE_JIT is set.
+        True if NUMBA_DISABLE_JIT is set.
     """
 
     versions: dict[str, str]
@@ -64,112 +64,113 @@ class Facts:
 
     @property
     def cupy(self) -> list[str]:
-        """The packages that are a CuPy."""
+        """Names of the installed CuPy packages."""
         return [name for name in self.versions if name.startswith("cupy")]
 
     @property
     def works(self) -> bool:
-        """Whether every installed backend computes."""
+        """True if all installed backends work."""
         return all(backend.error is None for backend in self.backends)
 
     def to_dict(self) -> dict[str, Any]:
-        """For json."""
+        """Return the content as a dictionary for JSON."""
         return {**asdict(self), "works": self.works, "advice": advise(self)}
 
 
-def find_out() -> Facts:
-    """Look at this environment; a tiny call is made on each backend."""
-    versions = {name: version for name in WATCHED if (version := _version(name))}
+def inspect_environment() -> Environment:
+    """Inspect the current environment, including a small call on each backend."""
+    versions = {name: version for name in REPORTED if (version := _version(name))}
     for distribution in metadata.distributions():
         name = (distribution.metadata["Name"] or "").lower()
         if name == "cupy" or re.fullmatch(r"cupy-(cuda\d+x|rocm.*)", name):
             versions[name] = distribution.version
     cupy = any(name.startswith("cupy") for name in versions)
-    backends = [_cpu(), *([_gpu()] if cupy else [])]
+    backends = [_cpu_backend(), *([_gpu_backend()] if cupy else [])]
     caches = [_cpu_cache(), *([_gpu_cache()] if cupy else [])]
     interpreted = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
-    return Facts(versions, _driver(), backends, [cache for cache in caches if cache], interpreted)
+    return Environment(versions, _driver_cuda_version(), backends, [cache for cache in caches if cache], interpreted)
 
 
-def advise(facts: Facts) -> list[str]:
-    """What is wrong, in sentences that say what to do."""
+def advise(environment: Environment) -> list[str]:
+    """Return a sentence for each problem, with its remedy."""
     found = []
+    versions, cupy, driver = environment.versions, environment.cupy, environment.driver
     for name, minimum in MINIMUM.items():
-        for package in facts.cupy if name == "cupy" else [name]:
-            version = facts.versions.get(package)
-            if version and _numbers(version) < minimum:
+        for package in cupy if name == "cupy" else [name]:
+            version = versions.get(package)
+            if version and _version_numbers(version) < minimum:
                 least = ".".join(map(str, minimum))
                 found.append(f"{package} {version} is too old: pip install --upgrade '{package}>={least}'.")
-    gpu = next((backend for backend in facts.backends if backend.arrays == "cupy"), None)
-    if len(facts.cupy) > 1:
-        names = " ".join(facts.cupy)
+    gpu = next((backend for backend in environment.backends if backend.arrays == "cupy"), None)
+    if len(cupy) > 1:
+        names = " ".join(cupy)
         found.append(
             f"Several CuPy packages are installed ({names}), which overwrite each other: pip uninstall {names}, then "
             "install the one for your CUDA."
         )
-    elif facts.driver is None and facts.cupy:
+    elif driver is None and cupy:
         found.append(
             "No NVIDIA driver was found, so CuPy arrays cannot be made; NumPy arrays need none. If there is a GPU, "
             "install its driver, or give it to the container (docker run --gpus all): nvidia-smi must list it."
         )
-    elif facts.driver is not None and not facts.cupy:
-        extra = "cuda13" if facts.driver >= 13000 else "cuda12"
+    elif driver is not None and not cupy:
+        extra = "cuda13" if driver >= 13000 else "cuda12"
         found.append(f"There is an NVIDIA driver but no CuPy: pip install 'dcnops[{extra}]' to compute on the GPU.")
-    elif facts.driver is not None and (needed := _cuda_of(facts.cupy)) and needed * 1000 > facts.driver:
-        major, minor = facts.driver // 1000, facts.driver % 1000 // 10
+    elif driver is not None and (needed := _cuda_major(cupy)) and needed * 1000 > driver:
+        major, minor = driver // 1000, driver % 1000 // 10
         found.append(
-            f"{facts.cupy[0]} needs a driver for CUDA {needed}, this one runs CUDA {major}.{minor} at most: update the "
-            f"driver, or pip uninstall {facts.cupy[0]} and pip install 'dcnops[cuda{major}]'."
+            f"{cupy[0]} needs a driver for CUDA {needed}, this one runs CUDA {major}.{minor} at most: update the "
+            f"driver, or pip uninstall {cupy[0]} and pip install 'dcnops[cuda{major}]'."
         )
     elif gpu and gpu.error:
-        found.append(_about_gpu_error(gpu.error, facts.cupy[0]))
-    if facts.driver is not None and "+cpu" in facts.versions.get("torch", ""):
+        found.append(_explain_gpu_error(gpu.error, cupy[0]))
+    if driver is not None and "+cpu" in versions.get("torch", ""):
         found.append(
-            f"torch {facts.versions['torch']} is a build without CUDA beside a GPU: its tensors stay on the CPU. "
+            f"torch {versions['torch']} is a build without CUDA beside a GPU: its tensors stay on the CPU. "
             "Install a CUDA build (pip install torch, from PyPI) to compute on the GPU."
         )
-    if facts.interpreted:
+    if environment.interpreted:
         found.append("NUMBA_DISABLE_JIT is set: the CPU backend is interpreted, thousands of times slower. Unset it.")
-    for cache in facts.caches:
+    for cache in environment.caches:
         if not cache.writable:
             variable = "NUMBA_CACHE_DIR" if cache.what == "CPU code" else "CUPY_CACHE_DIR"
             found.append(
                 f"{cache.folder} cannot be written to: compiled {cache.what} is lost at the end of each process. Set "
                 f"{variable} to a folder that can be."
             )
-    cpu = facts.backends[0]
+    cpu = environment.backends[0]
     if cpu.error:
         found.append(f"The CPU backend does not work ({cpu.error}): reinstall numpy and numba, versions that fit.")
     return found
 
 
-def describe(facts: Facts) -> str:
-    """All of it as text."""
-    lines = [f"python {facts.python} on {platform.platform()}, dcnops {_version('dcnops') or 'without metadata'}"]
-    lines.append(", ".join(f"{name} {version}" for name, version in facts.versions.items()))
-    if facts.driver is None:
+def format_report(environment: Environment) -> str:
+    """Format the report as text."""
+    lines = [f"python {environment.python} on {platform.platform()}, dcnops {_version('dcnops') or 'without metadata'}"]
+    lines.append(", ".join(f"{name} {version}" for name, version in environment.versions.items()))
+    if environment.driver is None:
         lines.append("no NVIDIA driver")
     else:
-        lines.append(f"NVIDIA driver for CUDA {facts.driver // 1000}.{facts.driver % 1000 // 10}")
+        lines.append(f"NVIDIA driver for CUDA {environment.driver // 1000}.{environment.driver % 1000 // 10}")
     lines.append("")
-    for backend in facts.backends:
+    for backend in environment.backends:
         state = "works" if backend.error is None else f"does not work: {backend.error}"
         lines.append(f"{backend.arrays} arrays: {backend.device}; {state}")
-    for cache in facts.caches:
+    for cache in environment.caches:
         writable = "" if cache.writable else ", cannot be written to"
         lines.append(f"compiled {cache.what}: {cache.folder} ({cache.bytes / 2**20:.1f} MiB{writable})")
-    advice = advise(facts)
+    advice = advise(environment)
     lines += ["", *(f"* {sentence}" for sentence in advice)] if advice else []
     return "\n".join(lines)
 
 
-def _cpu() -> Backend:
+def _cpu_backend() -> Backend:
     def call() -> None:
         import numpy
 
-        _try(numpy)
+        _check_results(numpy)
 
-    error = _error(call)
+    error = _error_message(call)
     try:
         import llvmlite.binding
 
@@ -181,7 +182,7 @@ def _cpu() -> Backend:
     return Backend("numpy", f"CPU, {processor}", error)
 
 
-def _gpu() -> Backend:
+def _gpu_backend() -> Backend:
     devices = "no GPU"
 
     def call() -> None:
@@ -197,14 +198,14 @@ def _gpu() -> Backend:
             )
         runtime = cupy.cuda.runtime.runtimeGetVersion()
         devices = f"{', '.join(names)}; CUDA {runtime // 1000}.{runtime % 1000 // 10}"
-        _try(cupy)
+        _check_results(cupy)
 
-    error = _error(call)
+    error = _error_message(call)
     return Backend("cupy", devices, error)
 
 
-def _try(xp: Any) -> None:
-    """A tiny convolution, forward and backward, whose result is known."""
+def _check_results(xp: Any) -> None:
+    """Run a small convolution, forward and backward, and compare it with its known result."""
     import dcnops
 
     image = xp.arange(16, dtype=xp.float32).reshape(1, 1, 4, 4)
@@ -219,8 +220,8 @@ def _try(xp: Any) -> None:
         raise ArithmeticError(f"wrong numbers: {found}")
 
 
-def _error(call: Callable[[], None]) -> str | None:
-    """What a call raises, on one line."""
+def _error_message(call: Callable[[], None]) -> str | None:
+    """Return the error that a call raises on one line, and None if it succeeds."""
     try:
         call()
     except Exception as error:
@@ -228,8 +229,8 @@ def _error(call: Callable[[], None]) -> str | None:
     return None
 
 
-def _about_gpu_error(error: str, package: str) -> str:
-    """The usual reasons why CuPy cannot compute although there is a driver."""
+def _explain_gpu_error(error: str, package: str) -> str:
+    """Return the likely reason why CuPy fails although there is a driver."""
     with_libraries = f"pip install '{package}[ctk]'" if package != "cupy" else "install the CUDA toolkit"
     if re.search(r"could not open source file|cannot open source file|cuda_fp16|CUDA_PATH|headers", error):
         return f"CuPy does not find CUDA's headers: {with_libraries}. ({error})"
@@ -240,8 +241,8 @@ def _about_gpu_error(error: str, package: str) -> str:
     return f"CuPy does not work; its own check may tell more: python -c 'import cupy; cupy.show_config()'. ({error})"
 
 
-def _driver() -> int | None:
-    """The newest CUDA that the driver runs."""
+def _driver_cuda_version() -> int | None:
+    """Return the newest CUDA version that the driver supports."""
     try:
         library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -284,11 +285,11 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _version_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
-def _cuda_of(packages: list[str]) -> int | None:
-    """The major version of CUDA that a CuPy package is for."""
+def _cuda_major(packages: list[str]) -> int | None:
+    """Return the CUDA major version of a CuPy package."""
     match = re.search(r"cuda(\d+)x", packages[0])
     return int(match.group(1)) if match else None

@@ -1,4 +1,4 @@
-"""Which backend owns the arrays of a call: a look-up by type that imports no array library."""
+"""Choice of the backend by the type of the arrays; imports no array library itself."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Container
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
+from dcnops._dtypes import DTYPES
 from dcnops._errors import DeviceError, DtypeError
-
-FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 _BACKENDS = {"numpy": "dcnops._backends.cpu.backend", "cupy": "dcnops._backends.cuda.backend"}
 _ADVICE = {
@@ -21,7 +20,7 @@ _ADVICE = {
 
 
 class Array(Protocol):
-    """What the checks read of an array; `numpy.ndarray` and `cupy.ndarray` have it."""
+    """Array attributes that the checks read."""
 
     @property
     def shape(self) -> Any: ...
@@ -38,26 +37,18 @@ def check_arrays(
     regions: dict[str, Array | None] | None = None,
     optional: Container[str] = (),
 ) -> str:
-    """Check library, dtype and device of a call's arrays; return the library's name.
+    """Check the library, dtype and device of a call's arrays and return the name of the library.
 
     Parameters
     ----------
     data : dict
-        Arrays that share one dtype, by argument name; the first one sets library, dtype and device.
+        Arrays of one dtype, by argument name; the first determines the library, dtype and device.
     sampling : dict
-        Arrays that say where to sample. They share the dtype of `data`; beside float16 and bfloat16 data they may
-        all be float32.
+        Offsets and masks. They have the dtype of `data`; with float16 and bfloat16 data all of them may be float32.
     regions : dict, optional
-        Arrays of any of the dtypes, such as rois.
+        Arrays of any supported dtype, such as `rois`.
     optional : container of str
-        The arguments that may be None.
-
-    Raises
-    ------
-    DtypeError
-        When an argument is no NumPy or CuPy array, or has the wrong dtype.
-    DeviceError
-        When arrays of different libraries or devices are mixed.
+        Arguments that may be None.
     """
     arrays = {
         name: array
@@ -78,7 +69,7 @@ def _check_kinds(
     sampling: tuple[str, ...],
     regions: tuple[str, ...],
 ) -> str:
-    """Check library and dtype of arrays of these names, types and dtypes; return the library's name."""
+    """Check the library and dtype of arrays given as (name, type, dtype) and return the name of the library."""
     libraries = {name: _check_library(name, kind) for name, kind, _ in kinds}
     first = kinds[0][0]
     library = libraries[first]
@@ -88,10 +79,11 @@ def _check_kinds(
 
     dtypes = {name: _native_name(name, dtype) for name, _, dtype in kinds}
     for name in (first, *regions):
-        if dtypes[name] not in FLOAT_DTYPES:
-            raise DtypeError(f"{name} must be {', '.join(FLOAT_DTYPES[:-1])} or {FLOAT_DTYPES[-1]}, got {dtypes[name]}")
+        if dtypes[name] not in DTYPES:
+            *others, last = DTYPES
+            raise DtypeError(f"{name} must be {', '.join(others)} or {last}, got {dtypes[name]}")
     dtype = dtypes[first]
-    legal = (dtype, "float32") if dtype in ("float16", "bfloat16") else (dtype,)
+    legal = (dtype, "float32") if DTYPES[dtype].is_16_bit else (dtype,)
     lead = next((name for name in sampling if name in dtypes), "")
     for name, got in dtypes.items():
         if name in data and got != dtype:
@@ -105,13 +97,13 @@ def _check_kinds(
 
 @functools.cache
 def load_backend(library: str) -> ModuleType:
-    """Import the backend that owns arrays of `library`, on first use."""
+    """Import the backend for arrays of `library`."""
     return importlib.import_module(_BACKENDS[library])
 
 
 @functools.lru_cache(maxsize=256)
-def _library(kind: type) -> str | None:
-    """The library of a class of arrays."""
+def _library_of(kind: type) -> str | None:
+    """Return the library of an array class, and None for anything else."""
     for base in kind.__mro__:
         if base.__name__ == "MaskedArray":
             return None  # its mask would be ignored
@@ -122,7 +114,7 @@ def _library(kind: type) -> str | None:
 
 
 def _check_library(name: str, kind: type) -> str:
-    library = _library(kind)
+    library = _library_of(kind)
     if library is not None:
         return library
     got = f"{kind.__module__}.{kind.__qualname__}" if kind.__module__ != "builtins" else kind.__qualname__
@@ -132,7 +124,7 @@ def _check_library(name: str, kind: type) -> str:
 
 def _dtype(array: Any) -> Any:
     kind: type = type(array)
-    return array.dtype if _library(kind) else None
+    return array.dtype if _library_of(kind) else None
 
 
 def _native_name(name: str, dtype: Any) -> str:

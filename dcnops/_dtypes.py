@@ -1,4 +1,4 @@
-"""The data types that the operations compute in, and their names in each place that needs one."""
+"""Table of the supported data types and of everything that the library needs to know about each."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ from typing import NamedTuple
 
 
 class DType(NamedTuple):
-    """One data type of the arrays."""
+    """Entry of the table."""
 
-    name: str
-    """Name of the NumPy, CuPy, PyTorch and JAX type."""
-    suffix: str
-    """End of the names of kernels."""
-    c_name: str
-    """Type of an element in the CUDA sources."""
-    itemsize: int
-    """Bytes of an element."""
-    cublas_type: int
-    """`cudaDataType` of cuBLAS."""
+    name: str  # name in NumPy, CuPy, PyTorch and JAX
+    suffix: str  # suffix of kernel names
+    c_name: str  # element type in the CUDA sources
+    itemsize: int  # bytes per element
+    cublas_type: int  # `cudaDataType` value for cuBLAS
 
     @property
     def is_16_bit(self) -> bool:
-        """Whether sums and coordinates need the wider float32."""
+        """True for the types that compute coordinates and sums in float32."""
         return self.itemsize == 2
 
 

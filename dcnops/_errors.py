@@ -1,8 +1,8 @@
-"""The exceptions of the library: each names the argument, what it needs and what it got."""
+"""Exceptions of the library; each message names the argument, what it needs and what it got."""
 
 
 class DcnError(Exception):
-    """Base class of every exception that dcnops raises on purpose."""
+    """Base class of all exceptions that dcnops raises itself."""
 
 
 class ShapeError(DcnError, ValueError):
@@ -10,16 +10,16 @@ class ShapeError(DcnError, ValueError):
 
 
 class ArgumentError(DcnError, ValueError):
-    """A parameter (stride, padding, output_size, needs, ...) or a value in an array has no meaning."""
+    """A parameter (stride, padding, output_size, needs, ...) or a value in an array is invalid."""
 
 
 class DtypeError(DcnError, TypeError):
-    """An argument is not an array of a supported library, or its dtype is not supported."""
+    """An argument is not a NumPy or CuPy array, or its dtype is not supported."""
 
 
 class DeviceError(DcnError, ValueError):
-    """Arrays of one call live in different libraries or on different devices."""
+    """The arrays of one call belong to different libraries or devices."""
 
 
 class KernelCompileError(DcnError, RuntimeError):
-    """A CUDA kernel could not be compiled; the message carries the compiler's log."""
+    """A CUDA kernel failed to compile; the message contains the compiler's log."""

@@ -1,7 +1,7 @@
-"""Sizes of an operation: inferred and checked once, pure integers, no array is touched.
+"""Sizes of an operation, inferred from the shapes and checked once.
 
-A geometry is what a backend needs to know about a call besides the arrays themselves. Every shape error is
-raised here, before anything is allocated.
+A geometry holds everything that a backend needs to know about a call except the arrays. All shape errors are raised
+here, before any memory is allocated.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ _SIZE_NAMES = ("N", "C", "H", "W", "oh", "ow", "kh", "kw", "sh", "sw", "dh", "dw
 _STEP_NAMES = ("offset_channel", "offset_pixel", "mask_channel", "mask_pixel")
 
 
-def _recalled(function: _Function) -> _Function:
-    """Remember results; sizes that are symbols of a trace (`torch.SymInt`) have no hash and are worked out anew."""
-    remembered = functools.lru_cache(maxsize=256)(function)
+def _cached(function: _Function) -> _Function:
+    """Cache results, except for sizes without a hash: the symbolic sizes of a trace (`torch.SymInt`)."""
+    cached = functools.lru_cache(maxsize=256)(function)
 
     @functools.wraps(function)
-    def recall(*args: Any) -> Any:
+    def call(*args: Any) -> Any:
         try:
-            return remembered(*args)
+            return cached(*args)
         except TypeError:
             return function(*args)
 
-    return cast(_Function, recall)
+    return cast(_Function, call)
 
 
 class Shaped(Protocol):
-    """Anything with a shape: arrays of every library, and tensors."""
+    """Anything with a shape, such as an array of any library or a tensor."""
 
     @property
     def shape(self) -> Any: ...
 
 
 class DeformConvSizes(ctypes.Structure):
-    """The integers that every deformable convolution kernel takes (`DeformConvSizes` in dcn/deform_conv2d.cuh)."""
+    """Sizes as every deformable convolution kernel takes them (`DeformConvSizes` in dcn/deform_conv2d.cuh)."""
 
     _fields_ = [(name, ctypes.c_int) for name in (*_SIZE_NAMES, *_STEP_NAMES)]
 
 
 @dataclass(frozen=True)
 class DeformConvGeometry:
-    """Every size of one deformable convolution.
+    """Sizes of one deformable convolution.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class DeformConvGeometry:
     sh, sw, dh, dw : int
         Stride and dilation, vertical and horizontal.
     pad_top, pad_bottom, pad_left, pad_right : int
-        Zero padding of each side, in pixels.
+        Zero padding on each side, in pixels.
     G, D : int
         Weight groups and deformable groups.
     """
@@ -98,7 +98,7 @@ class DeformConvGeometry:
 
     @property
     def K(self) -> int:
-        """Taps of the kernel."""
+        """Number of kernel taps."""
         return self.kh * self.kw
 
     @property
@@ -107,11 +107,11 @@ class DeformConvGeometry:
 
     @property
     def pixels(self) -> int:
-        """Output pixels of one image."""
+        """Number of output pixels per image."""
         return self.oh * self.ow
 
     def params(self, offset_last: bool = False, mask_last: bool = False) -> DeformConvSizes:
-        """The struct the kernels take; `offset_last` and `mask_last` say that channels are together in memory."""
+        """Return the struct for the kernels; `offset_last` and `mask_last` mark channels-last offsets and masks."""
         channels = self.D * self.K
         return DeformConvSizes(
             *(getattr(self, name) for name in _SIZE_NAMES),
@@ -134,14 +134,7 @@ class DeformConvGeometry:
     ) -> DeformConvGeometry:
         """Infer every size from the arrays and parameters of one call.
 
-        Only the shapes of the arrays are read. `layout` is the order of the axes of `input`, `offset` and `mask`.
-
-        Raises
-        ------
-        ShapeError
-            A shape has the wrong rank or does not fit the others.
-        ArgumentError
-            `stride`, `padding` or `dilation` is not a legal value.
+        Only the shapes of the arrays are read. `layout` is that of `input`, `offset` and `mask`.
         """
         shapes = (tuple(input.shape), tuple(offset.shape), tuple(weight.shape))
         mask_shape = None if mask is None else tuple(mask.shape)
@@ -152,7 +145,7 @@ class DeformConvGeometry:
         return cls._infer(*shapes, bias_shape, mask_shape, strides, sides, dilations, layout)
 
     @classmethod
-    @_recalled
+    @_cached
     def _infer(
         cls,
         input: tuple[int, ...],
@@ -165,7 +158,7 @@ class DeformConvGeometry:
         dilation: tuple[int, int],
         layout: Layout,
     ) -> DeformConvGeometry:
-        """The same of shapes of the right rank and legal parameters; one object for each call."""
+        """Infer the sizes from shapes of the right rank and expanded parameters."""
         N, C, H, W = layout.sizes(input)
         O, channels_per_group, kh, kw = weight
         (sh, sw), (dh, dw) = stride, dilation
@@ -203,21 +196,12 @@ class DeformConvGeometry:
         )  # fmt: skip
 
     def check_grad_out(self, grad_out: tuple[int, ...], layout: Layout = NCHW) -> None:
-        """Check the shape of the gradient that arrives at the output, in `layout`.
-
-        Raises
-        ------
-        ShapeError
-            When it is not the shape of the output.
-        """
-        if grad_out != layout.shape(*self.output_shape):
-            N, O, oh, ow = self.output_shape
-            needed = layout.text(f"N={N}", f"O={O}", f"oh={oh}", f"ow={ow}")
-            raise ShapeError(f"grad_out must be [{needed}], got shape {grad_out}")
+        """Check the shape of the gradient of the output, in `layout`."""
+        _check_grad_out(grad_out, layout, N=self.N, O=self.O, oh=self.oh, ow=self.ow)
 
 
 class DeformRoIPoolSizes(ctypes.Structure):
-    """The numbers that every deformable RoI pooling kernel takes (`DeformRoIPoolSizes` in dcn/roi_bins.cuh)."""
+    """Sizes as every deformable RoI pooling kernel takes them (`DeformRoIPoolSizes` in dcn/roi_bins.cuh)."""
 
     _fields_ = [
         *((name, ctypes.c_int) for name in ("N", "C", "H", "W", "R", "P", "Q", "sampling_ratio")),
@@ -228,20 +212,20 @@ class DeformRoIPoolSizes(ctypes.Structure):
 
 @dataclass(frozen=True)
 class DeformRoIPoolGeometry:
-    """Every size and number of one deformable RoI pooling.
+    """Sizes and sampling parameters of one deformable RoI pooling.
 
     Attributes
     ----------
     N, C, H, W : int
         Batch, channels, height and width of `input`.
     R : int
-        Regions.
+        Number of regions.
     P, Q : int
-        Bins of a region, vertical and horizontal.
+        Bins per region, vertical and horizontal.
     sampling_ratio : int
-        Samples of a bin along an axis; 0 for as many as the bin has pixels.
+        Samples per bin along an axis; 0 for one per pixel of the bin.
     spatial_scale : float
-        Pixels of `input` per unit of the regions' coordinates.
+        Pixels of `input` per unit of the region coordinates.
     gamma : float
         Factor of the offsets.
     """
@@ -259,7 +243,7 @@ class DeformRoIPoolGeometry:
 
     @property
     def bins(self) -> int:
-        """Bins of one region."""
+        """Number of bins per region."""
         return self.P * self.Q
 
     @property
@@ -267,7 +251,7 @@ class DeformRoIPoolGeometry:
         return (self.R, self.C, self.P, self.Q)
 
     def params(self) -> DeformRoIPoolSizes:
-        """The struct the kernels take."""
+        """Return the struct for the kernels."""
         return DeformRoIPoolSizes(**vars(self))
 
     @classmethod
@@ -283,16 +267,9 @@ class DeformRoIPoolGeometry:
         gamma: float,
         layout: Layout = NCHW,
     ) -> DeformRoIPoolGeometry:
-        """Collect every size from the arrays and parameters of one call.
+        """Infer every size from the arrays and check the parameters of one call.
 
-        Only the shapes of the arrays are read. `layout` is the order of the axes of `input`.
-
-        Raises
-        ------
-        ShapeError
-            A shape has the wrong rank or does not fit the others.
-        ArgumentError
-            A parameter is not a legal value.
+        Only the shapes of the arrays are read. `layout` is that of `input`.
         """
         shape = tuple(input.shape)
         if len(shape) != 4:
@@ -312,20 +289,11 @@ class DeformRoIPoolGeometry:
         return cls(N, C, H, W, R, P, Q, ratio, scale, factor)
 
     def check_grad_out(self, grad_out: tuple[int, ...], layout: Layout = NCHW) -> None:
-        """Check the shape of the gradient that arrives at the output, in `layout`.
-
-        Raises
-        ------
-        ShapeError
-            When it is not the shape of the output.
-        """
-        if grad_out != layout.shape(*self.output_shape):
-            R, C, P, Q = self.output_shape
-            needed = layout.text(f"R={R}", f"C={C}", f"P={P}", f"Q={Q}")
-            raise ShapeError(f"grad_out must be [{needed}], got shape {grad_out}")
+        """Check the shape of the gradient of the output, in `layout`."""
+        _check_grad_out(grad_out, layout, R=self.R, C=self.C, P=self.P, Q=self.Q)
 
 
-@_recalled
+@_cached
 def _check_conv_ranks(
     input: tuple[int, ...],
     offset: tuple[int, ...],
@@ -333,7 +301,7 @@ def _check_conv_ranks(
     mask: tuple[int, ...] | None,
     layout: Layout,
 ) -> None:
-    """Check what of the shapes of a convolution can be checked without its parameters."""
+    """Check the shapes of a convolution as far as possible without its parameters."""
     for name, shape, order, letters in (
         ("input", input, layout, ("N", "C", "H", "W")),
         ("weight", weight, NCHW, ("O", "C/G", "kh", "kw")),
@@ -354,21 +322,19 @@ def _image_sizes(input: tuple[int, ...], layout: Layout) -> tuple[int, int, int,
     return N, C, H, W
 
 
-def _check_pixels(argument: str, what: str, number: int) -> None:
+def _check_grad_out(grad_out: tuple[int, ...], layout: Layout, **sizes: int) -> None:
+    if grad_out != layout.shape(*sizes.values()):
+        needed = layout.text(*(f"{name}={size}" for name, size in sizes.items()))
+        raise ShapeError(f"grad_out must be [{needed}], got shape {grad_out}")
+
+
+def _check_pixels(argument: str, quantity: str, number: int) -> None:
     if number >= _MAX_PIXELS:
-        raise ShapeError(f"{argument} must have {what} below {_MAX_PIXELS}, got {number}")
+        raise ShapeError(f"{argument} must have {quantity} below {_MAX_PIXELS}, got {number}")
 
 
 def output_extent(axis: str, size: int, padding: int, kernel: int, stride: int, dilation: int) -> int:
-    """Pixels of a convolution's output along an axis; `padding` is that of both sides together.
-
-    Raises
-    ------
-    ArgumentError
-        The padded input is too large.
-    ShapeError
-        It has no room for the kernel.
-    """
+    """Return the output size of a convolution along one axis; `padding` is the sum of both sides."""
     padded, reach = size + padding, dilation * (kernel - 1) + 1
     if padded > MAX_EXTENT:
         raise ArgumentError(

@@ -1,4 +1,4 @@
-"""The order of the axes of images. Behind the checks everything is [N, C, H, W], of whatever strides."""
+"""Layouts (axis orders) of images; after validation every array is an [N, C, H, W] view with arbitrary strides."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """An order of four axes; there is one object for each.
+    """Order of the four axes of images; a singleton per layout.
 
     Attributes
     ----------
     axes : tuple of int
-        Where N, C, H and W stand.
+        Positions of N, C, H and W in the layout.
     order : tuple of int
-        Which of N, C, H and W stands first, second, third and fourth.
+        Indices into (N, C, H, W), in the order of the layout.
     """
 
     axes: tuple[int, ...]
     order: tuple[int, ...]
 
     def sizes(self, shape: Sequence[_T]) -> tuple[_T, _T, _T, _T]:
-        """(N, C, H, W) of a shape in this order."""
+        """Return (N, C, H, W) of a shape in this layout."""
         n, c, h, w = self.axes
         return shape[n], shape[c], shape[h], shape[w]
 
     def shape(self, *sizes: _T) -> tuple[_T, ...]:
-        """The shape in this order of (N, C, H, W)."""
+        """Return the shape in this layout of the sizes N, C, H, W."""
         return tuple([sizes[i] for i in self.order])
 
     def text(self, *sizes: str) -> str:
-        """The same for a message."""
+        """Return the same as `shape`, formatted for an error message."""
         return ", ".join(self.shape(*sizes))
 
-    def images(self, array: Any) -> Any:
-        """An array in this order as [N, C, H, W], a view; None for None."""
+    def to_nchw(self, array: Any) -> Any:
+        """Return an [N, C, H, W] view of an array in this layout; None for None."""
         return array if array is None or self is NCHW else array.transpose(self.axes)
 
-    def array(self, images: Any, contiguous: Callable[[Any], Any]) -> Any:
-        """Images [N, C, H, W] in this order; if it is another one, as a `contiguous` array."""
+    def from_nchw(self, images: Any, contiguous: Callable[[Any], Any]) -> Any:
+        """Return [N, C, H, W] images in this layout; `contiguous` makes a transposed view contiguous."""
         return images if images is None or self is NCHW else contiguous(images.transpose(self.order))
 
 

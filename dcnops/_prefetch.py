@@ -1,4 +1,4 @@
-"""Compilation ahead of the first call."""
+"""Ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dcnops._arguments import Padding, Pair, expand_padding, expand_pair
-from dcnops._dispatch import FLOAT_DTYPES
+from dcnops._dtypes import DTYPES
 from dcnops._errors import ArgumentError, ShapeError
 from dcnops._geometry import output_extent
 from dcnops.deform_conv2d import deform_conv2d, deform_conv2d_backward
@@ -30,48 +30,48 @@ def prefetch(
     backward: bool = True,
     precision: str | None = None,
 ) -> None:
-    """Compile what later calls need, so that the first one does not wait for it.
+    """Compile everything that later calls need, so that the first call does not wait for the compiler.
 
-    Both operations are called on arrays of zeros for each dtype: convolution with and without a mask, pooling with and
-    without offsets and masks, and with as many samples as a bin has pixels. What is compiled is kept on disk, for later
-    processes too: in Numba's and CuPy's cache folders (``python -m dcnops`` shows them).
+    For each dtype, both operations run on arrays of zeros: convolution with and without a mask, pooling with and
+    without offsets and masks, with a fixed and an adaptive number of samples. The compiled code is kept on disk in the
+    cache folders of Numba and CuPy, also for later processes; ``python -m dcnops`` shows the folders.
 
     Parameters
     ----------
     library : "numpy" or "cupy"
-        Of the arrays.
+        Library of the arrays of later calls.
     dtypes : sequence of "float16", "bfloat16", "float32" and "float64"
     input : (N, C, H, W)
     weight : (O, C/G, kh, kw)
     stride, padding, dilation, deform_groups : as in `deform_conv2d`
     output_size : int or (P, Q)
-        Of RoI pooling.
+        Bins of RoI pooling.
     backward : bool
-        Whether to compile the gradients too.
+        Compile the gradients as well.
     precision : str, optional
         As in `deform_conv2d`.
 
     Raises
     ------
     ArgumentError
-        There is no such library or dtype.
+        `library` or a name in `dtypes` is unknown.
     ShapeError
-        The sizes do not fit each other.
+        `input`, `weight` and `deform_groups` do not fit each other.
     ImportError
-        CuPy is not installed, or for bfloat16 ml_dtypes.
+        CuPy, or ml_dtypes for bfloat16, is not installed.
 
     Notes
     -----
-    On a CPU one call covers all sizes. On a GPU a kernel is compiled for the architecture, the dtype, numbers of
-    channels and groups and the way of computing, which sizes decide: call it with the sizes of your own calls, once for
-    each.
+    On a CPU one call covers all sizes. On a GPU kernels are specialised for the architecture, the dtype, the numbers of
+    channels and groups, and the algorithm, which depends on the sizes: call this function once for each set of sizes
+    that you use.
 
     Examples
     --------
     >>> import dcnops
     >>> dcnops.prefetch(dtypes=["float32", "float64"])
 
-    The layers of a network on a GPU::
+    Compile for the layers of a network on a GPU::
 
         for channels, size in ((128, 100), (256, 50), (512, 25)):
             dcnops.prefetch(
@@ -81,17 +81,17 @@ def prefetch(
     if library not in LIBRARIES:
         raise ArgumentError(f"library must be 'numpy' or 'cupy', got {library!r}")
     for dtype in dtypes:
-        if dtype not in FLOAT_DTYPES:
-            raise ArgumentError(f"dtypes must be among {', '.join(FLOAT_DTYPES)}, got {dtype!r}")
+        if dtype not in DTYPES:
+            raise ArgumentError(f"dtypes must be among {', '.join(DTYPES)}, got {dtype!r}")
     xp = importlib.import_module(library)
-    numbers = {"stride": stride, "padding": padding, "dilation": dilation, "precision": precision}
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "precision": precision}
     for name in dtypes:
         dtype = importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name
 
         def zeros(*shape: int, dtype: Any = dtype) -> Any:
             return xp.zeros(shape, dtype)
 
-        _convolve(zeros, tuple(input), tuple(weight), deform_groups, numbers, backward)
+        _convolve(zeros, tuple(input), tuple(weight), deform_groups, options, backward)
         _pool(zeros, tuple(input), expand_pair("output_size", output_size), backward)
 
 
@@ -100,15 +100,15 @@ def _convolve(
     input: tuple[int, ...],
     weight: tuple[int, ...],
     deform_groups: int,
-    numbers: dict[str, Any],
+    options: dict[str, Any],
     backward: bool,
 ) -> None:
     if len(input) != 4 or len(weight) != 4:
         raise ShapeError(
             f"input and weight must be 4 numbers, (N, C, H, W) and (O, C/G, kh, kw), got {input}, {weight}"
         )
-    kernel, step = weight[2:], expand_pair("stride", numbers["stride"])
-    sides, dilation = expand_padding(numbers["padding"]), expand_pair("dilation", numbers["dilation"])
+    kernel, step = weight[2:], expand_pair("stride", options["stride"])
+    sides, dilation = expand_padding(options["padding"]), expand_pair("dilation", options["dilation"])
     size = [
         output_extent(axis, extent, sum(side), k, s, d)
         for axis, extent, side, k, s, d in zip(("height", "width"), input[2:], sides, kernel, step, dilation)
@@ -116,20 +116,18 @@ def _convolve(
     points = deform_groups * kernel[0] * kernel[1]
     image, offset, taps = zeros(*input), zeros(input[0], 2 * points, *size), zeros(*weight)
     for mask in (None, zeros(input[0], points, *size)):
-        output = deform_conv2d(image, offset, taps, zeros(weight[0]), mask=mask, **numbers)
+        output = deform_conv2d(image, offset, taps, zeros(weight[0]), mask=mask, **options)
         if backward:
-            deform_conv2d_backward(output, image, offset, taps, mask=mask, **numbers)
+            deform_conv2d_backward(output, image, offset, taps, mask=mask, **options)
 
 
 def _pool(zeros: Callable[..., Any], input: tuple[int, ...], bins: tuple[int, int], backward: bool) -> None:
     image, rois = zeros(*input), zeros(1, 5)
     rois[:, 3:] = 8
     offset, mask = zeros(1, 2, *bins), zeros(1, *bins)
-    for given in ({}, {"offset": offset}, {"offset": offset, "mask": mask}):
-        output = deform_roi_pool(image, rois, output_size=bins, **given)
+    # The adaptive number of samples (ratio 0) has a separate code path.
+    calls: list[dict[str, Any]] = [{}, {"offset": offset}, {"offset": offset, "mask": mask}, {"sampling_ratio": 0}]
+    for options in calls:
+        output = deform_roi_pool(image, rois, output_size=bins, **options)
         if backward:
-            deform_roi_pool_backward(output, image, rois, output_size=bins, **given)
-    # As many samples as a bin has pixels.
-    output = deform_roi_pool(image, rois, output_size=bins, sampling_ratio=0)
-    if backward:
-        deform_roi_pool_backward(output, image, rois, output_size=bins, sampling_ratio=0)
+            deform_roi_pool_backward(output, image, rois, output_size=bins, **options)

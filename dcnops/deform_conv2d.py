@@ -12,9 +12,9 @@ from dcnops._geometry import DeformConvGeometry
 
 
 class DeformConv2dGradients(NamedTuple):
-    """Gradients of a deformable convolution, `None` where not needed.
+    """Gradients of a deformable convolution; `None` for those that are not needed.
 
-    Each has the shape, layout and dtype of the argument it is named after.
+    Each gradient has the shape, layout and dtype of the argument of the same name.
     """
 
     input: Any | None
@@ -37,50 +37,52 @@ def deform_conv2d(
     layout: str = "NCHW",
     precision: str | None = None,
 ) -> ArrayT:
-    """Deformable convolution; modulated (v2) when `mask` is given.
+    """Compute a deformable convolution, modulated (v2) if `mask` is given.
 
-    The arguments are those of ``torchvision.ops.deform_conv2d``, in the same order. NumPy arrays are computed on the
-    CPU, CuPy arrays on their GPU and the current stream; all arrays of a call share library and device.
+    The arguments have the order of ``torchvision.ops.deform_conv2d``. NumPy arrays are
+    processed on the CPU, CuPy arrays on their GPU in the current stream. All arrays of a call must belong to the same
+    library and device.
 
     Parameters
     ----------
     input : array [N, C, H, W] or [N, H, W, C], float16, bfloat16, float32 or float64
-        The images. N may be 0.
+        Images. N may be 0.
     offset : array [N, 2*D*kh*kw, oh, ow] or [N, oh, ow, 2*D*kh*kw], in pixels
-        Shift of each sampling point, in the dtype of `input` (beside 16-bit data also float32). Channel
-        ``2*(d*kh*kw + i*kw + j)`` is the vertical shift dy of tap (i, j) in deformable group d, the channel after it
-        the horizontal shift dx. D, the number of deformable groups, is inferred and divides C.
+        Shift of each sampling point, in the dtype of `input` or, for 16-bit data, also in float32. Channel
+        ``2*(d*kh*kw + i*kw + j)`` is the vertical shift dy of tap (i, j) in deformable group d; the next channel is
+        the horizontal shift dx. The number of deformable groups D is inferred and must divide C.
     weight : array [O, C/G, kh, kw], dtype of `input`
-        The filters. G, the number of weight groups, is inferred and divides C and O.
+        Filters. The number of weight groups G is inferred and must divide C and O.
     bias : array [O], dtype of `input`, optional
     stride, dilation : int or (vertical, horizontal)
     padding : int, (vertical, horizontal) or ((top, bottom), (left, right)), in pixels
         Zero padding.
     mask : array [N, D*kh*kw, oh, ow] or [N, oh, ow, D*kh*kw], dtype of `offset`, optional
-        Factor of each sampling point, channel ``d*kh*kw + i*kw + j``; any real number.
+        Factor of each sampling point, any real number. Channel ``d*kh*kw + i*kw + j`` belongs to tap (i, j) in
+        deformable group d.
     layout : "NCHW" or "NHWC"
-        Which of the two orders of axes `input`, `offset`, `mask` and the result have. `weight` has one.
+        Axis order of `input`, `offset`, `mask` and the result. `weight` is the same in both.
     precision : "ieee", "tf32" or "3xtf32", optional
-        How float32 products are computed on a GPU: in float32; on tensor cores, with factors rounded to 10 bits of
-        mantissa; or on tensor cores in three such products, about as accurate as float32. By default as CuPy's own
-        are ("ieee" unless the environment variable ``CUPY_TF32`` is 1). It may be done more accurately than asked for,
-        and makes no difference to other dtypes and NumPy arrays.
+        Computation of float32 products on a GPU. "ieee" uses float32. "tf32" uses tensor cores with factors rounded to
+        10 mantissa bits. "3xtf32" uses three tensor core products, which are about as accurate as float32. The default
+        follows CuPy's setting ("ieee" unless the environment variable ``CUPY_TF32`` is 1). The result may be more
+        accurate than requested. Other dtypes and NumPy arrays are not affected.
 
     Returns
     -------
     array [N, O, oh, ow] or [N, oh, ow, O], dtype of `input`
-        With ``oh = (H + top + bottom - dilation*(kh-1) - 1) // stride + 1`` and `ow` likewise.
+        ``oh = (H + top + bottom - dilation*(kh-1) - 1) // stride + 1``, and `ow` likewise.
 
     Raises
     ------
     ShapeError
         An array has the wrong rank or size.
     ArgumentError
-        `stride`, `padding`, `dilation`, `layout` or `precision` is not legal.
+        `stride`, `padding`, `dilation`, `layout` or `precision` has no legal value.
     DtypeError
-        An argument is no NumPy or CuPy array, or has the wrong dtype.
+        An argument is not a NumPy or CuPy array, or has the wrong dtype.
     DeviceError
-        The arrays are of different libraries or on different devices.
+        The arrays belong to different libraries or devices.
 
     Notes
     -----
@@ -91,10 +93,10 @@ def deform_conv2d(
         py = a*stride - pad_top  + i*dilation + offset[n,2*(d*K+k),a,b]
         px = b*stride - pad_left + j*dilation + offset[n,2*(d*K+k)+1,a,b]
 
-    for ``k = i*kw + j`` and ``K = kh*kw``. B is bilinear interpolation of the image extended by zeros, inside the
-    open box -1 < py < H, -1 < px < W, and 0 outside of it. A pixel of weight zero does not take part, whatever its
-    value. A NaN coordinate makes the sample NaN; infinite and far-away ones make it 0. Coordinates and sums are
-    float32, or float64 for float64 data.
+    with ``k = i*kw + j`` and ``K = kh*kw``. Inside the open box -1 < py < H, -1 < px < W, B interpolates the
+    zero-extended image bilinearly; outside, B is 0. A pixel with interpolation weight 0 does not contribute, even if it
+    is infinite or NaN. A NaN coordinate makes the sample NaN; an infinite or distant one makes it 0. Coordinates and
+    sums are computed in float32, or in float64 for float64 data.
 
     Examples
     --------
@@ -122,9 +124,9 @@ def deform_conv2d(
     geometry = DeformConvGeometry.of(input, offset, weight, bias, mask, stride, padding, dilation, order)
     backend = load_backend(library)
     output = backend.deform_conv2d(
-        geometry, order.images(input), order.images(offset), weight, bias, order.images(mask), precision
+        geometry, order.to_nchw(input), order.to_nchw(offset), weight, bias, order.to_nchw(mask), precision
     )
-    result: ArrayT = order.array(output, backend.contiguous)
+    result: ArrayT = order.from_nchw(output, backend.contiguous)
     return result
 
 
@@ -144,38 +146,38 @@ def deform_conv2d_backward(
     layout: str = "NCHW",
     precision: str | None = None,
 ) -> DeformConv2dGradients:
-    """Gradients of `deform_conv2d` with respect to its arrays.
+    """Compute the gradients of `deform_conv2d` with respect to its arrays.
 
     Parameters
     ----------
     grad_out : array [N, O, oh, ow] or [N, oh, ow, O], dtype of `input`
         Gradient of a scalar with respect to the output.
     input, offset, weight, bias, stride, padding, dilation, mask, layout, precision
-        The arguments of the forward call; `layout` is also that of `grad_out`.
+        Arguments of the forward call; `layout` also applies to `grad_out`.
     needs : iterable of "input", "offset", "weight", "bias", "mask"
-        The gradients to compute. Those of arguments that were not given are `None` in any case.
+        Gradients to compute. Gradients of arguments that are not given are always `None`.
     deterministic : bool
-        Sum the input's gradient in an order that is always the same, more slowly, so that two runs agree to the last
-        bit. On NumPy arrays it always is.
+        Sum the gradient of `input` in a fixed order, so that two runs agree to the last bit. This is slower. The
+        result for NumPy arrays is always deterministic.
 
     Returns
     -------
     DeformConv2dGradients
-        A named tuple (input, offset, weight, bias, mask); each field is an array of the shape, layout and dtype of
-        its argument, or `None` where not needed.
+        Named tuple (input, offset, weight, bias, mask). Each field is an array with the shape, layout and dtype of the
+        argument, or `None` if it is not needed.
 
     Raises
     ------
     ShapeError, DtypeError, DeviceError
         As in `deform_conv2d`.
     ArgumentError
-        Also when `needs` holds an unknown name.
+        As in `deform_conv2d`, or `needs` contains an unknown name.
 
     Notes
     -----
-    At integer coordinates, where bilinear interpolation has a kink, the offset gradient is the right derivative.
-    Outside the open box of the forward pass every gradient of a sample is 0. A sample with a NaN coordinate has NaN
-    offset and mask gradients, makes the weight gradient NaN and gives nothing to the input's.
+    Bilinear interpolation has a kink at integer coordinates; the offset gradient there is the right derivative.
+    Outside the open box of the forward pass all gradients of a sample are 0. A sample with a NaN coordinate has NaN
+    offset and mask gradients, makes the weight gradient NaN and adds nothing to the input gradient.
 
     Examples
     --------
@@ -186,7 +188,7 @@ def deform_conv2d_backward(
     >>> offset = np.zeros((1, 2, 4, 4), np.float32)
     >>> grad_out = np.ones((1, 1, 4, 4), np.float32)
     >>> grads = dcnops.deform_conv2d_backward(grad_out, image, offset, weight, needs=("offset", "weight"))
-    >>> grads.offset[0, :, 1, 1]  # one pixel down adds 4, one pixel right adds 1
+    >>> grads.offset[0, :, 1, 1]  # moving down by a pixel adds 4, moving right adds 1
     array([4., 1.], dtype=float32)
     >>> grads.weight.item(), grads.input
     (120.0, None)
@@ -204,10 +206,10 @@ def deform_conv2d_backward(
     geometry.check_grad_out(tuple(grad_out.shape), order)
     wanted = check_needs(needs, input=input, offset=offset, weight=weight, bias=bias, mask=mask)
     backend = load_backend(library)
-    images = map(order.images, (grad_out, input, offset))
+    images = map(order.to_nchw, (grad_out, input, offset))
     gradients = backend.deform_conv2d_backward(
-        geometry, *images, weight, order.images(mask), wanted, deterministic, precision
+        geometry, *images, weight, order.to_nchw(mask), wanted, deterministic, precision
     )
     for name in gradients.keys() - {"weight", "bias"}:
-        gradients[name] = order.array(gradients[name], backend.contiguous)
+        gradients[name] = order.from_nchw(gradients[name], backend.contiguous)
     return DeformConv2dGradients(*map(gradients.get, DeformConv2dGradients._fields))

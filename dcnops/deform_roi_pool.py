@@ -13,9 +13,9 @@ from dcnops._layout import NCHW
 
 
 class DeformRoIPoolGradients(NamedTuple):
-    """Gradients of a deformable RoI pooling, `None` where not needed.
+    """Gradients of a deformable RoI pooling; `None` for those that are not needed.
 
-    Each has the shape, layout and dtype of the argument it is named after.
+    Each gradient has the shape, layout and dtype of the argument of the same name.
     """
 
     input: Any | None
@@ -35,32 +35,32 @@ def deform_roi_pool(
     gamma: float = 0.1,
     layout: str = "NCHW",
 ) -> ArrayT:
-    """Deformable RoI pooling; modulated (v2) when `mask` is given, RoIAlign when neither `offset` nor `mask` is.
+    """Compute deformable RoI pooling, modulated (v2) if `mask` is given, or RoIAlign without `offset` and `mask`.
 
-    NumPy arrays are computed on the CPU, CuPy arrays on their GPU and the current stream; all arrays of a call share
-    library and device.
+    NumPy arrays are processed on the CPU, CuPy arrays on their GPU in the current stream. All arrays of a call must
+    belong to the same library and device.
 
     Parameters
     ----------
     input : array [N, C, H, W] or [N, H, W, C], float16, bfloat16, float32 or float64
-        The feature maps.
-    rois : array [R, 5], float16, bfloat16, float32 or float64, in units of the image
+        Feature maps.
+    rois : array [R, 5], float16, bfloat16, float32 or float64, in image coordinates
         Regions (index of the feature map, x1, y1, x2, y2). R may be 0.
-    offset : array [R, 2, P, Q], dtype of `input` (beside 16-bit data also float32), optional
-        Shift of each bin, as a fraction of the region: ``offset[r, 0]`` horizontal, ``offset[r, 1]`` vertical. This is
-        not the order of `deform_conv2d`.
+    offset : array [R, 2, P, Q], dtype of `input` or, for 16-bit data, also float32, optional
+        Shift of each bin as a fraction of the region size: ``offset[r, 0]`` horizontal, ``offset[r, 1]`` vertical. Note
+        that `deform_conv2d` has the opposite order.
     mask : array [R, P, Q], dtype of `offset`, optional
-        Factor of each bin; any real number.
+        Factor of each bin, any real number.
     output_size : int or (P, Q)
-        Bins of a region, vertical and horizontal.
+        Bins per region, vertical and horizontal.
     spatial_scale : float
         Pixels of `input` per unit of `rois`, such as 1/16.
     sampling_ratio : int
-        Samples of a bin along each axis; 0 for as many as the bin has pixels.
+        Samples per bin along each axis; 0 for one per pixel of the bin.
     gamma : float
-        Factor of the offsets. mmcv's default is 0.1; the papers' formula has none, that is 1.
+        Factor of the offsets. mmcv also uses 0.1; the papers have no such factor, which corresponds to 1.
     layout : "NCHW" or "NHWC"
-        Which of the two orders of axes `input` and the result have. The other arrays have one.
+        Axis order of `input` and the result. The other arrays are the same in both.
 
     Returns
     -------
@@ -71,28 +71,28 @@ def deform_roi_pool(
     ShapeError
         An array has the wrong rank or size.
     ArgumentError
-        A parameter is not legal; or `rois` (of NumPy) name a feature map that `input` does not have.
+        A parameter has no legal value, or NumPy `rois` refer to a feature map that `input` does not have.
     DtypeError
-        An argument is no NumPy or CuPy array, or has the wrong dtype.
+        An argument is not a NumPy or CuPy array, or has the wrong dtype.
     DeviceError
-        The arrays are of different libraries or on different devices.
+        The arrays belong to different libraries or devices.
 
     Notes
     -----
-    Deformable ConvNets v2 (CVPR 2019), equation 2, with RoIAlign's sampling: with s = `spatial_scale`,
-    ``X1 = s*x1 - 1/2``, ``Rw = s*(x2 - x1)``, ``bw = Rw/Q``, Sw samples of a bin, and likewise for y::
+    Deformable ConvNets v2 (CVPR 2019), equation 2, with the sampling of RoIAlign. For s = `spatial_scale`,
+    ``X1 = s*x1 - 1/2``, ``Rw = s*(x2 - x1)``, ``bw = Rw/Q``, Sw horizontal samples per bin, and likewise for y::
 
         y[r,c,p,q] = mask[r,p,q] / max(Sh*Sw, 1) * sum over i, j:  A(x[c], py, px)
 
         py = Y1 + p*bh + gamma*Rh*offset[r,1,p,q] + (i + 1/2)*bh/Sh
         px = X1 + q*bw + gamma*Rw*offset[r,0,p,q] + (j + 1/2)*bw/Sw
 
-    A is 0 outside of [-1, H] x [-1, W]; inside, the position is clamped to the image and interpolated bilinearly.
-    Without offset and mask this is ``torchvision.ops.roi_align(..., aligned=True)``. A pixel of weight zero does not
-    take part, whatever its value. Regions that are inverted, empty or outside of the image pool what the formula says.
-    A region that is not finite, or a NaN offset, makes NaN. On a GPU, where values are not read back, so does a region
-    of a feature map that does not exist. An infinite offset makes 0. With `sampling_ratio` 0 a bin has at most
-    2**24 samples along an axis.
+    A is 0 outside [-1, H] x [-1, W]; inside, it clamps the position to the image and interpolates bilinearly. Without
+    `offset` and `mask` this is ``torchvision.ops.roi_align(..., aligned=True)``. A pixel with interpolation weight 0
+    does not contribute, even if it is infinite or NaN. The formula also applies to inverted and empty regions, and to
+    regions outside the image. A non-finite region or a NaN offset makes the bin NaN, an infinite offset makes it 0.
+    On a GPU the values of `rois` are not checked, and a region of a nonexistent feature map makes NaN. With
+    `sampling_ratio` 0 a bin has at most 2**24 samples along an axis.
 
     Examples
     --------
@@ -104,7 +104,7 @@ def deform_roi_pool(
     array([[ 2.5,  4.5],
            [10.5, 12.5]], dtype=float32)
     >>> offset = np.zeros((1, 2, 2, 2), np.float32)
-    >>> offset[0, 0, 0, 0] = 2.5  # the first bin moves right by gamma * 2.5 = a quarter of the region, 1 pixel
+    >>> offset[0, 0, 0, 0] = 2.5  # gamma * 2.5 moves the first bin right by 1/4 of the region, 1 pixel
     >>> dcnops.deform_roi_pool(image, rois, offset, output_size=2)[0, 0]
     array([[ 3.5,  4.5],
            [10.5, 12.5]], dtype=float32)
@@ -119,8 +119,8 @@ def deform_roi_pool(
         input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma, order
     )
     backend = load_backend(library)
-    output = backend.deform_roi_pool(geometry, order.images(input), rois, offset, mask, order is not NCHW)
-    result: ArrayT = order.array(output, backend.contiguous)
+    output = backend.deform_roi_pool(geometry, order.to_nchw(input), rois, offset, mask, order is not NCHW)
+    result: ArrayT = order.from_nchw(output, backend.contiguous)
     return result
 
 
@@ -139,39 +139,39 @@ def deform_roi_pool_backward(
     deterministic: bool = False,
     layout: str = "NCHW",
 ) -> DeformRoIPoolGradients:
-    """Gradients of `deform_roi_pool` with respect to its arrays.
+    """Compute the gradients of `deform_roi_pool` with respect to its arrays.
 
     Parameters
     ----------
     grad_out : array [R, C, P, Q] or [R, P, Q, C], dtype of `input`
         Gradient of a scalar with respect to the output.
     input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma, layout
-        The arguments of the forward call; `layout` is also that of `grad_out`.
+        Arguments of the forward call; `layout` also applies to `grad_out`.
     needs : iterable of "input", "offset", "mask"
-        The gradients to compute. Those of arguments that were not given are `None` in any case.
+        Gradients to compute. Gradients of arguments that are not given are always `None`.
     deterministic : bool
-        Sum the input's gradient in an order that is always the same, so that two runs agree to the last bit. On NumPy
-        arrays it always is.
+        Sum the gradient of `input` in a fixed order, so that two runs agree to the last bit. The result for NumPy
+        arrays is always deterministic.
 
     Returns
     -------
     DeformRoIPoolGradients
-        A named tuple (input, offset, mask); each field is an array of the shape, layout and dtype of its argument, or
-        `None` where not needed. Regions have no gradient.
+        Named tuple (input, offset, mask). Each field is an array with the shape, layout and dtype of the argument, or
+        `None` if it is not needed. Regions have no gradient.
 
     Raises
     ------
     ShapeError, DtypeError, DeviceError
         As in `deform_roi_pool`.
     ArgumentError
-        Also when `needs` holds an unknown name.
+        As in `deform_roi_pool`, or `needs` contains an unknown name.
 
     Notes
     -----
-    These are the derivatives of the forward pass, also where a sample is clamped to the image: it does not move with
-    the offset in that direction, and its derivative is 0. At integer positions, where bilinear interpolation has a
-    kink, the right derivative is taken. A bin that is NaN has NaN offset and mask gradients and gives nothing to the
-    input's.
+    The gradients are the true derivatives of the forward pass. A sample that is clamped to the image does not move with
+    the offset in that direction, so its derivative is 0. Bilinear interpolation has a kink at integer positions; the
+    gradient there is the right derivative. A NaN bin has NaN offset and mask gradients and adds nothing to the input
+    gradient.
 
     Examples
     --------
@@ -182,7 +182,7 @@ def deform_roi_pool_backward(
     >>> offset = np.zeros((1, 2, 1, 1), np.float32)
     >>> grad_out = np.ones((1, 1, 1, 1), np.float32)
     >>> grads = dcnops.deform_roi_pool_backward(grad_out, image, rois, offset, output_size=1, gamma=1.0)
-    >>> grads.offset.ravel()  # by one region to the right adds 2 * 1, by one region down 2 * 4
+    >>> grads.offset.ravel()  # moving right by the region width adds 2 * 1, down 2 * 4
     array([2., 8.], dtype=float32)
     """
     if is_explaining():
@@ -201,7 +201,7 @@ def deform_roi_pool_backward(
     wanted = check_needs(needs, input=input, offset=offset, mask=mask)
     backend = load_backend(library)
     gradients = backend.deform_roi_pool_backward(
-        geometry, order.images(grad_out), order.images(input), rois, offset, mask, wanted, deterministic
+        geometry, order.to_nchw(grad_out), order.to_nchw(input), rois, offset, mask, wanted, deterministic
     )
-    grad_input = order.array(gradients.get("input"), backend.contiguous)
+    grad_input = order.from_nchw(gradients.get("input"), backend.contiguous)
     return DeformRoIPoolGradients(grad_input, gradients.get("offset"), gradients.get("mask"))

@@ -1,4 +1,4 @@
-"""Calls of the operations: drawn by hypothesis, made with random numbers, compared with a tolerance per dtype."""
+"""Test cases: random calls of the operations, hypothesis strategies for them, and comparison with the reference."""
 
 from __future__ import annotations
 
@@ -10,29 +10,26 @@ import numpy as np
 from hypothesis import strategies as st
 from typing_extensions import Self
 
+from dcnops import _dtypes
 from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
 from tests import reference
 
-DTYPES = {
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-    "float64": np.dtype(np.float64),
-}
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in _dtypes.DTYPES}
 
-# Error over the largest magnitude of the expected array (at least 1): some roundings of the type for data of 16 bits,
-# whose columns are rounded before the products, and of float32 for sums of up to a thousand terms.
+# Error relative to the largest magnitude of the expected array, which counts as at least 1. 16-bit data round the
+# columns before the products; float32 sums have up to a thousand terms.
 TOLERANCE = {"float16": 6e-3, "bfloat16": 5e-2, "float32": 2e-5, "float64": 1e-12}
 
 CHANNELS = (1, 2, 3, 4, 6, 8, 12, 17, 32, 33, 71)
 
 
 class Case:
-    """What the runners and tests need of a call."""
+    """Arguments of one call, as NumPy arrays."""
 
     operation: ClassVar[str]
+    geometry_type: ClassVar[type[DeformConvGeometry] | type[DeformRoIPoolGeometry]]
     arrays: ClassVar[tuple[str, ...]]
-    """Array arguments of the forward pass, in order."""
+    """Array arguments of the forward pass, in their order."""
     parameters: ClassVar[tuple[str, ...]]
     differentiable: ClassVar[tuple[str, ...]]
 
@@ -41,6 +38,9 @@ class Case:
 
     def arguments(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in (*self.arrays, *self.parameters)}
+
+    def geometry(self) -> Any:
+        return self.geometry_type.of(**self.arguments())
 
     def with_arrays(self, **changes: Any) -> Self:
         return replace(self, **changes)  # type: ignore[type-var]
@@ -57,15 +57,16 @@ class Case:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The differentiable arguments that are given."""
+        """Names of the differentiable arguments that are not None."""
         return tuple(name for name in self.differentiable if getattr(self, name) is not None)
 
 
 @dataclass
 class ConvCase(Case):
-    """The arguments of one deformable convolution, NumPy arrays."""
+    """Arguments of one deformable convolution."""
 
     operation = "deform_conv2d"
+    geometry_type = DeformConvGeometry
     arrays = ("input", "offset", "weight", "bias", "mask")
     parameters = ("stride", "padding", "dilation")
     differentiable = ("input", "offset", "weight", "bias", "mask")
@@ -80,16 +81,13 @@ class ConvCase(Case):
     dilation: Any = 1
     grad_out: np.ndarray = field(default_factory=lambda: np.empty(0))
 
-    def geometry(self) -> DeformConvGeometry:
-        arrays = [getattr(self, name) for name in self.arrays]
-        return DeformConvGeometry.of(*arrays, self.stride, self.padding, self.dilation)
-
 
 @dataclass
 class RoIPoolCase(Case):
-    """The arguments of one deformable RoI pooling, NumPy arrays."""
+    """Arguments of one deformable RoI pooling."""
 
     operation = "deform_roi_pool"
+    geometry_type = DeformRoIPoolGeometry
     arrays = ("input", "rois", "offset", "mask")
     parameters = ("output_size", "spatial_scale", "sampling_ratio", "gamma")
     differentiable = ("input", "offset", "mask")
@@ -103,10 +101,6 @@ class RoIPoolCase(Case):
     sampling_ratio: int = 2
     gamma: float = 0.1
     grad_out: np.ndarray = field(default_factory=lambda: np.empty(0))
-
-    def geometry(self) -> DeformRoIPoolGeometry:
-        arrays = [getattr(self, name) for name in self.arrays]
-        return DeformRoIPoolGeometry.of(*arrays, self.output_size, self.spatial_scale, self.sampling_ratio, self.gamma)
 
 
 def make_conv(
@@ -129,11 +123,11 @@ def make_conv(
     spread: float = 1.5,
     seed: int = 0,
 ) -> ConvCase:
-    """A case with normally distributed arrays; offsets have the standard deviation `spread`."""
+    """Make a case with normally distributed arrays and offsets of standard deviation `spread`."""
     random = np.random.default_rng(seed)
     kh, kw = kernel
-    (sh, sw), (dh, dw) = reference.pair_of(stride), reference.pair_of(dilation)
-    top, bottom, left, right = reference.padding_of(padding)
+    (sh, sw), (dh, dw) = reference.expand_pair(stride), reference.expand_pair(dilation)
+    top, bottom, left, right = reference.expand_padding(padding)
     oh = (H + top + bottom - dh * (kh - 1) - 1) // sh + 1
     ow = (W + left + right - dw * (kw - 1) - 1) // sw + 1
     K = kh * kw
@@ -156,7 +150,7 @@ def make_conv(
 
 
 def away_from_kinks(case: ConvCase, seed: int) -> ConvCase:
-    """The case with offsets whose fractional part is in [0.1, 0.9], inside and outside of the image."""
+    """Replace the offsets by some with fractional parts in [0.1, 0.9], inside and outside the image."""
     random = np.random.default_rng(seed)
     whole = random.integers(-3, 3, case.offset.shape)
     offset = whole + random.uniform(0.1, 0.9, case.offset.shape)
@@ -175,9 +169,9 @@ def conv_cases(
     symmetric: bool = False,
     **fixed: Any,
 ) -> ConvCase:
-    """Any legal call of moderate size: what `make_conv` takes is drawn unless it is in `fixed`.
+    """Draw a legal call of moderate size, with all arguments of `make_conv` that are not in `fixed`.
 
-    `symmetric` keeps to paddings that every library knows, the same on opposite sides.
+    `symmetric` limits the padding to equal values on opposite sides, as in other libraries.
     """
     dtype = draw(st.sampled_from(dtypes))
     C = fixed.get("C") or draw(st.sampled_from(CHANNELS))
@@ -189,7 +183,7 @@ def conv_cases(
     if not symmetric:
         paddings.append(st.tuples(st.tuples(sides, sides), st.tuples(sides, sides)))
     padding = draw(st.one_of(paddings))
-    top, bottom, left, right = reference.padding_of(padding)
+    top, bottom, left, right = reference.expand_padding(padding)
     smallest = (
         max(1, dilation[0] * (kernel[0] - 1) + 1 - top - bottom),
         max(1, dilation[1] * (kernel[1] - 1) + 1 - left - right),
@@ -239,9 +233,9 @@ def make_roi_pool(
     inside: bool = False,
     seed: int = 0,
 ) -> RoIPoolCase:
-    """A case with random regions: across the border and inverted ones too, or all `inside` of the image."""
+    """Make a case with random regions: also inverted and across the border, or all `inside` the image."""
     random = np.random.default_rng(seed)
-    P, Q = reference.pair_of(output_size)
+    P, Q = reference.expand_pair(output_size)
     offset_dtype = offset_dtype or dtype
     extent = np.array([W, H, W, H]) / spatial_scale
     if inside:
@@ -265,7 +259,7 @@ def make_roi_pool(
 
 @st.composite
 def roi_pool_cases(draw: st.DrawFn, dtypes: tuple[str, ...] = ("float32",), **fixed: Any) -> RoIPoolCase:
-    """Any legal call of moderate size: what `make_roi_pool` takes is drawn unless it is in `fixed`."""
+    """Draw a legal call of moderate size, with all arguments of `make_roi_pool` that are not in `fixed`."""
     dtype = draw(st.sampled_from(dtypes))
     sixteen_bit = dtype in ("float16", "bfloat16")
     sizes = st.integers(1, 3)
@@ -291,14 +285,26 @@ def roi_pool_cases(draw: st.DrawFn, dtypes: tuple[str, ...] = ("float32",), **fi
 
 
 def assert_close(
-    actual: np.ndarray, expected: np.ndarray, dtype: str, what: str = "output", slack: float = 1.0
+    actual: np.ndarray, expected: np.ndarray, dtype: str, name: str = "output", slack: float = 1.0
 ) -> None:
-    """The arrays agree within `slack` times the tolerance of `dtype`; NaN and infinities stand at the same places."""
+    """Check that arrays agree within `slack` times the tolerance of `dtype`, with NaN and infinity in equal places."""
     actual = np.asarray(actual).astype(np.float64)
-    assert actual.shape == expected.shape, f"{what}: shape {actual.shape} instead of {expected.shape}"
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape} instead of {expected.shape}"
     finite = np.isfinite(expected)
-    np.testing.assert_array_equal(actual[~finite], expected[~finite], err_msg=what)
+    np.testing.assert_array_equal(actual[~finite], expected[~finite], err_msg=name)
     if finite.any():
         error = np.abs(actual[finite] - expected[finite]).max()
         limit = slack * TOLERANCE[dtype] * max(1.0, np.abs(expected[finite]).max())
-        assert error <= limit, f"{what}: error {error:.3g} exceeds {limit:.3g}"
+        assert error <= limit, f"{name}: error {error:.3g} exceeds {limit:.3g}"
+
+
+def assert_correct(run: Any, case: Case, slack: float = 1.0) -> None:
+    """Check the output and all gradients of a runner (see tests/conftest.py) against the reference."""
+    output = run.forward(case)
+    assert output.dtype == case.input.dtype
+    assert_close(output, case.expected(), case.dtype, slack=slack)
+    gradients, expected = run.backward(case), case.expected_gradients()
+    assert set(gradients) == set(case.needs)
+    for name in case.needs:
+        assert gradients[name].dtype == getattr(case, name).dtype, name
+        assert_close(gradients[name], expected[name], case.dtype, name, slack)

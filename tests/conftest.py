@@ -1,4 +1,4 @@
-"""Where the operations run in the tests: on the CPU, as CUDA kernels on the CPU, and on a GPU (marker `gpu`)."""
+"""Runners of the tests: the CPU backend, CUDA kernels emulated on the CPU, and a GPU (marker `gpu`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.cuda.emulator import host_engine
 
 settings.register_profile(
     "default",
-    derandomize=True,  # the same examples in every run; the thorough profile draws new ones
+    derandomize=True,  # the same examples in every run; the thorough profile draws new examples
     deadline=None,
     max_examples=60,
     print_blob=True,
@@ -29,7 +29,7 @@ settings.load_profile("default")
 
 
 class Runner(Protocol):
-    """Runs a case of NumPy arrays somewhere and brings NumPy arrays back."""
+    """Runs a case of NumPy arrays and returns NumPy arrays."""
 
     def forward(self, case: Case) -> np.ndarray: ...
     def backward(self, case: Case, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]: ...
@@ -38,17 +38,43 @@ class Runner(Protocol):
 class CpuRunner:
     """The public functions on NumPy arrays."""
 
+    def __init__(self, deterministic: bool = False) -> None:
+        self.deterministic = deterministic
+
     def forward(self, case: Case) -> np.ndarray:
-        return getattr(dcnops, case.operation)(**case.arguments())
+        arguments = {name: self.to_device(value) for name, value in case.arguments().items()}
+        return self.to_host(getattr(dcnops, case.operation)(**arguments))
 
     def backward(self, case: Case, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
+        arguments = {name: self.to_device(value) for name, value in case.arguments().items()}
         backward = getattr(dcnops, f"{case.operation}_backward")
-        gradients = backward(case.grad_out, **case.arguments(), needs=needs or case.needs)
-        return {name: array for name, array in gradients._asdict().items() if array is not None}
+        options = {"needs": needs or case.needs, "deterministic": self.deterministic}
+        gradients = backward(self.to_device(case.grad_out), **arguments, **options)
+        return {name: self.to_host(array) for name, array in gradients._asdict().items() if array is not None}
+
+    def to_device(self, value: Any) -> Any:
+        return value
+
+    def to_host(self, array: Any) -> np.ndarray:
+        return array
+
+
+class GpuRunner(CpuRunner):
+    """The public functions on CuPy arrays."""
+
+    def to_device(self, value: Any) -> Any:
+        import cupy
+
+        return cupy.asarray(value) if isinstance(value, np.ndarray) else value
+
+    def to_host(self, array: Any) -> np.ndarray:
+        import cupy
+
+        return cupy.asnumpy(array)
 
 
 class EmulatedRunner:
-    """The launch plans and kernels of the CUDA backend, executed on the CPU."""
+    """The launch plans and kernels of the CUDA backend, emulated on the CPU."""
 
     def __init__(
         self,
@@ -79,7 +105,7 @@ class EmulatedRunner:
 
     @staticmethod
     def _arrays(case: Case, without: str = "") -> list[np.ndarray | None]:
-        """As the CUDA backend hands them over."""
+        """Return the arrays in the form that the CUDA backend passes to a plan."""
         arrays = {name: _contiguous(getattr(case, name)) for name in case.arrays if name != without}
         arrays["input"] = _images(case.input)
         if case.operation == "deform_conv2d":
@@ -87,40 +113,11 @@ class EmulatedRunner:
                 name: None if arrays[name] is None else _images(getattr(case, name)) for name in ("offset", "mask")
             }
         kinds = {name: array.dtype for name, array in arrays.items() if array is not None and name != "rois"}
-        apart = {kinds.pop(name) for name in ("offset", "mask") if name in kinds}  # float32 beside 16 bits, together
+        apart = {kinds.pop(name) for name in ("offset", "mask") if name in kinds}  # may be float32 for 16-bit data
         assert len(apart) <= 1 and len(set(kinds.values())) == 1, f"the public functions would not pass {kinds, apart}"
         if "rois" in arrays:
             arrays["rois"] = arrays["rois"].astype(np.float64 if case.dtype == "float64" else np.float32)
         return list(arrays.values())
-
-
-class GpuRunner:
-    """The public functions on CuPy arrays."""
-
-    def __init__(self, deterministic: bool = False) -> None:
-        self.deterministic = deterministic
-
-    def forward(self, case: Case) -> np.ndarray:
-        import cupy
-
-        return cupy.asnumpy(getattr(dcnops, case.operation)(**self._arguments(case)))
-
-    def backward(self, case: Case, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
-        import cupy
-
-        backward = getattr(dcnops, f"{case.operation}_backward")
-        options = {"needs": needs or case.needs, "deterministic": self.deterministic}
-        gradients = backward(cupy.asarray(case.grad_out), **self._arguments(case), **options)
-        return {name: cupy.asnumpy(array) for name, array in gradients._asdict().items() if array is not None}
-
-    @staticmethod
-    def _arguments(case: Case) -> dict[str, Any]:
-        import cupy
-
-        return {
-            name: cupy.asarray(value) if isinstance(value, np.ndarray) else value
-            for name, value in case.arguments().items()
-        }
 
 
 def _images(array: np.ndarray) -> np.ndarray:
@@ -133,12 +130,12 @@ def _contiguous(array: np.ndarray | None) -> np.ndarray | None:
 
 @pytest.fixture(scope="session", params=["cpu", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def run(request: pytest.FixtureRequest) -> Runner:
-    """Each place where the operations run, in turn."""
+    """Each runner in turn."""
     return {"cpu": CpuRunner, "emulated": EmulatedRunner, "gpu": GpuRunner}[request.param]()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print registers and spills of every kernel, as the compile tests recorded them."""
+    """Print the registers and spills of every kernel that the compile tests recorded."""
     by_architecture = dict(
         value
         for report in terminalreporter.stats.get("passed", [])

@@ -1,13 +1,14 @@
-"""The specification in plain loops and float64, that everything else is held against.
+"""Reference implementation of both operations in plain loops and float64.
 
-Only the coordinates are computed in the precision of the library, float32 beside data of up to 32 bits: a kink or the
-edge of the image is where the rounded coordinate says it is.
+Only coordinates are computed in the precision of the library, float32 unless the data are float64, so that rounded
+coordinates fall on the same side of a kink or of the image border.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import floor, isnan
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 
 @dataclass
 class Sample:
-    """One sampling point: tap `k` of deformable group `d` for output pixel (a, b) of image `n`."""
+    """Sampling point of tap `k` in deformable group `d` for output pixel (a, b) of image `n`."""
 
     n: int
     d: int
@@ -26,10 +27,10 @@ class Sample:
     x: float
     modulation: float
     channels: slice
-    """The channels of its deformable group."""
+    """Channels of the deformable group."""
 
     def corners(self, H: int, W: int) -> Iterator[tuple[int, int, float, float, float]]:
-        """The neighbours that are pixels: (row, column, weight, d weight / dy, d weight / dx)."""
+        """Yield (row, column, weight, d weight / dy, d weight / dx) of the neighbours inside the image."""
         if not (-1 < self.y < H and -1 < self.x < W):
             return
         y0, x0 = floor(self.y), floor(self.x)
@@ -41,12 +42,12 @@ class Sample:
 
 
 def times(factor: float, value: np.ndarray) -> np.ndarray:
-    """A product in which a factor of 0 wins over inf and NaN."""
+    """Return a product that is 0 if the factor is 0, even for infinity and NaN."""
     return factor * value if factor != 0 else np.zeros_like(value)
 
 
-def padding_of(padding: object) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right)."""
+def expand_padding(padding: object) -> tuple[int, int, int, int]:
+    """Return (top, bottom, left, right)."""
     if isinstance(padding, int):
         return (padding,) * 4
     vertical, horizontal = padding
@@ -55,12 +56,12 @@ def padding_of(padding: object) -> tuple[int, int, int, int]:
     return (*vertical, *horizontal)
 
 
-def pair_of(value: object) -> tuple[int, int]:
+def expand_pair(value: object) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
 class DeformConv2d:
-    """One call, taken apart."""
+    """One call."""
 
     def __init__(self, input, offset, weight, bias=None, stride=1, padding=0, dilation=1, mask=None):
         self.coordinate = np.float64 if input.dtype == np.float64 else np.float32
@@ -74,8 +75,8 @@ class DeformConv2d:
         self.K = self.kh * self.kw
         self.G = self.C // group_channels
         self.D = self.offset.shape[1] // (2 * self.K)
-        (self.sh, self.sw), (self.dh, self.dw) = pair_of(stride), pair_of(dilation)
-        self.top, bottom, self.left, right = padding_of(padding)
+        (self.sh, self.sw), (self.dh, self.dw) = expand_pair(stride), expand_pair(dilation)
+        self.top, bottom, self.left, right = expand_padding(padding)
         self.oh = (self.H + self.top + bottom - self.dh * (self.kh - 1) - 1) // self.sh + 1
         self.ow = (self.W + self.left + right - self.dw * (self.kw - 1) - 1) // self.sw + 1
 
@@ -91,7 +92,7 @@ class DeformConv2d:
             yield Sample(n, d, k, a, b, float(y), float(x), modulation, slice(d * channels, (d + 1) * channels))
 
     def columns(self) -> np.ndarray:
-        """The modulated samples [N, C, K, oh, ow]."""
+        """Return the modulated samples [N, C, K, oh, ow]."""
         columns = np.zeros((self.N, self.C, self.K, self.oh, self.ow))
         for p in self.samples():
             column = np.zeros(self.C // self.D)
@@ -146,48 +147,23 @@ class DeformConv2d:
 
 
 def deform_conv2d(*args, **kwargs) -> np.ndarray:
-    """Output of `dcnops.deform_conv2d` in float64."""
+    """Compute `dcnops.deform_conv2d` in float64."""
     return DeformConv2d(*args, **kwargs).forward()
 
 
 def deform_conv2d_backward(grad_out, *args, **kwargs) -> dict[str, np.ndarray]:
-    """Gradients of `dcnops.deform_conv2d_backward` in float64, of the arguments that were given."""
+    """Compute `dcnops.deform_conv2d_backward` in float64, for all given arguments."""
     return DeformConv2d(*args, **kwargs).backward(grad_out)
 
 
-@dataclass
-class RoISample:
-    """One sample of a bin along one axis, on the clamped image: its neighbours, and how their weights move with it."""
-
-    low: int
-    high: int
-    fraction: float
-    slope: float
-
-    def weights(self) -> list[tuple[int, float, float]]:
-        """(pixel, weight, d weight / d position)."""
-        return [(self.low, 1 - self.fraction, -self.slope), (self.high, self.fraction, self.slope)]
-
-
 class DeformRoIPool:
-    """One call, taken apart."""
+    """One call."""
 
-    def __init__(
-        self,
-        input,
-        rois,
-        offset=None,
-        mask=None,
-        *,
-        output_size,
-        spatial_scale=1.0,
-        sampling_ratio=2,
-        gamma=0.1,
-    ):
+    def __init__(self, input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma):
         self.coordinate = np.float64 if input.dtype == np.float64 else np.float32
         self.x = np.asarray(input).astype(np.float64)
         self.rois = np.asarray(rois).astype(self.coordinate)
-        self.P, self.Q = pair_of(output_size)
+        self.P, self.Q = expand_pair(output_size)
         self.N, self.C, self.H, self.W = self.x.shape
         R = len(self.rois)
         self.offset = np.zeros((R, 2, self.P, self.Q)) if offset is None else np.asarray(offset)
@@ -197,8 +173,8 @@ class DeformRoIPool:
         self.scale, self.gamma = self.coordinate(spatial_scale), self.coordinate(gamma)
         self.sampling_ratio = sampling_ratio
 
-    def axis(self, r: int, bin: int, bins: int, low: int, extent: int, offset: np.floating):
-        """(length of the region, samples per bin, samples in the image, position is NaN) of a bin along an axis."""
+    def positions(self, r: int, bin: int, bins: int, low: int, offset: np.floating):
+        """Return the length of a region and the positions of a bin's samples along an axis, None for a NaN bin."""
         of = self.coordinate
         with np.errstate(all="ignore"):
             start = self.scale * self.rois[r, low] - of(0.5)
@@ -206,21 +182,31 @@ class DeformRoIPool:
             length = region / of(bins)
             first = (start + of(bin) * length) + (self.gamma * region) * offset
             if not np.isfinite(region) or np.isnan(first):
-                return region, 0, [], True
+                return region, None
             count = self.sampling_ratio or int(min(max(np.ceil(length), 0), 2**24))
-            # A whole axis at once: adaptive regions may have very many samples, almost all of them outside.
-            positions = first + (np.arange(count, dtype=self.coordinate) + of(0.5)) * length / of(max(count, 1))
-        samples = []
+            # Vectorised: adaptive sampling of a huge region has millions of samples, almost all of them outside.
+            return region, first + (np.arange(count, dtype=self.coordinate) + of(0.5)) * length / of(max(count, 1))
+
+    def axis(self, r: int, bin: int, bins: int, low: int, extent: int, offset: np.floating):
+        """Return the length of the region, the samples per bin, their neighbours, and True for a NaN bin.
+
+        A neighbour is (pixel, weight, d weight / d position) of a sample that is clamped to the image.
+        """
+        region, positions = self.positions(r, bin, bins, low, offset)
+        if positions is None:
+            return region, 0, [], True
+        neighbours = []
         for position in positions[(positions >= -1) & (positions <= extent)]:
             clamped = max(float(position), 0.0)
             at = min(int(clamped), extent - 1)
             free = at + 1 < extent
             slope = 1.0 if free and position >= 0 else 0.0
-            samples.append(RoISample(at, at + free, clamped - at if free else 0.0, slope))
-        return region, count, samples, False
+            fraction = clamped - at if free else 0.0
+            neighbours += [(at, 1 - fraction, -slope), (at + free, fraction, slope)]
+        return region, len(positions), neighbours, False
 
     def bins(self):
-        """(region, bin, image, samples of y and of x, 1 / number of samples, lengths of the region, bin is NaN)."""
+        """Yield (r, p, q), image, neighbours along y and x, 1 / samples, region size, and True for a NaN bin."""
         for r, p, q in np.ndindex(len(self.rois), self.P, self.Q):
             height, rows, ys, y_is_nan = self.axis(r, p, self.P, 2, self.H, self.offset[r, 1, p, q])
             width, columns, xs, x_is_nan = self.axis(r, q, self.Q, 1, self.W, self.offset[r, 0, p, q])
@@ -232,11 +218,8 @@ class DeformRoIPool:
         output = np.zeros((len(self.rois), self.C, self.P, self.Q))
         for (r, p, q), n, ys, xs, share, _, is_nan in self.bins():
             total = np.zeros(self.C)
-            for y in ys:
-                for x in xs:
-                    for row, wy, _ in y.weights():
-                        for column, wx, _ in x.weights():
-                            total = total + times(wy * wx, self.x[n, :, row, column])
+            for (row, wy, _), (column, wx, _) in product(ys, xs):
+                total = total + times(wy * wx, self.x[n, :, row, column])
             output[r, :, p, q] = np.nan if is_nan else times(self.mask[r, p, q] * share, total)
         return output
 
@@ -247,16 +230,13 @@ class DeformRoIPool:
         for (r, p, q), n, ys, xs, share, (height, width), is_nan in self.bins():
             t = grad_out[r, :, p, q]
             value = slope_y = slope_x = 0.0
-            for y in ys:
-                for x in xs:
-                    for row, wy, dy in y.weights():
-                        for column, wx, dx in x.weights():
-                            pixel = self.x[n, :, row, column]
-                            if not is_nan:
-                                grad_input[n, :, row, column] += times(wy * wx * self.mask[r, p, q] * share, t)
-                            value = value + times(wy * wx, pixel * t).sum()
-                            slope_y = slope_y + times(dy * wx, pixel * t).sum()
-                            slope_x = slope_x + times(wy * dx, pixel * t).sum()
+            for (row, wy, dy), (column, wx, dx) in product(ys, xs):
+                pixel = self.x[n, :, row, column]
+                if not is_nan:
+                    grad_input[n, :, row, column] += times(wy * wx * self.mask[r, p, q] * share, t)
+                value = value + times(wy * wx, pixel * t).sum()
+                slope_y = slope_y + times(dy * wx, pixel * t).sum()
+                slope_x = slope_x + times(wy * dx, pixel * t).sum()
             factor = float(self.gamma) * self.mask[r, p, q] * share
             if is_nan:
                 grad_offset[r, :, p, q] = grad_mask[r, p, q] = np.nan
@@ -269,10 +249,10 @@ class DeformRoIPool:
 
 
 def deform_roi_pool(*args, **kwargs) -> np.ndarray:
-    """Output of `dcnops.deform_roi_pool` in float64."""
+    """Compute `dcnops.deform_roi_pool` in float64."""
     return DeformRoIPool(*args, **kwargs).forward()
 
 
 def deform_roi_pool_backward(grad_out, *args, **kwargs) -> dict[str, np.ndarray]:
-    """Gradients of `dcnops.deform_roi_pool_backward` in float64, of the arguments that were given."""
+    """Compute `dcnops.deform_roi_pool_backward` in float64, for all given arguments."""
     return DeformRoIPool(*args, **kwargs).backward(grad_out)

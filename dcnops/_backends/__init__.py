@@ -1,1 +1,1 @@
-"""One module per place where arrays are computed; `_dispatch` imports the one that is needed."""
+"""One package per array library; `_dispatch` imports the one that a call needs."""

@@ -1,4 +1,4 @@
-"""``python -m dcnops`` and `dcnops.prefetch`: the right sentence for each trouble, and code that is ready."""
+"""``python -m dcnops`` gives the right advice, and `dcnops.prefetch` compiles everything."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 import dcnops
-from dcnops._diagnosis import MINIMUM, Backend, Cache, Facts, advise, describe, find_out
+from dcnops._diagnosis import MINIMUM, Backend, Cache, Environment, advise, format_report, inspect_environment
+from tests.cases import DTYPES
 
 ROOT = Path(__file__).resolve().parents[2]
 
-HEALTHY = Facts(
+HEALTHY = Environment(
     versions={"numpy": "2.4.6", "numba": "0.68.1", "torch": "2.15.0+cu132", "cupy-cuda13x": "14.2.0"},
     driver=13020,
     backends=[Backend("numpy", "CPU, 2 threads, znver4", None), Backend("cupy", "a GPU", None)],
@@ -27,7 +28,7 @@ HEALTHY = Facts(
 )
 
 
-def changed(**changes: Any) -> Facts:
+def environment_with(**changes: Any) -> Environment:
     versions = {**HEALTHY.versions, **changes.pop("versions", {})}
     without = changes.pop("without", ())
     kept = {name: version for name, version in versions.items() if name not in without}
@@ -40,7 +41,7 @@ def gpu_error(error: str) -> dict[str, Any]:
 
 def test_a_healthy_environment_needs_no_advice() -> None:
     assert advise(HEALTHY) == [] and HEALTHY.works
-    text = describe(HEALTHY)
+    text = format_report(HEALTHY)
     assert "numpy arrays: CPU, 2 threads, znver4; works" in text and "NVIDIA driver for CUDA 13.2" in text
     assert "/cache/cupy (2.0 MiB)" in text and "*" not in text
 
@@ -78,18 +79,18 @@ def test_a_healthy_environment_needs_no_advice() -> None:
         ),
     ],
 )
-def test_each_trouble_has_its_sentence(changes: dict[str, Any], sentence: str) -> None:
-    (advice,) = advise(changed(**changes))
+def test_each_problem_has_its_advice(changes: dict[str, Any], sentence: str) -> None:
+    (advice,) = advise(environment_with(**changes))
     assert re.search(sentence, advice), advice
-    assert f"* {advice}" in describe(changed(**changes))
+    assert f"* {advice}" in format_report(environment_with(**changes))
 
 
-def test_no_gpu_and_no_cupy_is_no_trouble() -> None:
-    facts = changed(without=["cupy-cuda13x"], driver=None, backends=HEALTHY.backends[:1])
-    assert advise(facts) == [] and facts.works
+def test_no_gpu_and_no_cupy_is_no_problem() -> None:
+    environment = environment_with(without=["cupy-cuda13x"], driver=None, backends=HEALTHY.backends[:1])
+    assert advise(environment) == [] and environment.works
 
 
-def test_minimum_versions_are_those_of_the_package() -> None:
+def test_minimum_versions_equal_pyproject() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for name, minimum in MINIMUM.items():
         package = "cupy-cuda13x\\[ctk\\]" if name == "cupy" else name
@@ -97,26 +98,20 @@ def test_minimum_versions_are_those_of_the_package() -> None:
         assert match and tuple(map(int, match.group(1).split("."))) == minimum
 
 
-def test_this_environment() -> None:
-    facts = find_out()
-    assert facts.backends[0].error is None and facts.versions["numpy"] == np.__version__
-    assert Path(facts.caches[0].folder).is_absolute() and facts.caches[0].writable
+def test_the_current_environment() -> None:
+    environment = inspect_environment()
+    assert environment.backends[0].error is None and environment.versions["numpy"] == np.__version__
+    assert Path(environment.caches[0].folder).is_absolute() and environment.caches[0].writable
 
 
 def test_the_command() -> None:
     command = [sys.executable, "-m", "dcnops", "--json"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    facts = json.loads(result.stdout)
-    assert result.returncode == (0 if facts["works"] else 1)
-    assert facts["backends"][0]["error"] is None and isinstance(facts["advice"], list)
-    interpreted = subprocess.run(
-        command[:-1],
-        cwd=ROOT,
-        env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = json.loads(result.stdout)
+    assert result.returncode == (0 if environment["works"] else 1)
+    assert environment["backends"][0]["error"] is None and isinstance(environment["advice"], list)
+    env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    interpreted = subprocess.run(command[:-1], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert "* NUMBA_DISABLE_JIT is set" in interpreted.stdout
 
 
@@ -146,20 +141,16 @@ print(sum(sum(loop.stats.cache_misses.values()) for loop in loops if hasattr(loo
 
 
 def test_prefetched_calls_compile_nothing(tmp_path: Path) -> None:
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    def run(*command: str) -> str:
+        env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        command = (sys.executable, *command)
+        return subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
 
-    def misses() -> int:
-        command = [sys.executable, "-c", MISSES]
-        return int(
-            subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
-        )
-
-    command = [sys.executable, "-m", "dcnops", "prefetch"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    assert misses() == 0
+    run("-m", "dcnops", "prefetch")
+    assert int(run("-c", MISSES)) == 0
 
 
-def test_prefetch_refuses() -> None:
+def test_prefetch_refuses_wrong_arguments() -> None:
     with pytest.raises(dcnops.ArgumentError, match="library must be 'numpy' or 'cupy', got 'torch'"):
         dcnops.prefetch("torch")
     with pytest.raises(dcnops.ArgumentError, match=r"dtypes must be among .* got 'int8'"):
@@ -170,6 +161,6 @@ def test_prefetch_refuses() -> None:
         dcnops.prefetch(input=(1, 4, 9, 9), weight=(4, 3, 3, 3))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_prefetch_takes_every_dtype(dtype: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefetch_compiles_every_dtype(dtype: str) -> None:
     dcnops.prefetch(dtypes=[dtype], input=(2, 4, 8, 8), weight=(6, 2, 3, 1), deform_groups=2, stride=2, padding=(1, 0))

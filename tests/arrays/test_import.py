@@ -1,4 +1,4 @@
-"""Importing the library is cheap and brings no array library but NumPy's names."""
+"""Importing the library is fast and imports no array library."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ def test_import_is_fast_and_imports_no_backend():
 
 
 def test_a_checkout_that_is_not_installed_has_its_adapters():
-    """Also before an installed copy, when Python runs in the checkout's folder."""
     root = Path(__file__).resolve().parents[2]
     code = "import dcnops.adapters.torch as adapter, dcnops; print(adapter.__file__); print(dcnops.__file__)"
     without = "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder)]"
@@ -49,12 +48,12 @@ assert not {"cupy", "torch", "jax"} & set(sys.modules), sys.modules
 
 
 def test_the_kernel_folder_holds_no_python():
-    """A module in cuda/ would hide NVIDIA's package of that name from the repository's root, and break CuPy."""
+    """A Python module in cuda/ would hide NVIDIA's package of that name in the root folder and break CuPy."""
     assert not list(Path("cuda").rglob("*.py"))
     assert list(Path("cuda").glob("*.cu"))
 
 
-def test_cupy_imports_from_the_root_of_the_repository():
+def test_cupy_can_be_imported_in_the_root_folder():
     subprocess.run([sys.executable, "-c", "import cupy, dcnops._backends.cuda.backend"], check=True)
 
 

@@ -1,11 +1,8 @@
-"""NHWC is NCHW with its axes in another order: every operation, gradient, dtype, and error; natively on a GPU.
-
-And the kernel that changes the memory order, with each of its jobs.
-"""
+"""The NHWC layout gives the results of NCHW; and the kernel that transposes, sums and fills, with each of its jobs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +24,10 @@ from dcnops._backends.cuda.plans.array_jobs import (
     sum_dtype,
 )
 from tests.cases import DTYPES, Case, assert_close, conv_cases, make_conv, make_roi_pool, roi_pool_cases
-from tests.cuda.emulated_cupy import StandIn, emulated_cupy
+from tests.cuda.emulated_cupy import emulated_cupy
 from tests.cuda.emulator import host_engine
 
-# On both sides of the borders of tiles, of pieces of 16 bytes and of pairs.
+# Sizes around the borders of tiles, of 16-byte pieces and of pairs.
 EDGES = (1, 2, 3, 4, 6, 8, 9, 16, 31, 32, 33, 40, 63, 64, 65, 72, 127, 128, 129, 136)
 
 IMAGES = {"deform_conv2d": ("input", "offset", "mask", "grad_out"), "deform_roi_pool": ("input", "grad_out")}
@@ -40,43 +37,34 @@ def to_nhwc(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
 
 
-class NumPy:
-    """Where arrays of NumPy are computed; `Emulated` is the same for those of CuPy."""
+@dataclass
+class Library:
+    """Array library of a call, or its stand-in."""
 
-    exact = True
-
-    @staticmethod
-    def asarray(array: np.ndarray) -> Any:
-        return array
-
-
-class Emulated:
-    exact = False
-
-    def __init__(self, stand_in: StandIn) -> None:
-        self.stand_in = stand_in
-        self.asarray = stand_in.asarray
+    asarray: Callable[[np.ndarray], Any]
+    exact: bool
+    """True if both layouts give the same bits."""
 
 
 @pytest.fixture(scope="module", params=["numpy", "emulated"])
-def place(request: pytest.FixtureRequest) -> Iterator[Any]:
+def library(request: pytest.FixtureRequest) -> Iterator[Library]:
     if request.param == "numpy":
-        yield NumPy()
+        yield Library(asarray=np.asarray, exact=True)
         return
     with emulated_cupy() as stand_in:
-        yield Emulated(stand_in)
+        yield Library(stand_in.asarray, exact=False)
 
 
-def arguments_of(case: Case, place: Any, layout: str) -> dict[str, Any]:
+def arguments_of(case: Case, library: Library, layout: str) -> dict[str, Any]:
     images = IMAGES[case.operation]
 
     def prepared(name: str, value: Any) -> Any:
         if not isinstance(value, np.ndarray):
             return value
-        return place.asarray(to_nhwc(value) if layout == "NHWC" and name in images else value)
+        return library.asarray(to_nhwc(value) if layout == "NHWC" and name in images else value)
 
-    given_arguments = {**case.arguments(), "grad_out": case.grad_out}
-    return {"layout": layout, **{name: prepared(name, value) for name, value in given_arguments.items()}}
+    arguments = {**case.arguments(), "grad_out": case.grad_out}
+    return {"layout": layout, **{name: prepared(name, value) for name, value in arguments.items()}}
 
 
 def both_directions(case: Case, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -86,23 +74,23 @@ def both_directions(case: Case, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"output": output, **{name: getattr(gradients, name) for name in case.needs}}
 
 
-def assert_layouts_agree(case: Case, place: Any) -> None:
+def assert_layouts_agree(case: Case, library: Library) -> None:
     images = ("output", *IMAGES[case.operation])
-    ours = both_directions(case, arguments_of(case, place, "NHWC"))
-    theirs = both_directions(case, arguments_of(case, place, "NCHW"))
+    nhwc = both_directions(case, arguments_of(case, library, "NHWC"))
+    nchw = both_directions(case, arguments_of(case, library, "NCHW"))
     expected = {"output": case.expected(), **case.expected_gradients()}
-    for name, result in ours.items():
+    for name, result in nhwc.items():
         assert result.flags.c_contiguous, name
-        assert result.dtype == theirs[name].dtype
+        assert result.dtype == nchw[name].dtype
         as_nchw = result.transpose(0, 3, 1, 2) if name in images else result
-        if place.exact:
-            np.testing.assert_array_equal(as_nchw, theirs[name], err_msg=name)
+        if library.exact:
+            np.testing.assert_array_equal(as_nchw, nchw[name], err_msg=name)
         assert_close(as_nchw, expected[name], case.dtype, name)
 
 
 @given(case=st.one_of(conv_cases(dtypes=tuple(DTYPES)), roi_pool_cases(dtypes=tuple(DTYPES))))
-def test_nhwc_computes_what_nchw_does(place: Any, case: Case):
-    assert_layouts_agree(case, place)
+def test_nhwc_equals_nchw(library: Library, case: Case):
+    assert_layouts_agree(case, library)
 
 
 @pytest.mark.parametrize(
@@ -118,30 +106,21 @@ def test_nhwc_computes_what_nchw_does(place: Any, case: Case):
     ],
     ids=["no images", "one channel", "one pixel", "one pixel padded", "no regions", "one plane", "one bin"],
 )
-def test_shapes_that_lie_in_memory_in_both_orders_at_once(place: Any, case: Case):
-    assert_layouts_agree(case, place)
+def test_shapes_with_the_same_memory_order_in_both_layouts(library: Library, case: Case):
+    assert_layouts_agree(case, library)
 
 
 @pytest.mark.parametrize("case", [make_conv(N=4, C=4, H=8, W=8), make_roi_pool(N=4, C=4)], ids=["conv", "roi"])
-@pytest.mark.parametrize("view", [np.s_[::2], np.s_[:, :, ::2], np.s_[..., ::2], np.s_[:, ::-1]], ids=str)
-def test_strides_do_not_matter(place: Any, case: Case, view: Any):
-    arguments = arguments_of(case, place, "NHWC")
-    arguments["input"] = arguments["input"].repeat(2, 0).repeat(2, 1).repeat(2, 2).repeat(2, 3)[:4, :8, :8, :8][view]
-    plain = place.asarray(np.ascontiguousarray(arguments["input"]))
-    # Whatever the shape now is, the regions or offsets fit it: only the first image, row and channels are compared.
-    if case.operation == "deform_conv2d":
-        n, h, w, c = plain.shape
-        fitting = make_conv(N=n, C=c, H=h, W=w)
-        arguments = {**arguments_of(fitting, place, "NHWC"), "input": arguments["input"]}
-    else:
-        n, _, _, c = plain.shape
-        rois = np.array(arguments["rois"])
-        rois[:, 0] %= n
-        arguments |= {"rois": place.asarray(rois), "grad_out": place.asarray(np.ones((5, 3, 2, c), np.float32))}
-    strided = both_directions(case, arguments)
-    dense = both_directions(case, {**arguments, "input": plain})
-    for name, result in strided.items():
-        np.testing.assert_allclose(result, dense[name], rtol=1e-5, atol=1e-5, err_msg=name)
+@pytest.mark.parametrize(("axis", "step"), [(0, 2), (2, 2), (3, 2), (1, -1)])
+def test_strides_do_not_change_the_result(library: Library, case: Case, axis: int, step: int):
+    arguments = arguments_of(case, library, "NHWC")
+    dense = arguments["input"]
+    strided = np.moveaxis(np.moveaxis(dense.repeat(abs(step), axis), axis, 0)[::step], 0, axis)
+    strided[...] = dense
+    assert strided.strides != dense.strides
+    expected = both_directions(case, arguments)
+    for name, result in both_directions(case, {**arguments, "input": strided}).items():
+        np.testing.assert_allclose(result, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,7 +128,7 @@ def test_strides_do_not_matter(place: Any, case: Case, view: Any):
 def test_contiguous_nhwc_arrays_of_cupy_are_not_copied(make: Any, dtype: str):
     case = make(N=2, C=8, dtype=dtype)
     with emulated_cupy() as stand_in:
-        arguments = arguments_of(case, Emulated(stand_in), "NHWC")
+        arguments = arguments_of(case, Library(stand_in.asarray, exact=False), "NHWC")
         if dtype in ("float16", "bfloat16") and "rois" in arguments:
             arguments["rois"] = stand_in.asarray(case.rois.astype(np.float32))
         stand_in.copies = 0
@@ -159,7 +138,7 @@ def test_contiguous_nhwc_arrays_of_cupy_are_not_copied(make: Any, dtype: str):
 
 @dataclass(frozen=True)
 class Move:
-    """Images [N, C, 1, P], in either memory order, and the rows of them that are moved."""
+    """Images [N, C, 1, P] in either memory order, and the range of rows to transpose."""
 
     dtype: str
     N: int
@@ -167,7 +146,7 @@ class Move:
     P: int
     first: int
     rows: int
-    shift: int  # of all arrays, in elements, from aligned addresses
+    shift: int  # offset of all arrays from aligned addresses, in elements
     channels_last: bool
     schedule: str
 
@@ -176,13 +155,13 @@ class Move:
         return RowRange(self.first // self.P, self.first % self.P, self.rows)
 
     def array(self, engine: Engine, values: np.ndarray) -> np.ndarray:
-        """A copy of `values` at an address that is aligned or not."""
+        """Return a copy of `values` at the shifted address."""
         memory = engine.empty((values.size + self.shift,), values.dtype)[self.shift :]
         memory[:] = values.reshape(-1)
         return memory.reshape(values.shape)
 
     def images(self, engine: Engine, values: np.ndarray) -> np.ndarray:
-        """... of images, in the memory order of the case."""
+        """Return a copy of images at the shifted address, in the memory order of the case."""
         if self.channels_last:
             return self.array(engine, values.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
         return self.array(engine, values)
@@ -229,7 +208,7 @@ def test_sums_become_images(move: Move):
 
 
 def channel_sums(engine: Engine, images: np.ndarray, N: int, C: int, P: int) -> np.ndarray:
-    """Sums [C] of images [N, C, P]."""
+    """Sum images [N, C, P] to [C]."""
     result = engine.empty((C,), images.dtype)
     first, second, between = channel_sums_jobs(engine, images, N, C, P, result)
     for job in (first, second):
@@ -263,7 +242,7 @@ def test_more_than_a_tile_of_fillings_and_sums(shape: tuple[int, ...]):
 
 
 @pytest.mark.parametrize("C, P", [(64, 64), (3, 5), (8, 1)])
-def test_rounded_rows_keep_what_is_not_finite(C: int, P: int):
+def test_rounded_rows_keep_non_finite_values(C: int, P: int):
     engine = host_engine()
     images = engine.empty((1, C, 1, P), np.float32)
     special = np.float32([np.inf, -np.inf, np.nan, 0, -0.0, 1 + 2**-11, 1 + 2**-12, 3e38, 1e-45])
@@ -283,22 +262,22 @@ def test_other_data_is_not_rounded_to_tf32():
 
 
 def to_tf32(values: np.ndarray) -> np.ndarray:
-    """To nearest, ties away from zero; what is not finite stays."""
+    """Round finite values to the nearest TF32 number, ties away from zero."""
     values = np.ascontiguousarray(values)
     rounded = ((values.view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
     return np.where(np.isfinite(values), rounded, values)
 
 
-def test_a_layout_turns_shapes_and_back():
+def test_conversion_between_layouts():
     nhwc = check_layout("NHWC")
     assert nhwc.sizes((2, 5, 6, 4)) == (2, 4, 5, 6)
     assert nhwc.shape(2, 4, 5, 6) == (2, 5, 6, 4)
     assert nhwc.text("N", "C", "H", "W") == "N, H, W, C"
     array = np.random.default_rng(0).random((2, 5, 6, 4))
-    assert nhwc.images(array).shape == (2, 4, 5, 6)
-    back = nhwc.array(nhwc.images(array), np.ascontiguousarray)
+    assert nhwc.to_nchw(array).shape == (2, 4, 5, 6)
+    back = nhwc.from_nchw(nhwc.to_nchw(array), np.ascontiguousarray)
     assert back.flags.c_contiguous
     np.testing.assert_array_equal(back, array)
     nchw = check_layout("NCHW")
-    assert nchw.images(array) is array
-    assert nchw.array(array, lambda images: pytest.fail("NCHW keeps its strides")) is array
+    assert nchw.to_nchw(array) is array
+    assert nchw.from_nchw(array, lambda images: pytest.fail("NCHW needs no copy")) is array

@@ -1,4 +1,4 @@
-"""The precision of float32 products: where it counts, where it does not, and whose switches it follows."""
+"""Precision of float32 products: accuracy, scope, and the settings of CuPy and PyTorch that it follows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from cupy._core import _routines_linalg as cupy_linalg
-from dcnops.adapters.torch import deform_conv2d, functional
 
 import dcnops
 from dcnops._backends.cuda import backend as cuda
+from dcnops.adapters.torch import deform_conv2d, functional
 from tests.cases import DTYPES, assert_close, make_conv
 from tests.cuda.emulated_cupy import cupy_arguments, emulated_cupy
 
@@ -28,7 +28,7 @@ def both_directions(arguments: dict[str, Any], **options: Any) -> dict[str, np.n
 
 
 @pytest.mark.parametrize("path", SHAPES)
-def test_each_precision_is_as_accurate_as_it_says(path: str):
+def test_each_precision_has_its_accuracy(path: str):
     case = SHAPES[path]
     exact = {"output": case.expected(), **case.expected_gradients()}
     errors = {}
@@ -48,13 +48,12 @@ def test_other_dtypes_have_one_precision(dtype: str):
         arguments = cupy_arguments(stand_in, case)
         first, second = (both_directions(arguments, precision=precision) for precision in ("ieee", "tf32"))
     for name, result in first.items():
-        if name != "input":  # whose sums may come in another order
+        if name != "input":  # summed in any order
             np.testing.assert_array_equal(result, second[name], err_msg=name)
 
 
 def test_numpy_arrays_have_one_precision():
-    case = SHAPES["fused"]
-    arguments = {**case.arguments(), "grad_out": case.grad_out}
+    arguments = {**SHAPES["fused"].arguments(), "grad_out": SHAPES["fused"].grad_out}
     expected = both_directions(arguments)
     for precision in ("ieee", "tf32", "3xtf32", None):
         for name, result in both_directions(arguments, precision=precision).items():
@@ -78,7 +77,7 @@ def test_an_unknown_precision_is_an_error(precision: Any):
 
 
 def test_none_follows_cupy(monkeypatch: pytest.MonkeyPatch):
-    """CuPy's switch is set for a device: without one, what it would say is told in its place."""
+    """CuPy's setting needs a device, so a stand-in replaces it here."""
     single, half = np.empty(0, np.float32), np.empty(0, np.float16)
     for compute_type, expected in (
         (cupy_linalg.COMPUTE_TYPE_TF32, "tf32"),
@@ -95,7 +94,7 @@ def test_none_follows_cupy(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.gpu
-def test_none_follows_the_switch_of_cupy_itself():
+def test_none_follows_the_setting_of_cupy_on_a_gpu():
     before = cupy_linalg.get_compute_type(np.float32)
     try:
         cupy_linalg.set_compute_type(np.float32, cupy_linalg.COMPUTE_TYPE_TF32)
@@ -105,14 +104,14 @@ def test_none_follows_the_switch_of_cupy_itself():
 
 
 @pytest.fixture
-def torch_switches() -> Iterator[None]:
+def torch_settings() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
     torch.backends.cuda.matmul.allow_tf32 = before != "highest"
 
 
-def test_none_follows_torch(torch_switches: None):
+def test_none_follows_torch(torch_settings: None):
     for precision, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32"), ("highest", "ieee")):
         torch.set_float32_matmul_precision(precision)
         assert functional._matmul_precision() == expected, precision

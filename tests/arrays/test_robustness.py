@@ -1,4 +1,4 @@
-"""Long, wild and crowded use: random calls for a while, nonsense as arguments, threads, processes, damaged caches."""
+"""Robustness: memory over many calls, fuzzed arguments, threads, worker processes and corrupted caches."""
 
 from __future__ import annotations
 
@@ -16,20 +16,36 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dcnops
-from dcnops import ArgumentError, DcnError
+from dcnops import DcnError
+from dcnops.adapters.torch import deform_conv2d
 
 ROOT = Path(__file__).resolve().parents[2]
-WARM = 100  # calls after which memory must not grow any more
+WARM = 100  # calls before the first measurement
 SOAK = WARM + int(os.environ.get("DCNOPS_SOAK_CALLS", "300"))
-GROWTH = 24 * 2**20  # bytes that the allocator may keep nevertheless
+GROWTH = 24 * 2**20  # bytes that the allocator may keep
+
+
+def convolve(*arrays: Any, grad_out: Any = None, **options: Any) -> list[np.ndarray]:
+    """Return the output and all gradients of a convolution."""
+    output = dcnops.deform_conv2d(*arrays, **options)
+    gradients = dcnops.deform_conv2d_backward(output if grad_out is None else grad_out, *arrays, **options)
+    return [output, *(gradient for gradient in gradients if gradient is not None)]
+
+
+def pool(*arrays: Any, grad_out: Any = None, **options: Any) -> list[np.ndarray]:
+    """Return the output and all gradients of a RoI pooling."""
+    output = dcnops.deform_roi_pool(*arrays, **options)
+    gradients = dcnops.deform_roi_pool_backward(output if grad_out is None else grad_out, *arrays, **options)
+    return [output, *(gradient for gradient in gradients if gradient is not None)]
 
 
 def random_call(rng: np.random.Generator) -> list[np.ndarray]:
-    """A legal call of either operation, forward and backward; what they gave."""
+    """Return the output and gradients of a random legal call of either operation."""
     dtype = rng.choice([np.float16, np.float32, np.float64])
 
     def random(*shape: int) -> np.ndarray:
@@ -39,30 +55,24 @@ def random_call(rng: np.random.Generator) -> list[np.ndarray]:
     C, O = 2 * G * int(rng.integers(1, 9)), G * int(rng.integers(1, 9))
     H, W = (int(size) for size in rng.integers(6, 40, 2))
     image = random(N, C, H, W)
-    mask: np.ndarray | None
     if rng.random() < 0.5:
         kh, kw = (int(size) for size in rng.integers(1, 4, 2))
         oh, ow = H + 2 - kh + 1, W + 2 - kw + 1
-        offset, weight = 3 * random(N, 2 * D * kh * kw, oh, ow), random(O, C // G, kh, kw)
+        offset = (3 * random(N, 2 * D * kh * kw, oh, ow)).astype(dtype)
         mask = random(N, D * kh * kw, oh, ow) if rng.random() < 0.5 else None
-        output = dcnops.deform_conv2d(image, offset.astype(dtype), weight, padding=1, mask=mask)
-        gradients = dcnops.deform_conv2d_backward(output, image, offset.astype(dtype), weight, padding=1, mask=mask)
-        return [output, *(item for item in gradients if item is not None)]
+        return convolve(image, offset, random(O, C // G, kh, kw), padding=1, mask=mask)
     R = int(rng.integers(0, 9)) if N else 0
     corners = rng.uniform(-4, 40, (R, 4))
     rois = np.concatenate([rng.integers(0, max(N, 1), (R, 1)), corners], axis=1).astype(np.float32)
-    offset, mask = random(R, 2, 3, 3), random(R, 3, 3)
-    output = dcnops.deform_roi_pool(image, rois, offset, mask, output_size=3)
-    pooled = dcnops.deform_roi_pool_backward(output, image, rois, offset, mask, output_size=3)
-    return [output, *(item for item in pooled if item is not None)]
+    return pool(image, rois, random(R, 2, 3, 3), random(R, 3, 3), output_size=3)
 
 
 def resident() -> int:
-    """Bytes of memory that this process has."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to measure memory")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is measured on Linux only")
 def test_memory_does_not_grow() -> None:
     rng = np.random.default_rng(0)
     for _ in range(WARM):
@@ -82,7 +92,7 @@ SIZES = st.integers(0, 5)
 
 @st.composite
 def anything(draw: st.DrawFn) -> Any:
-    """An array of any kind, or no array."""
+    """Draw an array of any kind, or something else."""
     kind = draw(st.integers(0, 9))
     if kind == 0:
         return draw(st.sampled_from([None, 3, 1.5, "text", [[1.0]], (), {}, float("nan"), b"x", object()]))
@@ -111,7 +121,7 @@ FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(Heal
 
 
 def survive(function: Any, *args: Any, **kwargs: Any) -> None:
-    """The call gives a result or an error of the library's own."""
+    """Check that a call succeeds or raises an error of the library."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -122,7 +132,7 @@ def survive(function: Any, *args: Any, **kwargs: Any) -> None:
 
 @FUZZ
 @given(st.lists(anything(), min_size=5, max_size=5), st.lists(NUMBERS, min_size=3, max_size=3), st.data())
-def test_convolutions_survive_anything(arrays: list[Any], numbers: list[Any], data: st.DataObject) -> None:
+def test_convolutions_survive_any_arguments(arrays: list[Any], numbers: list[Any], data: st.DataObject) -> None:
     options = {"layout": data.draw(st.sampled_from(["NCHW", "NHWC", "x", None, 3]))}
     survive(dcnops.deform_conv2d, *arrays[:3], arrays[3], *numbers, arrays[4], **options)
     needs = data.draw(st.sampled_from([("input",), "offset", (), ("x",), None, 3, ("mask", "weight", "bias")]))
@@ -131,37 +141,35 @@ def test_convolutions_survive_anything(arrays: list[Any], numbers: list[Any], da
 
 @FUZZ
 @given(st.lists(anything(), min_size=5, max_size=5), st.lists(NUMBERS, min_size=4, max_size=4))
-def test_poolings_survive_anything(arrays: list[Any], numbers: list[Any]) -> None:
-    names = ("output_size", "spatial_scale", "sampling_ratio", "gamma")
-    options = dict(zip(names, numbers))
+def test_poolings_survive_any_arguments(arrays: list[Any], numbers: list[Any]) -> None:
+    options = dict(zip(("output_size", "spatial_scale", "sampling_ratio", "gamma"), numbers))
     survive(dcnops.deform_roi_pool, *arrays[:4], **options)
     survive(dcnops.deform_roi_pool_backward, arrays[4], *arrays[:4], **options)
 
 
 @FUZZ
 @given(st.data())
-def test_legal_sizes_with_wild_numbers_survive(data: st.DataObject) -> None:
-    """What passes the checks of shapes is computed, whatever the values."""
+def test_legal_calls_survive_any_values(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(FLOATS))
 
-    def wild(*shape: int) -> np.ndarray:
+    def extreme(*shape: int) -> np.ndarray:
         values = [0.0, -1.0, 0.5, 1e30, -1e30, np.nan, np.inf, -np.inf, 2.0**31, -(2.0**63)]
         drawn = np.resize(data.draw(st.lists(st.sampled_from(values), min_size=1, max_size=7)), shape)
         with np.errstate(over="ignore"):
             return drawn.astype(dtype)
 
-    survive(dcnops.deform_conv2d, wild(1, 2, 4, 3), wild(1, 8, 3, 2), wild(3, 2, 2, 2), mask=wild(1, 4, 3, 2))
-    arguments = (wild(1, 2, 4, 3), wild(1, 8, 3, 2), wild(3, 2, 2, 2))
-    survive(dcnops.deform_conv2d_backward, wild(1, 3, 3, 2), *arguments, mask=wild(1, 4, 3, 2))
-    rois, scale = wild(2, 5), data.draw(st.sampled_from([1.0, 1e-30, 1e30, 0.25]))
+    image, mask = extreme(1, 2, 4, 3), extreme(1, 4, 3, 2)
+    rois, scale = extreme(2, 5), data.draw(st.sampled_from([1.0, 1e-30, 1e30, 0.25]))
     rois[:, 0] = 0
-    ratio = data.draw(st.sampled_from([1, 2]))
-    pooled = {"output_size": 2, "spatial_scale": scale, "sampling_ratio": ratio, "gamma": 1e10}
-    survive(dcnops.deform_roi_pool, arguments[0], rois, wild(2, 2, 2, 2), wild(2, 2, 2), **pooled)
-    survive(dcnops.deform_roi_pool_backward, wild(2, 2, 2, 2), arguments[0], rois, wild(2, 2, 2, 2), **pooled)
+    options = {"output_size": 2, "spatial_scale": scale, "sampling_ratio": data.draw(st.sampled_from([1, 2]))}
+    bins = {"offset": extreme(2, 2, 2, 2), "mask": extreme(2, 2, 2), "grad_out": extreme(2, 2, 2, 2)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        convolve(image, extreme(1, 8, 3, 2), extreme(3, 2, 2, 2), mask=mask, grad_out=extreme(1, 3, 3, 2))
+        pool(image, rois, gamma=1e10, **bins, **options)
 
 
-def test_threads_get_what_one_thread_gets() -> None:
+def test_threads_get_the_results_of_a_single_thread() -> None:
     expected = [random_call(np.random.default_rng(seed)) for seed in range(24)]
     barrier = threading.Barrier(8)
 
@@ -173,36 +181,37 @@ def test_threads_get_what_one_thread_gets() -> None:
         for first, results in enumerate(pool.map(work, range(8))):
             for seed, found in zip(range(first, 24, 8), results):
                 assert len(found) == len(expected[seed])
-                for one, other in zip(found, expected[seed]):
-                    np.testing.assert_array_equal(one, other)
+                for result, reference in zip(found, expected[seed]):
+                    np.testing.assert_array_equal(result, reference)
 
 
 def in_child(seed: int) -> bytes:
     return pickle.dumps(random_call(np.random.default_rng(seed)))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_worker_processes(method: str) -> None:
-    """As data loaders start them, after this process has used its threads."""
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"there is no {method} here")
+@pytest.fixture(params=["fork", "spawn", "forkserver"])
+def start_method(request: pytest.FixtureRequest) -> str:
+    """Start method of worker processes, after this process has started its threads."""
+    if request.param not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"{request.param} is not available here")
+    random_call(np.random.default_rng(0))
+    return str(request.param)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process with threads
+def test_worker_processes(start_method: str) -> None:
     expected = [in_child(seed) for seed in range(4)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork in a process with threads
-        with multiprocessing.get_context(method).Pool(2) as pool:
-            assert pool.map_async(in_child, range(4)).get(timeout=120) == expected
+    with multiprocessing.get_context(start_method).Pool(2) as pool:
+        assert pool.map_async(in_child, range(4)).get(timeout=120) == expected
 
 
 class Samples:
-    """A data set that deforms its images with PyTorch."""
+    """Data set that deforms its images with PyTorch."""
 
     def __len__(self) -> int:
         return 6
 
     def __getitem__(self, index: int) -> Any:
-        import torch
-        from dcnops.adapters.torch import deform_conv2d
-
         random = torch.Generator().manual_seed(index)
         image = torch.randn(1, 4, 9, 8, generator=random)
         offset = torch.randn(1, 18, 9, 8, generator=random)
@@ -210,20 +219,13 @@ class Samples:
         return deform_conv2d(image, offset, weight, padding=1)[0]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_data_loaders_of_torch(method: str) -> None:
-    torch = pytest.importorskip("torch")
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"there is no {method} here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_data_loaders_of_torch(start_method: str) -> None:
     samples = Samples()
     expected = torch.stack([samples[index] for index in range(len(samples))])
-    loader = torch.utils.data.DataLoader(
-        samples, batch_size=2, num_workers=2, multiprocessing_context=method, timeout=120
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        found = list(loader)
-    torch.testing.assert_close(torch.cat(found), expected, rtol=0, atol=0)
+    options: dict[str, Any] = {"batch_size": 2, "num_workers": 2, "timeout": 120}
+    loader = torch.utils.data.DataLoader(samples, multiprocessing_context=start_method, **options)
+    torch.testing.assert_close(torch.cat(list(loader)), expected, rtol=0, atol=0)
 
 
 USE = """
@@ -242,7 +244,7 @@ def use(cache: Path, code: str = USE) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
 @pytest.mark.parametrize("damage", [b"", b"garbage", None])
-def test_a_damaged_cache_heals(pattern: str, damage: bytes | None, tmp_path: Path) -> None:
+def test_a_corrupted_cache_is_rebuilt(pattern: str, damage: bytes | None, tmp_path: Path) -> None:
     assert use(tmp_path).returncode == 0
     files = sorted(tmp_path.rglob(pattern))
     assert files
@@ -251,7 +253,7 @@ def test_a_damaged_cache_heals(pattern: str, damage: bytes | None, tmp_path: Pat
     damaged = {file: file.read_bytes() for file in files}
     result = use(tmp_path)
     assert result.returncode == 0, result.stderr
-    assert all(file.read_bytes() != damaged[file] for file in files)  # written anew
+    assert all(file.read_bytes() != damaged[file] for file in files)
     assert use(tmp_path, f"{USE}\nfrom dcnops._backends.cpu import deform_conv2d_loops\n{HITS}").stdout.strip() == "0"
 
 
@@ -260,14 +262,14 @@ HITS = (
 )
 
 
-def test_without_a_cache_folder_it_only_warns(tmp_path: Path) -> None:
+def test_a_missing_cache_folder_is_only_a_warning(tmp_path: Path) -> None:
     code = f"from numba.core.caching import CacheImpl\nCacheImpl._locator_classes = []\n{USE}"
     result = use(tmp_path, code)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("cannot keep its compiled CPU code") == 1 and "NUMBA_CACHE_DIR" in result.stderr
 
 
-def test_a_full_disk_only_warns(tmp_path: Path) -> None:
+def test_a_full_disk_is_only_a_warning(tmp_path: Path) -> None:
     full = """
 import errno
 from numba.core.caching import IndexDataCacheFile
@@ -278,11 +280,3 @@ IndexDataCacheFile.save = save
     result = use(tmp_path, full + USE)
     assert result.returncode == 0, result.stderr
     assert "some.nbi: No space left on device" in result.stderr
-
-
-def test_fuzzing_reaches_legal_calls() -> None:
-    """The fuzzed sizes include ones that are computed."""
-    image = np.ones((1, 2, 4, 3), np.float32)
-    assert dcnops.deform_conv2d(image, np.ones((1, 8, 3, 2), np.float32), np.ones((3, 2, 2, 2), np.float32)).shape
-    with pytest.raises(ArgumentError):
-        dcnops.deform_conv2d(image, np.ones((1, 8, 3, 2), np.float32), np.ones((3, 2, 2, 2), np.float32), stride=0)

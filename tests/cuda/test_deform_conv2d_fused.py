@@ -21,7 +21,7 @@ from dcnops._backends.cuda.heuristics import (
     choose_tiles,
 )
 from dcnops._backends.cuda.plans.array_jobs import is_channels_last
-from tests.arrays.test_deform_conv2d_extremes import FAR
+from tests.arrays.test_deform_conv2d import FAR
 from tests.cases import ConvCase, assert_close, conv_cases, make_conv
 from tests.conftest import EmulatedRunner
 from tests.cuda.emulator import HOPPER, KernelFault

@@ -1,18 +1,24 @@
-"""Examples in docstrings and in the README are run."""
+"""Docstrings are complete, their examples and those of the README run, and the prose follows the style guide."""
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import inspect
 import re
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import dcnops
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+PUBLIC = ("dcnops", "adapters", "examples")
+CODE = (*PUBLIC, "benchmarks", "cuda", "docs", "tests")
+BANNED = re.compile(r"\b(beside|anew|whose|mend(s|ed|ing)?|shall)\b", re.IGNORECASE)
 
 
 @pytest.mark.parametrize("module", ["dcnops.deform_conv2d", "dcnops.deform_roi_pool", "dcnops._prefetch"])
@@ -33,14 +39,70 @@ def test_every_public_function_documents_its_parameters_errors_and_an_example():
             assert re.search(rf"\b{parameter}\b", text), f"{function.__name__} does not document {parameter}"
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-
-
 def test_readme_examples():
-    """Every Python block that does not need a GPU runs, one after another in one namespace."""
-    runnable = [block for block in blocks() if "cupy" not in block]
+    """Blocks run one after another in one namespace, except those that need a GPU."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    runnable = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "cupy" not in block]
     assert runnable
     namespace: dict[str, object] = {}
     for block in runnable:
         exec(compile(block, "README.md", "exec"), namespace)
+
+
+def files(folder: str, *suffixes: str) -> Iterator[Path]:
+    for path in sorted((ROOT / folder).rglob("*")):
+        if path.suffix in suffixes and "__pycache__" not in path.parts:
+            yield path
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and text of each docstring, also of attributes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str() as text)):
+                yield node.lineno, text
+
+
+def comments(path: Path) -> Iterator[tuple[int, str]]:
+    if path.suffix == ".py":
+        with tokenize.open(path) as file:
+            for token in tokenize.generate_tokens(file.readline):
+                if token.type == tokenize.COMMENT:
+                    yield token.start[0], token.string
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        yield number, line.partition("//")[2]
+
+
+def prose(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a Markdown file without code."""
+    in_code = False
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        in_code ^= line.lstrip().startswith("```")
+        yield number, "" if in_code else re.sub(r"`[^`]*`", "", line)
+
+
+def test_docstrings_start_with_a_verb_or_a_noun():
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text.strip().splitlines()[0]}"
+        for folder in PUBLIC
+        for path in files(folder, ".py")
+        for line, text in docstrings(path)
+        if re.match(r"\s*(What|Where|Whether|How|Which)\b", text)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_prose_avoids_banned_words():
+    texts = [
+        *((path, docstrings(path)) for folder in CODE for path in files(folder, ".py")),
+        *((path, comments(path)) for folder in CODE for path in files(folder, ".py", ".cu", ".cuh", ".cpp", ".h")),
+        *((path, prose(path)) for path in (*ROOT.glob("*.md"), *files("docs", ".md"), *files("benchmarks", ".md"))),
+    ]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {match.group()}"
+        for path, lines in texts
+        for line, text in lines
+        if (match := BANNED.search(text))
+    ]
+    assert not found, "\n".join(found)

@@ -1,7 +1,8 @@
-"""The wheel holds what the tree holds, and works in an empty environment from another directory."""
+"""The wheel contains the tree and works in an empty environment from another folder."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -69,12 +70,15 @@ assert jax.grad(lambda o: deform_conv2d(x, o, weight).sum())(np.zeros((1, 2, 5, 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the tracked files, in the environment of the tests."""
+    """Build the source distribution from a copy of the project, and the wheel from it."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
+    source.mkdir()
     for name in PROJECT:
-        copy_into(ROOT / name, source / name)
-    # The source distribution, and the wheel from it.
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, source / name)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
     subprocess.run(command, check=True, capture_output=True)
     (built,) = folder.glob("dcnops-*.whl")
@@ -82,29 +86,23 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def copy_into(source: Path, target: Path) -> None:
-    if source.is_dir():
-        for path in source.rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
-                copy_into(path, target / path.relative_to(source))
-    else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(source.read_bytes())
+def files(name: str) -> list[Path]:
+    """Return the files of a folder, or the file of that name, relative to the root."""
+    paths = (ROOT / name).rglob("*") if (ROOT / name).is_dir() else [ROOT / name]
+    return [path.relative_to(ROOT) for path in paths if path.is_file() and "__pycache__" not in path.parts]
 
 
-def test_the_wheel_holds_the_tree(wheel: Path):
+def test_the_wheel_contains_the_tree(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    expected = set()
-    for folder, place in (("dcnops", "dcnops"), ("adapters", "dcnops/adapters"), ("cuda", "dcnops/cuda")):
-        for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
-                expected.add(f"{place}/{path.relative_to(ROOT / folder).as_posix()}")
+    folders = {"dcnops": "dcnops", "adapters": "dcnops/adapters", "cuda": "dcnops/cuda"}
+    expected = {
+        f"{place}/{path.relative_to(folder).as_posix()}" for folder, place in folders.items() for path in files(folder)
+    }
     assert held == expected
 
 
 def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path):
-    """With its base dependencies alone, from another directory."""
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     constraints = str(ROOT / "constraints.txt")
@@ -116,28 +114,22 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path):
     assert str(tmp_path / "venv") in result.stdout
 
 
-def test_the_source_distribution_holds_the_project(wheel: Path):
+def test_the_source_distribution_contains_the_project(wheel: Path):
     (built,) = wheel.parent.glob("dcnops-*.tar.gz")
     with tarfile.open(built) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    for name in PROJECT:
-        files = (
-            [path for path in (ROOT / name).rglob("*") if path.is_file()] if (ROOT / name).is_dir() else [ROOT / name]
-        )
-        for path in files:
-            if "__pycache__" not in path.parts:
-                assert path.relative_to(ROOT).as_posix() in held
+    assert {path.as_posix() for name in PROJECT for path in files(name)} <= held
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_the_wheel_works_with_what_an_extra_brings(extra: str, wheel: Path, tmp_path: Path):
-    """The packages are those of this environment, the library is the wheel's."""
+def test_the_wheel_works_with_each_extra(extra: str, wheel: Path, tmp_path: Path):
+    """The packages come from this environment, the library from the wheel."""
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
     site = next((tmp_path / "venv" / "lib").iterdir()) / "site-packages"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    # A folder that a .pth file names is not searched for .pth files itself: the editable installation stays out.
+    # Python ignores .pth files in a folder named by a .pth file, which keeps the editable installation out.
     (site / "packages.pth").write_text(sysconfig.get_paths()["purelib"])
     place = "import dcnops\nassert 'venv' in dcnops.__file__, dcnops.__file__\n"
     (tmp_path / "empty").mkdir()

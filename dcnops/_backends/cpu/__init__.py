@@ -1,1 +1,1 @@
-"""Backend of NumPy arrays: compiled loops on the CPU."""
+"""Backend for NumPy arrays: compiled loops on the CPU."""

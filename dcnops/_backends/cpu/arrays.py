@@ -1,4 +1,4 @@
-"""Arrays as the compiled loops take them, and back."""
+"""Conversion of arrays for the compiled loops, and scratch memory."""
 
 from __future__ import annotations
 
@@ -15,51 +15,57 @@ Array = npt.NDArray[Any]
 _CACHE_LINE = 64
 
 
-def sum_dtype(array: Array) -> np.dtype[Any]:
-    """The dtype of coordinates and sums beside data like `array`."""
+def compute_dtype(array: Array) -> np.dtype[Any]:
+    """Return the dtype of coordinates and sums for data of the dtype of `array`."""
     return np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
 
 
 def contiguous(array: Array) -> Array:
-    """The array, or a C-contiguous copy."""
+    """Return the array itself if it is C-contiguous, else a copy."""
     return np.ascontiguousarray(array)
 
 
-def plain(array: Array, dtype: np.dtype[Any], *shape: int) -> Array:
-    """The array as the compiled loops take it; a copy only where it is something else."""
+def loop_array(array: Array, dtype: np.dtype[Any], *shape: int) -> Array:
+    """Return the array in the form that the compiled loops need, copied only if necessary."""
     return np.require(array, dtype, ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE", "ENSUREARRAY"]).reshape(shape)
 
 
 def rounded(array: Array, dtype: np.dtype[Any]) -> Array:
+    """Convert an array to `dtype` without warnings about overflow."""
     with np.errstate(over="ignore", invalid="ignore"):
         return array.astype(dtype, copy=False)
 
 
-class Staged:
-    """Part of a result in the dtype of computation: `array` is the part itself, or is rounded into it by `store`."""
+class StagedResult:
+    """Slice of a result as an `array` in the dtype of computation, which `store` rounds into the result if needed."""
 
-    def __init__(self, part: Array, dtype: np.dtype[Any]) -> None:
-        self._part = part
-        count, channels, *extents = part.shape
-        self.array = part.astype(dtype, copy=False).reshape(count, channels, math.prod(extents))
+    def __init__(self, result: Array, dtype: np.dtype[Any]) -> None:
+        self._slice = result
+        count, channels, *extents = result.shape
+        self.array = result.astype(dtype, copy=False).reshape(count, channels, math.prod(extents))
 
     def store(self) -> None:
-        if self.array.dtype != self._part.dtype:
-            self._part[...] = rounded(self.array, self._part.dtype).reshape(self._part.shape)
+        """Write `array` to the result."""
+        if self.array.dtype != self._slice.dtype:
+            self._slice[...] = rounded(self.array, self._slice.dtype).reshape(self._slice.shape)
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Scratch that starts at a cache line: no vector straddles two, and threads that own channels share none."""
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return scratch memory that starts at a cache line.
+
+    No vector then crosses a line, and threads that own different channels share none.
+    """
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + _CACHE_LINE, np.uint8)
     start = -buffer.ctypes.data % _CACHE_LINE
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def strips(count: int, values: int) -> int:
-    """Items of `transpose_loops` for so many images of so many pixels."""
-    return count * -(-values // STRIP)
+def strip_count(count: int, pixels: int) -> int:
+    """Return the number of work items of `transpose_loops` for `count` images of `pixels` pixels."""
+    return count * -(-pixels // STRIP)
 
 
 def round_up(value: int, multiple: int) -> int:
+    """Round up to a multiple."""
     return -(-value // multiple) * multiple

@@ -1,4 +1,4 @@
-"""NumPy arrays: compiled loops, run by a few threads."""
+"""Functions of the CPU backend, as `dcnops._dispatch` calls them."""
 
 from dcnops._backends.cpu.arrays import contiguous
 from dcnops._backends.cpu.deform_conv2d import deform_conv2d, deform_conv2d_backward

@@ -1,4 +1,4 @@
-"""How the loops of the CPU backend are compiled: without the GIL, cached on disk."""
+"""Numba decorators for the loops of the CPU backend: without the GIL, cached on disk."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _options(fastmath: set[str]) -> dict[str, Any]:
-    # Nothing is allocated in these loops. Without reference counts (_nrt), a slice costs no atomic operation.
+    # These loops allocate nothing. Without reference counts (_nrt), slicing needs no atomic operations.
     return {"nogil": True, "error_model": "numpy", "_nrt": False, "fastmath": fastmath}
 
 
 def kernel(function: Function) -> Function:
-    """A function that is called from Python. It is compiled on its first call, once for each user and machine.
+    """Compile a function that Python calls, on its first call and once per user and machine.
 
-    Numba looks for changes in the file of the cached function only, not in those of the functions that it calls.
+    Numba recompiles a cached function if its own file changes, but not if the file of a function that it calls does.
     """
     dispatcher = numba.njit(**_options({"contract"}))(function)
     try:
-        dispatcher._cache = _Cache(function)  # what njit(cache=True) does with Numba's own class
+        dispatcher._cache = _Cache(function)  # like njit(cache=True), which uses Numba's own class
     except RuntimeError:
         _warn("neither the package's folder nor the user's cache folder can be written to")
     return cast(Function, dispatcher)
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
-    """Numba's cache on disk; damaged files count as missing, and what cannot be written only costs time."""
+    """Disk cache of Numba that ignores corrupted files and survives write errors with a warning."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        except Exception:  # unpickling raises nearly everything
+        except Exception:  # unpickling can raise almost any exception
             with contextlib.suppress(OSError):
                 self.flush()
             return None
@@ -52,7 +52,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 @functools.cache
 def _warn(reason: str) -> None:
-    """Say once that compiled code is lost."""
+    """Warn once that compiled code is not kept."""
     warnings.warn(
         f"dcnops cannot keep its compiled CPU code, every process will spend seconds on it: {reason}; "
         "set NUMBA_CACHE_DIR to a folder that can be written to",
@@ -61,13 +61,13 @@ def _warn(reason: str) -> None:
 
 
 def inner(*fastmath: str) -> Callable[[Function], Function]:
-    """A function that kernels of the same file call, with LLVM's `fastmath` flags beside contract."""
+    """Return a decorator for functions that kernels of the same file call; adds LLVM `fastmath` flags to contract."""
     return cast(Callable[[Function], Function], numba.njit(**_options({"contract", *fastmath})))
 
 
 def exact(function: Function) -> Function:
-    """A function that kernels of the same file call, every operation of which is rounded: coordinates.
+    """Compile a function that kernels of the same file call without fused multiply-adds.
 
-    Contracted to a fused multiply-add, a position could fall on the other side of a kink than it does elsewhere.
+    Coordinates need this: contraction could move a position to the other side of a kink.
     """
     return cast(Function, numba.njit(**_options(set()))(function))

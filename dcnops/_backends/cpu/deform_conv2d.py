@@ -1,7 +1,7 @@
 """Deformable convolution on NumPy arrays.
 
-Images are processed in blocks of channels: a block is copied to channels-last, and threads then take small tiles of
-output pixels from sampling to the finished matrix product, so that the sampled columns never leave the cache.
+Images are processed in blocks of channels. Each block is copied to channels-last. Threads then process small tiles of
+output pixels, from sampling to the finished matrix product, so that the im2col columns never leave the cache.
 """
 
 from __future__ import annotations
@@ -14,20 +14,29 @@ import numpy as np
 
 from dcnops._backends.cpu import deform_conv2d_loops as loops
 from dcnops._backends.cpu import transpose_loops
-from dcnops._backends.cpu.arrays import Array, Staged, empty, plain, round_up, rounded, strips, sum_dtype
-from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, alone_below, parallel
+from dcnops._backends.cpu.arrays import (
+    Array,
+    StagedResult,
+    aligned_empty,
+    compute_dtype,
+    loop_array,
+    round_up,
+    rounded,
+    strip_count,
+)
+from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, parallel, serial_if_small
 from dcnops._explain import LOGGER
 from dcnops._geometry import DeformConvGeometry
 
 _CHANNELS_PER_THREAD = 16
 
-# Tuned at 2 MB of L2 per core; half and twice of each change little.
+# Tuned for 2 MB of L2 cache per core. Halving or doubling a value changes little.
 _BLOCK_CHANNELS = 128
 _LEAST_BLOCK_CHANNELS = 32
 _TILE_PIXELS = 16 * loops.ROWS
 _TILE_BYTES = 2**19
 _SPAN_BYTES = 2**23
-_PART_PIXELS = 2048
+_CHUNK_PIXELS = 2048
 _PANELS_TOGETHER = 5
 
 _NO_MASK = {name: np.empty((0, 0, 0), name) for name in ("float32", "float64")}
@@ -35,26 +44,19 @@ _NO_MASK = {name: np.empty((0, 0, 0), name) for name in ("float32", "float64")}
 
 @dataclass(frozen=True)
 class _Block:
-    """Channels that are processed together: some of one weight group, or all of several groups."""
+    """Block of channels: part of one weight group, or several whole groups."""
 
-    c0: int
-    """First channel."""
-    width: int
-    """Channels."""
-    g0: int
-    """First weight group."""
-    Gb: int
-    """Weight groups."""
-    group_c0: int
-    """First channel within the first weight group."""
-    cw: int
-    """Channels of the block in each of its weight groups."""
-    o0: int
-    """First output of the first weight group."""
+    c0: int  # first channel
+    width: int  # number of channels
+    g0: int  # first weight group
+    Gb: int  # number of weight groups
+    group_c0: int  # first channel within the first weight group
+    cw: int  # channels of the block per weight group
+    o0: int  # first output channel of the first weight group
 
 
 def _blocks(geometry: DeformConvGeometry, limit: int) -> Iterator[_Block]:
-    """All channels in blocks of at most `limit`."""
+    """Split all channels into blocks of at most `limit`."""
     channels = geometry.C // geometry.G
     og = geometry.O // geometry.G
     if channels > limit:
@@ -72,75 +74,70 @@ def _blocks(geometry: DeformConvGeometry, limit: int) -> Iterator[_Block]:
 
 
 def _tile(pixels: int, bytes_per_pixel: int) -> int:
-    """Pixels of a tile: fits the cache, leaves work for every thread, and is a multiple of ROWS."""
+    """Return the pixels per tile: a multiple of ROWS that fits the cache and leaves work for every thread."""
     share = -(-pixels // (THREADS * PIECES_PER_THREAD))
     return max(1, min(_TILE_PIXELS, _TILE_BYTES // bytes_per_pixel, share) // loops.ROWS) * loops.ROWS
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The arguments of both directions for some images, and what follows from them."""
+class _Chunk:
+    """Arguments of the forward and backward pass for a chunk of images."""
 
     geometry: DeformConvGeometry
-    dtype: np.dtype[Any]
-    """The dtype of computation."""
-    input: Array
-    """[n, C, H, W], in any form."""
-    offset: Array
-    """[n, 2*D*K, oh*ow]"""
-    mask: Array
-    """[n, D*K, oh*ow], or of size 0 for none."""
-    weight: Array
-    """[O, C/G, K]"""
+    dtype: np.dtype[Any]  # dtype of computation
+    input: Array  # [n, C, H, W], with any strides and of any dtype
+    offset: Array  # [n, 2*D*K, oh*ow]
+    mask: Array  # [n, D*K, oh*ow], or an empty array for None
+    weight: Array  # [O, C/G, K]
 
     @property
     def pixels(self) -> int:
-        """Output pixels of all images."""
+        """Number of output pixels of all images."""
         return len(self.input) * self.geometry.pixels
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """What the compiled loops know of the geometry."""
+        """Geometry in the form that the compiled loops need."""
         g = self.geometry
         return (g.H, g.W, g.ow, g.kh, g.kw, g.sh, g.sw, g.dh, g.dw, g.pad_top, g.pad_left, g.C // g.D)
 
 
-def _plan(part: _Part) -> tuple[Array, Array]:
-    """Scratch for a plan of the compiled loops."""
-    K = part.geometry.K
-    return empty((K, 4 * loops.STRIP), np.dtype(np.int32)), empty((K, 7 * loops.STRIP), part.dtype)
+def _sample_scratch(chunk: _Chunk) -> tuple[Array, Array]:
+    """Return scratch memory for the sampling points of a strip; see `loops._locate_samples`."""
+    K = chunk.geometry.K
+    return aligned_empty((K, 4 * loops.STRIP), np.dtype(np.int32)), aligned_empty((K, 7 * loops.STRIP), chunk.dtype)
 
 
-def _channels_last(part: _Part, block: _Block) -> Array:
-    """Channels-last copy of a block, [n, H*W + 1, width], with a zero pixel at the end of each image."""
-    count, extent = len(part.input), part.geometry.H * part.geometry.W
-    source = plain(part.input[:, block.c0 : block.c0 + block.width], part.dtype, count, block.width, extent)
-    image = empty((count, extent + 1, block.width), part.dtype)
+def _channels_last(chunk: _Chunk, block: _Block) -> Array:
+    """Copy a block to [n, H*W + 1, width], with a zero pixel at the end of each image."""
+    count, extent = len(chunk.input), chunk.geometry.H * chunk.geometry.W
+    source = loop_array(chunk.input[:, block.c0 : block.c0 + block.width], chunk.dtype, count, block.width, extent)
+    image = aligned_empty((count, extent + 1, block.width), chunk.dtype)
     image[:, extent] = 0
-    parallel(transpose_loops.to_channels_last, strips(count, extent), source, image)
+    parallel(transpose_loops.to_channels_last, strip_count(count, extent), source, image)
     return image
 
 
-def _parts(
+def _chunks(
     geometry: DeformConvGeometry, input: Array, offset: Array, weight: Array, mask: Array | None
-) -> Iterator[tuple[slice, _Part]]:
-    """Images that are processed together: several of them if they are tiny."""
+) -> Iterator[tuple[slice, _Chunk]]:
+    """Split the call into chunks: single images, or several if they are small."""
     g = geometry
-    dtype = sum_dtype(input)
-    plain_weight = plain(weight, dtype, g.O, g.C // g.G, g.K)
-    together = max(1, _PART_PIXELS // max(g.pixels, g.H * g.W))
+    dtype = compute_dtype(input)
+    loop_weight = loop_array(weight, dtype, g.O, g.C // g.G, g.K)
+    together = max(1, _CHUNK_PIXELS // max(g.pixels, g.H * g.W))
     for n in range(0, g.N, together):
         images = slice(n, min(n + together, g.N))
         count = images.stop - n
         yield (
             images,
-            _Part(
+            _Chunk(
                 geometry,
                 dtype,
                 input[images],
-                plain(offset[images], dtype, count, 2 * g.D * g.K, g.pixels),
-                _NO_MASK[dtype.name] if mask is None else plain(mask[images], dtype, count, g.D * g.K, g.pixels),
-                plain_weight,
+                loop_array(offset[images], dtype, count, 2 * g.D * g.K, g.pixels),
+                _NO_MASK[dtype.name] if mask is None else loop_array(mask[images], dtype, count, g.D * g.K, g.pixels),
+                loop_weight,
             ),
         )
 
@@ -154,17 +151,17 @@ def deform_conv2d(
     mask: Array | None,
     precision: str | None,
 ) -> Array:
-    """Deformable convolution; the arguments are those of `dcnops.deform_conv2d`, checked. All precision is "ieee"."""
+    """Compute a deformable convolution. See `dcnops.deform_conv2d`; the precision is always "ieee"."""
     g = geometry
     out = np.empty(g.output_shape, input.dtype)
-    # Half the channels at most, where that is enough to vectorise: the copies stay small beside the image itself.
+    # At most half of the channels if that is enough to vectorise, so that the copies stay small compared to the image.
     limit = max(_LEAST_BLOCK_CHANNELS, min(_BLOCK_CHANNELS, g.C // 2))
-    with alone_below(_multiply_adds(g)):
-        for images, part in _parts(geometry, input, offset, weight, mask):
-            plain_bias = np.zeros(g.O, part.dtype) if bias is None else plain(bias, part.dtype, g.O)
-            target = Staged(out[images], part.dtype)
+    with serial_if_small(_multiply_adds(g)):
+        for images, chunk in _chunks(geometry, input, offset, weight, mask):
+            chunk_bias = np.zeros(g.O, chunk.dtype) if bias is None else loop_array(bias, chunk.dtype, g.O)
+            target = StagedResult(out[images], chunk.dtype)
             for block in _blocks(geometry, limit):
-                _add_outputs(part, block, plain_bias, target.array)
+                _add_block_output(chunk, block, chunk_bias, target.array)
             target.store()
     return out
 
@@ -174,25 +171,26 @@ def _multiply_adds(geometry: DeformConvGeometry) -> int:
     return g.N * g.pixels * g.O * g.K * g.C // g.G
 
 
-def _add_outputs(part: _Part, block: _Block, bias: Array, out: Array) -> None:
-    """Write a block's share of the outputs, or add it to what earlier blocks of the weight group wrote."""
-    dtype = part.dtype
+def _add_block_output(chunk: _Chunk, block: _Block, bias: Array, out: Array) -> None:
+    """Write the output of the first block of a weight group, or add that of a later block."""
+    dtype = chunk.dtype
     lanes = loops.panel_lanes(dtype.itemsize)
-    og = part.geometry.O // part.geometry.G
+    og = chunk.geometry.O // chunk.geometry.G
     panels = -(-og // lanes)
-    length = part.geometry.K * block.cw
-    image = _channels_last(part, block)
-    packed = empty((block.Gb, panels, length, lanes), dtype)
-    parallel(loops.pack_weight, block.Gb * panels, part.weight, packed, block.g0, block.group_c0, block.cw, og)
-    tile = _tile(part.pixels, block.Gb * (length + panels * lanes) * dtype.itemsize)
-    LOGGER.debug("%d channels, %d pixels in tiles of %d, %d threads", block.width, part.pixels, tile, THREADS)
+    length = chunk.geometry.K * block.cw
+    image = _channels_last(chunk, block)
+    packed = aligned_empty((block.Gb, panels, length, lanes), dtype)
+    parallel(loops.pack_weight, block.Gb * panels, chunk.weight, packed, block.g0, block.group_c0, block.cw, og)
+    tile = _tile(chunk.pixels, block.Gb * (length + panels * lanes) * dtype.itemsize)
+    LOGGER.debug("%d channels, %d pixels in tiles of %d, %d threads", block.width, chunk.pixels, tile, THREADS)
 
     def scratch() -> tuple[Any, ...]:
-        return _plan(part), empty((block.Gb, tile, length), dtype), empty((block.Gb, tile, panels * lanes), dtype)
+        columns = aligned_empty((block.Gb, tile, length), dtype)
+        return _sample_scratch(chunk), columns, aligned_empty((block.Gb, tile, panels * lanes), dtype)
 
     parallel(
-        loops.output_tile, -(-part.pixels // tile),
-        part.sizes, image, part.offset, part.mask, packed, bias, out,
+        loops.output_tile, -(-chunk.pixels // tile),
+        chunk.sizes, image, chunk.offset, chunk.mask, packed, bias, out,
         block.c0, block.cw, block.o0, og, block.group_c0 > 0, tile,
         scratch=scratch,
     )  # fmt: skip
@@ -209,10 +207,10 @@ def deform_conv2d_backward(
     deterministic: bool,
     precision: str | None,
 ) -> dict[str, Array]:
-    """Gradients of `deform_conv2d` by the name of the argument, those in `needs`; deterministic and "ieee" always."""
+    """Compute the gradients in `needs`, by argument name. See `dcnops.deform_conv2d_backward`."""
     g = geometry
     og = g.O // g.G
-    dtype = sum_dtype(input)
+    dtype = compute_dtype(input)
     lanes = loops.panel_lanes(dtype.itemsize)
     blocks = list(_blocks(geometry, _BLOCK_CHANNELS))
 
@@ -229,15 +227,15 @@ def deform_conv2d_backward(
         rows = round_up(og, loops.ROWS)
         grad_weights = [np.zeros((block.Gb, rows, round_up(g.K * block.cw, lanes)), dtype) for block in blocks]
 
-    with alone_below(2 * _multiply_adds(g)):
-        for images, part in _parts(geometry, input, offset, weight, mask):
-            gradient = plain(grad_out[images], dtype, len(part.input), g.O, g.pixels)
+    with serial_if_small(2 * _multiply_adds(g)):
+        for images, chunk in _chunks(geometry, input, offset, weight, mask):
+            gradient = loop_array(grad_out[images], dtype, len(chunk.input), g.O, g.pixels)
             if "bias" in needs:
                 grad_bias += gradient.sum(axis=(0, 2))
-            targets = {name: Staged(result[images], dtype) for name, result in results.items()}
+            targets = {name: StagedResult(result[images], dtype) for name, result in results.items()}
             if targets or "weight" in needs:
                 arrays = {name: target.array for name, target in targets.items()}
-                _add_gradients(part, gradient, blocks, arrays, grad_weights)
+                _add_gradients(chunk, gradient, blocks, arrays, grad_weights)
             for target in targets.values():
                 target.store()
 
@@ -254,91 +252,91 @@ def deform_conv2d_backward(
 
 
 def _add_gradients(
-    part: _Part, grad_out: Array, blocks: list[_Block], targets: dict[str, Array], grad_weights: list[Array | None]
+    chunk: _Chunk, grad_out: Array, blocks: list[_Block], targets: dict[str, Array], grad_weights: list[Array | None]
 ) -> None:
-    """Gradients of some images.
+    """Add the gradients of a chunk of images.
 
     Parameters
     ----------
-    part : _Part
+    chunk : _Chunk
     grad_out : array [n, O, oh*ow]
     blocks : list of _Block
     targets : dict
-        Arrays to write the gradient of "input" to, and to add those of "offset" and "mask" to; each may be missing.
+        Arrays of the needed gradients: "input" is written, "offset" and "mask" are added to.
     grad_weights : list of array [Gb, og rounded up, K*cw rounded up] or None
-        What to add the weight gradient of each block to.
+        Accumulated weight gradient of each block.
     """
-    g, dtype = part.geometry, part.dtype
-    grad_last = None
+    g, dtype = chunk.geometry, chunk.dtype
+    grad_rows = None
     if targets:
-        grad_last = empty((len(grad_out), g.pixels, g.O), dtype)
-        parallel(transpose_loops.to_channels_last, strips(len(grad_out), g.pixels), grad_out, grad_last)
-        grad_last = grad_last.reshape(part.pixels, g.O)
+        grad_rows = aligned_empty((len(grad_out), g.pixels, g.O), dtype)
+        parallel(transpose_loops.to_channels_last, strip_count(len(grad_out), g.pixels), grad_out, grad_rows)
+        grad_rows = grad_rows.reshape(chunk.pixels, g.O)
     if targets.keys() & {"offset", "mask"}:
-        targets.setdefault("offset", np.zeros_like(part.offset))
+        targets.setdefault("offset", np.zeros_like(chunk.offset))
         targets.setdefault("mask", _NO_MASK[dtype.name])
     for block, grad_weight in zip(blocks, grad_weights):
-        _add_block_gradients(part, block, grad_out, grad_last, targets, grad_weight)
+        _add_block_gradients(chunk, block, grad_out, grad_rows, targets, grad_weight)
 
 
 def _add_block_gradients(
-    part: _Part,
+    chunk: _Chunk,
     block: _Block,
     grad_out: Array,
-    grad_last: Array | None,
+    grad_rows: Array | None,
     targets: dict[str, Array],
     grad_weight: Array | None,
 ) -> None:
-    """One block's share of the gradients of some images, in spans of output pixels whose columns fit a cache."""
-    g, dtype, sizes = part.geometry, part.dtype, part.sizes
+    """Add the gradients of one block, in spans of output pixels with columns that fit the cache."""
+    g, dtype, sizes = chunk.geometry, chunk.dtype, chunk.sizes
     og = g.O // g.G
     lanes = loops.panel_lanes(dtype.itemsize)
     padded = round_up(g.K * block.cw, lanes)
     panels = padded // lanes
     row_bytes = block.Gb * padded * dtype.itemsize
-    tile = _tile(part.pixels, row_bytes)
-    span = min(round_up(part.pixels, tile), max(1, _SPAN_BYTES // row_bytes // tile) * tile)
+    tile = _tile(chunk.pixels, row_bytes)
+    span = min(round_up(chunk.pixels, tile), max(1, _SPAN_BYTES // row_bytes // tile) * tile)
     LOGGER.debug(
         "%d channels, %d pixels in spans of %d and tiles of %d, %d threads",
-        block.width, part.pixels, span, tile, THREADS,
+        block.width, chunk.pixels, span, tile, THREADS,
     )  # fmt: skip
 
     image = packed = gradients = grad_image = None
     if grad_weight is not None or "offset" in targets:
-        image = _channels_last(part, block)
-    if grad_last is not None:
-        gradients = empty((block.Gb, span, padded), dtype)
-        packed = empty((block.Gb, panels, og, lanes), dtype)
-        parallel(loops.pack_weight_transposed, block.Gb * og, part.weight, packed, block.g0, block.group_c0, block.cw)
+        image = _channels_last(chunk, block)
+    if grad_rows is not None:
+        gradients = aligned_empty((block.Gb, span, padded), dtype)
+        packed = aligned_empty((block.Gb, panels, og, lanes), dtype)
+        parallel(loops.pack_weight_transposed, block.Gb * og, chunk.weight, packed, block.g0, block.group_c0, block.cw)
     if "input" in targets:
-        grad_image = empty((len(part.input), g.H * g.W + 1, block.width), dtype)
+        grad_image = aligned_empty((len(chunk.input), g.H * g.W + 1, block.width), dtype)
         parallel(lambda begin, end: grad_image[:, begin:end].fill(0), g.H * g.W + 1)
 
-    def fill_tiles(first: int, last: int, plan: tuple[Array, Array], begin: int, end: int) -> None:
-        loops.column_gradients(grad_last, packed, gradients, block.o0, first, last, tile, begin, end)
+    def fill_tiles(first: int, last: int, samples: tuple[Array, Array], begin: int, end: int) -> None:
+        loops.column_gradients(grad_rows, packed, gradients, block.o0, first, last, tile, begin, end)
         if "offset" in targets:
             loops.sampling_gradients(
-                sizes, image, part.offset, part.mask, gradients, targets["offset"], targets["mask"],
-                block.c0, block.cw, first, plan, begin * tile, min(end * tile, last - first),
+                sizes, image, chunk.offset, chunk.mask, gradients, targets["offset"], targets["mask"],
+                block.c0, block.cw, first, samples, begin * tile, min(end * tile, last - first),
             )  # fmt: skip
 
-    for first in range(0, part.pixels if targets else 0, span):
-        last = min(first + span, part.pixels)
-        parallel(fill_tiles, -(-(last - first) // tile), first, last, scratch=lambda: (_plan(part),))
+    for first in range(0, chunk.pixels if targets else 0, span):
+        last = min(first + span, chunk.pixels)
+        parallel(fill_tiles, -(-(last - first) // tile), first, last, scratch=lambda: (_sample_scratch(chunk),))
         if grad_image is not None:
             parallel(
                 loops.scatter_columns, block.width,
-                sizes, part.offset, part.mask, gradients, grad_image, block.c0, block.cw, first, last,
-                scratch=lambda: (_plan(part),), pieces_per_thread=1, least=_CHANNELS_PER_THREAD,
+                sizes, chunk.offset, chunk.mask, gradients, grad_image, block.c0, block.cw, first, last,
+                scratch=lambda: (_sample_scratch(chunk),), pieces_per_thread=1, least=_CHANNELS_PER_THREAD,
             )  # fmt: skip
     if grad_weight is not None:
-        # An odd number, lest rows of the columns fall into few sets of the first-level cache.
+        # An even number would map the rows of the columns to few sets of the first-level cache.
         together = min(_PANELS_TOGETHER, block.Gb * panels // THREADS) | 1
         parallel(
             loops.weight_gradient, block.Gb * -(-panels // together),
-            sizes, image, part.offset, part.mask, grad_out, grad_weight, block.c0, block.cw, block.o0, og,
-            scratch=lambda: (_plan(part), empty((1, loops.DEPTH, together * lanes), dtype)),
+            sizes, image, chunk.offset, chunk.mask, grad_out, grad_weight, block.c0, block.cw, block.o0, og,
+            scratch=lambda: (_sample_scratch(chunk), aligned_empty((1, loops.DEPTH, together * lanes), dtype)),
         )  # fmt: skip
     if grad_image is not None:
-        items = strips(len(part.input), g.H * g.W)
+        items = strip_count(len(chunk.input), g.H * g.W)
         parallel(transpose_loops.from_channels_last, items, grad_image, targets["input"], block.c0)

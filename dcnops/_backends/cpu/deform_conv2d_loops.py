@@ -1,18 +1,36 @@
-"""The compiled loops of deformable convolution on the CPU.
+"""Compiled loops of deformable convolution on the CPU.
 
-Every kernel works on the items ``begin <= item < end`` of its work, releases the GIL and writes nothing that another
-item of the same kernel writes: any split over threads gives the same bits. Arrays must be C-contiguous, aligned and
-writable (one compiled variant per dtype), float32 or float64, and of one dtype within a call.
+Every kernel processes the work items ``begin <= item < end``, releases the GIL, and writes no element that another item
+writes, so that the result does not depend on the split over threads. Arrays must be C-contiguous, aligned and writable
+(there is one compiled variant per dtype), and all float32 or all float64.
 
-Layouts used by all kernels. A block is a range of ``width = Gb*cw`` channels: `Gb` whole weight groups, or `cw`
-channels of one group. ``image [n, H*W + 1, width]`` is channels-last, the extra pixel at its end is zero: corners
-that must not take part point there, which keeps the inner loops free of branches. Output pixels of a chunk of images
-have one running index q. A matrix product sees columns or their gradients as ``[Gb, q, K*cw or more]``.
+A block is a range of ``width = Gb*cw`` channels: either `Gb` whole weight groups, or `cw` channels of one group. The
+output pixels of a chunk of images have one running index q.
+
+Arguments that the kernels share:
+
+sizes : tuple of int
+    H, W, ow, kh, kw, sh, sw, dh, dw, pad_top, pad_left, and the channels per deformable group.
+image : array [n, H*W + 1, width]
+    Channels-last with a zero pixel at the end. Corners that must not contribute point to the zero pixel, which keeps
+    the inner loops free of branches.
+offset : array [n, 2*D*K, oh*ow]
+mask : array [n, D*K, oh*ow], or empty
+weight : array [O, C/G, K]
+gradients : array [Gb, >= last - first, panels*lanes >= K*cw]
+    Gradients of the im2col columns of output pixels from `first` on, written by `column_gradients`.
+c0, o0 : int
+    First input and output channel of the block.
+g0, cw, og : int
+    First weight group of the block, its channels per weight group, and the output channels per weight group.
+samples : tuple of array
+    Scratch memory of the thread for the sampling points of a strip; see `_locate_samples`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
@@ -24,13 +42,13 @@ from numba.extending import intrinsic
 from dcnops._backends.cpu.compiled import inner, kernel
 
 ROWS = 6
-"""Rows of the register tile: with two vectors a row, its 12 sums fit the 16 registers of AVX and hide the latency."""
+"""Rows of the register tile. With two vectors per row, its 12 sums fit the 16 AVX registers and hide the latency."""
 
 STRIP = 32
-"""Output pixels whose sampling is planned at once; they lie in one row."""
+"""Maximum length of a strip: output pixels of one row that are located together."""
 
 DEPTH = 192
-"""Length of the sums that a register tile takes at once: that much of a panel stays in the first-level cache."""
+"""Depth of one product of a register tile; this part of a panel stays in the first-level cache."""
 
 _VECTORS = 2
 _CPU = llvmlite.binding.get_host_cpu_features()
@@ -38,32 +56,20 @@ _VECTOR_BYTES = 64 if _CPU.get("avx512f") else 32 if _CPU.get("avx") else 16
 
 
 def panel_lanes(itemsize: int) -> int:
-    """Columns of the register tile, the width that packed matrices are padded to."""
+    """Return the width of the register tile, to which packed matrices are padded."""
     return _VECTORS * _VECTOR_BYTES // itemsize
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _tile_product(
-    typing_context: Any,
-    a: Any,
-    a_start: Any,
-    a_row: Any,
-    a_depth: Any,
-    a_rows: Any,
-    b: Any,
-    b_start: Any,
-    b_depth: Any,
-    c: Any,
-    c_start: Any,
-    c_row: Any,
-    depth: Any,
-    accumulate: Any,
-) -> Any:
-    """``c[r, l] (+)= sum_k a[r, k] * b[k, l]`` for ROWS rows and one panel of lanes, `depth` >= 1.
+    typing_context: Any, a: Any, a_start: Any, a_row: Any, a_depth: Any, a_rows: Any, b: Any, b_start: Any,
+    b_depth: Any, c: Any, c_start: Any, c_row: Any, depth: Any, accumulate: Any,
+) -> Any:  # fmt: skip
+    """Compute ``c[r, l] (+)= sum_k a[r, k] * b[k, l]`` for ROWS rows and one panel of lanes, with `depth` >= 1.
 
-    The sums stay in registers, which no loop written in Python makes LLVM do. `*_start`, `*_row` and `*_depth` count
-    elements; rows of b and c have unit stride. Only the first `a_rows` rows of a are read; what the others' products
-    are is undefined.
+    The sums stay in registers, which LLVM does not achieve for a loop written in Python. `*_start`, `*_row` and
+    `*_depth` count elements; rows of b and c have unit stride. Only the first `a_rows` rows of a are read; the products
+    of the other rows are undefined.
     """
     integer = types.intp
     signature = types.void(
@@ -74,17 +80,14 @@ def _tile_product(
         a, a_start, a_row, a_depth, a_rows, b, b_start, b_depth, c, c_start, c_row, depth, accumulate = args
         scalar = context.get_value_type(signature.args[0].dtype)
         itemsize = context.get_abi_sizeof(scalar)
-        lanes = _VECTOR_BYTES // itemsize
-        vector = ir.VectorType(scalar, lanes)
+        vector = ir.VectorType(scalar, _VECTOR_BYTES // itemsize)
         index = context.get_value_type(integer)
-        undefined = ir.Constant(vector, ir.Undefined)
-        first_lane = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
 
         def start(array: Any, array_type: Any, offset: Any) -> Any:
             return builder.gep(context.make_array(array_type)(context, builder, array).data, [offset])
 
         def vector_at(pointer: Any, offset: Any, number: int) -> Any:
-            address = builder.gep(pointer, [builder.add(offset, index(number * lanes))])
+            address = builder.gep(pointer, [builder.add(offset, index(number * vector.count))])
             return builder.bitcast(address, vector.as_pointer())
 
         pointer_a = start(a, signature.args[0], a_start)
@@ -100,58 +103,69 @@ def _tile_product(
             for number in range(_VECTORS)
         ]
 
-        before = builder.block
-        load = builder.append_basic_block("load")
-        loop = builder.append_basic_block("loop")
-        done = builder.append_basic_block("done")
-        builder.cbranch(accumulate, load, loop)
-        builder.position_at_end(load)
-        loaded = [builder.load(target, align=itemsize) for target in targets]
-        builder.branch(loop)
+        def products(k: Any) -> list[Any]:
+            b_vectors = [
+                builder.load(vector_at(pointer_b, builder.mul(k, b_depth), number), align=itemsize)
+                for number in range(_VECTORS)
+            ]
+            a_offset = builder.mul(k, a_depth)
+            results = []
+            for row in range(ROWS):
+                value = builder.load(builder.gep(pointer_a, [builder.add(a_offsets[row], a_offset)]))
+                factors = _broadcast(builder, value, vector)
+                results += [builder.fmul(factors, b_vector, flags=("contract",)) for b_vector in b_vectors]
+            return results
 
-        builder.position_at_end(loop)
-        k = builder.phi(index)
-        sums = [builder.phi(vector) for _ in targets]
-        b_vectors = [
-            builder.load(vector_at(pointer_b, builder.mul(k, b_depth), number), align=itemsize)
-            for number in range(_VECTORS)
-        ]
-        a_offset = builder.mul(k, a_depth)
-        products = []
-        for row in range(ROWS):
-            value = builder.load(builder.gep(pointer_a, [builder.add(a_offsets[row], a_offset)]))
-            value = builder.insert_element(undefined, value, ir.IntType(32)(0))
-            value = builder.shuffle_vector(value, undefined, first_lane)
-            products += [builder.fmul(value, b_vector, flags=("contract",)) for b_vector in b_vectors]
-        new_sums = [builder.fadd(old, product, flags=("contract",)) for old, product in zip(sums, products)]
-        next_k = builder.add(k, index(1))
-        builder.cbranch(builder.icmp_signed("<", next_k, depth), loop, done)
-        for block, value in ((before, index(0)), (load, index(0)), (loop, next_k)):
-            k.add_incoming(value, block)
-        for total, old, new in zip(sums, loaded, new_sums):
-            total.add_incoming(ir.Constant(vector, [0.0] * lanes), before)
-            total.add_incoming(old, load)
-            total.add_incoming(new, loop)
-
-        builder.position_at_end(done)
-        for target, new in zip(targets, new_sums):
-            builder.store(new, target, align=itemsize)
+        _generate_sums(builder, products, targets, itemsize, depth, accumulate)
         return context.get_dummy_value()
 
     return signature, generate
 
 
+def _broadcast(builder: Any, value: Any, vector: Any) -> Any:
+    """Generate a vector of equal elements."""
+    undefined = ir.Constant(vector, ir.Undefined)
+    first_lane = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
+    return builder.shuffle_vector(builder.insert_element(undefined, value, ir.IntType(32)(0)), undefined, first_lane)
+
+
+def _generate_sums(
+    builder: Any, products: Callable[[Any], list[Any]], targets: list[Any], itemsize: int, depth: Any, accumulate: Any
+) -> None:
+    """Generate the loop ``targets (+)= sum_k products(k)`` over ``0 <= k < depth``, with the sums in registers."""
+    index = depth.type
+    before = builder.block
+    load = builder.append_basic_block("load")
+    loop = builder.append_basic_block("loop")
+    done = builder.append_basic_block("done")
+    builder.cbranch(accumulate, load, loop)
+    builder.position_at_end(load)
+    loaded = [builder.load(target, align=itemsize) for target in targets]
+    builder.branch(loop)
+
+    builder.position_at_end(loop)
+    k = builder.phi(index)
+    sums = [builder.phi(old.type) for old in loaded]
+    new_sums = [builder.fadd(old, product, flags=("contract",)) for old, product in zip(sums, products(k))]
+    next_k = builder.add(k, index(1))
+    builder.cbranch(builder.icmp_signed("<", next_k, depth), loop, done)
+    for block, value in ((before, index(0)), (load, index(0)), (loop, next_k)):
+        k.add_incoming(value, block)
+    for total, old, new in zip(sums, loaded, new_sums):
+        total.add_incoming(ir.Constant(old.type, [0.0] * old.type.count), before)
+        total.add_incoming(old, load)
+        total.add_incoming(new, loop)
+
+    builder.position_at_end(done)
+    for target, new in zip(targets, new_sums):
+        builder.store(new, target, align=itemsize)
+
+
 @kernel
 def pack_weight(weight: Any, packed: Any, g0: int, c0: int, cw: int, og: int, begin: int, end: int) -> None:
-    """``packed[g, panel, k*cw + c, lane] = weight[(g0+g)*og + o, c0 + c, k]`` with o = panel*lanes + lane.
+    """Set ``packed[g, panel, k*cw + c, lane] = weight[(g0+g)*og + o, c0 + c, k]`` with o = panel*lanes + lane.
 
-    An item is one g and panel.
-
-    Parameters
-    ----------
-    weight : array [O, C/G, K]
-    packed : array [Gb, panels, K*cw, lanes]
-        Zero in lanes beyond the last o.
+    A work item is one g and panel. `packed` [Gb, panels, K*cw, lanes] is 0 in the lanes beyond the last o.
     """
     panels, _, lanes = packed.shape[1:]
     K = weight.shape[2]
@@ -167,15 +181,9 @@ def pack_weight(weight: Any, packed: Any, g0: int, c0: int, cw: int, og: int, be
 
 @kernel
 def pack_weight_transposed(weight: Any, packed: Any, g0: int, c0: int, cw: int, begin: int, end: int) -> None:
-    """``packed[g, panel, o, lane] = weight[(g0+g)*og + o, c0 + c, k]`` with k*cw + c = panel*lanes + lane.
+    """Set ``packed[g, panel, o, lane] = weight[(g0+g)*og + o, c0 + c, k]`` with k*cw + c = panel*lanes + lane.
 
-    An item is one g and o.
-
-    Parameters
-    ----------
-    weight : array [O, C/G, K]
-    packed : array [Gb, panels, og, lanes]
-        Zero in lanes beyond the last (k, c).
+    A work item is one g and o. `packed` [Gb, panels, og, lanes] is 0 in the lanes beyond the last (k, c).
     """
     panels, og, lanes = packed.shape[1:]
     K = weight.shape[2]
@@ -192,13 +200,7 @@ def pack_weight_transposed(weight: Any, packed: Any, g0: int, c0: int, cw: int, 
 
 @kernel
 def unpack_weight(gradient: Any, weight: Any, g0: int, c0: int, cw: int, og: int, begin: int, end: int) -> None:
-    """``weight[(g0+g)*og + o, c0 + c, k] = gradient[g, o, k*cw + c]``; an item is one g and o.
-
-    Parameters
-    ----------
-    gradient : array [Gb, >= og, >= K*cw]
-    weight : array [O, C/G, K]
-    """
+    """Set ``weight[(g0+g)*og + o, c0 + c, k] = gradient[g, o, k*cw + c]``; a work item is one g and o."""
     K = weight.shape[2]
     for item in range(begin, end):
         g = item // og
@@ -209,34 +211,36 @@ def unpack_weight(gradient: Any, weight: Any, g0: int, c0: int, cw: int, og: int
 
 
 @inner()
-def _strip(sizes: Any, p: int, last: int) -> Any:
-    """How many output pixels from p on, all before `last`, are one strip."""
+def _strip_length(sizes: Any, p: int, last: int) -> Any:
+    """Return the length of the strip of output pixels that starts at p and ends before `last`."""
     return min(STRIP, last - p, sizes[2] - p % sizes[2])
 
 
 @inner()
-def _weight(valid: bool, bilinear: Any, modulation: Any) -> Any:
-    """Weight of a corner: exactly 0, whatever the mask is, for one that must not take part."""
+def _corner_weight(valid: bool, bilinear: Any, modulation: Any) -> Any:
+    """Return the weight of a corner, which is 0 for any mask if the corner must not contribute."""
     return bilinear * modulation if valid & (bilinear != 0) else type(bilinear)(0)
 
 
 @inner()
-def _plan(sizes: Any, offset: Any, mask: Any, plan: Any, k0: int, k1: int, d: int, n: int, p: int, count: int) -> None:
-    """Plan where taps ``k0 <= k < k1`` of group d sample for a strip of output pixels.
+def _locate_samples(
+    sizes: Any, offset: Any, mask: Any, samples: Any, k0: int, k1: int, d: int, n: int, p: int, count: int
+) -> None:
+    """Locate the sampling points of the taps ``k0 <= k < k1`` of group d for a strip of output pixels.
 
-    One pixel at a time, this would take as long as the loops over channels do: the loop over pixels must vectorise.
-    The compiler sees that only if the stores into one array are constant distances apart.
+    Without vectorisation this would take as long as the loops over channels. The compiler vectorises the loop over
+    pixels only if the stores into one array are constant distances apart.
 
     Parameters
     ----------
-    plan : tuple of array
+    samples : tuple of array
         corners [K, 4*STRIP] int32: pixels (y, x), (y, x+1), (y+1, x), (y+1, x+1) of the image; the zero pixel for
-        those outside of it and for samples outside of the open box.
-        weights [K, 7*STRIP]: the weights of the corners, bilinear times mask; ly, lx and the mask, which is 1 outside
-        of the open box. NaN coordinates make the first six NaN.
+        corners outside the image and samples outside the open box.
+        weights [K, 7*STRIP]: the four corner weights (bilinear times mask), ly, lx, and the mask, which is 1 outside
+        the open box. A NaN coordinate makes the first six NaN.
     """
     H, W, ow, kh, kw, sh, sw, dh, dw, pad_top, pad_left, _ = sizes
-    corners, weights = plan
+    corners, weights = samples
     real = offset.dtype.type
     one = real(1)
     zero = H * W
@@ -275,42 +279,28 @@ def _plan(sizes: Any, offset: Any, mask: Any, plan: Any, k0: int, k1: int, d: in
             corners[k, 2 * STRIP + t] = pixel + W if bottom & left else zero
             corners[k, 3 * STRIP + t] = pixel + W + 1 if bottom & right else zero
             modulation = ms[t] if inside & (mask.size > 0) else one
-            weights[k, t] = _weight((top & left) | nan, hy * hx, modulation)
-            weights[k, STRIP + t] = _weight((top & right) | nan, hy * lx, modulation)
-            weights[k, 2 * STRIP + t] = _weight((bottom & left) | nan, ly * hx, modulation)
-            weights[k, 3 * STRIP + t] = _weight((bottom & right) | nan, ly * lx, modulation)
+            weights[k, t] = _corner_weight((top & left) | nan, hy * hx, modulation)
+            weights[k, STRIP + t] = _corner_weight((top & right) | nan, hy * lx, modulation)
+            weights[k, 2 * STRIP + t] = _corner_weight((bottom & left) | nan, ly * hx, modulation)
+            weights[k, 3 * STRIP + t] = _corner_weight((bottom & right) | nan, ly * lx, modulation)
             weights[k, 4 * STRIP + t] = ly
             weights[k, 5 * STRIP + t] = lx
             weights[k, 6 * STRIP + t] = modulation
 
 
 @inner()
-def _sample(
-    sizes: Any,
-    image: Any,
-    offset: Any,
-    mask: Any,
-    plan: Any,
-    columns: Any,
-    row: int,
-    c0: int,
-    cw: int,
-    n: int,
-    p: int,
-    count: int,
-    g0: int,
-    g1: int,
-    first: int,
-    last: int,
-) -> None:
-    """``columns[g - g0, row + t, column - first]`` of a strip, for ``g0 <= g < g1`` and ``first <= column < last``."""
-    corners, weights = plan
+def _fill_columns(
+    sizes: Any, image: Any, offset: Any, mask: Any, samples: Any, columns: Any, row: int, c0: int, cw: int, n: int,
+    p: int, count: int, g0: int, g1: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """Fill ``columns[g - g0, row + t, column - first]`` of a strip for ``g0 <= g < g1``, ``first <= column < last``."""
+    corners, weights = samples
     cd = sizes[11]
     zero = image.shape[1] - 1
     k0 = first // cw
     k1 = (last - 1) // cw + 1
     for d in range((c0 + g0 * cw) // cd, (c0 + g1 * cw - 1) // cd + 1):
-        _plan(sizes, offset, mask, plan, k0, k1, d, n, p, count)
+        _locate_samples(sizes, offset, mask, samples, k0, k1, d, n, p, count)
         begin = max(g0 * cw, d * cd - c0)
         end = min(g1 * cw, (d + 1) * cd - c0)
         for t in range(count):
@@ -319,7 +309,7 @@ def _sample(
                 w01 = weights[k, STRIP + t]
                 w10 = weights[k, 2 * STRIP + t]
                 w11 = weights[k, 3 * STRIP + t]
-                # What has no weight is not read: infinity and NaN there have no effect.
+                # Corners without weight are not read, so that infinity and NaN there have no effect.
                 i00 = corners[k, t] if w00 != 0 else zero
                 i01 = corners[k, STRIP + t] if w01 != 0 else zero
                 i10 = corners[k, 2 * STRIP + t] if w10 != 0 else zero
@@ -340,45 +330,21 @@ def _sample(
 
 @kernel
 def output_tile(
-    sizes: Any,
-    image: Any,
-    offset: Any,
-    mask: Any,
-    packed: Any,
-    bias: Any,
-    out: Any,
-    c0: int,
-    cw: int,
-    o0: int,
-    og: int,
-    add: bool,
-    tile: int,
-    plan: Any,
-    columns: Any,
-    products: Any,
-    begin: int,
-    end: int,
-) -> None:
-    """Outputs of one block of channels, written or added to `out`; an item is `tile` output pixels.
+    sizes: Any, image: Any, offset: Any, mask: Any, packed: Any, bias: Any, out: Any, c0: int, cw: int, o0: int,
+    og: int, add: bool, tile: int, samples: Any, columns: Any, products: Any, begin: int, end: int,
+) -> None:  # fmt: skip
+    """Write the output of one block of channels to `out`, or add it; a work item is `tile` output pixels.
 
     Parameters
     ----------
-    sizes : tuple of int
-        H, W, ow, kh, kw, sh, sw, dh, dw, pad_top, pad_left and the channels per deformable group.
-    image : array [n, H*W + 1, width]
-    offset : array [n, 2*D*K, oh*ow]
-    mask : array [n, D*K, oh*ow], or of size 0 for none
     packed : array [Gb, panels, K*cw, lanes]
         From `pack_weight`.
     bias : array [O]
     out : array [n, O, oh*ow]
-    c0, o0 : int
-        First channel and first output of the block.
-    plan : tuple of array
-        Scratch of this thread, see `_plan`; so are `columns` and `products`.
-    columns : array [Gb, tile, K*cw]
-        The tile is a multiple of ROWS.
-    products : array [Gb, tile, panels*lanes]
+    tile : int
+        A multiple of ROWS.
+    columns : array [Gb, tile, K*cw], products : array [Gb, tile, panels*lanes]
+        Scratch memory of the thread.
     """
     pixels = out.shape[2]
     Gb, panels, length, lanes = packed.shape
@@ -389,8 +355,10 @@ def output_tile(
         while q < last:
             n = q // pixels
             p = q - n * pixels
-            count = _strip(sizes, p, p + last - q)
-            _sample(sizes, image, offset, mask, plan, columns, q - first, c0, cw, n, p, count, 0, Gb, 0, length)
+            count = _strip_length(sizes, p, p + last - q)
+            _fill_columns(
+                sizes, image, offset, mask, samples, columns, q - first, c0, cw, n, p, count, 0, Gb, 0, length
+            )
             q += count
         for g in range(Gb):
             for k in range(0, length, DEPTH):
@@ -421,7 +389,7 @@ def output_tile(
 def column_gradients(
     grad_out: Any, packed: Any, gradients: Any, o0: int, first: int, last: int, tile: int, begin: int, end: int
 ) -> None:
-    """Gradients of the columns of output pixels ``first <= q < last``; an item is `tile` of them.
+    """Compute the column gradients of the output pixels ``first <= q < last``; a work item is `tile` pixels.
 
     Parameters
     ----------
@@ -429,7 +397,8 @@ def column_gradients(
         Channels-last.
     packed : array [Gb, panels, og, lanes]
         From `pack_weight_transposed`.
-    gradients : array [Gb, >= last - first rounded up to ROWS, panels*lanes]
+    gradients : array
+        Has rows for `last - first` rounded up to ROWS.
     """
     O = grad_out.shape[1]
     Gb, panels, og, lanes = packed.shape
@@ -451,38 +420,24 @@ def column_gradients(
 
 @kernel
 def weight_gradient(
-    sizes: Any,
-    image: Any,
-    offset: Any,
-    mask: Any,
-    grad_out: Any,
-    gradient: Any,
-    c0: int,
-    cw: int,
-    o0: int,
-    og: int,
-    plan: Any,
-    columns: Any,
-    begin: int,
-    end: int,
-) -> None:
-    """Add the share of some images to the weight gradient of one block; an item is one g and some panels.
+    sizes: Any, image: Any, offset: Any, mask: Any, grad_out: Any, gradient: Any, c0: int, cw: int, o0: int, og: int,
+    samples: Any, columns: Any, begin: int, end: int,
+) -> None:  # fmt: skip
+    """Add to the weight gradient of one block for a chunk of images; a work item is one g and some panels.
 
-    Each thread samples the columns that it multiplies: they stay in its cache.
+    Each thread samples the columns that it multiplies, so that they stay in its cache.
 
     Parameters
     ----------
     grad_out : array [n, O, oh*ow]
     gradient : array [Gb, og rounded up to ROWS, panels*lanes]
-    plan : tuple of array
-        Scratch of this thread, see `_plan`.
     columns : array [1, DEPTH, panels of an item * lanes]
-        Scratch of this thread.
+        Scratch memory of the thread.
     """
     images, O, pixels = grad_out.shape
     _, rows, padded = gradient.shape
     _, depth, wide = columns.shape
-    K = plan[0].shape[0]
+    K = samples[0].shape[0]
     lanes = _VECTORS * _VECTOR_BYTES // image.itemsize
     pieces = (padded + wide - 1) // wide
     for item in range(begin, end):
@@ -494,9 +449,9 @@ def weight_gradient(
                 number = min(depth, pixels - p0)
                 p = p0
                 while p < p0 + number:
-                    count = _strip(sizes, p, p0 + number)
-                    _sample(
-                        sizes, image, offset, mask, plan, columns, p - p0, c0, cw, n, p, count,
+                    count = _strip_length(sizes, p, p0 + number)
+                    _fill_columns(
+                        sizes, image, offset, mask, samples, columns, p - p0, c0, cw, n, p, count,
                         g, g + 1, first_column, last_column,
                     )  # fmt: skip
                     p += count
@@ -511,7 +466,7 @@ def weight_gradient(
 
 
 @inner("reassoc", "nsz")
-def _dots(a: Any, b0: Any, b1: Any, b2: Any, b3: Any) -> Any:
+def _corner_dots(a: Any, b0: Any, b1: Any, b2: Any, b3: Any) -> Any:
     s0 = s1 = s2 = s3 = a.dtype.type(0)
     for i in range(a.shape[0]):
         s0 += a[i] * b0[i]
@@ -522,29 +477,18 @@ def _dots(a: Any, b0: Any, b1: Any, b2: Any, b3: Any) -> Any:
 
 
 @inner()
-def _term(factor: Any, value: Any) -> Any:
-    """A product in which a zero factor wins over infinity and NaN."""
+def _masked_product(factor: Any, value: Any) -> Any:
+    """Return a product that is 0 if the factor is 0, even for an infinite or NaN value."""
     return factor * value if factor != 0 else type(factor)(0)
 
 
 @inner()
-def _differentiate(
-    sizes: Any,
-    image: Any,
-    plan: Any,
-    gradients: Any,
-    row: int,
-    grad_offset: Any,
-    grad_mask: Any,
-    c0: int,
-    cw: int,
-    d: int,
-    n: int,
-    p: int,
-    t: int,
-) -> None:
-    """Add the offset and mask gradients of group d from ``gradients[:, row]`` and pixel t, (n, p), of the plan."""
-    corners, weights = plan
+def _add_sampling_gradients(
+    sizes: Any, image: Any, samples: Any, gradients: Any, row: int, grad_offset: Any, grad_mask: Any, c0: int,
+    cw: int, d: int, n: int, p: int, t: int,
+) -> None:  # fmt: skip
+    """Add the offset and mask gradients of group d for output pixel (n, p), which is pixel t of the strip."""
+    corners, weights = samples
     K = corners.shape[0]
     cd = sizes[11]
     real = image.dtype.type
@@ -560,14 +504,14 @@ def _differentiate(
         for g in range(begin // cw, (end - 1) // cw + 1):
             low = max(begin, g * cw)
             high = min(end, (g + 1) * cw)
-            r00, r01, r10, r11 = _dots(
+            r00, r01, r10, r11 = _corner_dots(
                 gradients[g, row, k * cw + low - g * cw : k * cw + high - g * cw],
                 image[n, i00, low:high],
                 image[n, i01, low:high],
                 image[n, i10, low:high],
                 image[n, i11, low:high],
             )
-            # An infinite gradient times the zero pixel is no NaN.
+            # The product of an infinite gradient and the zero pixel must not be NaN.
             s00 += r00 if i00 != zero else real(0)
             s01 += r01 if i01 != zero else real(0)
             s10 += r10 if i10 != zero else real(0)
@@ -577,42 +521,23 @@ def _differentiate(
         modulation = weights[k, 6 * STRIP + t]
         hy = real(1) - ly
         hx = real(1) - lx
-        dy = _term(hx, s10 - s00) + _term(lx, s11 - s01)
-        dx = _term(hy, s01 - s00) + _term(ly, s11 - s10)
-        grad_offset[n, 2 * (d * K + k), p] += _term(modulation, dy)
-        grad_offset[n, 2 * (d * K + k) + 1, p] += _term(modulation, dx)
+        dy = _masked_product(hx, s10 - s00) + _masked_product(lx, s11 - s01)
+        dx = _masked_product(hy, s01 - s00) + _masked_product(ly, s11 - s10)
+        grad_offset[n, 2 * (d * K + k), p] += _masked_product(modulation, dy)
+        grad_offset[n, 2 * (d * K + k) + 1, p] += _masked_product(modulation, dx)
         if grad_mask.size:
-            grad_mask[n, d * K + k, p] += (
-                _term(hy * hx, s00) + _term(hy * lx, s01) + _term(ly * hx, s10) + _term(ly * lx, s11)
-            )
+            top = _masked_product(hy * hx, s00) + _masked_product(hy * lx, s01)
+            grad_mask[n, d * K + k, p] += top + _masked_product(ly * hx, s10) + _masked_product(ly * lx, s11)
 
 
 @kernel
 def sampling_gradients(
-    sizes: Any,
-    image: Any,
-    offset: Any,
-    mask: Any,
-    gradients: Any,
-    grad_offset: Any,
-    grad_mask: Any,
-    c0: int,
-    cw: int,
-    first: int,
-    plan: Any,
-    begin: int,
-    end: int,
-) -> None:
-    """Add one block's share of the offset and mask gradients of output pixels from `first` on; an item is a pixel.
+    sizes: Any, image: Any, offset: Any, mask: Any, gradients: Any, grad_offset: Any, grad_mask: Any, c0: int,
+    cw: int, first: int, samples: Any, begin: int, end: int,
+) -> None:  # fmt: skip
+    """Add the offset and mask gradients of one block for output pixels from `first` on; a work item is a pixel.
 
-    Parameters
-    ----------
-    gradients : array [Gb, >= end, >= K*cw]
-        From `column_gradients`.
-    grad_offset : array [n, 2*D*K, oh*ow]
-    grad_mask : array [n, D*K, oh*ow], or of size 0 for none
-    plan : tuple of array
-        Scratch of this thread, see `_plan`.
+    `grad_offset` and `grad_mask` have the shapes of `offset` and `mask`; `grad_mask` may be empty.
     """
     pixels = offset.shape[2]
     cd = sizes[11]
@@ -620,12 +545,12 @@ def sampling_gradients(
     while q < first + end:
         n = q // pixels
         p = q - n * pixels
-        count = _strip(sizes, p, p + first + end - q)
+        count = _strip_length(sizes, p, p + first + end - q)
         for d in range(c0 // cd, (c0 + image.shape[2] - 1) // cd + 1):
-            _plan(sizes, offset, mask, plan, 0, plan[0].shape[0], d, n, p, count)
+            _locate_samples(sizes, offset, mask, samples, 0, samples[0].shape[0], d, n, p, count)
             for t in range(count):
-                _differentiate(
-                    sizes, image, plan, gradients, q - first + t, grad_offset, grad_mask, c0, cw, d, n, p + t, t
+                _add_sampling_gradients(
+                    sizes, image, samples, gradients, q - first + t, grad_offset, grad_mask, c0, cw, d, n, p + t, t
                 )  # fmt: skip
         q += count
 
@@ -638,44 +563,27 @@ def _add_scaled(target: Any, scale: Any, row: Any) -> None:
 
 @kernel
 def scatter_columns(
-    sizes: Any,
-    offset: Any,
-    mask: Any,
-    gradients: Any,
-    grad_image: Any,
-    c0: int,
-    cw: int,
-    first: int,
-    last: int,
-    plan: Any,
-    begin: int,
-    end: int,
-) -> None:
-    """Add the columns' gradients of output pixels ``first <= q < last`` to the image's.
+    sizes: Any, offset: Any, mask: Any, gradients: Any, grad_image: Any, c0: int, cw: int, first: int, last: int,
+    samples: Any, begin: int, end: int,
+) -> None:  # fmt: skip
+    """Scatter the column gradients of the output pixels ``first <= q < last`` to the image gradient.
 
-    An item is a channel of the block: no two threads write one element, and each element is summed in the order of q.
-
-    Parameters
-    ----------
-    gradients : array [Gb, >= last - first, >= K*cw]
-        From `column_gradients`.
-    grad_image : array [n, H*W + 1, width]
-        Its last pixel is undefined.
-    plan : tuple of array
-        Scratch of this thread, see `_plan`.
+    A work item is a channel of the block, so that no two threads write the same element. The terms of each element are
+    added in the order of q.
+    `grad_image` has the shape of `image`; its last pixel is undefined.
     """
-    corners, weights = plan
+    corners, weights = samples
     pixels = offset.shape[2]
     cd = sizes[11]
     q = first
     while q < last:
         n = q // pixels
         p = q - n * pixels
-        count = _strip(sizes, p, p + last - q)
+        count = _strip_length(sizes, p, p + last - q)
         for d in range((c0 + begin) // cd, (c0 + end - 1) // cd + 1):
             low_channel = max(begin, d * cd - c0)
             high_channel = min(end, (d + 1) * cd - c0)
-            _plan(sizes, offset, mask, plan, 0, plan[0].shape[0], d, n, p, count)
+            _locate_samples(sizes, offset, mask, samples, 0, samples[0].shape[0], d, n, p, count)
             for t in range(count):
                 for k in range(corners.shape[0]):
                     for g in range(low_channel // cw, (high_channel - 1) // cw + 1):

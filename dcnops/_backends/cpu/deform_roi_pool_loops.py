@@ -1,27 +1,27 @@
-"""The compiled loops of deformable RoI pooling on the CPU.
+"""Compiled loops of deformable RoI pooling on the CPU.
 
-As in `deform_conv2d_loops`, kernels work on the items ``begin <= item < end``, release the GIL, and write nothing that
-another item writes. Arrays are C-contiguous and of one dtype.
+As in `deform_conv2d_loops`, kernels process the work items ``begin <= item < end``, release the GIL, and write no
+element that another item writes. Arrays are C-contiguous and of one dtype.
 
-The samples of a bin form a grid and their weights are products, of one factor for the row and one for the column of a
-pixel. A bin is therefore a list of pixels, each once however many samples touch it, with its weight and the weight's
-derivatives by the position of the bin.
+The samples of a bin form a grid, so the weight of a pixel is the product of a row weight and a column weight. A bin is
+therefore a list of pixels, each listed once even if several samples touch it. The list holds the weight of each pixel
+and its derivatives with respect to the position of the bin.
 
-Arguments that all kernels share:
+Arguments that the kernels share:
 
 sizes : tuple of int
     H, W, P, Q and sampling_ratio.
 scale, gamma : float
     In the dtype of the arrays.
 image : array [N, H*W + 1, C]
-    Channels-last, the last pixel of each image zero.
+    Channels-last; the last pixel of each image is zero.
 rois : array [R, 5]
-offset : array [R, 2, P*Q], or of size 0 for none
-mask : array [R, P*Q], or of size 0 for none
+offset : array [R, 2, P*Q], or empty
+mask : array [R, P*Q], or empty
 axes : array [4, max(H, W)]
-    Scratch of this thread, all zero: weights and slopes of rows, weights and slopes of columns.
+    Scratch memory of the thread, all zero: row weights, row slopes, column weights and column slopes.
 pixels : array of int [H*W + 3], weights : array [3, H*W + 3]
-    Scratch of this thread: the list of a bin, filled up to a multiple of four.
+    Scratch memory of the thread: the pixel list of a bin, padded to a multiple of four.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ import numpy as np
 from dcnops._backends.cpu.compiled import exact, inner, kernel
 
 _MOST_SAMPLES = 2**24
-"""Along an axis of a bin, whatever the size of its region."""
+"""Limit of the adaptive number of samples of a bin along an axis."""
 
 
 @inner()
-def _samples(length: Any, sampling_ratio: int) -> int:
-    """Samples of a bin along an axis."""
+def _sample_count(length: Any, sampling_ratio: int) -> int:
+    """Return the number of samples of a bin along an axis."""
     if sampling_ratio > 0:
         return sampling_ratio
     pixels = np.ceil(length)
@@ -49,8 +49,8 @@ def _samples(length: Any, sampling_ratio: int) -> int:
 
 
 @inner()
-def _samples_near(start: Any, length: Any, samples: int, extent: int) -> Any:
-    """The samples from the first to before the last that can lie in [-1, extent]; a region may be far larger."""
+def _sample_range(start: Any, length: Any, samples: int, extent: int) -> Any:
+    """Return the range of samples that can lie in [-1, extent]; a region may be far larger."""
     real = type(start)
     step = length / real(samples) if samples else real(0)
     if samples <= 4 or step == 0:
@@ -61,14 +61,14 @@ def _samples_near(start: Any, length: Any, samples: int, extent: int) -> Any:
 
 
 @exact
-def _axis(
+def _add_axis_weights(
     low: Any, high: Any, scale: Any, gamma: Any, offset: Any, bin: int, bins: int, ratio: int, extent: int,
     weights: Any, slopes: Any,
 ) -> Any:  # fmt: skip
     """Add the weights of a bin's samples along one axis to `weights` and `slopes`, by pixel.
 
-    Returns the first and the last + 1 of these pixels, the samples, the length of the region, and whether the position
-    is NaN.
+    Return the first pixel, the last pixel + 1, the number of samples, the length of the region, and True for a NaN
+    position.
     """
     real = type(scale)
     start = scale * low - real(0.5)
@@ -77,8 +77,8 @@ def _axis(
     position = (start + real(bin) * length) + (gamma * region) * offset
     if not np.isfinite(region) or np.isnan(position):
         return 0, 0, 0, region, True
-    samples = _samples(length, ratio)
-    first, last = _samples_near(position, length, samples, extent)
+    samples = _sample_count(length, ratio)
+    first, last = _sample_range(position, length, samples, extent)
     low_pixel, high_pixel = extent, 0
     for i in range(first, last):
         at = position + (real(i) + real(0.5)) * length / real(samples)
@@ -101,18 +101,21 @@ def _axis(
 
 
 @inner()
-def _list_bin(
+def _list_pixels(
     sizes: Any, scale: Any, gamma: Any, rois: Any, offset: Any, r: int, bin: int, axes: Any, pixels: Any, weights: Any
 ) -> Any:
-    """Fill the list of a bin: its length, 1 / samples, height and width of the region, and whether the bin is NaN."""
+    """Fill the pixel list of a bin.
+
+    Return the length of the list, 1 / samples, the height and width of the region, and True for a NaN bin.
+    """
     H, W, P, Q, ratio = sizes
     real = type(scale)
     dx = offset[r, 0, bin] if offset.size else real(0)
     dy = offset[r, 1, bin] if offset.size else real(0)
-    top, bottom, rows, height, nan_y = _axis(
+    top, bottom, rows, height, nan_y = _add_axis_weights(
         rois[r, 2], rois[r, 4], scale, gamma, dy, bin // Q, P, ratio, H, axes[0], axes[1]
     )
-    left, right, columns, width, nan_x = _axis(
+    left, right, columns, width, nan_x = _add_axis_weights(
         rois[r, 1], rois[r, 3], scale, gamma, dx, bin % Q, Q, ratio, W, axes[2], axes[3]
     )
     length = 0
@@ -132,14 +135,14 @@ def _list_bin(
 
 
 @inner()
-def _kept(weight: Any, pixel: int, zero: int) -> int:
-    """The pixel, or the zero pixel in its place where its weight is zero, whatever its value was."""
+def _pixel_or_zero(weight: Any, pixel: int, zero: int) -> int:
+    """Return the pixel, or the zero pixel if the weight is 0: an infinite or NaN pixel must not contribute."""
     return pixel if weight != 0 else zero
 
 
 @kernel
 def region_costs(sizes: Any, scale: Any, rois: Any, costs: Any, begin: int, end: int) -> None:
-    """``costs[r]``: the samples of a bin of region r, those near the image; an item is a region."""
+    """Estimate the samples per bin of each region, as far as they are near the image; a work item is a region."""
     H, W, P, Q, ratio = sizes
     real = type(scale)
     for r in range(begin, end):
@@ -148,18 +151,18 @@ def region_costs(sizes: Any, scale: Any, rois: Any, costs: Any, begin: int, end:
             start = scale * rois[r, axis] - real(0.5)
             length = (scale * rois[r, axis + 2] - real(0.5) - start) / real(bins)
             if np.isfinite(length):
-                cost *= real(min(_samples(length, ratio), 2 * extent + 4))
+                cost *= real(min(_sample_count(length, ratio), 2 * extent + 4))
         costs[r] = cost
 
 
 @kernel
 def pool_bins(
-    sizes: Any, scale: Any, gamma: Any, image: Any, rois: Any, offset: Any, mask: Any, order: Any, out: Any,
+    sizes: Any, scale: Any, gamma: Any, rois: Any, offset: Any, mask: Any, image: Any, order: Any, out: Any,
     axes: Any, pixels: Any, weights: Any, row: Any, begin: int, end: int,
 ) -> None:  # fmt: skip
-    """Pool into `out` [R, C, P*Q]; item i is row ``order[i] % P`` of the bins of region ``order[i] // P``.
+    """Pool into `out` [R, C, P*Q]; work item i is row ``order[i] % P`` of the bins of region ``order[i] // P``.
 
-    `row` [Q, C] is scratch of this thread.
+    `row` [Q, C] is scratch memory of the thread.
     """
     P, Q = sizes[2:4]
     zero = image.shape[1] - 1
@@ -169,7 +172,7 @@ def pool_bins(
         n = int(rois[r, 0])
         for q in range(Q):
             bin = p * Q + q
-            length, share, _, _, nan = _list_bin(sizes, scale, gamma, rois, offset, r, bin, axes, pixels, weights)
+            length, share, _, _, nan = _list_pixels(sizes, scale, gamma, rois, offset, r, bin, axes, pixels, weights)
             factor = share * mask[r, bin] if mask.size else share
             sums = row[q]
             sums[:] = real(math.nan) if nan else real(0)
@@ -180,10 +183,10 @@ def pool_bins(
                 weights[0, i] = 0
             for i in range(0, length, 4):
                 w0, w1, w2, w3 = weights[0, i], weights[0, i + 1], weights[0, i + 2], weights[0, i + 3]
-                x0 = image[n, _kept(w0, pixels[i], zero)]
-                x1 = image[n, _kept(w1, pixels[i + 1], zero)]
-                x2 = image[n, _kept(w2, pixels[i + 2], zero)]
-                x3 = image[n, _kept(w3, pixels[i + 3], zero)]
+                x0 = image[n, _pixel_or_zero(w0, pixels[i], zero)]
+                x1 = image[n, _pixel_or_zero(w1, pixels[i + 1], zero)]
+                x2 = image[n, _pixel_or_zero(w2, pixels[i + 2], zero)]
+                x3 = image[n, _pixel_or_zero(w3, pixels[i + 3], zero)]
                 for c in range(sums.shape[0]):
                     sums[c] += (w0 * x0[c] + w1 * x1[c]) + (w2 * x2[c] + w3 * x3[c])
             if length:
@@ -203,25 +206,25 @@ def _dot(a: Any, b: Any) -> Any:
 
 
 @inner()
-def _term(factor: Any, value: Any) -> Any:
-    """A product in which a zero factor wins over infinity and NaN."""
+def _masked_product(factor: Any, value: Any) -> Any:
+    """Return a product that is 0 if the factor is 0, even for an infinite or NaN value."""
     return factor * value if factor != 0 else type(factor)(0)
 
 
 @kernel
-def slope_bins(
-    sizes: Any, scale: Any, gamma: Any, image: Any, rois: Any, offset: Any, mask: Any, order: Any, first: int,
+def sampling_gradients(
+    sizes: Any, scale: Any, gamma: Any, rois: Any, offset: Any, mask: Any, image: Any, order: Any, first: int,
     grad_out: Any, grad_offset: Any, grad_mask: Any,
     axes: Any, pixels: Any, weights: Any, begin: int, end: int,
 ) -> None:  # fmt: skip
-    """Write the offset and mask gradients; items as in `pool_bins`.
+    """Compute the offset and mask gradients; work items as in `pool_bins`.
 
     Parameters
     ----------
     grad_out : array [regions, P*Q, C]
-        Channels-last, of the regions from `first` on.
-    grad_offset : array [R, 2, P*Q], or of size 0 for none
-    grad_mask : array [R, P*Q], or of size 0 for none
+        Channels-last, for the regions from `first` on.
+    grad_offset : array [R, 2, P*Q], or empty
+    grad_mask : array [R, P*Q], or empty
     """
     P, Q = sizes[2:4]
     real = type(scale)
@@ -229,21 +232,21 @@ def slope_bins(
         r, p = order[item] // P, order[item] % P
         n = int(rois[r, 0])
         for bin in range(p * Q, (p + 1) * Q):
-            length, share, height, width, nan = _list_bin(
+            length, share, height, width, nan = _list_pixels(
                 sizes, scale, gamma, rois, offset, r, bin, axes, pixels, weights
             )
             value = slope_y = slope_x = real(math.nan) if nan else real(0)
             for i in range(length):
                 dot = _dot(grad_out[r - first, bin], image[n, pixels[i]])
-                value += _term(weights[0, i], dot)
-                slope_y += _term(weights[1, i], dot)
-                slope_x += _term(weights[2, i], dot)
+                value += _masked_product(weights[0, i], dot)
+                slope_y += _masked_product(weights[1, i], dot)
+                slope_x += _masked_product(weights[2, i], dot)
             if grad_mask.size:
                 grad_mask[r, bin] = share * value
             if grad_offset.size:
                 factor = gamma * (share * mask[r, bin] if mask.size else share)
-                grad_offset[r, 0, bin] = slope_x if nan else _term(factor * width, slope_x)
-                grad_offset[r, 1, bin] = slope_y if nan else _term(factor * height, slope_y)
+                grad_offset[r, 0, bin] = slope_x if nan else _masked_product(factor * width, slope_x)
+                grad_offset[r, 1, bin] = slope_y if nan else _masked_product(factor * height, slope_y)
 
 
 @kernel
@@ -251,9 +254,9 @@ def scatter_bins(
     sizes: Any, scale: Any, gamma: Any, rois: Any, offset: Any, mask: Any, first: int, grad_out: Any, grad_image: Any,
     axes: Any, pixels: Any, weights: Any, begin: int, end: int,
 ) -> None:  # fmt: skip
-    """Add to the gradient of the image what the regions from `first` on give; an item is a channel.
+    """Scatter the gradients of the regions from `first` on to the input gradient; a work item is a channel.
 
-    Each element is summed in the order of the bins.
+    The terms of each element are added in the order of the bins.
 
     Parameters
     ----------
@@ -264,7 +267,7 @@ def scatter_bins(
     for r in range(first, first + grad_out.shape[0]):
         n = int(rois[r, 0])
         for bin in range(P * Q):
-            length, share, _, _, nan = _list_bin(sizes, scale, gamma, rois, offset, r, bin, axes, pixels, weights)
+            length, share, _, _, nan = _list_pixels(sizes, scale, gamma, rois, offset, r, bin, axes, pixels, weights)
             factor = share * mask[r, bin] if mask.size else share
             if factor == 0 or nan:
                 continue

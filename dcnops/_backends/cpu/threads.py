@@ -1,8 +1,8 @@
-"""Threads of the CPU backend: compiled loops without the GIL, in a thread pool of the library's own.
+"""Thread pool of the CPU backend, which runs compiled loops without the GIL.
 
-That is safe to call from any number of threads and after a fork, leaves no busy-waiting threads behind for the caller's
-next operation, and no result depends on the number of threads. Numba's own threads are none of this: its portable
-threading layer ends the process when two threads enter it at once.
+The pool can be used from any number of threads and after a fork, and leaves no busy-waiting threads behind. Results do
+not depend on the number of threads. Numba's own threading layers do not offer this: the portable one terminates the
+process if two threads enter it at the same time.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from typing import Any
 import numba
 
 THREADS: int = numba.config.NUMBA_NUM_THREADS
-"""As many as there are cores, or what the environment variable NUMBA_NUM_THREADS says."""
+"""Number of cores, or the value of the environment variable NUMBA_NUM_THREADS."""
 
 PIECES_PER_THREAD = 4
 
 
 class _Pool:
-    """Threads that help the calling one; started on first use, and again in a forked child, which inherits none."""
+    """Helper threads, started on first use and again in a forked child process, which inherits none."""
 
     def __init__(self) -> None:
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
+        """Forget all threads."""
         self._executor: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
 
     def run(self, work: Callable[[], None], helpers: int) -> None:
-        """Call `work` in this thread and, as far as threads are free, in `helpers` others; return when all are done."""
+        """Call `work` in this thread and in up to `helpers` free threads, and wait until all are done."""
         futures = []
         if helpers:
             with self._lock:
@@ -42,7 +43,7 @@ class _Pool:
             try:
                 futures = [self._executor.submit(work) for _ in range(helpers)]
             except RuntimeError:
-                # The interpreter is shutting down and starts no more threads: this one does it all.
+                # The interpreter is shutting down and starts no more threads, so this thread does all the work.
                 futures = []
         work()
         for future in futures:
@@ -52,22 +53,21 @@ class _Pool:
 
 _POOL = _Pool()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_POOL.forget)
-
+    os.register_at_fork(after_in_child=_POOL.reset)
 
 _LOCAL = threading.local()
 _WORTH_A_THREAD = 2**18
-"""Multiply-adds: some tens of microseconds, what it takes to wake a thread."""
+"""Multiply-adds that take as long as waking a thread, some tens of microseconds."""
 
 
 @contextlib.contextmanager
-def alone_below(work: int) -> Iterator[None]:
-    """Keep a call of so few multiply-adds that no other thread is worth waking in this one."""
-    _LOCAL.alone = work < _WORTH_A_THREAD
+def serial_if_small(multiply_adds: int) -> Iterator[None]:
+    """Run everything in the calling thread if the work is too small to wake another one."""
+    _LOCAL.serial = multiply_adds < _WORTH_A_THREAD
     try:
         yield
     finally:
-        _LOCAL.alone = False
+        _LOCAL.serial = False
 
 
 def parallel(
@@ -78,7 +78,7 @@ def parallel(
     pieces_per_thread: int = PIECES_PER_THREAD,
     least: int = 1,
 ) -> None:
-    """Call ``kernel(*args, *scratch(), begin, end)`` for pieces of the items, at least `least` each, on all threads."""
+    """Call ``kernel(*args, *scratch(), begin, end)`` on all threads, for ranges of at least `least` items."""
     size = max(least, -(-items // (THREADS * pieces_per_thread)))
     starts = iter(range(0, items, size))
     lock = threading.Lock()
@@ -94,7 +94,7 @@ def parallel(
                 buffers = scratch()
             kernel(*args, *buffers, begin, min(begin + size, items))
 
-    alone = getattr(_LOCAL, "alone", False)
-    _POOL.run(work, 0 if alone else min(THREADS, -(-items // size)) - 1)
-    # A cancelled helper may stay in the pool's queue for a while: it must not keep the arrays.
+    serial = getattr(_LOCAL, "serial", False)
+    _POOL.run(work, 0 if serial else min(THREADS, -(-items // size)) - 1)
+    # A cancelled helper may stay in the queue of the pool for a while and must not keep the arrays alive.
     args = ()

@@ -1,4 +1,4 @@
-"""Between images [n, R, S] (S pixels) and channels-last."""
+"""Compiled loops that transpose images [n, R, S], with S pixels, to channels-last and back."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 from dcnops._backends.cpu.compiled import kernel
 
 STRIP = 32
-"""Values of an item."""
+"""Values of s per work item."""
 
 
 @kernel
 def to_channels_last(source: Any, target: Any, begin: int, end: int) -> None:
-    """``target[n, s, r] = source[n, r, s]``; an item is `STRIP` values of s of one n.
+    """Set ``target[n, s, r] = source[n, r, s]``; a work item is `STRIP` values of s for one n.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def to_channels_last(source: Any, target: Any, begin: int, end: int) -> None:
 
 @kernel
 def from_channels_last(source: Any, target: Any, c0: int, begin: int, end: int) -> None:
-    """``target[n, c0 + r, s] = source[n, s, r]``; an item is `STRIP` values of s of one n.
+    """Set ``target[n, c0 + r, s] = source[n, s, r]``; a work item is `STRIP` values of s for one n.
 
     Parameters
     ----------
