@@ -30,7 +30,6 @@ from .cuda_stream import CudaStream
 Array: TypeAlias = "jax.Array | np.ndarray[Any, Any]"
 _Arrays: TypeAlias = dict[str, Any]
 """Arrays or tracers by argument name; None for an optional argument that is not given."""
-_Geometry: TypeAlias = DeformConvGeometry | DeformRoIPoolGeometry
 
 _DLPACK_CPU = 1
 
@@ -159,7 +158,7 @@ class _Signature:
     """Everything about a call except its arrays. JAX compiles equal signatures once."""
 
     operation: str
-    geometry: _Geometry
+    geometry: DeformConvGeometry | DeformRoIPoolGeometry
     layout: Layout = NCHW
     images: tuple[str, ...] = ()
     """Names of the arrays that have this layout."""

@@ -60,15 +60,10 @@ class DeformConvBase(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        if self.padding != (0, 0):
-            text += f", padding={self.padding}"
-        if self.dilation != (1, 1):
-            text += f", dilation={self.dilation}"
-        if self.groups != 1:
-            text += f", groups={self.groups}"
-        if self.bias is None:
-            text += ", bias=False"
-        return text
+        for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1)):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text if self.bias is not None else f"{text}, bias=False"
 
 
 class DeformConv2d(DeformConvBase):
@@ -149,11 +144,7 @@ class OffsetBranchConv(DeformConvBase):
     def run_branch(self, input: Tensor) -> Tensor:
         """Check `input` [N, C, H, W] and return the values that the branch predicts.
 
-        Raises
-        ------
-        ShapeError, DtypeError
-            As in `deform_conv2d`. The branch does not promote: without autocast, `input` must have the dtype of the
-            weights.
+        The branch does not promote dtypes: without autocast, `input` must have the dtype of the weights.
         """
         if not is_tensor_proxy(input):
             check_input(input, self.in_channels)
@@ -274,15 +265,7 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
 
 
 def check_input(input: object, channels: int) -> None:
-    """Check that the input of a layer is a tensor [N, C, H, W] with C channels.
-
-    Raises
-    ------
-    DtypeError
-        `input` is not a tensor.
-    ShapeError
-        `input` does not have 4 dimensions or has a different number of channels.
-    """
+    """Check that the input of a layer is a tensor [N, C, H, W] with `channels` channels."""
     if not isinstance(input, Tensor):
         raise DtypeError(f"input must be a torch.Tensor, got {type_name(input)}")
     if input.ndim != 4 or input.shape[1] != channels:

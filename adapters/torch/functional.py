@@ -92,35 +92,15 @@ def deform_conv2d(
     tensor([0.5000, 1.5000, 2.5000, 1.5000])
     """
     if proxies := _tensor_proxies(input, offset, weight, bias, mask):
-        return handle_torch_function(
-            deform_conv2d,
-            proxies,
-            input,
-            offset,
-            weight,
-            bias,
-            stride,
-            padding,
-            dilation,
-            mask,
-            precision=precision,
-        )
+        arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
+        return handle_torch_function(deform_conv2d, proxies, *arguments, precision=precision)
     check_precision(precision)
     _check_tensors({"input": input, "weight": weight, "offset": offset}, {"bias": bias, "mask": mask})
     (input, weight, bias), (offset, mask) = _promote_dtypes((input, weight, bias), (offset, mask))
     vertical, horizontal = expand_padding(padding)
-    return _call_operator(
-        operators.deform_conv2d,
-        input,
-        offset,
-        weight,
-        bias,
-        mask,
-        expand_pair("stride", stride),
-        [*vertical, *horizontal],
-        expand_pair("dilation", dilation),
-        _operator_precision(precision, input),
-    )
+    numbers = (expand_pair("stride", stride), [*vertical, *horizontal], expand_pair("dilation", dilation))
+    tensors = (input, offset, weight, bias, mask)
+    return _call_operator(operators.deform_conv2d, *tensors, *numbers, _operator_precision(precision, input))
 
 
 def deform_roi_pool(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -324,11 +325,7 @@ def _axis_neighbours(
 
     The regions reach from `low` to `high`, `shift` holds the offsets, and `extent` is the size of the image.
     """
-    op = _opset()
-
-    def constant(value: Any) -> Any:
-        return _constant(value, compute_type)
-
+    op, constant = _opset(), partial(_constant, dtype=compute_type)
     zero, half, one = constant(0.0), constant(0.5), constant(1.0)
     start = low * constant(spatial_scale) - half
     region = (high * constant(spatial_scale) - half) - start

@@ -45,11 +45,6 @@ GEOMETRIES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def image(*shape: int) -> torch.Tensor:
     return torch.randn(*(shape or (2, 4, 9, 8)))
 

@@ -10,12 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from dcnops.adapters.torch import (
-    ModulatedDeformConv2dPack,
-    ModulatedDeformRoIPoolPack,
-    convert_to_deformable,
-    onnx,
-)
+from dcnops.adapters.torch import ModulatedDeformConv2dPack, ModulatedDeformRoIPoolPack, convert_to_deformable, onnx
 from onnx.reference import ReferenceEvaluator
 
 from dcnops import ArgumentError
