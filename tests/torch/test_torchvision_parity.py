@@ -17,16 +17,7 @@ def test_outputs_and_gradients(run, case: ConvCase, seed: int):
     # torchvision sums coordinates in a different order, which matters next to any kink.
     case = away_from_kinks(case, seed)
     tensors = {name: torch.from_numpy(getattr(case, name)).requires_grad_() for name in case.needs}
-    output = deform_conv2d(
-        tensors["input"],
-        tensors["offset"],
-        tensors["weight"],
-        tensors.get("bias"),
-        stride=case.stride,
-        padding=case.padding,
-        dilation=case.dilation,
-        mask=tensors.get("mask"),
-    )
+    output = deform_conv2d(**tensors, **{name: getattr(case, name) for name in case.parameters})
     assert_close(run.forward(case), output.detach().numpy().astype(np.float64), case.dtype, slack=4)
     output.backward(torch.from_numpy(case.grad_out))
     for name, gradient in run.backward(case).items():
