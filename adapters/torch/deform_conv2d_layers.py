@@ -220,8 +220,8 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
     weight, bias
         See `DeformConv2d`.
     conv_offset : torch.nn.Conv2d, C to 3*D*kh*kw channels
-        The branch, with the kernel size, stride, padding and dilation of the layer. The first 2*D*kh*kw channels are
-        the offsets (dy and dx of the first tap, dy and dx of the second, ...), the others the logits of the masks.
+        The branch, with the kernel size, stride, padding and dilation of the layer. The first ``2*D*kh*kw`` channels
+        are the offsets (dy and dx of the first tap, dy and dx of the second, ...), the others the logits of the masks.
         Weight and bias start at zero.
 
     Examples

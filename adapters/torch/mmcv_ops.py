@@ -158,7 +158,7 @@ class DeformConv2d(_ConvWithGivenOffsets):
         _reset_kaiming(self)
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        """Convolve `x` [N, C, H, W] with `offset` [N, 2*D*kh*kw, oh, ow], giving [N, O, oh, ow]."""
+        """Convolve `x` [N, C, H, W], giving [N, O, oh, ow]."""
         return self.convolve(x, offset)
 
 
@@ -169,7 +169,7 @@ class ModulatedDeformConv2d(_ConvWithGivenOffsets):
         _reset_uniform(self)
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        """Convolve `x` with `offset` [N, 2*D*kh*kw, oh, ow] and `mask` [N, D*kh*kw, oh, ow], giving [N, O, oh, ow]."""
+        """Convolve `x` [N, C, H, W], giving [N, O, oh, ow]."""
         return self.convolve(x, offset, mask)
 
 
