@@ -1,10 +1,10 @@
-"""A framework's stream, for CuPy."""
+"""CUDA stream of a framework in a form that CuPy accepts."""
 
 from __future__ import annotations
 
 
 class CudaStream:
-    """A stream by CUDA's protocol, from its handle. It is made inside of the context of its device."""
+    """Stream handle with CUDA's stream protocol, to be created inside the context of its device."""
 
     def __init__(self, handle: int) -> None:
         self._handle = handle

@@ -1,8 +1,8 @@
 """(Modulated) deformable convolution and deformable RoI pooling on JAX arrays.
 
-XLA calls back into the array functions with its own buffers: on the CPU they become NumPy arrays, on a GPU CuPy arrays
-(through DLPack) on XLA's stream, in both cases without a copy. Eager calls and compiled programs take this same path;
-only the result is copied once, from the array that the array functions return into the buffer that XLA has waiting.
+XLA calls back into the array functions with its own buffers, without copying them. On the CPU the buffers become NumPy
+arrays; on a GPU they become CuPy arrays (through DLPack) on XLA's stream. Eager calls and compiled programs take the
+same path. Only the result is copied, once, from the array that the array functions return into XLA's output buffer.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from .cuda_stream import CudaStream
 
 Array: TypeAlias = "jax.Array | np.ndarray[Any, Any]"
 _Arrays: TypeAlias = dict[str, Any]
-"""Arrays, or what stands for them, by the name of the argument."""
-_Geometry: TypeAlias = DeformConvGeometry | DeformRoIPoolGeometry
+"""Arrays or tracers by argument name; None for an optional argument that is not given."""
 
 _DLPACK_CPU = 1
 
@@ -50,53 +49,25 @@ def deform_conv2d(
 ) -> jax.Array:
     """Deformable convolution on JAX arrays; modulated (v2) when `mask` is given.
 
-    Works eagerly, under `jax.jit`, `jax.grad` and `jax.vmap`, on the CPU and on NVIDIA GPUs. The formula and the
-    gradients are those of `dcnops.deform_conv2d` and `dcnops.deform_conv2d_backward`.
-
-    Parameters
-    ----------
-    input : array [N, C, H, W] or [N, H, W, C], float16, bfloat16, float32 or float64
-        The images. N may be 0.
-    offset : array [N, 2*D*kh*kw, oh, ow] or [N, oh, ow, 2*D*kh*kw], in pixels
-        Shift of each sampling point: vertical, then horizontal, tap by tap, for each of D deformable groups. In the
-        dtype of `input`; beside 16-bit data also float32.
-    weight : array [O, C/G, kh, kw], dtype of `input`
-        The filters of G weight groups.
-    bias : array [O], dtype of `input`, optional
-    stride, dilation : int or (vertical, horizontal)
-        Python integers, also under `jax.jit`: they decide about shapes.
-    padding : int, (vertical, horizontal) or ((top, bottom), (left, right)), in pixels
-        Zero padding; Python integers.
-    mask : array [N, D*kh*kw, oh, ow] or [N, oh, ow, D*kh*kw], dtype of `offset`, optional
-        Factor of each sampling point.
-    layout : "NCHW" or "NHWC"
-        Which of the two orders of axes `input`, `offset`, `mask` and the result have.
-    precision : "ieee", "tf32" or "3xtf32", optional
-        How float32 products are computed on a GPU, as in `dcnops.deform_conv2d`.
-
-    Returns
-    -------
-    jax.Array [N, O, oh, ow] or [N, oh, ow, O], dtype of `input`
+    See `dcnops.deform_conv2d` for the parameters, the formula and the errors. Here arrays are JAX or NumPy arrays, and
+    `stride`, `padding` and `dilation` must be Python integers under `jax.jit` too, because shapes depend on them.
 
     Raises
     ------
-    ShapeError
-        An array has the wrong rank or size.
-    ArgumentError
-        `stride`, `padding`, `dilation`, `layout` or `precision` is not legal.
     DtypeError
-        An argument is no JAX or NumPy array, or has the wrong dtype.
+        An argument is not a JAX or NumPy array, or has the wrong dtype.
     NotImplementedError
         A second derivative is taken.
 
     Notes
     -----
-    Errors are raised while the call is traced. `jax.vmap` calls the operation once for each element of the new axis;
-    a larger N is faster. There are first derivatives in reverse mode only, and those that nobody asks for are not
-    computed. ``jax.default_matmul_precision``, whose meaning depends on the platform, has no influence on `precision`.
+    The function works eagerly and under `jax.jit`, `jax.grad` and `jax.vmap`, on the CPU and on NVIDIA GPUs. Errors
+    are raised while the call is traced. `jax.vmap` calls the operation once per element of the mapped axis; a larger N
+    is faster. Only first-order reverse-mode derivatives are supported; gradients that are not needed are skipped.
+    ``jax.default_matmul_precision`` has no influence on `precision`.
 
-    On a GPU the work is done by CuPy, which needs memory of its own beside what JAX sets aside at its start
-    (``XLA_PYTHON_CLIENT_MEM_FRACTION``). A computation that is sharded over devices belongs in `jax.shard_map`:
+    On a GPU, CuPy does the work. It needs memory outside of the pool that JAX reserves at startup
+    (``XLA_PYTHON_CLIENT_MEM_FRACTION``). Wrap a computation that is sharded over devices in `jax.shard_map`:
     otherwise every device computes all of it.
 
     Examples
@@ -115,15 +86,16 @@ def deform_conv2d(
     """
     order = check_layout(layout)
     check_precision(precision)
-    _check_known(stride=stride, padding=padding, dilation=dilation)
+    _check_static(stride=stride, padding=padding, dilation=dilation)
     optional = ("bias", "mask")
-    data = _arrays({"input": input, "weight": weight, "bias": bias}, optional)
-    sampling = _arrays({"offset": offset, "mask": mask}, optional)
-    check_arrays(_stand_ins(data), _stand_ins(sampling), optional=optional)
+    data = _check_jax_arrays({"input": input, "weight": weight, "bias": bias}, optional)
+    sampling = _check_jax_arrays({"offset": offset, "mask": mask}, optional)
+    check_arrays(_empty_arrays(data), _empty_arrays(sampling), optional=optional)
     arrays = data | sampling
     geometry = DeformConvGeometry.of(**arrays, stride=stride, padding=padding, dilation=dilation, layout=order)
-    operation = _Operation("deform_conv2d", geometry, order, ("input", "offset", "mask"), (("precision", precision),))
-    return _operate(operation, _equally_varying(arrays))
+    options = (("precision", precision),)
+    signature = _Signature("deform_conv2d", geometry, order, ("input", "offset", "mask"), options)
+    return _run_compiled(signature, _unify_varying_axes(arrays))
 
 
 def deform_roi_pool(
@@ -140,50 +112,20 @@ def deform_roi_pool(
 ) -> jax.Array:
     """Deformable RoI pooling on JAX arrays; modulated (v2) with `mask`, RoIAlign without `offset` and `mask`.
 
-    Works eagerly, under `jax.jit`, `jax.grad` and `jax.vmap`, on the CPU and on NVIDIA GPUs. The formula and the
-    gradients are those of `dcnops.deform_roi_pool` and `dcnops.deform_roi_pool_backward`.
-
-    Parameters
-    ----------
-    input : array [N, C, H, W] or [N, H, W, C], float16, bfloat16, float32 or float64
-        The feature maps.
-    rois : array [R, 5], float16, bfloat16, float32 or float64, in units of the image
-        Regions (index of the feature map, x1, y1, x2, y2). R may be 0. Their gradient is 0.
-    offset : array [R, 2, P, Q], dtype of `input` (beside 16-bit data also float32), optional
-        Shift of each bin, as a fraction of the region: ``offset[r, 0]`` horizontal, ``offset[r, 1]`` vertical.
-    mask : array [R, P, Q], dtype of `offset`, optional
-        Factor of each bin.
-    output_size : int or (P, Q)
-        Bins of a region, vertical and horizontal. This and what follows are Python numbers, also under `jax.jit`.
-    spatial_scale : float
-        Pixels of `input` per unit of `rois`, such as 1/16.
-    sampling_ratio : int
-        Samples of a bin along each axis; 0 for as many as the bin has pixels.
-    gamma : float
-        Factor of the offsets.
-    layout : "NCHW" or "NHWC"
-        Which of the two orders of axes `input` and the result have.
-
-    Returns
-    -------
-    jax.Array [R, C, P, Q] or [R, P, Q, C], dtype of `input`
+    See `dcnops.deform_roi_pool` for the parameters, the formula and the errors. Here arrays are JAX or NumPy arrays,
+    and the keyword arguments must be Python numbers under `jax.jit` too. The gradient of `rois` is 0.
 
     Raises
     ------
-    ShapeError
-        An array has the wrong rank or size.
-    ArgumentError
-        A parameter is not legal.
     DtypeError
-        An argument is no JAX or NumPy array, or has the wrong dtype.
+        An argument is not a JAX or NumPy array, or has the wrong dtype.
     NotImplementedError
         A second derivative is taken.
 
     Notes
     -----
-    What is said of `deform_conv2d` holds here too. Whether `rois` name feature maps that exist is known only when the
-    operation runs: on the CPU JAX then raises an error of its own with the message of the `ArgumentError`, on a GPU
-    the result is NaN.
+    The notes of `deform_conv2d` apply. An index in `rois` without a feature map is detected only when the operation
+    runs: on the CPU, JAX raises its own exception with the message of the `ArgumentError`; on a GPU the result is NaN.
 
     Examples
     --------
@@ -195,41 +137,40 @@ def deform_roi_pool(
     [[2.5, 4.5], [10.5, 12.5]]
     """
     order = check_layout(layout)
-    _check_known(output_size=output_size, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio, gamma=gamma)
+    numbers: dict[str, Any] = {
+        "output_size": output_size,
+        "spatial_scale": spatial_scale,
+        "sampling_ratio": sampling_ratio,
+        "gamma": gamma,
+    }
+    _check_static(**numbers)
     optional = ("offset", "mask")
-    data, regions = _arrays({"input": input}), _arrays({"rois": rois})
-    sampling = _arrays({"offset": offset, "mask": mask}, optional)
-    check_arrays(_stand_ins(data), _stand_ins(sampling), _stand_ins(regions), optional)
+    data, regions = _check_jax_arrays({"input": input}), _check_jax_arrays({"rois": rois})
+    sampling = _check_jax_arrays({"offset": offset, "mask": mask}, optional)
+    check_arrays(_empty_arrays(data), _empty_arrays(sampling), _empty_arrays(regions), optional)
     arrays = data | regions | sampling
-    geometry = DeformRoIPoolGeometry.of(
-        **arrays,
-        output_size=output_size,
-        spatial_scale=spatial_scale,
-        sampling_ratio=sampling_ratio,
-        gamma=gamma,
-        layout=order,
-    )
-    return _operate(_Operation("deform_roi_pool", geometry, order, ("input",)), _equally_varying(arrays))
+    geometry = DeformRoIPoolGeometry.of(**arrays, **numbers, layout=order)
+    return _run_compiled(_Signature("deform_roi_pool", geometry, order, ("input",)), _unify_varying_axes(arrays))
 
 
 @dataclass(frozen=True)
-class _Operation:
-    """One call but for its arrays. Those of equal calls are equal, and JAX compiles them once."""
+class _Signature:
+    """Everything about a call except its arrays. JAX compiles equal signatures once."""
 
-    name: str
-    geometry: _Geometry
+    operation: str
+    geometry: DeformConvGeometry | DeformRoIPoolGeometry
     layout: Layout = NCHW
     images: tuple[str, ...] = ()
-    """The arrays in that layout."""
+    """Names of the arrays that have this layout."""
     options: tuple[tuple[str, Any], ...] = ()
-    """Keyword arguments of both directions."""
+    """Keyword arguments of the forward and the backward function."""
 
     @property
     def output_shape(self) -> tuple[int, ...]:
         return self.layout.shape(*self.geometry.output_shape)
 
 
-def _check_known(**parameters: Any) -> None:
+def _check_static(**parameters: Any) -> None:
     for name, parameter in parameters.items():
         if any(isinstance(number, jax.core.Tracer) for number in jax.tree.leaves(parameter)):
             raise ArgumentError(
@@ -238,20 +179,20 @@ def _check_known(**parameters: Any) -> None:
             )
 
 
-def _arrays(arguments: dict[str, Any], optional: Container[str] = ()) -> _Arrays:
-    """The arguments as JAX takes them; `DtypeError` for what is no array."""
+def _check_jax_arrays(arguments: dict[str, Any], optional: Container[str] = ()) -> _Arrays:
+    """Return the arguments as JAX or NumPy arrays; raise `DtypeError` for anything else."""
     return {
-        name: None if argument is None and name in optional else _array(name, argument)
+        name: None if argument is None and name in optional else _check_jax_array(name, argument)
         for name, argument in arguments.items()
     }
 
 
-def _array(name: str, argument: Any) -> Array:
+def _check_jax_array(name: str, argument: Any) -> Array:
     array = argument
     if not isinstance(argument, jax.Array | np.ndarray) and hasattr(argument, "__jax_array__"):
-        # The parameters of neural network libraries, which wrap an array.
+        # Parameters of neural network libraries wrap an array.
         array = argument.__jax_array__()
-    # Random keys are JAX arrays too, of a dtype that is none of NumPy's; JAX takes no masked arrays.
+    # Random keys are JAX arrays too, but their dtype is not a NumPy dtype. JAX does not accept masked arrays.
     legal = isinstance(array, jax.Array | np.ndarray) and isinstance(array.dtype, np.dtype)
     if legal and not isinstance(array, np.ma.MaskedArray):
         checked: Array = array
@@ -261,33 +202,33 @@ def _array(name: str, argument: Any) -> Array:
     raise DtypeError(f"{name} must be a JAX or NumPy array of numbers, got {got}; pass jax.numpy.asarray(...) of it")
 
 
-def _stand_ins(arrays: _Arrays) -> _Arrays:
-    """Empty NumPy arrays of the dtypes that JAX will see, for the checks of the array functions."""
-    return {name: None if array is None else np.empty(0, _dtype(array)) for name, array in arrays.items()}
+def _empty_arrays(arrays: _Arrays) -> _Arrays:
+    """Return empty NumPy arrays of the dtypes that JAX will see, for the checks of the array functions."""
+    return {name: None if array is None else np.empty(0, _jax_dtype(array)) for name, array in arrays.items()}
 
 
-def _dtype(array: Array) -> np.dtype[Any]:
-    # JAX makes float32 of NumPy's float64 unless it was told to know 64 bits.
+def _jax_dtype(array: Array) -> np.dtype[Any]:
+    # JAX converts float64 of NumPy to float32 unless 64-bit types are enabled.
     if array.dtype.name in DTYPES and array.dtype.isnative:
         return np.dtype(jax.dtypes.canonicalize_dtype(array.dtype))
     return array.dtype
 
 
 def _varying_axes(array: Any) -> frozenset[str]:
-    """Axes of the mesh along which the devices of a `jax.shard_map` may hold different values."""
+    """Return the mesh axes along which devices in a `jax.shard_map` may hold different values."""
     kind: Any = jax.typeof(array)
-    # Versions of JAX differ in where they keep this.
+    # The attribute moved between versions of JAX.
     axes: frozenset[str] = kind.mat.varying if hasattr(kind, "mat") else kind.vma
     return axes
 
 
-def _equally_varying(arrays: _Arrays, beside: _Arrays | None = None) -> _Arrays:
-    """The same arrays; each may differ between devices wherever any of them, or of those `beside` them, does.
+def _unify_varying_axes(arrays: _Arrays, related: _Arrays | None = None) -> _Arrays:
+    """Mark every array as varying along each mesh axis along which any array here or in `related` varies.
 
-    JAX sums the gradient of what is the same everywhere, such as a weight, over the devices. It cannot know that the
-    results of a callback differ, nor that those of backward are still to be summed.
+    JAX sums the gradient of a value that is equal on all devices, such as a weight, over the devices. It cannot tell
+    that the results of a callback differ between devices, nor that gradients from a callback still need that sum.
     """
-    tracers = [array for array in (arrays | (beside or {})).values() if isinstance(array, jax.core.Tracer)]
+    tracers = [array for array in (arrays | (related or {})).values() if isinstance(array, jax.core.Tracer)]
     axes = frozenset[str]().union(*map(_varying_axes, tracers))
     if not axes:
         return arrays
@@ -297,61 +238,61 @@ def _equally_varying(arrays: _Arrays, beside: _Arrays | None = None) -> _Arrays:
     }
 
 
-def _result(shape: tuple[int, ...], dtype: np.dtype[Any]) -> jax.ShapeDtypeStruct:
+def _shape_struct(shape: tuple[int, ...], dtype: np.dtype[Any]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(operation: _Operation, arrays: _Arrays) -> jax.Array:
-    results = {"output": _result(operation.output_shape, arrays["input"].dtype)}
-    return _call(_Callback(operation), results, arrays)["output"]
+def _run(signature: _Signature, arrays: _Arrays) -> jax.Array:
+    results = {"output": _shape_struct(signature.output_shape, arrays["input"].dtype)}
+    return _call_back(_Callback(signature), results, arrays)["output"]
 
 
-def _forward(operation: _Operation, primals: _Arrays) -> tuple[jax.Array, tuple[_Arrays, dict[str, None]]]:
+def _forward(signature: _Signature, primals: _Arrays) -> tuple[jax.Array, tuple[_Arrays, dict[str, None]]]:
     arrays = {name: None if primal is None else primal.value for name, primal in primals.items()}
     perturbed = {name for name, primal in primals.items() if primal is not None and primal.perturbed}
-    # The keys of a dictionary are structure, not values: backward knows them while it is traced.
+    # Dictionary keys are part of the structure, not values, so the backward pass knows them while it is traced.
     needs = dict.fromkeys(sorted(perturbed - {"rois"}))
-    return _differentiable(operation, arrays), (arrays, needs)
+    return _run(signature, arrays), (arrays, needs)
 
 
 def _backward(
-    operation: _Operation, residuals: tuple[_Arrays, dict[str, None]], grad_out: jax.Array | SymbolicZero
+    signature: _Signature, residuals: tuple[_Arrays, dict[str, None]], grad_out: jax.Array | SymbolicZero
 ) -> tuple[_Arrays]:
     arrays, needs = residuals
     gradients: _Arrays = {}
     if needs and not isinstance(grad_out, SymbolicZero):
-        results = {name: _result(arrays[name].shape, arrays[name].dtype) for name in needs}
+        results = {name: _shape_struct(arrays[name].shape, arrays[name].dtype) for name in needs}
         arguments = {"grad_out": grad_out, **{name: array for name, array in arrays.items() if name != "bias"}}
-        gradients = _call(_Callback(operation, frozenset(needs)), results, arguments)
+        gradients = _call_back(_Callback(signature, frozenset(needs)), results, arguments)
     return ({name: gradients.get(name) for name in arrays},)
 
 
-_differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
+_run.defvjp(_forward, _backward, symbolic_zeros=True)
 
-# Compiled for eager calls too: interpreting a function with its own derivative takes JAX far longer.
-_operate: Callable[[_Operation, _Arrays], jax.Array] = jax.jit(_differentiable, static_argnums=0)
+# Eager calls use the compiled function too: JAX takes far longer to interpret a function with a custom derivative.
+_run_compiled: Callable[[_Signature, _Arrays], jax.Array] = jax.jit(_run, static_argnums=0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _call(callback: _Callback, results: _Arrays, arguments: _Arrays) -> dict[str, jax.Array]:
+def _call_back(callback: _Callback, results: _Arrays, arguments: _Arrays) -> dict[str, jax.Array]:
     computed = buffer_callback(callback, results, vmap_method="sequential")(arguments)
-    return _equally_varying(computed, beside=arguments)
+    return _unify_varying_axes(computed, related=arguments)
 
 
-@_call.defjvp
-def _no_derivative(callback: _Callback, *_: object) -> NoReturn:
+@_call_back.defjvp
+def _refuse_second_derivative(callback: _Callback, *_: object) -> NoReturn:
     raise NotImplementedError(
-        f"{callback.operation.name} must be differentiated once, in reverse mode, got a second derivative; "
+        f"{callback.signature.operation} must be differentiated once, in reverse mode, got a second derivative; "
         f"dcnops.adapters.torch has second derivatives"
     )
 
 
 @dataclass(frozen=True)
 class _Callback:
-    """One direction of an operation, called by XLA."""
+    """Forward or backward pass of an operation, called by XLA."""
 
-    operation: _Operation
+    signature: _Signature
     needs: frozenset[str] | None = None
     """The gradients to compute; None for the forward pass."""
 
@@ -380,16 +321,17 @@ class _Callback:
         arguments: dict[str, Buffer | None],
     ) -> None:
         backend = load_backend(library.__name__)
-        operation, order = self.operation, self.operation.layout
-        images = {"output", "grad_out", *operation.images}
+        signature, order = self.signature, self.signature.layout
+        images = {"output", "grad_out", *signature.images}
         arrays = {name: None if buffer is None else view(buffer) for name, buffer in arguments.items()}
         arrays = {name: order.to_nchw(array) if name in images else array for name, array in arrays.items()}
-        options = dict(operation.options)
+        options = dict(signature.options)
         if self.needs is None:
-            computed = {"output": getattr(backend, operation.name)(operation.geometry, **arrays, **options)}
+            forward = getattr(backend, signature.operation)
+            computed = {"output": forward(signature.geometry, **arrays, **options)}
         else:
-            backward = getattr(backend, f"{operation.name}_backward")
-            computed = backward(operation.geometry, **arrays, needs=self.needs, deterministic=False, **options)
+            backward = getattr(backend, f"{signature.operation}_backward")
+            computed = backward(signature.geometry, **arrays, needs=self.needs, deterministic=False, **options)
         for name, array in computed.items():
             if name in images:
                 array = order.from_nchw(array, backend.contiguous)

@@ -1,4 +1,4 @@
-"""PyTorch: the operations on tensors, with gradients, and layers made of them."""
+"""PyTorch adapter: the operations on tensors, with gradients, and layers built on them."""
 
 from .checkpoints import rename_state_dict
 from .convert import convert_to_deformable, param_groups

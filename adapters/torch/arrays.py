@@ -1,4 +1,4 @@
-"""Tensors as arrays and back, without a copy: NumPy on the CPU, CuPy on a GPU."""
+"""Conversion between tensors and arrays without a copy: NumPy on the CPU, CuPy on a GPU."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from ..cuda_stream import CudaStream
 
 
 def as_array(tensor: Tensor | None) -> Any:
-    """A NumPy or CuPy array that shares the tensor's memory; None for None."""
+    """Return a NumPy or CuPy array that shares the tensor's memory; None for None."""
     if tensor is None:
         return None
     if tensor.dtype == torch.bfloat16:
         import ml_dtypes
 
-        # As integers: NumPy takes bfloat16 neither from DLPack nor from the buffer protocol, nor does every CuPy.
+        # Pass integers: NumPy and some versions of CuPy do not accept bfloat16 through DLPack.
         return as_array(tensor.detach().view(torch.int16)).view(ml_dtypes.bfloat16)
     if tensor.device.type == "cpu":
         return tensor.numpy(force=True)
     import cupy
 
-    # A capsule: torch and CuPy are on the same stream, so that what `Tensor.__dlpack__` sees to is not needed.
+    # A plain capsule suffices: torch and CuPy use the same stream, so `Tensor.__dlpack__` need not synchronise.
     return cupy.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))  # type: ignore[attr-defined]
 
 
 def as_tensor(array: Any) -> Tensor:
-    """A tensor that shares the memory of an array without negative strides, and keeps it alive."""
+    """Return a tensor that shares the array's memory and keeps it alive. Strides must not be negative."""
     if array.dtype.name == "bfloat16":
         return as_tensor(array.view("int16")).view(torch.bfloat16)
     if type(array).__module__.startswith("numpy"):
@@ -42,14 +42,14 @@ def as_tensor(array: Any) -> Tensor:
 
 @contextlib.contextmanager
 def on_device_of(tensor: Tensor) -> Iterator[None]:
-    """On a GPU, CuPy works on the tensor's device and torch's current stream, and allocates from torch's memory."""
+    """Make CuPy use the tensor's device, torch's current stream and torch's memory; do nothing on a CPU."""
     if tensor.device.type == "cpu":
         yield
         return
     import cupy
 
     index = tensor.device.index
-    # In this order: a stream belongs to the device that is current where it is made.
+    # The order matters: a stream belongs to the device that is current when it is created.
     with (
         torch.cuda.device(index),
         cupy.cuda.Device(index),
@@ -61,13 +61,13 @@ def on_device_of(tensor: Tensor) -> Iterator[None]:
 
 @cache
 def _torch_memory(index: int) -> Callable[[int], Any]:
-    """CuPy's allocator over torch's: one pool for both, whose memory follows streams and graphs."""
+    """Return a CuPy allocator on top of torch's, so that both share one pool that respects streams and graphs."""
     from cupy.cuda import MemoryPointer, UnownedMemory
 
     device = torch.device("cuda", index)
 
     def allocate(size: int) -> Any:
-        # A storage, as a tensor would be filled where torch is told to be deterministic.
+        # Not a tensor: with deterministic algorithms enabled, torch fills the memory of new tensors.
         storage = torch.UntypedStorage(size, device=device)
         return MemoryPointer(UnownedMemory(storage.data_ptr(), size, storage, index), 0)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries."""
+"""Conversion of checkpoints from other libraries."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from .deform_conv2d_layers import OffsetBranchConv
 
 
 def rename_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
-    """A checkpoint with the offset branches under the names that the layers of `model` have.
+    """Rename the offset branches of a checkpoint to the names that the layers of `model` use.
 
-    The branch of a layer ``conv2`` is found as ``conv2.conv_offset`` (here and in mmcv), ``conv2.conv_offset_mask``
-    (the DCNv2 extension and its many ports) or ``conv2_offset`` (detectron2 and early versions of mmcv). All of them
-    have one order of channels. Weights and biases have the same names everywhere, also those of plain convolutions,
-    which lack nothing but the branch.
+    The branch of a layer ``conv2`` is called ``conv2.conv_offset`` here and in mmcv, ``conv2.conv_offset_mask`` in the
+    DCNv2 extension and its many ports, and ``conv2_offset`` in detectron2 and early versions of mmcv. All of them use
+    the same order of channels. The names of weight and bias are the same everywhere, including plain convolutions,
+    which only lack the branch.
 
     Parameters
     ----------
     state_dict : mapping of str to Tensor
-        The checkpoint; it is left as it is.
+        The checkpoint. It is not changed.
     model : torch.nn.Module
-        The model that shall load it, with `DeformConv2dPack` or `ModulatedDeformConv2dPack` layers.
+        The model that will load it, with `DeformConv2dPack` or `ModulatedDeformConv2dPack` layers.
 
     Returns
     -------
     OrderedDict of str to Tensor
-        The same tensors, for ``model.load_state_dict``. In a checkpoint of plain convolutions the ``conv_offset`` keys
-        are missing: load it with ``strict=False``, which leaves the branches as they are.
+        The same tensors, for ``model.load_state_dict``. A checkpoint of plain convolutions has no ``conv_offset`` keys:
+        load it with ``strict=False``, which leaves the branches unchanged.
 
     Raises
     ------
     ArgumentError
-        The checkpoint has the branch of a layer under several names.
+        The checkpoint contains the branch of a layer under several names.
 
     Examples
     --------
@@ -68,6 +68,6 @@ def rename_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> Ord
                 raise ArgumentError(f"state_dict must have the branch of a layer under one name, got {found}")
             new_names.update(dict.fromkeys(found, name))
     renamed = OrderedDict((new_names.get(key, key), tensor) for key, tensor in state_dict.items())
-    if hasattr(state_dict, "_metadata"):  # the versions of the modules, by which some adapt old checkpoints
+    if hasattr(state_dict, "_metadata"):  # module versions, which some modules use to adapt old checkpoints
         renamed._metadata = state_dict._metadata  # type: ignore[attr-defined]
     return renamed

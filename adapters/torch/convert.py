@@ -1,4 +1,4 @@
-"""Deformable layers in existing models, and their learning rates."""
+"""Conversion of existing models to deformable layers, and parameter groups for training them."""
 
 from __future__ import annotations
 
@@ -11,42 +11,38 @@ from torch import nn
 
 from dcnops._errors import ArgumentError
 
-from .deform_conv2d_layers import (
-    DeformConv2dPack,
-    ModulatedDeformConv2dPack,
-    OffsetBranchConv,
-    OffsetConv2d,
-)
+from .deform_conv2d_layers import DeformConv2dPack, ModulatedDeformConv2dPack, OffsetBranchConv, OffsetConv2d
 from .deform_roi_pool_layers import RoIPoolBase
+from .functional import type_name
 
-Where: TypeAlias = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
+LayerSelector: TypeAlias = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
 
 
 def convert_to_deformable(
     model: nn.Module,
-    where: Where,
+    where: LayerSelector,
     modulated: bool = True,
     deform_groups: int = 1,
     mask_scale: float = 1.0,
 ) -> list[str]:
-    """Replace convolutions of a model by deformable ones, in place.
+    """Replace convolutions of a model with deformable convolutions, in place.
 
-    The new layers hold the very parameters of the old ones, so that state dicts of the plain model still load, with
-    exactly the ``conv_offset`` keys missing. Their branches start at zero and are trainable, also where the
-    convolution is frozen; no random number is drawn.
+    The new layers take over the parameter objects of the old layers, so state dicts of the plain model still load, with
+    only the ``conv_offset`` keys missing. Their branches start at zero and are trainable even if the convolution is
+    frozen. The function draws no random numbers.
 
     Parameters
     ----------
     model : torch.nn.Module
     where : str, sequence of str, or function (name, convolution) -> bool
-        Which convolutions. Strings are patterns of shell style for the names in ``model.named_modules()``; ``*``
-        matches dots too. A function is asked about every `torch.nn.Conv2d`.
+        The convolutions to replace. Strings are shell-style patterns for the names in ``model.named_modules()``; ``*``
+        matches dots too. A function is called for every `torch.nn.Conv2d`.
     modulated : bool
-        `ModulatedDeformConv2dPack` layers (v2), else `DeformConv2dPack` (v1).
+        Use `ModulatedDeformConv2dPack` (v2) layers instead of `DeformConv2dPack` (v1).
     deform_groups : int
         D, the number of deformable groups of each layer.
     mask_scale : float
-        As in `ModulatedDeformConv2dPack`: 1, or 2 for a model that at first computes what it computed before.
+        See `ModulatedDeformConv2dPack`. With 2, the converted model initially gives the same output as before.
 
     Returns
     -------
@@ -56,9 +52,9 @@ def convert_to_deformable(
     Raises
     ------
     ArgumentError
-        A pattern or the function matches nothing, or something that cannot be replaced: what is no plain
-        `torch.nn.Conv2d` or has hooks, or a convolution with other than zero padding, or that pads one side more. The
-        model is then as it was.
+        A pattern or the function matches nothing, or it matches a layer that cannot be replaced: anything other than a
+        plain `torch.nn.Conv2d`, or one with hooks, with a padding mode other than zeros, or with asymmetric padding.
+        The model is not changed then.
 
     Examples
     --------
@@ -74,9 +70,9 @@ def convert_to_deformable(
 
         convert_to_deformable(resnet, ["layer2.*.conv2", "layer3.*.conv2", "layer4.*.conv2"])
     """
-    matches = _matches(model, where)
-    # A convolution that is used in several places has several names and stays one layer.
-    layers = {conv: _deformable(name, conv, modulated, deform_groups, mask_scale) for conv, name in matches.items()}
+    matches = _find_matches(model, where)
+    # A convolution that is used in several places has several names. It becomes one layer.
+    layers = {conv: _replacement(name, conv, modulated, deform_groups, mask_scale) for conv, name in matches.items()}
     names = [name for name, module in model.named_modules(remove_duplicate=False) if module in layers]
     for name in names:
         parent, _, child = name.rpartition(".")
@@ -93,7 +89,7 @@ def param_groups(
     *,
     roi_offset_lr_mult: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimiser: slower offset branches of convolutions, everything else as usual.
+    """Return parameter groups for an optimiser, with a lower learning rate for the offset branches of convolutions.
 
     Parameters
     ----------
@@ -101,18 +97,18 @@ def param_groups(
     lr : float
         The learning rate.
     offset_lr_mult : float
-        Factor of the learning rate of the ``conv_offset`` branches; 0.1 in the papers.
+        Learning rate multiplier of the ``conv_offset`` branches; 0.1 in the papers.
     weight_decay : float, optional
-        Weight decay of all groups; by default what the optimiser is given.
+        Weight decay of all groups; by default the optimiser's own.
     roi_offset_lr_mult : float
-        Factor of the learning rate of the branches of deformable RoI pooling; 1 in the papers. Only another one makes
-        them a group of their own.
+        Learning rate multiplier of the branches of deformable RoI pooling; 1 in the papers. These branches form a
+        separate group only if it is not 1.
 
     Returns
     -------
     list of dict
-        The groups, in the order everything else, convolutions' branches, RoI pooling's branches, those without
-        parameters left out, and in them the parameters that require a gradient.
+        The groups of parameters that require a gradient: branches of RoI pooling last, branches of convolutions before
+        them, everything else first. Empty groups are left out.
 
     Raises
     ------
@@ -133,9 +129,9 @@ def param_groups(
         if value < 0:
             raise ArgumentError(f"{name} must not be negative, got {value}")
     branches = [module.conv_offset for module in model.modules() if isinstance(module, OffsetBranchConv)]
-    # A pooling has no parameters but those of its branches.
+    # All parameters of a pooling layer belong to its branches.
     poolings = [module for module in model.modules() if isinstance(module, RoIPoolBase) and roi_offset_lr_mult != 1]
-    of_convolutions, of_poolings = (
+    conv_parameters, pool_parameters = (
         {parameter for module in modules for parameter in module.parameters()} for modules in (branches, poolings)
     )
     groups: list[dict[str, Any]] = [
@@ -143,7 +139,7 @@ def param_groups(
     ]
     for parameter in model.parameters():
         if parameter.requires_grad:
-            index = 1 if parameter in of_convolutions else 2 if parameter in of_poolings else 0
+            index = 1 if parameter in conv_parameters else 2 if parameter in pool_parameters else 0
             groups[index]["params"].append(parameter)
     if weight_decay is not None:
         for group in groups:
@@ -151,8 +147,8 @@ def param_groups(
     return [group for group in groups if group["params"]]
 
 
-def _matches(model: nn.Module, where: Where) -> dict[nn.Module, str]:
-    """The modules to replace, each with one of its names."""
+def _find_matches(model: nn.Module, where: LayerSelector) -> dict[nn.Module, str]:
+    """Return the modules to replace, each with one of its names."""
     modules = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
     found: dict[nn.Module, str] = {}
     if callable(where):
@@ -170,32 +166,32 @@ def _matches(model: nn.Module, where: Where) -> dict[nn.Module, str]:
     return found
 
 
-def _deformable(
+def _replacement(
     name: str, conv: nn.Module, modulated: bool, deform_groups: int, mask_scale: float
 ) -> DeformConv2dPack | ModulatedDeformConv2dPack:
     if type(conv) is not nn.Conv2d:
-        kind = f"{type(conv).__module__}.{type(conv).__qualname__}"
-        raise ArgumentError(f"where must match plain torch.nn.Conv2d layers, but {name} is a {kind}")
+        raise ArgumentError(f"where must match plain torch.nn.Conv2d layers, but {name} is a {type_name(conv)}")
     if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
         raise ArgumentError(f"where must match layers without hooks, which would be lost, but {name} has some")
     if conv.padding_mode != "zeros":
         raise ArgumentError(f"where must match layers with padding_mode='zeros', but {name} has {conv.padding_mode!r}")
-    geometry = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, _padding(name, conv), conv.dilation)
+    channels, padding = (conv.in_channels, conv.out_channels), _symmetric_padding(name, conv)
+    geometry = (*channels, conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups, deform_groups)
     bias = conv.bias is not None
     layer: DeformConv2dPack | ModulatedDeformConv2dPack
-    # Built without memory and without random numbers: its own weight is not needed and its branch is zero.
+    # The meta device needs no memory and no random numbers: the weight is replaced below and the branch is zero.
     with torch.device("meta"):
         if modulated:
-            layer = ModulatedDeformConv2dPack(*geometry, conv.groups, deform_groups, bias, mask_scale=mask_scale)
+            layer = ModulatedDeformConv2dPack(*geometry, bias, mask_scale=mask_scale)
         else:
-            layer = DeformConv2dPack(*geometry, conv.groups, deform_groups, bias)
+            layer = DeformConv2dPack(*geometry, bias)
     layer.weight, layer.bias = conv.weight, conv.bias
     layer.conv_offset.to_empty(device=conv.weight.device).to(conv.weight.dtype).reset_parameters()
     return layer.train(conv.training)
 
 
-def _padding(name: str, conv: nn.Conv2d) -> tuple[int, int]:
-    """Pixels of padding on both sides, for "same" and "valid" too."""
+def _symmetric_padding(name: str, conv: nn.Conv2d) -> tuple[int, int]:
+    """Return the (vertical, horizontal) padding of a convolution, resolving "same" and "valid"."""
     if conv.padding == "valid":
         return 0, 0
     if conv.padding == "same":

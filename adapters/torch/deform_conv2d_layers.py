@@ -1,4 +1,4 @@
-"""Deformable convolution as layers: with offsets from outside, and with a branch that makes them."""
+"""Deformable convolution layers: with given offsets, and with a branch that predicts them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dcnops._arguments import Pair, expand_pair
 from dcnops._errors import ArgumentError, DtypeError, ShapeError
 from dcnops._geometry import output_extent
 
-from .functional import deform_conv2d, is_stand_in
+from .functional import deform_conv2d, is_tensor_proxy, type_name
 
 
 class DeformConvBase(nn.Module):
-    """The parameters that every deformable convolution has, made and initialised as `torch.nn.Conv2d` does."""
+    """Parameters that every deformable convolution has, created and initialised like those of `torch.nn.Conv2d`."""
 
     weight: Tensor
     bias: Tensor | None
@@ -25,11 +25,11 @@ class DeformConvBase(nn.Module):
         in_channels: int,
         out_channels: int,
         kernel_size: Pair,
-        stride: Pair,
-        padding: Pair,
-        dilation: Pair,
-        groups: int,
-        bias: bool,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
@@ -49,29 +49,28 @@ class DeformConvBase(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weight and bias anew, uniformly in ±1/sqrt(fan_in)."""
+        """Draw weight and bias uniformly from ±1/sqrt(fan_in)."""
         bound = 1 / math.sqrt(self.weight[0].numel())
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def convolve(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        if self.padding != (0, 0):
-            text += f", padding={self.padding}"
-        if self.dilation != (1, 1):
-            text += f", dilation={self.dilation}"
-        if self.groups != 1:
-            text += f", groups={self.groups}"
-        if self.bias is None:
-            text += ", bias=False"
-        return text
+        for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1)):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text if self.bias is not None else f"{text}, bias=False"
 
 
 class DeformConv2d(DeformConvBase):
-    """Deformable convolution with offsets, and masks if any, given to `forward`.
+    """Deformable convolution layer that takes the offsets, and optionally masks, as arguments of `forward`.
 
-    Constructor, initialisation and state dict are those of ``torchvision.ops.DeformConv2d``.
+    See `deform_conv2d` for the operation. Constructor, initialisation and state dict are those of
+    ``torchvision.ops.DeformConv2d``.
 
     Parameters
     ----------
@@ -82,7 +81,7 @@ class DeformConv2d(DeformConvBase):
     groups : int
         G, the number of weight groups; divides C and O.
     bias : bool
-        Whether there is a bias.
+        Add a bias.
 
     Attributes
     ----------
@@ -92,7 +91,7 @@ class DeformConv2d(DeformConvBase):
     Raises
     ------
     ArgumentError
-        A parameter is not legal.
+        A parameter is out of range.
 
     Examples
     --------
@@ -104,42 +103,13 @@ class DeformConv2d(DeformConvBase):
     torch.Size([2, 8, 5, 6])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Pair,
-        stride: Pair = 1,
-        padding: Pair = 0,
-        dilation: Pair = 1,
-        groups: int = 1,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Convolve.
-
-        Parameters
-        ----------
-        input : Tensor [N, C, H, W]
-        offset : Tensor [N, 2*D*kh*kw, oh, ow], in pixels
-        mask : Tensor [N, D*kh*kw, oh, ow], optional
-
-        Returns
-        -------
-        Tensor [N, O, oh, ow]
-
-        Raises
-        ------
-        ShapeError, ArgumentError, DtypeError, DeviceError
-            As in `deform_conv2d`.
-        """
-        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        """Convolve `input` [N, C, H, W], giving [N, O, oh, ow]. See `deform_conv2d`."""
+        return self.convolve(input, offset, mask)
 
 
 class OffsetConv2d(nn.Conv2d):
-    """The branch of a deformable convolution; starts at zero, also when a framework calls `reset_parameters`."""
+    """Offset branch of a deformable convolution. It starts at zero, also after `reset_parameters`."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -148,7 +118,7 @@ class OffsetConv2d(nn.Conv2d):
 
 
 class OffsetBranchConv(DeformConvBase):
-    """A deformable convolution with its own branch `conv_offset`."""
+    """Deformable convolution with a branch `conv_offset` that predicts `channels_per_tap` values per sampling point."""
 
     channels_per_tap: int
 
@@ -167,24 +137,16 @@ class OffsetBranchConv(DeformConvBase):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         check_divisible("in_channels", in_channels, "deform_groups", deform_groups)
         self.deform_groups = deform_groups
-        self.conv_offset = OffsetConv2d(
-            in_channels,
-            self.channels_per_tap * self.sampling_points,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-        )
+        channels = self.channels_per_tap * self.sampling_points
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
+        self.conv_offset = OffsetConv2d(in_channels, channels, *geometry)
 
-    def branch(self, input: Tensor) -> Tensor:
-        """What the branch makes of an input [N, C, H, W], which is checked before.
+    def run_branch(self, input: Tensor) -> Tensor:
+        """Check `input` [N, C, H, W] and return the values that the branch predicts.
 
-        Raises
-        ------
-        ShapeError, DtypeError
-            As in `deform_conv2d`. The branch promotes nothing: without autocast the input has the type of its weight.
+        The branch does not promote dtypes: without autocast, `input` must have the dtype of the weights.
         """
-        if not is_stand_in(input):
+        if not is_tensor_proxy(input):
             check_input(input, self.in_channels)
             for axis, size, padding, kernel, stride, dilation in zip(
                 ("height", "width"), input.shape[2:], self.padding, self.kernel_size, self.stride, self.dilation
@@ -198,7 +160,7 @@ class OffsetBranchConv(DeformConvBase):
 
     @property
     def sampling_points(self) -> int:
-        """D*K, the sampling points of an output pixel."""
+        """D*kh*kw, the number of sampling points of an output pixel."""
         return self.deform_groups * math.prod(self.kernel_size)
 
     def extra_repr(self) -> str:
@@ -207,32 +169,21 @@ class OffsetBranchConv(DeformConvBase):
 
 
 class DeformConv2dPack(OffsetBranchConv):
-    """Deformable convolution (v1) that makes its own offsets; a `torch.nn.Conv2d` at the start.
+    """Deformable convolution layer (v1) that predicts its offsets. It starts as a `torch.nn.Conv2d`.
 
     Parameters
     ----------
-    in_channels, out_channels : int
-        C and O.
-    kernel_size, stride, dilation : int or (vertical, horizontal)
-    padding : int or (vertical, horizontal), in pixels
-    groups : int
-        G, the number of weight groups; divides C and O.
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
+        See `DeformConv2d`. The branch always has a bias.
     deform_groups : int
         D, the number of deformable groups; divides C.
-    bias : bool
-        Whether the convolution has a bias. Its branch always has one.
 
     Attributes
     ----------
-    weight : Parameter [O, C/G, kh, kw]
-    bias : Parameter [O] or None
+    weight, bias
+        See `DeformConv2d`.
     conv_offset : torch.nn.Conv2d, C to 2*D*kh*kw channels
-        The branch: kernel size, stride, padding and dilation of the layer. Weight and bias start at zero.
-
-    Raises
-    ------
-    ArgumentError
-        A parameter is not legal.
+        The branch, with the kernel size, stride, padding and dilation of the layer. Weight and bias start at zero.
 
     Examples
     --------
@@ -248,50 +199,30 @@ class DeformConv2dPack(OffsetBranchConv):
     channels_per_tap = 2
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve `input` [N, C, H, W], giving [N, O, oh, ow].
-
-        Raises
-        ------
-        ShapeError, DtypeError, DeviceError
-            As in `deform_conv2d`.
-        """
-        return deform_conv2d(
-            input, self.branch(input), self.weight, self.bias, self.stride, self.padding, self.dilation
-        )
+        """Convolve `input` [N, C, H, W], giving [N, O, oh, ow]. See `deform_conv2d`."""
+        return self.convolve(input, self.run_branch(input))
 
 
 class ModulatedDeformConv2dPack(OffsetBranchConv):
-    """Modulated deformable convolution (v2) that makes its own offsets and masks.
+    """Modulated deformable convolution layer (v2) that predicts its offsets and masks.
 
     Parameters
     ----------
-    in_channels, out_channels : int
-        C and O.
-    kernel_size, stride, dilation : int or (vertical, horizontal)
-    padding : int or (vertical, horizontal), in pixels
-    groups : int
-        G, the number of weight groups; divides C and O.
-    deform_groups : int
-        D, the number of deformable groups; divides C.
-    bias : bool
-        Whether the convolution has a bias. Its branch always has one.
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias
+        See `DeformConv2dPack`.
     mask_scale : float
         The masks are ``mask_scale * sigmoid(logits)``. With 1, as in the paper, they start at 1/2 and the layer's
-        output, bias aside, at half that of a `torch.nn.Conv2d`; with 2 they start at 1 and the outputs are equal.
+        output, apart from the bias, is initially half that of a `torch.nn.Conv2d`. With 2 they start at 1 and both
+        outputs are equal.
 
     Attributes
     ----------
-    weight : Parameter [O, C/G, kh, kw]
-    bias : Parameter [O] or None
+    weight, bias
+        See `DeformConv2d`.
     conv_offset : torch.nn.Conv2d, C to 3*D*kh*kw channels
-        The branch: kernel size, stride, padding and dilation of the layer. The first 2*D*kh*kw channels are the
-        offsets (dy, dx of the first tap, dy, dx of the second, ...), the others the logits of the masks. Weight and
-        bias start at zero.
-
-    Raises
-    ------
-    ArgumentError
-        A parameter is not legal.
+        The branch, with the kernel size, stride, padding and dilation of the layer. The first ``2*D*kh*kw`` channels
+        are the offsets (dy and dx of the first tap, dy and dx of the second, ...), the others the logits of the masks.
+        Weight and bias start at zero.
 
     Examples
     --------
@@ -324,34 +255,19 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
         self.mask_scale = mask_scale
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve `input` [N, C, H, W], giving [N, O, oh, ow].
-
-        Raises
-        ------
-        ShapeError, DtypeError, DeviceError
-            As in `deform_conv2d`.
-        """
+        """Convolve `input` [N, C, H, W], giving [N, O, oh, ow]. See `deform_conv2d`."""
         points = self.sampling_points
-        offset, logits = self.branch(input).split((2 * points, points), dim=1)
-        mask = self.mask_scale * torch.sigmoid(logits)
-        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        offset, logits = self.run_branch(input).split((2 * points, points), dim=1)
+        return self.convolve(input, offset, self.mask_scale * torch.sigmoid(logits))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask_scale={self.mask_scale}"
 
 
 def check_input(input: object, channels: int) -> None:
-    """Check what a layer is given.
-
-    Raises
-    ------
-    DtypeError
-        It is no tensor.
-    ShapeError
-        It is not [N, C, H, W] with C channels.
-    """
+    """Check that the input of a layer is a tensor [N, C, H, W] with `channels` channels."""
     if not isinstance(input, Tensor):
-        raise DtypeError(f"input must be a torch.Tensor, got {type(input).__module__}.{type(input).__qualname__}")
+        raise DtypeError(f"input must be a torch.Tensor, got {type_name(input)}")
     if input.ndim != 4 or input.shape[1] != channels:
         raise ShapeError(f"input must be [N, C = {channels}, H, W], got shape {tuple(input.shape)}")
 

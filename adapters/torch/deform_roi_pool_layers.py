@@ -1,4 +1,4 @@
-"""Deformable RoI pooling as layers: of one feature map, and of the levels of a pyramid."""
+"""Deformable RoI pooling layers for one feature map and for the levels of a pyramid."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from .functional import deform_roi_pool
 
 
 class RoIPoolBase(nn.Module):
-    """The numbers that every deformable RoI pooling has."""
+    """Numeric parameters that every deformable RoI pooling layer has."""
 
-    def __init__(self, output_size: Pair, spatial_scale: float, sampling_ratio: int, gamma: float) -> None:
+    def __init__(
+        self, output_size: Pair, spatial_scale: float = 1.0, sampling_ratio: int = 2, gamma: float = 0.1
+    ) -> None:
         super().__init__()
         self.output_size = expand_pair("output_size", output_size)
         self.spatial_scale = spatial_scale
@@ -45,7 +47,9 @@ class RoIPoolBase(nn.Module):
 
 
 class DeformRoIPool(RoIPoolBase):
-    """Deformable RoI pooling with offsets and masks given to `forward`; RoIAlign (``aligned=True``) without them.
+    """Deformable RoI pooling layer that takes offsets and masks as arguments of `forward`.
+
+    See `deform_roi_pool` for the operation. Without offsets and masks it is RoIAlign (``aligned=True``).
 
     Parameters
     ----------
@@ -54,14 +58,14 @@ class DeformRoIPool(RoIPoolBase):
     spatial_scale : float
         Pixels of the feature map per unit of the regions, such as 1/16.
     sampling_ratio : int
-        Samples of a bin along each axis; 0 for as many as the bin has pixels.
+        Samples of a bin along each axis; with 0, one for each pixel of the bin.
     gamma : float
         Factor of the offsets.
 
     Raises
     ------
     ArgumentError
-        `output_size` is not legal.
+        `output_size` is not a positive integer or a pair of them.
 
     Examples
     --------
@@ -73,53 +77,29 @@ class DeformRoIPool(RoIPoolBase):
     torch.Size([1, 4, 7, 7])
     """
 
-    def __init__(
-        self, output_size: Pair, spatial_scale: float = 1.0, sampling_ratio: int = 2, gamma: float = 0.1
-    ) -> None:
-        super().__init__(output_size, spatial_scale, sampling_ratio, gamma)
-
     def forward(self, input: Tensor, rois: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Pool.
-
-        Parameters
-        ----------
-        input : Tensor [N, C, H, W]
-        rois : Tensor [R, 5]
-            Regions (index of the feature map, x1, y1, x2, y2).
-        offset : Tensor [R, 2, P, Q], optional
-            Horizontal shifts first, as fractions of the region.
-        mask : Tensor [R, P, Q], optional
-
-        Returns
-        -------
-        Tensor [R, C, P, Q]
-
-        Raises
-        ------
-        ShapeError, ArgumentError, DtypeError, DeviceError
-            As in `deform_roi_pool`.
-        """
+        """Pool `rois` [R, 5] from `input` [N, C, H, W], giving [R, C, P, Q]. See `deform_roi_pool`."""
         return self.pool(input, rois, offset, mask)
 
 
 class HiddenLinear(nn.Linear):
-    """A hidden layer of a branch: weights from N(0, 0.01), bias zero."""
+    """Hidden layer of an offset branch: weights from N(0, 0.01), bias zero."""
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.01)
         nn.init.zeros_(self.bias)
 
 
-class LastLinear(nn.Linear):
-    """The last layer of a branch: all zero, so that pooling starts as RoIAlign."""
+class ZeroLinear(nn.Linear):
+    """Last layer of an offset branch: zero, so that pooling starts as RoIAlign."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
 
-class _PackedRoIPool(RoIPoolBase):
-    """A pooling whose branch `offset_fc` looks at the regions' RoIAlign features."""
+class OffsetBranchRoIPool(RoIPoolBase):
+    """RoI pooling with a branch `offset_fc` that predicts `values_per_bin` values from the RoIAlign features."""
 
     values_per_bin: int
 
@@ -127,11 +107,12 @@ class _PackedRoIPool(RoIPoolBase):
         self,
         output_size: Pair,
         output_channels: int,
-        deform_fc_channels: int,
-        spatial_scale: float,
-        sampling_ratio: int,
-        gamma: float,
-        num_fcs: int,
+        deform_fc_channels: int = 1024,
+        spatial_scale: float = 1.0,
+        sampling_ratio: int = 2,
+        gamma: float = 0.1,
+        *,
+        num_fcs: int = 1,
     ) -> None:
         super().__init__(output_size, spatial_scale, sampling_ratio, gamma)
         sizes = {"output_channels": output_channels, "deform_fc_channels": deform_fc_channels, "num_fcs": num_fcs}
@@ -146,11 +127,11 @@ class _PackedRoIPool(RoIPoolBase):
         for _ in range(num_fcs - 1):
             layers += [HiddenLinear(features, deform_fc_channels), nn.ReLU(inplace=True)]
             features = deform_fc_channels
-        layers.append(LastLinear(features, self.values_per_bin * bins))
+        layers.append(ZeroLinear(features, self.values_per_bin * bins))
         self.offset_fc = nn.Sequential(*layers)
 
-    def _branch(self, input: Tensor, rois: Tensor) -> Tensor:
-        """The branch's values of each bin [R, values_per_bin, P, Q]."""
+    def run_branch(self, input: Tensor, rois: Tensor) -> Tensor:
+        """Return the values [R, values_per_bin, P, Q] that the branch predicts."""
         if isinstance(input, Tensor) and input.ndim == 4 and input.shape[1] != self.output_channels:
             raise ShapeError(f"input must be [N, C={self.output_channels}, H, W], got shape {tuple(input.shape)}")
         values: Tensor = self.offset_fc(self.pool(input, rois).flatten(1))
@@ -160,38 +141,32 @@ class _PackedRoIPool(RoIPoolBase):
         return f"{super().extra_repr()}, output_channels={self.output_channels}"
 
 
-class DeformRoIPoolPack(_PackedRoIPool):
-    """Deformable RoI pooling (v1) that makes its own offsets; RoIAlign (``aligned=True``) at the start.
+class DeformRoIPoolPack(OffsetBranchRoIPool):
+    """Deformable RoI pooling layer (v1) that predicts its offsets. It starts as RoIAlign (``aligned=True``).
 
-    The regions are pooled by RoIAlign, fully connected layers turn these features into offsets, and the regions are
-    pooled again with the offsets.
+    The layer pools the regions by RoIAlign, turns these features into offsets with fully connected layers, and pools
+    the regions again with the offsets.
 
     Parameters
     ----------
-    output_size : int or (P, Q)
-        Bins of a region, vertical and horizontal.
+    output_size, spatial_scale, sampling_ratio, gamma
+        See `DeformRoIPool`.
     output_channels : int
         C, the channels of the feature map.
     deform_fc_channels : int
-        Width of the hidden layers, if there are any.
-    spatial_scale : float
-        Pixels of the feature map per unit of the regions, such as 1/16.
-    sampling_ratio : int
-        Samples of a bin along each axis; 0 for as many as the bin has pixels.
-    gamma : float
-        Factor of the offsets.
+        Width of the branch's hidden layers, if it has any.
     num_fcs : int
-        Fully connected layers of the branch; the paper has one, mmcv three.
+        Fully connected layers of the branch: one in the paper, three in mmcv.
 
     Attributes
     ----------
     offset_fc : torch.nn.Sequential, C*P*Q to 2*P*Q features
-        The branch. The weights of hidden layers start as N(0, 0.01), the last layer at zero.
+        The branch. Weights of hidden layers start as N(0, 0.01), the last layer starts at zero.
 
     Raises
     ------
     ArgumentError
-        A parameter is not legal.
+        `output_size` is not a positive integer or a pair of them, or another size is below 1.
 
     Examples
     --------
@@ -207,76 +182,33 @@ class DeformRoIPoolPack(_PackedRoIPool):
 
     values_per_bin = 2
 
-    def __init__(
-        self,
-        output_size: Pair,
-        output_channels: int,
-        deform_fc_channels: int = 1024,
-        spatial_scale: float = 1.0,
-        sampling_ratio: int = 2,
-        gamma: float = 0.1,
-        *,
-        num_fcs: int = 1,
-    ) -> None:
-        super().__init__(
-            output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma, num_fcs
-        )
-
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        """Pool `rois` [R, 5] from `input` [N, C, H, W], giving [R, C, P, Q].
-
-        Raises
-        ------
-        ShapeError, ArgumentError, DtypeError, DeviceError
-            As in `deform_roi_pool`.
-        """
-        return self.pool(input, rois, self._branch(input, rois))
+        """Pool `rois` [R, 5] from `input` [N, C, H, W], giving [R, C, P, Q]. See `deform_roi_pool`."""
+        return self.pool(input, rois, self.run_branch(input, rois))
 
 
-class ModulatedDeformRoIPoolPack(_PackedRoIPool):
-    """Modulated deformable RoI pooling (v2) that makes its own offsets and masks; half of RoIAlign at the start.
+class ModulatedDeformRoIPoolPack(OffsetBranchRoIPool):
+    """Modulated deformable RoI pooling layer (v2) that predicts its offsets and masks.
 
-    The regions are pooled by RoIAlign, fully connected layers turn these features into offsets and masks, and the
-    regions are pooled again with them.
+    Like `DeformRoIPoolPack`, with masks. Initially its output is `mask_scale` / 2 times that of RoIAlign.
 
     Parameters
     ----------
-    output_size : int or (P, Q)
-        Bins of a region, vertical and horizontal.
-    output_channels : int
-        C, the channels of the feature map.
-    deform_fc_channels : int
-        Width of the hidden layers.
-    spatial_scale : float
-        Pixels of the feature map per unit of the regions, such as 1/16.
-    sampling_ratio : int
-        Samples of a bin along each axis; 0 for as many as the bin has pixels.
-    gamma : float
-        Factor of the offsets.
-    num_fcs : int
-        Fully connected layers of the branch.
+    output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma, num_fcs
+        See `DeformRoIPoolPack`; `num_fcs` is 3 by default.
     mask_scale : float
         The masks are ``mask_scale * sigmoid(logits)``: 1 as in the paper, 2 to start as RoIAlign.
 
     Attributes
     ----------
     offset_fc : torch.nn.Sequential, C*P*Q to 3*P*Q features
-        The branch: the offsets of all bins, first horizontal then vertical, and the logits of their masks. The weights
-        of hidden layers start as N(0, 0.01), the last layer at zero.
-
-    Raises
-    ------
-    ArgumentError
-        A parameter is not legal.
+        The branch: first the horizontal offsets of all bins, then the vertical ones, then the logits of the masks.
 
     Examples
     --------
     >>> import torch
     >>> from dcnops.adapters.torch import ModulatedDeformRoIPoolPack
     >>> pool = ModulatedDeformRoIPoolPack(7, 4, spatial_scale=1 / 16)
-    >>> rois = torch.tensor([[0, 32.0, 16.0, 320.0, 240.0]])  # image, x1, y1, x2, y2
-    >>> pool(torch.randn(1, 4, 25, 40), rois).shape
-    torch.Size([1, 4, 7, 7])
     >>> [layer.out_features for layer in pool.offset_fc[::2]]
     [1024, 1024, 147]
     """
@@ -295,20 +227,13 @@ class ModulatedDeformRoIPoolPack(_PackedRoIPool):
         num_fcs: int = 3,
         mask_scale: float = 1.0,
     ) -> None:
-        super().__init__(
-            output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma, num_fcs
-        )
+        numbers = (spatial_scale, sampling_ratio, gamma)
+        super().__init__(output_size, output_channels, deform_fc_channels, *numbers, num_fcs=num_fcs)
         self.mask_scale = mask_scale
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        """Pool `rois` [R, 5] from `input` [N, C, H, W], giving [R, C, P, Q].
-
-        Raises
-        ------
-        ShapeError, ArgumentError, DtypeError, DeviceError
-            As in `deform_roi_pool`.
-        """
-        values = self._branch(input, rois)
+        """Pool `rois` [R, 5] from `input` [N, C, H, W], giving [R, C, P, Q]. See `deform_roi_pool`."""
+        values = self.run_branch(input, rois)
         return self.pool(input, rois, values[:, :2], self.mask_scale * torch.sigmoid(values[:, 2]))
 
     def extra_repr(self) -> str:
@@ -316,39 +241,39 @@ class ModulatedDeformRoIPoolPack(_PackedRoIPool):
 
 
 class MultiScaleDeformRoIPool(nn.Module):
-    """Pools each box from the level of a feature pyramid that suits its size.
+    """Pooling layer that pools each box from the level of a feature pyramid that suits its size.
 
     It is called like ``torchvision.ops.MultiScaleRoIAlign`` and picks levels by the same rule, equation 1 of the
-    Feature Pyramid Network paper. Unlike there, regions are shifted by half a pixel (``aligned=True``).
+    Feature Pyramid Network paper. Unlike that layer, it shifts regions by half a pixel (``aligned=True``).
 
     Parameters
     ----------
     featmap_names : sequence of str
-        The feature maps to use, fine to coarse; each half as large as the one before.
+        The feature maps to use, fine to coarse; each is half as large as the previous one.
     pool : DeformRoIPool, DeformRoIPoolPack or ModulatedDeformRoIPoolPack
-        What pools from a level, with `spatial_scale` 1; or another module (input, rois) -> [R, C, P, Q] that has
-        `spatial_scale` and `output_size`.
+        The layer that pools from a level, with `spatial_scale` 1. Any other module (input, rois) -> [R, C, P, Q] with
+        attributes `spatial_scale` and `output_size` works too.
     share_branch : bool
-        Whether all levels use `pool` itself and with it one offset branch, as in the paper, or each a copy of its own.
+        Use `pool`, and with it one offset branch, for all levels, as in the paper. If False, each level has a copy.
     canonical_scale : int
         Size of a box, in pixels of the image, that is pooled from `canonical_level`.
     canonical_level : int
-        Level as a power of two of the stride: 4 is stride 16.
+        Base-2 logarithm of a level's stride: 4 means stride 16.
 
     Attributes
     ----------
     pools : torch.nn.ModuleList
-        `pool` alone where the branch is shared, else one for each of `featmap_names`.
+        Only `pool` if the branch is shared, otherwise one module for each of `featmap_names`.
     output_size : (P, Q)
 
     Raises
     ------
     ArgumentError
-        There are no `featmap_names`, or the scale of `pool` is not 1.
+        `featmap_names` is empty, or the `spatial_scale` of `pool` is not 1.
 
     Notes
     -----
-    Torchvision's detectors accept it by assignment after construction:
+    To use it in a detector of torchvision, assign it after construction:
     ``detector.roi_heads.box_roi_pool = MultiScaleDeformRoIPool(...)``.
 
     Examples
@@ -391,12 +316,12 @@ class MultiScaleDeformRoIPool(nn.Module):
         Parameters
         ----------
         features : mapping of str to Tensor [N, C, H, W]
-            The feature maps; those not in `featmap_names` are left alone.
+            The feature maps. Names that are not in `featmap_names` are ignored.
         boxes : sequence of N Tensors [R_n, 4], in pixels of the image
             Boxes (x1, y1, x2, y2) of each image.
         image_shapes : sequence of N (height, width)
-            Sizes of the images before they were padded to a batch. The scale of a level is its longer side over that
-            of the largest image, to the nearest power of two.
+            Sizes of the images before they were padded to a batch. The scale of a level is its longer side divided by
+            that of the largest image, rounded to the nearest power of two.
 
         Returns
         -------
@@ -405,9 +330,9 @@ class MultiScaleDeformRoIPool(nn.Module):
         Raises
         ------
         ArgumentError
-            A feature map is missing or of another size, or there are not as many images as lists of boxes.
+            A feature map is missing or has the wrong size, or `boxes` and `image_shapes` differ in length or are empty.
         ShapeError, DtypeError, DeviceError
-            As in `deform_roi_pool`.
+            See `deform_roi_pool`.
         """
         missing = [name for name in self.featmap_names if name not in features]
         if missing:
@@ -417,9 +342,9 @@ class MultiScaleDeformRoIPool(nn.Module):
                 f"boxes and image_shapes must have one entry for each image, got {len(boxes)} and {len(image_shapes)}"
             )
         maps = [features[name] for name in self.featmap_names]
-        rois = _as_rois(boxes)
+        rois = torch.cat([nn.functional.pad(item, (1, 0), value=image) for image, item in enumerate(boxes)])
         height, width = (max(sizes) for sizes in zip(*image_shapes))
-        # The padding of a batch matters least along the longer side.
+        # The padding of the batch distorts the scale least along the longer side.
         extent, axis = max((height, -2), (width, -1))
         exponents = [round(math.log2(extent / level.shape[axis])) for level in maps]
         if exponents != list(range(exponents[0], exponents[0] + len(exponents))):
@@ -435,25 +360,20 @@ class MultiScaleDeformRoIPool(nn.Module):
             rows = torch.where(level_of == index)[0]
             # A power of two: the division is exact.
             scale = rois.new_tensor([1, *[2.0**-exponent] * 4])
-            # Levels without boxes too, so that every parameter has a gradient, which data-parallel training expects.
+            # Run levels without boxes too: data-parallel training expects a gradient for every parameter.
             pooled.append(pool(level, rois[rows] * scale))
             order.append(rows)
         return torch.cat(pooled)[torch.argsort(torch.cat(order))]
 
     def _levels(self, boxes: Tensor, exponents: Sequence[int]) -> Tensor:
-        """Index into `featmap_names` for each of `boxes` [R, 4]; level k has a stride of ``2**exponents[k]``."""
-        # The area of a box overflows float16.
+        """Return an index into `featmap_names` for each of `boxes` [R, 4]; level k has stride ``2**exponents[k]``."""
+        # The area of a box can overflow float16.
         x1, y1, x2, y2 = boxes.to(torch.promote_types(boxes.dtype, torch.float32)).unbind(1)
         size = torch.sqrt((x2 - x1) * (y2 - y1))
         level = torch.floor(self.canonical_level + torch.log2(size / self.canonical_scale) + 1e-6)
-        # Inverted and NaN boxes have no size; they go to the finest level.
+        # Inverted and NaN boxes have a NaN size. They go to the finest level.
         level = level.nan_to_num(nan=exponents[0]).clamp(exponents[0], exponents[-1])
         return level.to(torch.int64) - exponents[0]
 
     def extra_repr(self) -> str:
         return f"featmap_names={self.featmap_names}, share_branch={len(self.pools) == 1}"
-
-
-def _as_rois(boxes: Sequence[Tensor]) -> Tensor:
-    """Boxes of each image [R_n, 4] as regions [R, 5]."""
-    return torch.cat([nn.functional.pad(item, (1, 0), value=image) for image, item in enumerate(boxes)])

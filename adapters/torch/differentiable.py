@@ -1,6 +1,6 @@
 """The operations in plain torch operations, differentiable any number of times.
 
-Much slower than the kernels, and with memory of the size of the columns: this is the path of double backward.
+Double backward uses them. They are much slower than the kernels and need memory of the size of the im2col matrix.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ def deform_conv2d(
     padding: Any,
     dilation: Any,
 ) -> Tensor:
-    """As `dcnops.deform_conv2d`; computed in float32 at least."""
+    """Compute `dcnops.deform_conv2d` in at least float32."""
     g = DeformConvGeometry.of(input, offset, weight, bias, mask, stride, padding, dilation)
-    real = _real(input)
-    shift = offset.to(real).reshape(g.N, g.D, g.K, 2, g.oh, g.ow)
+    compute_dtype = _compute_dtype(input)
+    shift = offset.to(compute_dtype).reshape(g.N, g.D, g.K, 2, g.oh, g.ow)
     taps_y = torch.arange(g.kh, device=input.device).repeat_interleave(g.kw) * g.dh - g.pad_top
     taps_x = torch.arange(g.kw, device=input.device).repeat(g.kh) * g.dw - g.pad_left
     rows = torch.arange(g.oh, device=input.device) * g.sh
     columns = torch.arange(g.ow, device=input.device) * g.sw
-    y = (taps_y[:, None, None] + rows[:, None]).to(real) + shift[:, :, :, 0]
-    x = (taps_x[:, None, None] + columns).to(real) + shift[:, :, :, 1]
+    y = (taps_y[:, None, None] + rows[:, None]).to(compute_dtype) + shift[:, :, :, 0]
+    x = (taps_x[:, None, None] + columns).to(compute_dtype) + shift[:, :, :, 1]
 
-    image = input.to(real).reshape(g.N * g.D, g.C // g.D, g.H * g.W)
+    image = input.to(compute_dtype).reshape(g.N * g.D, g.C // g.D, g.H * g.W)
     points = (g.N * g.D, g.K * g.oh * g.ow)
     inside = (y > -1) & (y < g.H) & (x > -1) & (x < g.W)
     samples = _interpolate(image, y.reshape(points), x.reshape(points), inside.reshape(points), g.H, g.W)
     samples = samples.reshape(g.N, g.D, g.C // g.D, g.K, g.oh, g.ow)
     if mask is not None:
-        samples = samples * mask.to(real).reshape(g.N, g.D, 1, g.K, g.oh, g.ow)
+        samples = samples * mask.to(compute_dtype).reshape(g.N, g.D, 1, g.K, g.oh, g.ow)
     columns_by_group = samples.reshape(g.N, g.G, g.C // g.G, g.K, g.oh, g.ow)
-    filters = weight.to(real).reshape(g.G, g.O // g.G, g.C // g.G, g.K)
+    filters = weight.to(compute_dtype).reshape(g.G, g.O // g.G, g.C // g.G, g.K)
     output = torch.einsum("ngckab,gock->ngoab", columns_by_group, filters).reshape(g.output_shape)
     if bias is not None:
-        output = output + bias.to(real)[:, None, None]
+        output = output + bias.to(compute_dtype)[:, None, None]
     return output.to(input.dtype)
 
 
@@ -59,15 +59,15 @@ def deform_roi_pool(
     sampling_ratio: int,
     gamma: float,
 ) -> Tensor:
-    """As `dcnops.deform_roi_pool`; computed in float32 at least.
+    """Compute `dcnops.deform_roi_pool` in at least float32.
 
-    Every sample is looked at, also those outside of the image: with `sampling_ratio` 0, time and memory grow with the
+    Every sample is evaluated, even outside the image. With `sampling_ratio` 0, time and memory therefore grow with the
     area of the regions.
     """
     g = DeformRoIPoolGeometry.of(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma)
-    real = _real(input)
-    regions = rois.to(real)
-    shift = input.new_zeros((g.R, 2, g.P, g.Q), dtype=real) if offset is None else offset.to(real)
+    compute_dtype = _compute_dtype(input)
+    regions = rois.to(compute_dtype)
+    shift = input.new_zeros((g.R, 2, g.P, g.Q), dtype=compute_dtype) if offset is None else offset.to(compute_dtype)
     outputs = []
     for r in range(g.R):
         start = g.spatial_scale * regions[r, 1:] - 0.5
@@ -79,34 +79,34 @@ def deform_roi_pool(
         q = torch.arange(g.Q, device=input.device)
         top = start[1] + p * bin_height + g.gamma * height * shift[r, 1]
         left = start[0] + q * bin_width + g.gamma * width * shift[r, 0]
-        i = (torch.arange(rows, device=input.device).to(real) + 0.5) * bin_height / max(rows, 1)
-        j = (torch.arange(columns, device=input.device).to(real) + 0.5) * bin_width / max(columns, 1)
+        i = (torch.arange(rows, device=input.device).to(compute_dtype) + 0.5) * bin_height / max(rows, 1)
+        j = (torch.arange(columns, device=input.device).to(compute_dtype) + 0.5) * bin_width / max(columns, 1)
         y = (top[:, :, None, None] + i[:, None]).expand(g.P, g.Q, rows, columns)
         x = (left[:, :, None, None] + j).expand(g.P, g.Q, rows, columns)
         inside = (y >= -1) & (y <= g.H) & (x >= -1) & (x <= g.W)
-        # Clamped as RoIAlign does it: what is clamped does not move.
+        # Clamp like RoIAlign: a clamped sample has no derivative with respect to its position.
         y, x = y.clamp(0, g.H - 1), x.clamp(0, g.W - 1)
-        image = input.index_select(0, rois[r, :1].long()).to(real).reshape(1, g.C, g.H * g.W)
+        image = input.index_select(0, rois[r, :1].long()).to(compute_dtype).reshape(1, g.C, g.H * g.W)
         samples = _interpolate(image, y.reshape(1, -1), x.reshape(1, -1), inside.reshape(1, -1), g.H, g.W)
         outputs.append(samples.reshape(g.C, g.P, g.Q, rows * columns).sum(-1) / max(rows * columns, 1))
-    output = torch.stack(outputs) if outputs else input.new_zeros(g.output_shape, dtype=real)
+    output = torch.stack(outputs) if outputs else input.new_zeros(g.output_shape, dtype=compute_dtype)
     if mask is not None:
-        output = output * mask.to(real)[:, None]
+        output = output * mask.to(compute_dtype)[:, None]
     return output.to(input.dtype)
 
 
-def _real(tensor: Tensor) -> torch.dtype:
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _adaptive_samples(length: Tensor) -> int:
-    """One for each pixel of a bin; one, which is NaN, in a region that is not finite."""
+    """Return one sample for each pixel of a bin, or a single one (its value is NaN) if the region is not finite."""
     return max(int(length.ceil()), 0) if bool(torch.isfinite(length)) else 1
 
 
 def _interpolate(image: Tensor, y: Tensor, x: Tensor, inside: Tensor, H: int, W: int) -> Tensor:
-    """Bilinear samples [B, C, points] of images [B, C, H*W] at positions [B, points]; 0 where not `inside`."""
-    # 0 for a number, NaN for NaN: a sample whose position is NaN is NaN.
+    """Sample images [B, C, H*W] bilinearly at positions [B, points], giving [B, C, points]; 0 where not `inside`."""
+    # 0 for numbers and NaN for NaN, so that a sample at a NaN position becomes NaN.
     taint = (0 * torch.where(torch.isnan(y + x), y + x, 0.0))[:, None]
     y, x = torch.where(inside, y, y.new_zeros(())), torch.where(inside, x, x.new_zeros(()))
     y0, x0 = y.detach().floor(), x.detach().floor()

@@ -11,12 +11,13 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function
 
 from dcnops._arguments import Padding, Pair, check_precision, check_sampling, expand_padding, expand_pair
+from dcnops._dtypes import DTYPES
 from dcnops._errors import DeviceError, DtypeError
 
 from . import operators
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+_FLOAT_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
+_SIXTEEN_BIT_DTYPES = tuple(getattr(torch, name) for name, dtype in DTYPES.items() if dtype.is_16_bit)
 
 
 def deform_conv2d(
@@ -31,11 +32,11 @@ def deform_conv2d(
     *,
     precision: str | None = None,
 ) -> Tensor:
-    """Deformable convolution of tensors; modulated (v2) when `mask` is given.
+    """Deformable convolution on tensors; modulated (v2) when `mask` is given.
 
-    What it computes is described at `dcnops.deform_conv2d`. Tensors are handed over without a copy: those of the CPU to
-    the CPU backend, CUDA tensors to the kernels, on torch's current stream and from torch's memory. It has gradients,
-    also second ones, and can be compiled and exported.
+    See `dcnops.deform_conv2d` for the formula. CPU tensors are passed to the CPU backend, CUDA tensors to the kernels,
+    without a copy, on torch's current stream and with torch's memory. First and second gradients, compilation and
+    export are supported.
 
     Parameters
     ----------
@@ -47,9 +48,9 @@ def deform_conv2d(
     padding : int, (vertical, horizontal) or ((top, bottom), (left, right)), in pixels
     mask : Tensor [N, D*kh*kw, oh, ow], optional
     precision : "ieee", "tf32" or "3xtf32", optional
-        How float32 products are computed on a GPU, forward and backward. By default as torch computes its own matrix
-        products at the time of the call: "tf32" if ``torch.backends.cuda.matmul.fp32_precision`` or an older switch
-        (`allow_tf32`, `torch.set_float32_matmul_precision`) says so, else "ieee".
+        Arithmetic of float32 products on a GPU, forward and backward. The default follows torch's setting for its own
+        matrix products at the time of the call: "tf32" if ``torch.backends.cuda.matmul.fp32_precision`` or an older
+        switch (`allow_tf32`, `torch.set_float32_matmul_precision`) enables it, otherwise "ieee".
 
     Returns
     -------
@@ -57,25 +58,28 @@ def deform_conv2d(
 
     Raises
     ------
-    ShapeError, ArgumentError
-        As in `dcnops.deform_conv2d`.
+    ShapeError
+        A tensor has the wrong rank or size.
+    ArgumentError
+        `stride`, `padding`, `dilation` or `precision` is not legal.
     DtypeError
-        An argument is no tensor, or is not of a floating type.
+        An argument is not a tensor, or its dtype is not a supported floating-point type.
     DeviceError
-        The tensors are on different devices, or on one that is neither a CPU nor a CUDA GPU.
+        The tensors are on different devices, or on a device that is neither a CPU nor a CUDA GPU.
 
     Notes
     -----
-    Mixed dtypes: `input`, `weight` and `bias` are promoted to their common type (`torch.promote_types`), under autocast
-    to autocast's type; float64 stays. `offset` and `mask` take that type too, but stay or become float32 beside 16-bit
-    data unless both have the type of the data. Coordinates and sums are float32 at least in any case.
+    Mixed dtypes: `input`, `weight` and `bias` are promoted to their common dtype (`torch.promote_types`), under
+    autocast to autocast's dtype; float64 is kept. `offset` and `mask` are converted to the same dtype, with one
+    exception: with 16-bit data they are converted to float32 unless both already have the dtype of the data.
+    Coordinates and sums always have at least float32 precision.
 
-    `torch.compile`, `torch.export` and `torch.func.vmap` (one call after the other) work; `torch.func.grad` does not:
-    use `torch.autograd.grad`. Second gradients take a path through plain torch operations, which is much slower,
-    needs memory of the size of the columns and has the precision of torch's switches.
+    `torch.compile`, `torch.export` and `torch.func.vmap` (as a sequence of calls) work. `torch.func.grad` does not:
+    use `torch.autograd.grad`. Second gradients are computed with plain torch operations, which are much slower, need
+    memory of the size of the im2col matrix and follow torch's precision switches.
 
-    `input`, `offset` and `mask` may be in the channels_last format; on a GPU none of them is then copied. The output
-    has the format of the input, each gradient that of its argument.
+    `input`, `offset` and `mask` may have the channels_last memory format, and on a GPU they are not copied then. The
+    output has the memory format of the input, each gradient that of its argument.
 
     Examples
     --------
@@ -87,36 +91,16 @@ def deform_conv2d(
     >>> deform_conv2d(image, offset, torch.ones(1, 1, 1, 1))[0, 0, 0]
     tensor([0.5000, 1.5000, 2.5000, 1.5000])
     """
-    if stand_ins := _stand_ins(input, offset, weight, bias, mask):
-        return handle_torch_function(
-            deform_conv2d,
-            stand_ins,
-            input,
-            offset,
-            weight,
-            bias,
-            stride,
-            padding,
-            dilation,
-            mask,
-            precision=precision,
-        )
+    if proxies := _tensor_proxies(input, offset, weight, bias, mask):
+        arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
+        return handle_torch_function(deform_conv2d, proxies, *arguments, precision=precision)
     check_precision(precision)
     _check_tensors({"input": input, "weight": weight, "offset": offset}, {"bias": bias, "mask": mask})
-    (input, weight, bias), (offset, mask) = _promote((input, weight, bias), (offset, mask))
-    sides = expand_padding(padding)
-    return _call(
-        operators.deform_conv2d,
-        input,
-        offset,
-        weight,
-        bias,
-        mask,
-        expand_pair("stride", stride),
-        [*sides[0], *sides[1]],
-        expand_pair("dilation", dilation),
-        _precision(precision, input),
-    )
+    (input, weight, bias), (offset, mask) = _promote_dtypes((input, weight, bias), (offset, mask))
+    vertical, horizontal = expand_padding(padding)
+    numbers = (expand_pair("stride", stride), [*vertical, *horizontal], expand_pair("dilation", dilation))
+    tensors = (input, offset, weight, bias, mask)
+    return _call_operator(operators.deform_conv2d, *tensors, *numbers, _operator_precision(precision, input))
 
 
 def deform_roi_pool(
@@ -130,9 +114,9 @@ def deform_roi_pool(
     sampling_ratio: int = 2,
     gamma: float = 0.1,
 ) -> Tensor:
-    """Deformable RoI pooling of tensors; modulated (v2) when `mask` is given, RoIAlign without `offset` and `mask`.
+    """Deformable RoI pooling on tensors; modulated (v2) when `mask` is given, RoIAlign without `offset` and `mask`.
 
-    What it computes is described at `dcnops.deform_roi_pool`; memory, gradients and dtypes are as in `deform_conv2d`.
+    See `dcnops.deform_roi_pool` for the formula, and `deform_conv2d` for memory, gradients and mixed dtypes.
 
     Parameters
     ----------
@@ -140,29 +124,30 @@ def deform_roi_pool(
     rois : Tensor [R, 5]
         Regions (index of the feature map, x1, y1, x2, y2). They have no gradient.
     offset : Tensor [R, 2, P, Q], optional
-        Horizontal shifts first, as fractions of the region.
+        Shift of each bin as a fraction of the region: ``offset[r, 0]`` horizontal, ``offset[r, 1]`` vertical.
     mask : Tensor [R, P, Q], optional
     output_size : int or (P, Q)
+        Bins of a region, vertical and horizontal.
     spatial_scale : float
         Pixels of `input` per unit of `rois`.
     sampling_ratio : int
-        Samples of a bin along each axis; 0 for as many as the bin has pixels.
+        Samples of a bin along each axis; with 0, one for each pixel of the bin.
     gamma : float
         Factor of the offsets.
 
     Returns
     -------
     Tensor [R, C, P, Q]
-        Contiguous, whatever the format of the input, as torchvision's is.
+        Contiguous for every memory format of the input, like torchvision's result.
 
     Raises
     ------
-    ShapeError, ArgumentError
-        As in `dcnops.deform_roi_pool`.
-    DtypeError
-        An argument is no tensor, or is not of a floating type.
-    DeviceError
-        The tensors are on different devices, or on one that is neither a CPU nor a CUDA GPU.
+    ShapeError
+        A tensor has the wrong rank or size.
+    ArgumentError
+        A parameter is not legal; or, on a CPU, `rois` refer to a feature map that `input` does not have.
+    DtypeError, DeviceError
+        See `deform_conv2d`.
 
     Examples
     --------
@@ -174,10 +159,10 @@ def deform_roi_pool(
     tensor([[ 2.5000,  4.5000],
             [10.5000, 12.5000]])
     """
-    if stand_ins := _stand_ins(input, rois, offset, mask):
+    if proxies := _tensor_proxies(input, rois, offset, mask):
         return handle_torch_function(
             deform_roi_pool,
-            stand_ins,
+            proxies,
             input,
             rois,
             offset,
@@ -188,13 +173,13 @@ def deform_roi_pool(
             gamma=gamma,
         )
     _check_tensors({"input": input, "rois": rois}, {"offset": offset, "mask": mask})
-    (input,), (offset, mask) = _promote((input,), (offset, mask))
+    (input,), (offset, mask) = _promote_dtypes((input,), (offset, mask))
     size = expand_pair("output_size", output_size)
     ratio, scale, factor = check_sampling(sampling_ratio, spatial_scale, gamma)
-    return _call(operators.deform_roi_pool, input, rois, offset, mask, size, scale, ratio, factor)
+    return _call_operator(operators.deform_roi_pool, input, rois, offset, mask, size, scale, ratio, factor)
 
 
-def _call(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def _call_operator(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
     if forward_ad._current_level >= 0 and any(
         isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None for argument in arguments
     ):
@@ -213,13 +198,17 @@ def _call(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
         raise
 
 
-def is_stand_in(value: object) -> bool:
-    """Whether something that is no tensor takes part in torch's functions, as the proxies of ``torch.fx`` do."""
+def is_tensor_proxy(value: object) -> bool:
+    """Check for an object that replaces a tensor in calls of torch functions, such as a proxy of ``torch.fx``."""
     return not isinstance(value, Tensor) and hasattr(type(value), "__torch_function__")
 
 
-def _stand_ins(*values: object) -> list[Any]:
-    return [value for value in values if is_stand_in(value)]
+def _tensor_proxies(*values: object) -> list[Any]:
+    return [value for value in values if is_tensor_proxy(value)]
+
+
+def type_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _check_tensors(required: dict[str, Any], optional: dict[str, Any]) -> None:
@@ -227,11 +216,11 @@ def _check_tensors(required: dict[str, Any], optional: dict[str, Any]) -> None:
     first = next(iter(given.values()))
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
-            kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+            operation = "deform_roi_pool" if "rois" in given else "deform_conv2d"
             raise DtypeError(
-                f"{name} must be a torch.Tensor, got {kind}; for arrays there is dcnops.{_operation(given)}"
+                f"{name} must be a torch.Tensor, got {type_name(tensor)}; for arrays there is dcnops.{operation}"
             )
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in _FLOAT_DTYPES:
             raise DtypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.device != first.device:
             raise DeviceError(f"{name} must be on {first.device} like input, got {tensor.device}")
@@ -239,8 +228,8 @@ def _check_tensors(required: dict[str, Any], optional: dict[str, Any]) -> None:
         raise DeviceError(f"input must be on a CPU or a CUDA GPU, got {first.device}")
 
 
-def _precision(precision: str | None, input: Tensor) -> str:
-    """What the operator is told; other devices and dtypes know one precision only."""
+def _operator_precision(precision: str | None, input: Tensor) -> str:
+    """Return the precision to pass to the operator: "ieee" unless `input` is float32 on a GPU."""
     if input.device.type != "cuda" or input.dtype != torch.float32:
         return "ieee"
     return _matmul_precision() if precision is None else precision
@@ -248,22 +237,18 @@ def _precision(precision: str | None, input: Tensor) -> str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _matmul_precision() -> str:
-    """The precision of torch's own float32 matrix products on a GPU: "tf32" or "ieee".
+    """Return the precision of torch's own float32 matrix products on a GPU: "tf32" or "ieee".
 
-    A constant to `torch.compile`, which compiles anew when the switch has been moved.
+    `torch.compile` treats the result as a constant, and recompiles when the switch changes.
     """
     matmul = torch.backends.cuda.matmul
-    # Before torch 2.9 there is one switch only; since then reading the old one is an error where the new one was set.
+    # torch 2.9 added a second switch. Reading the old one raises an error after the new one has been set.
     tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
 
 
-def _operation(given: dict[str, Any]) -> str:
-    return "deform_roi_pool" if "rois" in given else "deform_conv2d"
-
-
-def _promote(data: Sequence[Tensor | None], sampling: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
-    """The tensors in the dtypes that the operation takes, by the rule in `deform_conv2d`'s notes."""
+def _promote_dtypes(data: Sequence[Tensor | None], sampling: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
+    """Convert the tensors to the dtypes that the operator accepts; see the notes of `deform_conv2d`."""
     first = data[0]
     assert first is not None
     dtype = first.dtype
@@ -274,11 +259,9 @@ def _promote(data: Sequence[Tensor | None], sampling: Sequence[Tensor | None]) -
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     same = all(tensor is None or tensor.dtype == dtype for tensor in sampling)
-    sampling_dtype = torch.float32 if dtype in _SIXTEEN_BIT and not same else dtype
-    return (
-        [tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in data],
-        [
-            tensor if tensor is None or tensor.dtype == sampling_dtype else tensor.to(sampling_dtype)
-            for tensor in sampling
-        ],
-    )
+    sampling_dtype = torch.float32 if dtype in _SIXTEEN_BIT_DTYPES and not same else dtype
+    return _convert(data, dtype), _convert(sampling, sampling_dtype)
+
+
+def _convert(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Any]:
+    return [tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]

@@ -1,9 +1,23 @@
-"""The deformable functions and modules of ``mmcv.ops``, by its names and signatures.
+"""Replacements for the deformable functions and layers of ``mmcv.ops``, under the same names.
 
-``from dcnops.adapters.torch.mmcv_ops import DeformConv2dPack`` stands in for ``from mmcv.ops import DeformConv2dPack``:
-same arguments and defaults, initialisation, order of offsets and checkpoint keys. `im2col_step`, the number of images
-that mmcv processes at a time, is accepted and without effect, since here any batch is processed in pieces that fit.
-`groups` and `deform_groups` of the functions follow from the shapes; they are compared with them.
+Write ``from dcnops.adapters.torch.mmcv_ops import DeformConv2dPack`` instead of ``from mmcv.ops import
+DeformConv2dPack``. Arguments, defaults, initial weights, the order of offset channels and checkpoint keys are those of
+mmcv. Common differences:
+
+- `im2col_step`, the number of images that mmcv processes at a time, is accepted and ignored: any batch size works.
+- `groups` and `deform_groups` follow from the shapes of the tensors; a different value raises `ShapeError`.
+- All other parameters and errors are those of `deform_conv2d`, `deform_roi_pool` and the layers of
+  `dcnops.adapters.torch`.
+
+Examples
+--------
+>>> import torch
+>>> from dcnops.adapters.torch.mmcv_ops import ModulatedDeformConv2dPack, deform_conv2d
+>>> image, weight = torch.randn(2, 4, 5, 5), torch.randn(8, 4, 3, 3)
+>>> deform_conv2d(image, torch.zeros(2, 18, 5, 5), weight, 1, 1, 1, 1, 1).shape
+torch.Size([2, 8, 5, 5])
+>>> list(ModulatedDeformConv2dPack(4, 8, 3, padding=1).state_dict())
+['weight', 'bias', 'conv_offset.weight', 'conv_offset.bias']
 """
 
 from __future__ import annotations
@@ -19,7 +33,7 @@ from dcnops._errors import ArgumentError, ShapeError
 
 from . import deform_conv2d_layers, deform_roi_pool_layers, functional
 from .deform_conv2d_layers import DeformConvBase, check_divisible
-from .deform_roi_pool_layers import LastLinear, RoIPoolBase
+from .deform_roi_pool_layers import RoIPoolBase, ZeroLinear
 
 __all__ = [
     "DeformConv2d",
@@ -47,43 +61,12 @@ def deform_conv2d(
     bias: bool = False,
     im2col_step: int = 32,
 ) -> Tensor:
-    """Deformable convolution (v1) with the signature of ``mmcv.ops.deform_conv2d``.
-
-    Parameters
-    ----------
-    input : Tensor [N, C, H, W]
-    offset : Tensor [N, 2*D*kh*kw, oh, ow], in pixels
-    weight : Tensor [O, C/G, kh, kw]
-    stride, padding, dilation : int or (vertical, horizontal)
-    groups : int
-        G, the number of weight groups.
-    deform_groups : int
-        D, the number of deformable groups.
-    bias : bool
-        Must be False.
-    im2col_step : int
-        Without effect: there is no limit to the batch.
-
-    Returns
-    -------
-    Tensor [N, O, oh, ow]
+    """Replace ``mmcv.ops.deform_conv2d`` (v1).
 
     Raises
     ------
-    ShapeError
-        Also where `groups` or `deform_groups` is not that of the tensors.
     ArgumentError
-        Also where `bias` is true.
-    DtypeError, DeviceError
-        As in `dcnops.adapters.torch.deform_conv2d`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dcnops.adapters.torch.mmcv_ops import deform_conv2d
-    >>> image, weight = torch.randn(2, 4, 5, 5), torch.randn(8, 4, 3, 3)
-    >>> deform_conv2d(image, torch.zeros(2, 18, 5, 5), weight, 1, 1, 1, 1, 1).shape
-    torch.Size([2, 8, 5, 5])
+        `bias` is True, or another parameter is not legal.
     """
     if bias:
         raise ArgumentError("bias must be False, as in mmcv; dcnops.adapters.torch.deform_conv2d takes a bias")
@@ -103,40 +86,7 @@ def modulated_deform_conv2d(
     groups: int = 1,
     deform_groups: int = 1,
 ) -> Tensor:
-    """Modulated deformable convolution (v2) with the signature of ``mmcv.ops.modulated_deform_conv2d``.
-
-    Parameters
-    ----------
-    input : Tensor [N, C, H, W]
-    offset : Tensor [N, 2*D*kh*kw, oh, ow], in pixels
-    mask : Tensor [N, D*kh*kw, oh, ow]
-    weight : Tensor [O, C/G, kh, kw]
-    bias : Tensor [O], optional
-    stride, padding, dilation : int or (vertical, horizontal)
-    groups : int
-        G, the number of weight groups.
-    deform_groups : int
-        D, the number of deformable groups.
-
-    Returns
-    -------
-    Tensor [N, O, oh, ow]
-
-    Raises
-    ------
-    ShapeError
-        Also where `groups` or `deform_groups` is not that of the tensors.
-    ArgumentError, DtypeError, DeviceError
-        As in `dcnops.adapters.torch.deform_conv2d`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dcnops.adapters.torch.mmcv_ops import modulated_deform_conv2d
-    >>> image, weight = torch.randn(2, 4, 5, 5), torch.randn(8, 4, 3, 3)
-    >>> modulated_deform_conv2d(image, torch.zeros(2, 18, 5, 5), torch.ones(2, 9, 5, 5), weight, None, 1, 1).shape
-    torch.Size([2, 8, 5, 5])
-    """
+    """Replace ``mmcv.ops.modulated_deform_conv2d`` (v2). The mask comes before the weight."""
     _check_groups(input, offset, weight, groups, deform_groups)
     return functional.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
@@ -150,40 +100,7 @@ def deform_roi_pool(
     sampling_ratio: int = 0,
     gamma: float = 0.1,
 ) -> Tensor:
-    """Deformable RoI pooling with the signature of ``mmcv.ops.deform_roi_pool``.
-
-    Parameters
-    ----------
-    input : Tensor [N, C, H, W]
-    rois : Tensor [R, 5]
-        Regions (index of the feature map, x1, y1, x2, y2).
-    offset : Tensor [R, 2, P, Q] or None
-        Horizontal shifts first, as fractions of the region.
-    output_size : int or (P, Q)
-    spatial_scale : float
-        Pixels of `input` per unit of `rois`.
-    sampling_ratio : int
-        Samples of a bin along each axis; 0 for as many as the bin has pixels.
-    gamma : float
-        Factor of the offsets.
-
-    Returns
-    -------
-    Tensor [R, C, P, Q]
-
-    Raises
-    ------
-    ShapeError, ArgumentError, DtypeError, DeviceError
-        As in `dcnops.adapters.torch.deform_roi_pool`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dcnops.adapters.torch.mmcv_ops import deform_roi_pool
-    >>> rois = torch.tensor([[0.0, 0, 0, 8, 8]])
-    >>> deform_roi_pool(torch.randn(1, 4, 8, 8), rois, None, 7).shape
-    torch.Size([1, 4, 7, 7])
-    """
+    """Replace ``mmcv.ops.deform_roi_pool``. `sampling_ratio` is 0 by default."""
     return functional.deform_roi_pool(
         input,
         rois,
@@ -195,113 +112,8 @@ def deform_roi_pool(
     )
 
 
-class _GivenOffsets(DeformConvBase):
-    """A deformable convolution that is told its number of deformable groups, but not the offsets."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Pair,
-        stride: Pair,
-        padding: Pair,
-        dilation: Pair,
-        groups: int,
-        deform_groups: int,
-        bias: bool,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        check_divisible("in_channels", in_channels, "deform_groups", deform_groups)
-        self.deform_groups = deform_groups
-
-    def _convolve(self, x: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
-        _check_groups(x, offset, self.weight, self.groups, self.deform_groups)
-        return functional.deform_conv2d(
-            x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
-        )
-
-
-class DeformConv2d(_GivenOffsets):
-    """Deformable convolution (v1) with the constructor of ``mmcv.ops.DeformConv2d``.
-
-    Parameters
-    ----------
-    in_channels, out_channels, kernel_size, stride, padding, dilation, groups
-        As in `dcnops.adapters.torch.DeformConv2d`.
-    deform_groups : int
-        D, the number of deformable groups; divides `in_channels`.
-    bias : bool
-        Whether there is a bias; mmcv refuses one.
-    im2col_step : int
-        Without effect: there is no limit to the batch.
-
-    Raises
-    ------
-    ArgumentError
-        A parameter is not legal.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dcnops.adapters.torch.mmcv_ops import DeformConv2d
-    >>> layer = DeformConv2d(4, 8, 3, padding=1, deform_groups=2)
-    >>> layer(torch.randn(2, 4, 5, 5), torch.zeros(2, 36, 5, 5)).shape
-    torch.Size([2, 8, 5, 5])
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Pair,
-        stride: Pair = 1,
-        padding: Pair = 0,
-        dilation: Pair = 1,
-        groups: int = 1,
-        deform_groups: int = 1,
-        bias: bool = False,
-        im2col_step: int = 32,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias)
-
-    def reset_parameters(self) -> None:
-        """Draw the weight anew, by Kaiming's rule for ReLU."""
-        _reset_kaiming(self)
-
-    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        """Convolve `x` [N, C, H, W] with `offset` [N, 2*D*kh*kw, oh, ow], giving [N, O, oh, ow].
-
-        Raises
-        ------
-        ShapeError, DtypeError, DeviceError
-            As in `deform_conv2d`.
-        """
-        return self._convolve(x, offset, None)
-
-
-class ModulatedDeformConv2d(_GivenOffsets):
-    """Modulated deformable convolution (v2) with the constructor of ``mmcv.ops.ModulatedDeformConv2d``.
-
-    Parameters
-    ----------
-    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
-        As in `dcnops.adapters.torch.DeformConv2d`.
-    deform_groups : int
-        D, the number of deformable groups; divides `in_channels`.
-
-    Raises
-    ------
-    ArgumentError
-        A parameter is not legal.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dcnops.adapters.torch.mmcv_ops import ModulatedDeformConv2d
-    >>> layer = ModulatedDeformConv2d(4, 8, 3, padding=1)
-    >>> layer(torch.randn(2, 4, 5, 5), torch.zeros(2, 18, 5, 5), torch.ones(2, 9, 5, 5)).shape
-    torch.Size([2, 8, 5, 5])
-    """
+class _ConvWithGivenOffsets(DeformConvBase):
+    """Deformable convolution that knows its number of deformable groups and takes the offsets in `forward`."""
 
     def __init__(
         self,
@@ -315,47 +127,17 @@ class ModulatedDeformConv2d(_GivenOffsets):
         deform_groups: int = 1,
         bias: bool = True,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        check_divisible("in_channels", in_channels, "deform_groups", deform_groups)
+        self.deform_groups = deform_groups
 
-    def reset_parameters(self) -> None:
-        """Draw the weight anew, uniformly in ±1/sqrt(C*kh*kw); the bias is 0."""
-        _reset_uniform(self)
-
-    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        """Convolve `x` with `offset` [N, 2*D*kh*kw, oh, ow] and `mask` [N, D*kh*kw, oh, ow], giving [N, O, oh, ow].
-
-        Raises
-        ------
-        ShapeError, DtypeError, DeviceError
-            As in `modulated_deform_conv2d`.
-        """
-        return self._convolve(x, offset, mask)
+    def convolve(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        _check_groups(input, offset, self.weight, self.groups, self.deform_groups)
+        return super().convolve(input, offset, mask)
 
 
-class DeformConv2dPack(deform_conv2d_layers.DeformConv2dPack):
-    """`dcnops.adapters.torch.DeformConv2dPack` with the constructor of ``mmcv.ops.DeformConv2dPack``.
-
-    Parameters
-    ----------
-    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups
-        As there.
-    bias : bool
-        Whether the convolution has a bias; mmcv refuses one.
-    im2col_step : int
-        Without effect: there is no limit to the batch.
-
-    Raises
-    ------
-    ArgumentError
-        A parameter is not legal.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dcnops.adapters.torch.mmcv_ops import DeformConv2dPack
-    >>> list(DeformConv2dPack(4, 8, 3, padding=1).state_dict())
-    ['weight', 'conv_offset.weight', 'conv_offset.bias']
-    """
+class DeformConv2d(_ConvWithGivenOffsets):
+    """Replacement for ``mmcv.ops.DeformConv2d`` (v1). Unlike mmcv, it accepts ``bias=True``."""
 
     def __init__(
         self,
@@ -373,55 +155,55 @@ class DeformConv2dPack(deform_conv2d_layers.DeformConv2dPack):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias)
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew, by Kaiming's rule for ReLU."""
+        _reset_kaiming(self)
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        """Convolve `x` [N, C, H, W], giving [N, O, oh, ow]."""
+        return self.convolve(x, offset)
+
+
+class ModulatedDeformConv2d(_ConvWithGivenOffsets):
+    """Replacement for ``mmcv.ops.ModulatedDeformConv2d`` (v2)."""
+
+    def reset_parameters(self) -> None:
+        _reset_uniform(self)
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        """Convolve `x` [N, C, H, W], giving [N, O, oh, ow]."""
+        return self.convolve(x, offset, mask)
+
+
+class DeformConv2dPack(deform_conv2d_layers.DeformConv2dPack):
+    """Replacement for ``mmcv.ops.DeformConv2dPack`` (v1). Unlike mmcv, it accepts ``bias=True``."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool = False,
+        im2col_step: int = 32,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias)
+
+    def reset_parameters(self) -> None:
         _reset_kaiming(self)
 
 
 class ModulatedDeformConv2dPack(deform_conv2d_layers.ModulatedDeformConv2dPack):
-    """`dcnops.adapters.torch.ModulatedDeformConv2dPack` with the initialisation of mmcv's.
-
-    Parameters
-    ----------
-    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias, mask_scale
-        As there.
-
-    Raises
-    ------
-    ArgumentError
-        A parameter is not legal.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dcnops.adapters.torch.mmcv_ops import ModulatedDeformConv2dPack
-    >>> list(ModulatedDeformConv2dPack(4, 8, 3, padding=1).state_dict())
-    ['weight', 'bias', 'conv_offset.weight', 'conv_offset.bias']
-    """
+    """Replacement for ``mmcv.ops.ModulatedDeformConv2dPack`` (v2), with the additional parameter `mask_scale`."""
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew, uniformly in ±1/sqrt(C*kh*kw); the bias is 0."""
         _reset_uniform(self)
 
 
 class DeformRoIPool(deform_roi_pool_layers.DeformRoIPool):
-    """`dcnops.adapters.torch.DeformRoIPool` with mmcv's default of `sampling_ratio`.
-
-    Parameters
-    ----------
-    output_size, spatial_scale, sampling_ratio, gamma
-        As there.
-
-    Raises
-    ------
-    ArgumentError
-        `output_size` is not legal.
-
-    Examples
-    --------
-    >>> from dcnops.adapters.torch.mmcv_ops import DeformRoIPool
-    >>> DeformRoIPool((7, 7), spatial_scale=0.25)
-    DeformRoIPool(output_size=(7, 7), spatial_scale=0.25, sampling_ratio=0, gamma=0.1)
-    """
+    """Replacement for ``mmcv.ops.DeformRoIPool``. `sampling_ratio` is 0 by default."""
 
     def __init__(
         self, output_size: Pair, spatial_scale: float = 1.0, sampling_ratio: int = 0, gamma: float = 0.1
@@ -430,35 +212,12 @@ class DeformRoIPool(deform_roi_pool_layers.DeformRoIPool):
 
 
 class DeformRoIPoolPack(RoIPoolBase):
-    """Deformable RoI pooling (v1) with the constructor and the branch of ``mmcv.ops.DeformRoIPoolPack``.
-
-    Parameters
-    ----------
-    output_size : int or (P, Q)
-    output_channels : int
-        C, the channels of the feature map.
-    deform_fc_channels : int
-        Width of the two hidden layers.
-    spatial_scale, sampling_ratio, gamma
-        As in `deform_roi_pool`.
+    """Replacement for ``mmcv.ops.DeformRoIPoolPack`` (v1).
 
     Attributes
     ----------
     offset_fc : torch.nn.Sequential, C*P*Q to 2*P*Q features
-        Three fully connected layers, the last zero at the start.
-
-    Raises
-    ------
-    ArgumentError
-        `output_size` is not legal.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dcnops.adapters.torch.mmcv_ops import DeformRoIPoolPack
-    >>> pool = DeformRoIPoolPack(7, 4, 64)
-    >>> pool(torch.randn(1, 4, 16, 16), torch.tensor([[0.0, 0, 0, 8, 8]])).shape
-    torch.Size([1, 4, 7, 7])
+        Three fully connected layers; the last one starts at zero.
     """
 
     def __init__(
@@ -474,49 +233,26 @@ class DeformRoIPoolPack(RoIPoolBase):
         self.output_channels = output_channels
         self.deform_fc_channels = deform_fc_channels
         bins = math.prod(self.output_size)
-        self.offset_fc = _branch(output_channels * bins, deform_fc_channels, deform_fc_channels, 2 * bins)
+        self.offset_fc = _linear_layers(output_channels * bins, deform_fc_channels, deform_fc_channels, 2 * bins)
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        """Pool `rois` [R, 5] from `input` [N, C, H, W], giving [R, C, P, Q].
-
-        Raises
-        ------
-        ShapeError, ArgumentError, DtypeError, DeviceError
-            As in `deform_roi_pool`.
-        """
+        """Pool `rois` [R, 5] from `input` [N, C, H, W], giving [R, C, P, Q]."""
         features = self.pool(input, rois).flatten(1)
         return self.pool(input, rois, self.offset_fc(features).unflatten(1, (2, *self.output_size)))
 
 
 class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
-    """Modulated deformable RoI pooling (v2) with the branches of ``mmcv.ops.ModulatedDeformRoIPoolPack``.
+    """Replacement for ``mmcv.ops.ModulatedDeformRoIPoolPack`` (v2).
 
-    Unlike `dcnops.adapters.torch.ModulatedDeformRoIPoolPack`, which has the paper's single branch.
-
-    Parameters
-    ----------
-    output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma
-        As in `DeformRoIPoolPack`.
+    Offsets and masks have separate branches, unlike `dcnops.adapters.torch.ModulatedDeformRoIPoolPack`, which has the
+    single branch of the paper.
 
     Attributes
     ----------
     offset_fc : torch.nn.Sequential, C*P*Q to 2*P*Q features
-        Three fully connected layers, the last zero at the start.
+        Three fully connected layers; the last one starts at zero.
     mask_fc : torch.nn.Sequential, C*P*Q to P*Q features
-        Two fully connected layers, the last zero at the start; a sigmoid makes masks of the logits.
-
-    Raises
-    ------
-    ArgumentError
-        `output_size` is not legal.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dcnops.adapters.torch.mmcv_ops import ModulatedDeformRoIPoolPack
-    >>> pool = ModulatedDeformRoIPoolPack(7, 4, 64)
-    >>> pool(torch.randn(1, 4, 16, 16), torch.tensor([[0.0, 0, 0, 8, 8]])).shape
-    torch.Size([1, 4, 7, 7])
+        Two fully connected layers; the last one starts at zero. A sigmoid turns their output into masks.
     """
 
     def __init__(
@@ -530,38 +266,34 @@ class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
     ) -> None:
         super().__init__(output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma)
         bins = math.prod(self.output_size)
-        self.mask_fc = _branch(output_channels * bins, deform_fc_channels, bins)
+        self.mask_fc = _linear_layers(output_channels * bins, deform_fc_channels, bins)
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        """Pool `rois` [R, 5] from `input` [N, C, H, W], giving [R, C, P, Q].
-
-        Raises
-        ------
-        ShapeError, ArgumentError, DtypeError, DeviceError
-            As in `deform_roi_pool`.
-        """
+        """Pool `rois` [R, 5] from `input` [N, C, H, W], giving [R, C, P, Q]."""
         features = self.pool(input, rois).flatten(1)
         offset = self.offset_fc(features).unflatten(1, (2, *self.output_size))
         mask = torch.sigmoid(self.mask_fc(features)).unflatten(1, self.output_size)
         return self.pool(input, rois, offset, mask)
 
 
-def _branch(*widths: int) -> nn.Sequential:
-    """Fully connected layers with ReLU between them, the last zero."""
+def _linear_layers(*widths: int) -> nn.Sequential:
+    """Return fully connected layers with ReLU between them; the last one starts at zero."""
     layers: list[nn.Module] = []
     *hidden, (features, outputs) = pairwise(widths)
-    for before, after in hidden:
-        layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, LastLinear(features, outputs))
+    for inputs, width in hidden:
+        layers += [nn.Linear(inputs, width), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, ZeroLinear(features, outputs))
 
 
 def _reset_kaiming(layer: DeformConvBase) -> None:
+    """Draw the weight by Kaiming's rule for ReLU, and set the bias to 0."""
     nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
 def _reset_uniform(layer: DeformConvBase) -> None:
+    """Draw the weight uniformly from ±1/sqrt(C*kh*kw), regardless of groups, and set the bias to 0."""
     bound = 1 / math.sqrt(layer.in_channels * math.prod(layer.kernel_size))
     nn.init.uniform_(layer.weight, -bound, bound)
     if layer.bias is not None:
@@ -569,9 +301,9 @@ def _reset_uniform(layer: DeformConvBase) -> None:
 
 
 def _check_groups(input: Tensor, offset: Tensor, weight: Tensor, groups: int, deform_groups: int) -> None:
-    """Whether groups that the caller states are those that the shapes imply."""
+    """Check that the given groups are those implied by the shapes."""
     if not all(isinstance(given, Tensor) and given.ndim == 4 for given in (input, offset, weight)):
-        return  # an error of the operation, which says it better, or what torch.fx puts in the place of tensors
+        return  # the operation reports wrong types and ranks, and accepts the proxies of torch.fx
     if input.shape[1] != weight.shape[1] * groups:
         raise ShapeError(
             f"input must be [N, C={groups * weight.shape[1]}, H, W] for groups={groups} "

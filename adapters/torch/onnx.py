@@ -1,14 +1,15 @@
-"""Export to ONNX: the operations as standard operators, nothing of a domain of our own.
+"""Export to ONNX with standard operators only.
 
-Deformable convolution becomes ``DeformConv`` (ai.onnx, opset 19), deformable RoI pooling ``RoiAlign`` or, with offsets,
-a handful of elementwise operators around ``Gather`` and ``MatMul``. Exporting needs `onnxscript`; neither torch nor
-dcnops is needed to run the model.
+Deformable convolution becomes ``DeformConv`` (ai.onnx, opset 19). Deformable RoI pooling becomes ``RoiAlign`` or, with
+offsets, elementwise operators around ``Gather`` and ``MatMul``. Export needs `onnxscript`; running the exported model
+needs neither torch nor dcnops.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def export(
     custom_translation_table: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
     **kwargs: Any,
 ) -> torch.onnx.ONNXProgram:
-    """Export a model with operations of dcnops to ONNX: `torch.onnx.export` that knows them.
+    """Export a model to ONNX: `torch.onnx.export` with translations for the operations of dcnops.
 
     Parameters
     ----------
@@ -40,13 +41,13 @@ def export(
     args : tuple of Tensor
         Example inputs.
     f : path, optional
-        Where to save the model.
+        File to save the model to.
     opset_version : int
-        19 or newer. With 22 and newer, onnxruntime 1.32 has no kernel for ``RoiAlign`` on the CPU.
+        19 or newer. From opset 22 on, onnxruntime 1.32 has no CPU kernel for ``RoiAlign``.
     custom_translation_table : mapping, optional
-        Further translations; they win over those of `translation_table`.
+        Further translations. They take precedence over those of `translation_table`.
     **kwargs
-        Handed to `torch.onnx.export`, such as `dynamic_shapes`, `input_names`, `output_names`.
+        Passed to `torch.onnx.export`, such as `dynamic_shapes`, `input_names`, `output_names`.
 
     Returns
     -------
@@ -56,32 +57,32 @@ def export(
     ------
     ArgumentError
         `opset_version` is too old, or the model pools with offsets and an adaptive number of samples
-        (``sampling_ratio=0``). `torch.onnx.export` itself wraps such errors in its own.
+        (``sampling_ratio=0``).
     ShapeError
-        Channels or the size of a kernel are dynamic.
+        The number of channels or the size of a kernel is dynamic.
     torch.onnx.OnnxExporterError
         The model cannot be exported for another reason.
 
     Notes
     -----
-    What the exported operators compute is ONNX's definition, and equals ours for finite data: the offset layout,
-    groups, deformable groups, asymmetric padding and the border are the same. It differs, or is open, here:
+    For finite data, ONNX defines the same results as dcnops: the order of offset channels, groups, deformable groups,
+    asymmetric padding and the border rule are the same. These cases differ:
 
-    - A NaN offset of a convolution makes our sample NaN; onnxruntime (1.32) makes it 0.
-    - A NaN or infinite pixel whose weight is zero takes no part in ours; elsewhere it gives NaN.
-    - ``DeformConv`` has one type. float16 data beside float32 offsets, and bfloat16 data, are computed in float32 and
-      cast back, which is what our operation does inside. All float16 stays float16; onnxruntime has float32
-      coordinates and sums there too, which ONNX does not ask for.
-    - Regions without offsets, ``RoiAlign``: onnxruntime refuses what is not finite, where ours makes NaN. With
-      offsets, the index of a feature map is checked by ``Gather`` only: a negative one counts from the end.
-    - Offsets of RoI pooling need ``sampling_ratio > 0``, for memory of the size of
-      ``R * P * Q * sampling_ratio**2 * C`` values: for the usual 1000 regions, 7 * 7 bins, 256 channels and
-      sampling ratio 2 that is 200 MB.
+    - A NaN offset of a convolution makes a sample NaN in dcnops and 0 in onnxruntime (1.32).
+    - A NaN or infinite pixel with weight zero is ignored in dcnops and gives NaN elsewhere.
+    - All inputs of ``DeformConv`` have one dtype. float16 data with float32 offsets, and bfloat16 data, are computed in
+      float32 and cast back, as dcnops does internally. A convolution with only float16 tensors stays float16;
+      onnxruntime uses float32 coordinates and sums for it, which ONNX does not require.
+    - ``RoiAlign`` (regions without offsets) in onnxruntime rejects regions that are not finite; dcnops returns NaN.
+      With offsets, only ``Gather`` checks the index of a feature map: a negative index counts from the end.
+    - RoI pooling with offsets needs ``sampling_ratio > 0`` and memory for ``R * P * Q * sampling_ratio**2 * C`` values:
+      200 MB for 1000 regions, 7 * 7 bins, 256 channels and sampling ratio 2.
 
-    onnxruntime runs ``DeformConv`` from 1.25 on; its CPU provider in float16, float32 and float64. onnx's reference
-    evaluator samples in float32 and fails for NaN and infinite offsets and for images one pixel high or wide.
+    onnxruntime supports ``DeformConv`` from 1.25 on, its CPU provider in float16, float32 and float64. The reference
+    evaluator of onnx samples in float32 and fails for NaN and infinite offsets and for images one pixel high or wide.
 
-    Batch, number of regions, height and width may change from run to run if `dynamic_shapes` names them; channels not.
+    Batch size, number of regions, height and width may change from run to run if `dynamic_shapes` names them. Channels
+    are fixed.
 
     Examples
     --------
@@ -96,7 +97,7 @@ def export(
     ['DeformConv']
     """
     if opset_version < _LOWEST_OPSET:
-        raise _too_old(opset_version)
+        raise _opset_error(opset_version)
     try:
         program = torch.onnx.export(
             model,
@@ -108,16 +109,16 @@ def export(
             **kwargs,
         )
     except torch.onnx.OnnxExporterError as error:
-        reason = _reason(error)
-        if reason is None:
+        cause = _dcnops_cause(error)
+        if cause is None:
             raise
-        raise reason from None
+        raise cause from None
     assert program is not None
     return program
 
 
-def _reason(error: BaseException) -> DcnError | None:
-    """The exception of dcnops that the exporter has wrapped in its own."""
+def _dcnops_cause(error: BaseException) -> DcnError | None:
+    """Return the exception of dcnops that the exporter has wrapped, if any."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, DcnError):
         cause = cause.__cause__
@@ -125,12 +126,13 @@ def _reason(error: BaseException) -> DcnError | None:
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The translations that `torch.onnx.export` needs, for calls to it other than by `export`.
+    """Return the translations of the operations, for direct calls to `torch.onnx.export`.
 
     Returns
     -------
     dict
-        Functions that build ONNX graphs with `onnxscript`, by torch operator. The opset must be 19 or newer.
+        Functions that build ONNX graphs with `onnxscript`, by torch operator. They need opset 19 or newer, and
+        `torch.onnx.export` wraps their exceptions in its own.
 
     Examples
     --------
@@ -151,22 +153,22 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _opset() -> Any:
-    """The operators. Only a translation may ask: torch's exporter, which calls it, has imported onnxscript then."""
+    """Return the ONNX operators. Imported here because only an export needs onnxscript."""
     import onnxscript
 
     return onnxscript.opset19
 
 
 def _check_opset() -> None:
-    """The exporter would write operators of a newer opset into the model without a word."""
+    """Check the opset of a direct export, which would silently write operators of a newer opset into the model."""
     from onnxscript import evaluator
 
-    asked = getattr(evaluator.default(), "opset", None)
-    if asked is not None and asked.version < _LOWEST_OPSET:
-        raise _too_old(asked.version)
+    requested = getattr(evaluator.default(), "opset", None)
+    if requested is not None and requested.version < _LOWEST_OPSET:
+        raise _opset_error(requested.version)
 
 
-def _too_old(version: int) -> ArgumentError:
+def _opset_error(version: int) -> ArgumentError:
     return ArgumentError(f"opset_version must be at least {_LOWEST_OPSET}, the first with DeformConv, got {version}")
 
 
@@ -192,25 +194,25 @@ def _deform_conv2d(
     precision: str,
 ) -> Any:
     _check_opset()
-    channels = _fixed("input's channels", input.shape[1])
-    per_group, kh, kw = (_fixed("weight", size) for size in weight.shape[1:])
-    top, bottom, left, right = padding if len(padding) == 4 else (padding[0], padding[0], padding[1], padding[1])
-    one_type = input.dtype != _types().BFLOAT16 and offset.dtype == input.dtype
-    real = input.dtype if one_type else _types().FLOAT
+    channels = _fixed_size("input's channels", input.shape[1])
+    channels_per_group, kh, kw = (_fixed_size("weight", size) for size in weight.shape[1:])
+    top, bottom, left, right = padding
+    one_dtype = input.dtype != _types().BFLOAT16 and offset.dtype == input.dtype
+    compute_type = input.dtype if one_dtype else _types().FLOAT
     output = _opset().DeformConv(
-        *(_cast(value, real) for value in (input, weight, offset, bias, mask)),
-        group=channels // per_group,
-        offset_group=_fixed("offset's channels", offset.shape[1]) // (2 * kh * kw),
+        *(_cast(value, compute_type) for value in (input, weight, offset, bias, mask)),
+        group=channels // channels_per_group,
+        offset_group=_fixed_size("offset's channels", offset.shape[1]) // (2 * kh * kw),
         kernel_shape=[kh, kw],
         strides=list(stride),
         pads=[top, left, bottom, right],
         dilations=list(dilation),
     )
-    output.dtype = real
+    output.dtype = compute_type
     return _cast(output, input.dtype)
 
 
-def _fixed(name: str, size: Any) -> int:
+def _fixed_size(name: str, size: Any) -> int:
     if not isinstance(size, int):
         raise ShapeError(f"{name} must have a fixed size in an ONNX model, got the dynamic size {size}")
     return size
@@ -228,41 +230,40 @@ def _deform_roi_pool(
 ) -> Any:
     _check_opset()
     op, types = _opset(), _types()
-    real = types.DOUBLE if input.dtype == types.DOUBLE else types.FLOAT
-    rois = _cast(rois, real)
+    compute_type = types.DOUBLE if input.dtype == types.DOUBLE else types.FLOAT
+    rois = _cast(rois, compute_type)
     if offset is None:
-        output = _roi_align(input, rois, real, output_size, spatial_scale, sampling_ratio)
+        output = _roi_align(input, rois, compute_type, output_size, spatial_scale, sampling_ratio)
     elif sampling_ratio == 0:
         raise ArgumentError(
             "sampling_ratio must be positive to export deform_roi_pool with offsets to ONNX, got 0: the number of "
             "samples would depend on the region. Export with sampling_ratio=2 (and train with it), or without offsets"
         )
     else:
-        output = _sampled_bins(
-            input, rois, _cast(offset, real), real, output_size, spatial_scale, sampling_ratio, gamma
-        )
+        offset = _cast(offset, compute_type)
+        output = _pool_samples(input, rois, offset, compute_type, output_size, spatial_scale, sampling_ratio, gamma)
     if mask is not None:
-        output = op.Mul(output, op.Unsqueeze(_cast(mask, real), [1]))
-    return op.Cast(output, to=int(input.dtype)) if input.dtype != real else output
+        output = op.Mul(output, op.Unsqueeze(_cast(mask, compute_type), [1]))
+    return op.Cast(output, to=int(input.dtype)) if input.dtype != compute_type else output
 
 
 def _roi_align(
-    input: Any, rois: Any, real: Any, output_size: Sequence[int], spatial_scale: float, sampling_ratio: int
+    input: Any, rois: Any, compute_type: Any, output_size: Sequence[int], spatial_scale: float, sampling_ratio: int
 ) -> Any:
-    """Output [R, C, P, Q] of type `real`."""
+    """Return the output [R, C, P, Q] in `compute_type`."""
     op = _opset()
     maps, regions = op.Slice(rois, [0], [1], [1]), op.Slice(rois, [1], [5], [1])
     if sampling_ratio == 0:
-        # Inverted regions have no samples, as empty ones; onnxruntime fails for them.
+        # Inverted regions have no samples, like empty regions. onnxruntime fails for them.
         low, high = op.Split(regions, num_outputs=2, axis=1)
         regions = op.Concat(low, op.Max(low, high), axis=1)
-    if real == _types().DOUBLE:
-        # The attribute has single precision.
-        regions, spatial_scale = regions * _constant(spatial_scale, real), 1.0
+    if compute_type == _types().DOUBLE:
+        # The attribute spatial_scale of RoiAlign has single precision.
+        regions, spatial_scale = regions * _constant(spatial_scale, compute_type), 1.0
     return op.RoiAlign(
-        _cast(input, real),
+        _cast(input, compute_type),
         regions,
-        _index(op.Squeeze(maps, [1])),
+        _to_index(op.Squeeze(maps, [1])),
         coordinate_transformation_mode="half_pixel",
         mode="avg",
         output_height=output_size[0],
@@ -272,61 +273,78 @@ def _roi_align(
     )
 
 
-def _sampled_bins(
+def _pool_samples(
     input: Any,
     rois: Any,
     offset: Any,
-    real: Any,
+    compute_type: Any,
     output_size: Sequence[int],
     spatial_scale: float,
     samples: int,
     gamma: float,
 ) -> Any:
-    """Output [R, C, P, Q] of type `real`: of the four pixels of a sample, each is gathered for all samples at once."""
+    """Return the output [R, C, P, Q] in `compute_type`.
+
+    Each of the four pixels around a sample is gathered for all samples at once.
+    """
     op = _opset()
     P, Q = output_size
     height, width = op.Shape(input, start=2, end=3), op.Shape(input, start=3, end=4)
     maps, x1, y1, x2, y2 = op.Split(op.Unsqueeze(rois, [2, 3]), num_outputs=5, axis=1)
     shift_x, shift_y = op.Split(op.Transpose(offset, perm=[0, 2, 3, 1]), num_outputs=2, axis=3)
-
-    def axis(low: Any, high: Any, shift: Any, bins: Any, extent: Any) -> list[tuple[Any, Any]]:
-        """The two neighbours of every sample along one axis: pixels and weights, both [R, P, Q, samples]."""
-        zero, half, one = (_constant(value, real) for value in (0.0, 0.5, 1.0))
-        scale = _constant(spatial_scale, real)
-        start = low * scale - half
-        region = (high * scale - half) - start
-        length = region / _constant(float(np.size(bins)), real)
-        position = (start + _constant(bins, real) * length) + (_constant(gamma, real) * region) * shift
-        steps = _constant(np.arange(samples) + 0.5, real)
-        at = position + steps * length / _constant(float(samples), real)
-        # What is not finite makes NaN as a region, and 0 as an offset.
-        at = at + (region - region)
-        extent = _cast(extent, real)
-        inside = op.And(at >= _constant(-1.0, real), at <= extent)
-        share = op.Where(inside, one, op.Where(op.IsNaN(at), at, zero))
-        last = extent - one
-        clamped = op.Where(inside, op.Min(op.Max(at, zero), last), zero)
-        pixel = op.Floor(clamped)
-        fraction = clamped - pixel
-        return [
-            (_index(pixel), share * (one - fraction)),
-            (_index(op.Min(pixel + one, last)), share * fraction),
-        ]
-
-    rows = axis(y1, y2, shift_y, np.arange(P).reshape(P, 1, 1), height)
-    columns = axis(x1, x2, shift_x, np.arange(Q).reshape(Q, 1), width)
-    pixels = op.Reshape(op.Transpose(input, perm=[0, 2, 3, 1]), [-1, _fixed("input's channels", input.shape[1])])
+    numbers = (samples, spatial_scale, gamma, compute_type)
+    rows = _axis_neighbours(y1, y2, shift_y, np.arange(P).reshape(P, 1, 1), height, *numbers)
+    columns = _axis_neighbours(x1, x2, shift_x, np.arange(Q).reshape(Q, 1), width, *numbers)
+    channels = _fixed_size("input's channels", input.shape[1])
+    pixels = op.Reshape(op.Transpose(input, perm=[0, 2, 3, 1]), [-1, channels])
     total = None
     for row, row_weight in rows:
-        first = (_index(maps) * height + row) * width
+        row_start = (_to_index(maps) * height + row) * width
         for column, column_weight in columns:
-            taken = op.Unsqueeze(first, [4]) + op.Unsqueeze(column, [3])
+            index = op.Unsqueeze(row_start, [4]) + op.Unsqueeze(column, [3])
             weight = op.Unsqueeze(row_weight, [4]) * op.Unsqueeze(column_weight, [3])
-            values = op.Gather(pixels, op.Reshape(taken, [-1, P, Q, samples**2]), axis=0)
-            part = op.MatMul(op.Reshape(weight, [-1, P, Q, 1, samples**2]), op.Cast(values, to=int(real)))
+            values = op.Gather(pixels, op.Reshape(index, [-1, P, Q, samples**2]), axis=0)
+            part = op.MatMul(op.Reshape(weight, [-1, P, Q, 1, samples**2]), op.Cast(values, to=int(compute_type)))
             total = part if total is None else total + part
-    mean = op.Squeeze(total, [3]) / _constant(float(samples**2), real)
+    mean = op.Squeeze(total, [3]) / _constant(float(samples**2), compute_type)
     return op.Transpose(mean, perm=[0, 3, 1, 2])
+
+
+def _axis_neighbours(
+    low: Any,
+    high: Any,
+    shift: Any,
+    bins: Any,
+    extent: Any,
+    samples: int,
+    spatial_scale: float,
+    gamma: float,
+    compute_type: Any,
+) -> list[tuple[Any, Any]]:
+    """Return pixel index and weight, both [R, P, Q, samples], of a sample's two neighbours along one axis.
+
+    The regions reach from `low` to `high`, `shift` holds the offsets, and `extent` is the size of the image.
+    """
+    op, constant = _opset(), partial(_constant, dtype=compute_type)
+    zero, half, one = constant(0.0), constant(0.5), constant(1.0)
+    start = low * constant(spatial_scale) - half
+    region = (high * constant(spatial_scale) - half) - start
+    length = region / constant(float(np.size(bins)))
+    position = (start + constant(bins) * length) + (constant(gamma) * region) * shift
+    position = position + constant(np.arange(samples) + 0.5) * length / constant(float(samples))
+    # region - region is NaN for an infinite region: such a region gives NaN, an infinite offset gives 0.
+    position = position + (region - region)
+    extent = _cast(extent, compute_type)
+    inside = op.And(position >= constant(-1.0), position <= extent)
+    factor = op.Where(inside, one, op.Where(op.IsNaN(position), position, zero))
+    last = extent - one
+    clamped = op.Where(inside, op.Min(op.Max(position, zero), last), zero)
+    pixel = op.Floor(clamped)
+    fraction = clamped - pixel
+    return [
+        (_to_index(pixel), factor * (one - fraction)),
+        (_to_index(op.Min(pixel + one, last)), factor * fraction),
+    ]
 
 
 def _constant(values: Any, dtype: Any) -> Any:
@@ -335,5 +353,5 @@ def _constant(values: Any, dtype: Any) -> Any:
     return _opset().Constant(value=onnx_ir.tensor(np.asarray(values, dtype.numpy())))
 
 
-def _index(value: Any) -> Any:
+def _to_index(value: Any) -> Any:
     return _opset().Cast(value, to=int(_types().INT64))

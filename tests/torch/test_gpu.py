@@ -1,4 +1,4 @@
-"""CUDA tensors: torch's stream, device, memory and graphs."""
+"""CUDA tensors: stream, device, memory and graphs of torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dcnops.adapters.torch.spatial_support import (
 
 from dcnops import ArgumentError, DeviceError
 from tests.cases import Case, assert_close, make_conv, make_roi_pool
-from tests.torch.test_functional import call, tensors_of, to_numpy, to_tensor
+from tests.torch.tensors import call, tensors_of, to_numpy, to_tensor
 
 pytestmark = pytest.mark.gpu
 
@@ -23,8 +23,7 @@ CASES = {"conv": make_conv(N=2, C=16, O=8, H=12, W=9), "roi": make_roi_pool(C=16
 
 
 def on_gpu(case: Case, device: str = "cuda", requires_grad: bool = False) -> dict:
-    tensors = tensors_of(case)
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in tensors_of(case).items()}
     for name in case.needs:
         moved[name].requires_grad_(requires_grad)
     return moved
@@ -44,7 +43,7 @@ def test_output_and_gradients(make, dtype: str):
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_the_current_stream_is_used(kind: str):
+def test_operations_run_on_the_current_stream(kind: str):
     case = CASES[kind]
     arguments = on_gpu(case)
     call(case, arguments)
@@ -115,13 +114,13 @@ def test_a_second_device():
         assert_close(to_numpy(output.cpu()), case.expected(), "float32")
 
 
-def test_mixed_devices_are_an_error():
+def test_mixed_devices_raise_an_error():
     arguments = on_gpu(CASES["conv"])
     with pytest.raises(DeviceError, match="offset must be on cuda:0 like input, got cpu"):
         deform_conv2d(**{**arguments, "offset": arguments["offset"].cpu()})
 
 
-def test_wrong_sizes_are_an_error_and_leave_the_gpu_usable():
+def test_errors_leave_the_gpu_usable():
     arguments = on_gpu(CASES["roi"])
     with pytest.raises(ArgumentError, match="output_size must be"):
         deform_roi_pool(**{**arguments, "output_size": 0})
@@ -175,7 +174,7 @@ def test_compiled(kind: str):
     torch.testing.assert_close(function(**arguments), call(case, arguments) * 2)
 
 
-def test_spatial_support_is_that_of_the_cpu():
+def test_spatial_support_equals_that_of_the_cpu():
     torch.manual_seed(0)
     network = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3, padding=1),

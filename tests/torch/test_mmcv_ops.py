@@ -1,4 +1,4 @@
-"""The names and signatures of mmcv.ops."""
+"""Replacements for mmcv.ops: names, signatures, initial weights, checkpoint keys and values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dcnops import ArgumentError, DtypeError, ShapeError
 NUMBERS = "stride=1 padding=0 dilation=1 groups=1 deform_groups=1"
 CONV = f"in_channels out_channels kernel_size {NUMBERS}"
 ROI = "output_size output_channels deform_fc_channels=1024 spatial_scale=1.0 sampling_ratio=0 gamma=0.1"
-# Arguments and defaults as they stand in mmcv 2.
+# Arguments and defaults of mmcv 2.
 SIGNATURES = {
     "deform_conv2d": f"input offset weight {NUMBERS} bias=False im2col_step=32",
     "modulated_deform_conv2d": f"input offset mask weight bias=None {NUMBERS}",
@@ -30,20 +30,15 @@ SIGNATURES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("name", mmcv_ops.__all__)
 def test_signatures(name: str):
     parameters = inspect.signature(getattr(mmcv_ops, name)).parameters.values()
     positional = [parameter for parameter in parameters if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
-    written = [
+    signature = [
         parameter.name if parameter.default is inspect.Parameter.empty else f"{parameter.name}={parameter.default}"
         for parameter in positional
     ]
-    assert " ".join(written) == SIGNATURES[name]
+    assert " ".join(signature) == SIGNATURES[name]
 
 
 def conv_arrays(deform_groups: int = 2):
@@ -70,7 +65,7 @@ def test_functions():
         )
 
 
-def test_functions_refuse():
+def test_functions_reject_wrong_arguments():
     x, offset, mask, weight = conv_arrays()
     with pytest.raises(ArgumentError, match="bias must be False"):
         mmcv_ops.deform_conv2d(x, offset, weight, 1, 1, 1, 2, 2, True)
@@ -99,7 +94,7 @@ def test_convolutions():
 
 
 def test_initial_weights():
-    """Kaiming's for v1, 1/sqrt(C*K) without regard to groups for v2; biases and branches zero."""
+    """Kaiming's rule in v1, 1/sqrt(C*K) regardless of groups in v2; biases and branches are zero."""
     v1 = mmcv_ops.DeformConv2dPack(32, 64, 3, groups=2)
     v2 = mmcv_ops.ModulatedDeformConv2dPack(32, 64, 3, groups=2)
     for layer, bound in ((v1, (6 / (16 * 9)) ** 0.5), (v2, 1 / (32 * 9) ** 0.5)):
@@ -113,21 +108,12 @@ def test_state_dict_keys():
     keys = {"weight", "conv_offset.weight", "conv_offset.bias"}
     assert set(mmcv_ops.DeformConv2dPack(4, 4, 3).state_dict()) == keys
     assert set(mmcv_ops.ModulatedDeformConv2dPack(4, 4, 3).state_dict()) == keys | {"bias"}
-    shapes = {
-        key: tuple(value.shape) for key, value in mmcv_ops.ModulatedDeformRoIPoolPack(3, 4, 8).state_dict().items()
-    }
-    assert shapes == {
-        "offset_fc.0.weight": (8, 36),
-        "offset_fc.0.bias": (8,),
-        "offset_fc.2.weight": (8, 8),
-        "offset_fc.2.bias": (8,),
-        "offset_fc.4.weight": (18, 8),
-        "offset_fc.4.bias": (18,),
-        "mask_fc.0.weight": (8, 36),
-        "mask_fc.0.bias": (8,),
-        "mask_fc.2.weight": (9, 8),
-        "mask_fc.2.bias": (9,),
-    }
+    widths = {"offset_fc.0": (8, 36), "offset_fc.2": (8, 8), "offset_fc.4": (18, 8)}
+    widths |= {"mask_fc.0": (8, 36), "mask_fc.2": (9, 8)}
+    expected = {f"{layer}.weight": shape for layer, shape in widths.items()}
+    expected |= {f"{layer}.bias": shape[:1] for layer, shape in widths.items()}
+    state = mmcv_ops.ModulatedDeformRoIPoolPack(3, 4, 8).state_dict()
+    assert {key: tuple(value.shape) for key, value in state.items()} == expected
 
 
 @pytest.mark.parametrize("kind", [mmcv_ops.DeformRoIPoolPack, mmcv_ops.ModulatedDeformRoIPoolPack])
@@ -141,7 +127,7 @@ def test_roi_pooling(kind: type[nn.Module]):
         for parameter in pool.parameters():
             parameter.uniform_(-0.5, 0.5)
     features = plain.flatten(1)
-    # The mask after the pooling, as mmcv writes it.
+    # Like mmcv, apply the mask after pooling.
     mask = pool.mask_fc(features).sigmoid().reshape(2, 1, 3, 3) if modulated else 1
     offset = pool.offset_fc(features).reshape(2, 2, 3, 3)
     expected = mmcv_ops.deform_roi_pool(x, rois, offset, 3, 0.5, 0, 0.2) * mask

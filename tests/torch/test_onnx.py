@@ -1,10 +1,8 @@
-"""Export to ONNX: the standard operators, and the same numbers in onnxruntime and onnx's reference evaluator."""
+"""Export to ONNX: standard operators, and equal results in onnxruntime and in the reference evaluator of onnx."""
 
 from __future__ import annotations
 
-import doctest
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -12,29 +10,22 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from dcnops.adapters.torch import deform_conv2d, deform_roi_pool, onnx
-from dcnops.adapters.torch.convert import convert_to_deformable
-from dcnops.adapters.torch.deform_conv2d_layers import ModulatedDeformConv2dPack
-from dcnops.adapters.torch.deform_roi_pool_layers import ModulatedDeformRoIPoolPack
+from dcnops.adapters.torch import ModulatedDeformConv2dPack, ModulatedDeformRoIPoolPack, convert_to_deformable, onnx
 from onnx.reference import ReferenceEvaluator
 
 from dcnops import ArgumentError
 from tests.cases import Case, assert_close, make_conv, make_roi_pool
-
-OPERATIONS: dict[str, Callable[..., torch.Tensor]] = {
-    "deform_conv2d": deform_conv2d,
-    "deform_roi_pool": deform_roi_pool,
-}
+from tests.torch.tensors import call, tensors_of, to_numpy, to_tensor
 
 
-def offsets(case: Case, *values: float) -> Case:
-    """The case with some offsets replaced, spread over the array."""
+def with_offsets(case: Case, *values: float) -> Case:
+    """Replace offsets at evenly spaced positions by `values`."""
     offset = case.offset.copy()
     offset.reshape(-1)[np.linspace(0, offset.size - 1, len(values)).astype(int)] = values
     return case.with_arrays(offset=offset)
 
 
-def regions(case: Case, *rows: list[float]) -> Case:
+def with_regions(case: Case, *rows: list[float]) -> Case:
     rois = case.rois.copy()
     rois[: len(rows)] = rows
     return case.with_arrays(rois=rois)
@@ -69,21 +60,15 @@ ROI_POOL = {
     "float16": make_roi_pool(dtype="float16", offset_dtype="float32", seed=8),
     "bfloat16": make_roi_pool(dtype="bfloat16", seed=9),
     "one pixel": make_roi_pool(H=1, W=1, seed=10),
-    "NaN and infinite offsets": offsets(make_roi_pool(seed=11), np.nan, np.inf, -np.inf, 1e30),
-    "regions that are not finite": regions(
+    "NaN and infinite offsets": with_offsets(make_roi_pool(seed=11), np.nan, np.inf, -np.inf, 1e30),
+    "regions that are not finite": with_regions(
         make_roi_pool(seed=12), [0, np.nan, 0, 4, 4], [1, 0, 0, np.inf, 4], [0, 2, -np.inf, 4, 4]
     ),
 }
 
 
-def to_tensor(array: np.ndarray) -> torch.Tensor:
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
 class Calls(torch.nn.Module):
-    """The calls of several cases, to be exported at once: one export takes seconds."""
+    """Calls of several cases, exported together because one export takes seconds."""
 
     def __init__(self, cases: list[Case]) -> None:
         super().__init__()
@@ -100,9 +85,7 @@ class Calls(torch.nn.Module):
     def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         rest = iter(inputs)
         return [
-            OPERATIONS[case.operation](
-                **{k: next(rest) if isinstance(v, np.ndarray) else v for k, v in case.arguments().items()}
-            )
+            call(case, {k: next(rest) if isinstance(v, np.ndarray) else v for k, v in case.arguments().items()})
             for case in self.cases
         ]
 
@@ -111,8 +94,8 @@ def export(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **options: 
     return onnx.export(model.eval(), inputs, verbose=False, **options)
 
 
-def operators(program: torch.onnx.ONNXProgram) -> Counter[str]:
-    """How often each operator is there; all of them are ONNX's."""
+def count_operators(program: torch.onnx.ONNXProgram) -> Counter[str]:
+    """Count the nodes by operator, and check that all operators are standard ONNX."""
     assert set(program.model.opset_imports) == {""}
     assert not program.model.functions
     assert {node.domain for node in program.model.graph} == {""}
@@ -120,7 +103,7 @@ def operators(program: torch.onnx.ONNXProgram) -> Counter[str]:
 
 
 def evaluate(program: torch.onnx.ONNXProgram, inputs: tuple[torch.Tensor, ...]) -> list[np.ndarray]:
-    """The outputs by onnx's reference evaluator."""
+    """Run the reference evaluator of onnx."""
     evaluator = ReferenceEvaluator(program.model_proto)
     arrays = [t.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if t.dtype == torch.bfloat16 else t.numpy()
               for t in inputs]  # fmt: skip
@@ -129,13 +112,11 @@ def evaluate(program: torch.onnx.ONNXProgram, inputs: tuple[torch.Tensor, ...]) 
 
 
 def check(case: Case, output: Any, dtype: str | None = None, slack: float = 1.0) -> None:
-    expected = OPERATIONS[case.operation](
-        **{k: to_tensor(v) if isinstance(v, np.ndarray) else v for k, v in case.arguments().items()}
-    )
+    expected = call(case, tensors_of(case))
     if isinstance(output, torch.Tensor):
         assert output.dtype == expected.dtype
-        output = output.double().numpy()
-    assert_close(output, expected.double().numpy(), dtype or case.dtype, slack=slack)
+        output = to_numpy(output)
+    assert_close(output, to_numpy(expected), dtype or case.dtype, slack=slack)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +145,7 @@ def in_reference(convolutions: Any, poolings: Any) -> dict[str, list[np.ndarray]
 def test_convolution(name: str, in_onnxruntime: Any, in_reference: Any):
     case, index = CONV[name], list(CONV).index(name)
     check(case, in_onnxruntime["deform_conv2d"][index])
-    # The evaluator samples in single precision, and adds the channels in the type of the data.
+    # The evaluator samples in single precision, and sums channels in the dtype of the data.
     dtype = "float32" if case.dtype == "float64" else case.dtype
     check(case, in_reference["deform_conv2d"][index], dtype, slack=2)
 
@@ -178,9 +159,8 @@ def test_pooling(name: str, in_onnxruntime: Any, in_reference: Any):
 
 def test_a_convolution_is_one_node(convolutions: Any):
     calls, program = convolutions
-    used = operators(program)
-    assert used["DeformConv"] == len(calls.cases)
-    assert set(used) == {"DeformConv", "Cast"}
+    assert count_operators(program).keys() == {"DeformConv", "Cast"}
+    assert count_operators(program)["DeformConv"] == len(calls.cases)
     nodes = [node for node in program.model.graph if node.op_type == "DeformConv"]
     attributes = {
         name: {attribute.name: attribute.value for attribute in node.attributes.values()}
@@ -201,13 +181,12 @@ def test_a_convolution_is_one_node(convolutions: Any):
 
 def test_pooling_without_offsets_is_roi_align(poolings: Any):
     calls, program = poolings
-    assert operators(program)["RoiAlign"] == sum(case.offset is None for case in calls.cases)
+    assert count_operators(program)["RoiAlign"] == sum(case.offset is None for case in calls.cases)
 
 
-def test_convolution_far_outside_and_of_one_pixel():
-    """Where onnx's evaluator fails."""
+def test_cases_that_the_reference_evaluator_cannot_run():
     cases = [
-        offsets(make_conv(seed=10), np.inf, -np.inf, 3e38, -3e38, 1e10),
+        with_offsets(make_conv(seed=10), np.inf, -np.inf, 3e38, -3e38, 1e10),
         make_conv(H=1, W=1, seed=11),
         make_conv(N=0),
     ]
@@ -217,7 +196,7 @@ def test_convolution_far_outside_and_of_one_pixel():
 
 
 class Net(torch.nn.Module):
-    """Layers of dcnops among others, one of them converted, and a head on regions."""
+    """Network with plain, converted and deformable convolutions and deformable RoI pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,8 +223,7 @@ def net_inputs(N: int, H: int, W: int, R: int) -> tuple[torch.Tensor, torch.Tens
     return torch.tensor(image, dtype=torch.float32), torch.tensor(rois, dtype=torch.float32)
 
 
-def test_a_network_with_dynamic_sizes(tmp_path: Any):
-    """By torch's own function, with our table, into a file."""
+def test_direct_export_of_a_network_with_dynamic_sizes(tmp_path: Any):
     model, path = Net().eval(), tmp_path / "net.onnx"
     program = torch.onnx.export(
         model,
@@ -258,7 +236,7 @@ def test_a_network_with_dynamic_sizes(tmp_path: Any):
         input_names=["image", "rois"],
         verbose=False,
     )
-    assert operators(program)["DeformConv"] == 2
+    assert count_operators(program)["DeformConv"] == 2
     session = onnxruntime.InferenceSession(path)
     for sizes in ((2, 16, 20, 3), (1, 16, 20, 0), (3, 33, 18, 7)):
         inputs = net_inputs(*sizes)
@@ -268,21 +246,21 @@ def test_a_network_with_dynamic_sizes(tmp_path: Any):
                 assert_close(output, expected.double().numpy(), "float32", slack=10)
 
 
-def test_an_exported_program_exports():
+def test_export_of_an_exported_program():
     model, inputs = Net().eval(), net_inputs(2, 16, 20, 3)
     program = onnx.export(torch.export.export(model, inputs), verbose=False)
     for output, expected in zip(program(*inputs), model(*inputs)):
         assert_close(output.numpy(), expected.detach().double().numpy(), "float32", slack=10)
 
 
-def test_adaptive_sampling_with_offsets_is_refused():
+def test_adaptive_sampling_with_offsets_is_rejected():
     calls = Calls([make_roi_pool(sampling_ratio=0)])
     message = r"sampling_ratio must be positive to export .* got 0: .* Export with sampling_ratio=2"
     with pytest.raises(ArgumentError, match=message):
         export(calls, calls.inputs())
 
 
-def test_old_opsets_are_refused():
+def test_old_opsets_are_rejected():
     calls = Calls([make_conv()])
     with pytest.raises(ArgumentError, match="opset_version must be at least 19, the first with DeformConv, got 18"):
         export(calls, calls.inputs(), opset_version=18)
@@ -295,8 +273,3 @@ def test_old_opsets_are_refused():
             custom_translation_table=onnx.translation_table(),
             verbose=False,
         )
-
-
-def test_docstring_examples():
-    result = doctest.testmod(onnx, raise_on_error=False)
-    assert result.attempted > 0 and result.failed == 0
