@@ -244,10 +244,10 @@ def _selected(call: FunctionCall) -> Location | None:
     The result is lost unless its rows and columns are equally spaced in the order of the map.
     """
     location, source = call.locations[0], call.sources[0]
-    if location.axes is None:
-        return _other(call)
     if call.argument(0, "input") is not source:
         return None
+    if location.axes is None:
+        return _other(call)
     axes, firsts, steps = [], [], []
     for axis in location.axes:
         shape = [-1 if each == axis else 1 for each in range(source.ndim)]

@@ -343,6 +343,7 @@ def _select_stack(response: _Response, depth: int | None, layers: Sequence[str] 
         front = {number for above in front for number in inputs[above]}
         reached |= front
     for number in reached:
+        _known_grid(calls[number], calls[number].input_grid)
         if (batch := len(calls[number].offset)) != 1:
             raise ArgumentError(f"model must run {calls[number].name!r} on one image at a time, it ran on {batch}")
     return _Stack({number: calls[number] for number in sorted(reached, reverse=True)}, inputs, steps)

@@ -215,7 +215,7 @@ class Recorder(TorchFunctionMode):
 
 
 class Operation(NamedTuple):
-    """Sampling operation in a common form: `run` adds a delta to its offsets; it is None if the call is not recorded."""
+    """Sampling operation in a common form. `run` adds a delta to the offsets; it is None if nothing is recorded."""
 
     call: ConvCall | PoolCall
     input: Tensor
