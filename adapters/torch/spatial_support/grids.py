@@ -66,22 +66,12 @@ class Grid(NamedTuple):
 
 
 class Location(NamedTuple):
-    """Location of a tensor that was computed from the image.
-
-    Attributes
-    ----------
-    grid : Grid
-    size : (H, W)
-    axes : (int, int) or None
-        Dimensions of the tensor that are the map's rows and columns; None if both are one dimension, as in tokens.
-    stretches : int
-        Number of times that the map was resized by a function whose exact grid is not known.
-    """
+    """Location of a tensor that was computed from the image."""
 
     grid: Grid
-    size: tuple[int, int]
-    axes: tuple[int, int] | None = (2, 3)
-    stretches: int = 0
+    size: tuple[int, int]  # of the map
+    axes: tuple[int, int] | None = (2, 3)  # rows and columns among the dimensions; None if they are one, as in tokens
+    stretches: int = 0  # number of times that the map was resized by a function without an exact rule
 
     def move(self, result: Tensor, grid: Grid) -> Location:
         """Return the location of a result that has its rows and columns in the same dimensions."""

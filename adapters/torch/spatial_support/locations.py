@@ -300,20 +300,11 @@ def _run(model: nn.Module, image: Tensor, node: NodeFunction) -> _Response:
 
 
 class _Stack(NamedTuple):
-    """Convolutions of a stack.
+    """Convolutions of a stack."""
 
-    Attributes
-    ----------
-    calls : dict of int to ConvCall
-        Calls by number, the last one first.
-    inputs : Inputs
-    depth : int
-        Maximum number of consecutive convolutions.
-    """
-
-    calls: dict[int, ConvCall]
+    calls: dict[int, ConvCall]  # by number, the last one first
     inputs: Inputs
-    depth: int
+    depth: int  # maximum number of consecutive convolutions
 
 
 def _select_stack(response: _Response, depth: int | None, layers: Sequence[str] | None) -> _Stack:

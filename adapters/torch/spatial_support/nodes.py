@@ -65,15 +65,7 @@ class LayerNode(NamedTuple):
         return LayerNode(layer, int(min(max(row, 0), height - 1)), int(min(max(column, 0), width - 1)))
 
     def position(self, model: nn.Module, image: Tensor) -> tuple[float, float]:
-        """Return the position of the node in the image [C, H, W], (y, x) in pixels.
-
-        Raises
-        ------
-        ArgumentError
-            There is no such layer, its map cannot be located in the image, or the map has no such pixel.
-        ShapeError
-            `image` is not a single image.
-        """
+        """Return the position (y, x) of the node in the image [C, H, W], in pixels. It raises the errors of `at`."""
         feature_map, grid = _located_map(model, image, self.layer)
         self.of(feature_map)
         y, x = grid.to_image(torch.tensor([self.y, self.x], dtype=torch.float64)).tolist()

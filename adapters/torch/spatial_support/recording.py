@@ -27,52 +27,28 @@ Sides = tuple[Pair, Pair]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingCall:
-    """Recorded call of an operation that samples a map.
+    """Recorded call of an operation that samples a map."""
 
-    Attributes
-    ----------
-    regular : bool
-        True for an operation without offsets, which is recorded as a deformable one with offsets of zero.
-    input_size : (H, W)
-    offset : Tensor
-    mask : Tensor or None
-    name : str
-        Name of the innermost running module, as in ``model.named_modules()``.
-    from_image : bool
-        True if the input was computed from the image, even if its location is lost.
-    input_grid : Grid or None
-    delta : Tensor, like `offset`, or None
-        Zeros that a probing recorder added to the offsets, to differentiate with respect to them.
-    input_grad_fn, result_grad_fn : torch.autograd.graph.Node or None
-        Set by a probing recorder only, so that others do not keep autograd's graph alive.
-    """
-
-    regular: bool
+    regular: bool  # an operation without offsets, recorded as a deformable one with offsets of zero
     input_size: Pair
     offset: Tensor
     mask: Tensor | None
-    name: str = ""
-    from_image: bool = False
+    name: str = ""  # of the innermost running module, as in `model.named_modules()`
+    from_image: bool = False  # the input was computed from the image, even if its location is lost
     input_grid: Grid | None = None
-    delta: Tensor | None = None
+    # Only a probing recorder sets the following; any other must not keep autograd's graph alive.
+    delta: Tensor | None = None  # zeros that were added to the offsets, to differentiate with respect to them
     input_grad_fn: GradFn | None = None
     result_grad_fn: GradFn | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvCall(SamplingCall):
-    """Recorded convolution: `offset` is [N, 2*D*kh*kw, oh, ow], `mask` [N, D*kh*kw, oh, ow].
-
-    Attributes
-    ----------
-    kernel, stride, padding, dilation : (int, int)
-        `padding` is the padding at the top and left.
-    output_grid : Grid or None
-    """
+    """Recorded convolution: `offset` is [N, 2*D*kh*kw, oh, ow], `mask` [N, D*kh*kw, oh, ow]."""
 
     kernel: Pair
     stride: Pair
-    padding: Pair
+    padding: Pair  # at the top and left
     dilation: Pair
     output_grid: Grid | None = None
 
@@ -98,17 +74,10 @@ class ConvCall(SamplingCall):
 
 @dataclass(frozen=True, kw_only=True)
 class PoolCall(SamplingCall):
-    """Recorded RoI pooling: `offset` is [R, 2, P, Q], as fractions of the region with gamma applied, `mask` [R, P, Q].
+    """Recorded RoI pooling: `offset` is [R, 2, P, Q], in sides of the region with gamma applied, `mask` [R, P, Q]."""
 
-    Attributes
-    ----------
-    bins : (P, Q)
-    rois : Tensor [R, 5]
-        Regions (index of the map, x1, y1, x2, y2) in pixels of the map; the corner of the map is 0.
-    """
-
-    bins: Pair
-    rois: Tensor
+    bins: Pair  # (P, Q)
+    rois: Tensor  # [R, 5]: index of the map, x1, y1, x2, y2 in pixels of the map; the corner of the map is 0
 
     def boxes(self) -> Tensor:
         """Return the bins x1, y1, x2, y2 in pixels of the map, [R, P, Q, 4], float64; the corner of the map is 0."""

@@ -46,6 +46,8 @@ def small_detector(**options: int) -> GeneralizedRCNN:
 
 
 class Function(nn.Module):
+    """Module that applies a function; the name identifies it in the ids of tests."""
+
     def __init__(self, name: str, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.name, self.function = name, function
@@ -55,6 +57,19 @@ class Function(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
+
+
+class Network(nn.Module):
+    """Module with given submodules and a function (network, x) as its forward pass."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
 
 
 def as_dict(points: Any) -> Points:

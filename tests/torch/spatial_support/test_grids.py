@@ -13,7 +13,7 @@ from dcnops.adapters.torch.spatial_support.recording import Recorder
 from torch import Tensor, nn
 
 from dcnops import ArgumentError
-from tests.torch.spatial_support.networks import Function, as_dict
+from tests.torch.spatial_support.networks import Function, Network, as_dict
 
 NETWORKS: tuple[tuple[nn.Module, ...], ...] = (
     (nn.Conv2d(1, 2, 7, stride=2, padding=3), nn.MaxPool2d(3, 2, 1)),
@@ -95,28 +95,25 @@ LOSSES = [
 def test_a_map_that_cannot_be_located_is_an_error(lose) -> None:
     """Both for a node in the map and for a convolution on it in the stack of a node that can be located."""
 
-    class Network(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.lost, self.end = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3), nn.Identity()
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x)
-            return self.end(x + self.lost(lose(x)).mean())
-
+    network = Network(
+        lambda net, x: net.end((x := net.first(x)) + net.lost(lose(x)).mean()),
+        first=nn.Conv2d(1, 1, 3, padding=1),
+        lost=nn.Conv2d(1, 1, 3),
+        end=nn.Identity(),
+    )
     image = torch.rand(1, 8, 8)
     for run in (
-        lambda: LayerNode("lost", 1, 1).position(Network(), image),
-        lambda: LayerNode.at(Network(), image, "lost", 1, 1),
-        lambda: sampling_locations(Network(), image, ("lost", 1, 1), layers=["first"]),
+        lambda: LayerNode("lost", 1, 1).position(network, image),
+        lambda: LayerNode.at(network, image, "lost", 1, 1),
+        lambda: sampling_locations(network, image, ("lost", 1, 1), layers=["first"]),
     ):
         with pytest.raises(ArgumentError, match="node must have a place in the image, the map of 'lost' cannot be"):
             run()
     for view in (sampling_locations, effective_sampling_locations):
         with pytest.raises(ArgumentError, match="maps with a place in the image, the input of 'lost' cannot be"):
-            view(Network(), image, ("end", 1, 1))
-    assert LayerNode("end", 1, 2).position(Network(), image) == (1, 2)
-    assert sampling_locations(Network(), image, ("end", 1, 2), layers=["first"]).layers == ["first"]
+            view(network, image, ("end", 1, 1))
+    assert LayerNode("end", 1, 2).position(network, image) == (1, 2)
+    assert sampling_locations(network, image, ("end", 1, 2), layers=["first"]).layers == ["first"]
 
 
 def test_indices_of_a_pooling_lie_where_its_values_do() -> None:
@@ -135,22 +132,18 @@ def test_transformers_with_windows() -> None:
 
 @pytest.mark.parametrize("size", [32, 30, 46, 61])
 def test_a_skip_connection_restores_the_exact_grid(size: int) -> None:
-    class UNet(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.down, self.low = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
-            self.up = nn.Conv2d(4, 2, 3, padding=1)
+    def forward(net: Network, x: Tensor) -> Tensor:
+        fine = net.down(x)
+        low = nn.functional.max_pool2d(net.low(nn.functional.max_pool2d(fine, 2)), 2)
+        coarse = nn.functional.interpolate(low, size=fine.shape[2:], mode="bilinear")
+        return net.up(torch.cat([coarse, fine], 1))
 
-        def forward(self, x: Tensor) -> Tensor:
-            fine = self.down(x)
-            low = nn.functional.max_pool2d(self.low(nn.functional.max_pool2d(fine, 2)), 2)
-            coarse = nn.functional.interpolate(low, size=fine.shape[2:], mode="bilinear")
-            return self.up(torch.cat([coarse, fine], 1))
-
+    down, low, up = (nn.Conv2d(channels, 2, 3, padding=1) for channels in (1, 2, 4))
+    network = Network(forward, down=down, low=low, up=up)
     image = torch.rand(1, size, size)
     node = LayerNode("up", size // 2, size // 2)
-    assert node.position(UNet(), image) == (size // 2, size // 2)
-    points = sampling_locations(UNet(), image, node)
+    assert node.position(network, image) == (size // 2, size // 2)
+    points = sampling_locations(network, image, node)
     assert points.layers == ["down"] and len(points.positions) == 25
     assert points.positions.mean(0).tolist() == [size // 2, size // 2]
 

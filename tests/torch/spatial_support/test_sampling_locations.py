@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dcnops import ArgumentError
-from tests.torch.spatial_support.networks import VIEWS, Function, Points, as_dict, assert_same, randomise_branches
+from tests.torch.spatial_support.networks import (
+    VIEWS,
+    Function,
+    Network,
+    Points,
+    as_dict,
+    assert_same,
+    randomise_branches,
+)
 
 
 class Enumeration:
@@ -179,17 +187,11 @@ class TestSamplingLocations:
             assert sampling_locations(network, torch.rand(1, 64, 64), ("5", 32, 32), depth=depth).layers == [far]
 
     def test_a_layer_that_is_called_twice_counts_once(self) -> None:
-        class Twice(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.layer, self.end = nn.Conv2d(1, 2, 3, padding=1), nn.Identity()
-
-            def forward(self, x: Tensor) -> Tensor:
-                return self.end(self.layer(x) + self.layer(2 * x))
-
-        points = sampling_locations(Twice(), torch.rand(1, 9, 9), ("end", 4, 4))
+        layer, image = nn.Conv2d(1, 2, 3, padding=1), torch.rand(1, 9, 9)
+        network = Network(lambda net, x: net.end(net.layer(x) + net.layer(2 * x)), layer=layer, end=nn.Identity())
+        points = sampling_locations(network, image, ("end", 4, 4))
         assert points.layers == ["layer"] and points.strength.tolist() == [2.0] * 9
-        points = effective_sampling_locations(Twice(), torch.rand(1, 9, 9), ("end", 4, 4))
+        points = effective_sampling_locations(network, image, ("end", 4, 4))
         assert points.layers == ["layer"] and len(points.positions) == 18
 
     def test_layers_must_run_on_one_image(self) -> None:
@@ -236,18 +238,13 @@ class TestSamplingLocations:
         assert as_dict(points) == {(float(row), 8.0 + k): 1.0 for row in rows for k in (-1, 0, 1)}
 
     def test_offset_branches_are_not_in_the_stack(self) -> None:
-        class Manual(nn.Module):
-            """A deformable layer as usually written with torchvision."""
+        """Not even those that are written as usual with torchvision."""
 
-            def __init__(self) -> None:
-                super().__init__()
-                self.offsets = nn.Conv2d(2, 18, 3, padding=1)
-                self.conv = torchvision.ops.DeformConv2d(2, 2, 3, padding=1)
+        def layer() -> nn.Module:
+            offsets, conv = nn.Conv2d(2, 18, 3, padding=1), torchvision.ops.DeformConv2d(2, 2, 3, padding=1)
+            return Network(lambda net, x: net.conv(x, net.offsets(x)), offsets=offsets, conv=conv)
 
-            def forward(self, x: Tensor) -> Tensor:
-                return self.conv(x, self.offsets(x))
-
-        network = nn.Sequential(Manual(), Manual())
+        network = nn.Sequential(layer(), layer())
         points = sampling_locations(network, torch.rand(2, 12, 12), ("1", 4, 4), depth=9)
         assert points.layers == ["0.conv"]
         effective = effective_sampling_locations(network, torch.rand(2, 12, 12), ("1", 4, 4), depth=None)
@@ -258,16 +255,10 @@ class TestSamplingLocations:
         image, offset = torch.rand(2, 12, 13), 2 * torch.randn(1, 36, 12, 13)
         mask = torch.rand(1, 18, 12, 13)
 
-        class WithOffsets(nn.Module):
-            def __init__(self, layer: nn.Module) -> None:
-                super().__init__()
-                self.layer = layer
-
-            def forward(self, x: Tensor) -> Tensor:
-                return self.layer(x, offset, mask)
-
-        theirs = WithOffsets(torchvision.ops.DeformConv2d(2, 4, 3, padding=1))
-        ours = WithOffsets(DeformConv2d(2, 4, 3, padding=1))
+        theirs, ours = (
+            Network(lambda net, x: net.layer(x, offset, mask), layer=kind(2, 4, 3, padding=1))
+            for kind in (torchvision.ops.DeformConv2d, DeformConv2d)
+        )
         ours.load_state_dict(theirs.state_dict())
         for view in (sampling_locations, effective_sampling_locations):
             one, other = (view(network, image, ("layer", 5, 6)) for network in (theirs, ours))
@@ -292,36 +283,25 @@ class TestSamplingLocations:
         assert points.strength.tolist() == [9, 6, 6, 6, 6]
         assert points.positions[0].tolist() == [6, 6]
 
-    def test_a_compiled_model_runs_as_python(self) -> None:
-        network = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3))
-        compiled = torch.compile(network, backend="eager")
-        image = torch.rand(1, 9, 9)
-        points = sampling_locations(compiled, image, ("_orig_mod.1", 1, 1))
-        assert as_dict(points) == as_dict(sampling_locations(network, image, ("1", 1, 1)))
-
-    def test_compiled_parts_run_as_python(self) -> None:
+    def test_compiled_models_and_parts_run_as_python(self) -> None:
         compiled = []
 
         def backend(graph: Any, inputs: Any) -> Any:
             compiled.append(graph)
             return graph.forward
 
-        class Inside(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.layer = nn.Conv2d(2, 2, 3, padding=1)
-                self.function = torch.compile(lambda x: self.layer(x).relu(), backend=backend, fullgraph=True)
-
-            def forward(self, x: Tensor) -> Tensor:
-                return self.function(x)
-
-        network = nn.Sequential(DeformConv2dPack(1, 2, 3), Inside(), nn.Conv2d(2, 2, 3))
+        layer = nn.Conv2d(2, 2, 3, padding=1)
+        inside = torch.compile(lambda x: layer(x).relu(), backend=backend, fullgraph=True)
+        network = nn.Sequential(DeformConv2dPack(1, 2, 3), Function("", inside), nn.Conv2d(2, 2, 3))
         image, plain = torch.rand(1, 12, 12), copy.deepcopy(network[0])
+        uncompiled = nn.Sequential(plain, layer, nn.ReLU(), network[2])
+        expected = as_dict(sampling_locations(uncompiled, image, ("3", 3, 3)))
         network[0].compile(backend=backend, fullgraph=True)
         whole = torch.compile(network, backend=backend, fullgraph=True)
         for model, name in ((network, "2"), (whole, "_orig_mod.2")):
             for view in VIEWS:
                 view(model, image, (name, 3, 3))
+            assert as_dict(sampling_locations(model, image, (name, 3, 3))) == expected
             with OffsetObserver(model) as observer:
                 model(image[None])
             assert len(next(iter(observer.statistics().values())).offsets) == 900

@@ -14,9 +14,9 @@ from dcnops.adapters.torch import (
     MultiScaleDeformRoIPool,
 )
 from dcnops.adapters.torch.spatial_support import OffsetObserver, offset_statistics
-from torch import Tensor, nn
+from torch import nn
 
-from tests.torch.spatial_support.networks import randomise_branches, small_detector
+from tests.torch.spatial_support.networks import Network, randomise_branches, small_detector
 
 
 def test_convolutions() -> None:
@@ -38,15 +38,9 @@ def test_poolings() -> None:
     pool = DeformRoIPoolPack(2, 3, 8, spatial_scale=0.25, gamma=0.5)
     pool.offset_fc[-1].bias.data = torch.tensor([0.0, 0, 0, 8, 1, 1, 1, 1])  # x of all bins, then y
 
-    class Pooling(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.pool = pool
-
-        def forward(self, images: Tensor) -> Tensor:
-            return self.pool(nn.functional.avg_pool2d(images, 4), torch.tensor([[0.0, 0, 0, 16, 16]]))
-
-    found = offset_statistics(Pooling(), [torch.rand(3, 64, 64)] * 2)["pool"]
+    rois = torch.tensor([[0.0, 0, 0, 16, 16]])
+    network = Network(lambda net, images: net.pool(nn.functional.avg_pool2d(images, 4), rois), pool=pool)
+    found = offset_statistics(network, [torch.rand(3, 64, 64)] * 2)["pool"]
     assert found.unit == "regions" and found.masks is None
     assert found.offsets.tolist() == [[0.5, 0], [0.5, 0], [0.5, 0], [0.5, 4]] * 2
     assert found.outside == 0.25
