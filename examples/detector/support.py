@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from dcnops.adapters.torch.spatial_support import LayerNode, RoINode, offset_statistics
-from dcnops.adapters.torch.spatial_support.plots import plot_statistics, plot_support
+from dcnops.adapters.torch.spatial_support.plots import plot_spatial_support, plot_statistics
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -58,7 +58,7 @@ class View:
     layer
         Whose pixels are the nodes of figure 1.
     depth, bound, budget
-        As in `dcnops.adapters.torch.spatial_support.plots.plot_support`.
+        As in `dcnops.adapters.torch.spatial_support.plots.plot_spatial_support`.
     """
 
     figure: int = 1
@@ -160,7 +160,7 @@ def draw_support(networks: dict[str, GeneralizedRCNN], image: Tensor, names: Seq
         nodes[_free(title, nodes)] = RoINode(scaled, label)
     if not nodes:
         raise UserError("figure 1 is of pixels (--node), figure 2 of regions (--roi)")
-    return plot_support(
+    return plot_spatial_support(
         networks, given.network, nodes, given.picture, depth=view.depth, bound=view.bound, budget=view.budget
     )
 

@@ -1,6 +1,6 @@
-"""Spatial support: where a network looks, and what its nodes respond to; the views of Deformable ConvNets v2.
+"""Spatial support: the parts of an image that a network samples and responds to (Deformable ConvNets v2, section 2).
 
-Nothing here changes a model. Pictures are in `dcnops.adapters.torch.spatial_support.plots`, which needs matplotlib.
+Models are not modified. The plots are in `dcnops.adapters.torch.spatial_support.plots`, which needs matplotlib.
 """
 
 from .locations import (

@@ -1,4 +1,4 @@
-"""Which calls a response is made of, and which of them feeds which, read from autograd's graph."""
+"""Graph of the recorded calls that contribute to a response, read from autograd's graph."""
 
 from __future__ import annotations
 
@@ -6,76 +6,76 @@ from collections.abc import Collection, Sequence
 from typing import TypeAlias
 
 from torch import Tensor
-from torch.autograd.graph import Node as Made
+from torch.autograd.graph import Node as GradFn
 
 from .recording import ConvCall, PoolCall
 
 NODE = -1
-"""Stands among the calls' numbers for the node whose response it is."""
+"""Number that represents the node among the numbers of the calls."""
 
-Feeds: TypeAlias = dict[int, list[int]]
-"""The numbers of the calls that a call's input is made of with no other call between; those of the node's too."""
+Inputs: TypeAlias = dict[int, list[int]]
+"""Numbers of the calls that feed each call, and the node, without another call between."""
 
 
-class Graph:
-    """The calls that a response is made of, by way of their inputs, not of offsets and masks.
+class CallGraph:
+    """Calls that a response depends on through their inputs, not through offsets and masks.
 
     Parameters
     ----------
     response : Tensor
     calls : sequence of ConvCall and PoolCall
-        Probed, in the order in which they ran.
+        From a probing recorder.
 
     Attributes
     ----------
     calls : dict of int to ConvCall or PoolCall
-        By their numbers, in the order in which they ran.
+        Calls by number, in the order of execution.
     """
 
     def __init__(self, response: Tensor, calls: Sequence[ConvCall | PoolCall]) -> None:
-        results = {call.probe.result: number for number, call in enumerate(calls) if call.probe is not None}
-        self._next = {NODE: _nearest(response.grad_fn, results)}
-        waiting = list(self._next[NODE])
+        results = {call.result_grad_fn: number for number, call in enumerate(calls)}
+        self._inputs = {NODE: _nearest_calls(response.grad_fn, results)}
+        waiting = list(self._inputs[NODE])
         while waiting:
             number = waiting.pop()
-            probe = calls[number].probe
-            if number not in self._next and probe is not None:
-                self._next[number] = _nearest(probe.source, results)
-                waiting += self._next[number]
-        self.calls = {number: calls[number] for number in sorted(self._next) if number != NODE}
+            if number not in self._inputs:
+                self._inputs[number] = _nearest_calls(calls[number].input_grad_fn, results)
+                waiting += self._inputs[number]
+        self.calls = {number: calls[number] for number in sorted(self._inputs) if number != NODE}
 
-    def feeds(self, chosen: Collection[int], detours: Collection[int] = ()) -> Feeds:
-        """What feeds what, if only the chosen calls are looked at.
+    def inputs(self, chosen: Collection[int], detours: Collection[int] = ()) -> Inputs:
+        """Return the inputs of the node and the chosen calls in the graph of the chosen calls alone.
 
-        A call that can be reached both directly and through another one, as around a shortcut, counts as reached
-        through the other one alone. Not so if that is a detour, which counts only where there is no other way.
+        A call that is reached both directly and through another call, as around a skip connection, counts as reached
+        through the other call only. Calls in `detours` count only if there is no other path.
         """
-        near: dict[int, set[int]] = {}  # the chosen calls with no other chosen one between
-        far: dict[int, set[int]] = {}  # all chosen ones
-        for number in (*self.calls, NODE):  # what feeds a call has run before it
-            near[number], far[number] = set(), set()
-            for other in self._next[number]:
-                near[number] |= {other} if other in chosen else near[other]
-                far[number] |= far[other] | ({other} if other in chosen else set())
-        feeds: Feeds = {}
+        direct: dict[int, set[int]] = {}  # chosen calls without another chosen one between
+        all_before: dict[int, set[int]] = {}
+        for number in (*self.calls, NODE):  # inputs have smaller numbers
+            direct[number], all_before[number] = set(), set()
+            for other in self._inputs[number]:
+                itself = {other}.intersection(chosen)
+                direct[number] |= itself or direct[other]
+                all_before[number] |= all_before[other] | itself
+        inputs: Inputs = {}
         for number in (*chosen, NODE):
-            ways = near[number].difference(detours) or near[number]
-            feeds[number] = sorted(other for other in ways if not any(other in far[way] for way in ways))
-        return feeds
+            paths = direct[number].difference(detours) or direct[number]
+            inputs[number] = sorted(other for other in paths if not any(other in all_before[path] for path in paths))
+        return inputs
 
 
-def _nearest(made: Made | None, results: dict[Made | None, int]) -> set[int]:
-    """The numbers of the calls whose results something was made of, with no other call between."""
+def _nearest_calls(start: GradFn | None, results: dict[GradFn | None, int]) -> set[int]:
+    """Return the calls with results that an autograd node depends on without another call between."""
     found: set[int] = set()
-    seen: set[Made] = set()
-    waiting = [made]
+    seen: set[GradFn] = set()
+    waiting = [start]
     while waiting:
-        step = waiting.pop()
-        if step is None or step in seen:
+        grad_fn = waiting.pop()
+        if grad_fn is None or grad_fn in seen:
             continue
-        seen.add(step)
-        if step in results:
-            found.add(results[step])
+        seen.add(grad_fn)
+        if grad_fn in results:
+            found.add(results[grad_fn])
         else:
-            waiting += [before for before, _ in step.next_functions]
+            waiting += [before for before, _ in grad_fn.next_functions]
     return found

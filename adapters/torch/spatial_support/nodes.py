@@ -1,4 +1,4 @@
-"""What of a network is looked at: a pixel of a layer's map, or a region in the head of a detector."""
+"""Nodes of a network: a pixel of a feature map, a region in the head of a detector, or any function."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from dcnops._errors import ArgumentError, ShapeError
 
-from .places import LOST, Grid
-from .recording import Recorder, undisturbed
+from .grids import LOST, Grid
+from .recording import Recorder, inspection
 
 
 class LayerNode(NamedTuple):
-    """A pixel of a layer's map; its response are the map's C channels there.
+    """Pixel of a layer's feature map. Its response is the vector of the C channels at the pixel.
 
     Attributes
     ----------
     layer : str
-        Name of the layer, as in ``model.named_modules()``. It must give one map [N, C, H, W] (not [N, H, W, C], as some
-        layers of transformers do); if it is called several times, the first counts.
+        Name of the layer, as in ``model.named_modules()``. It must return one map [N, C, H, W] (some layers of
+        transformers return [N, H, W, C]). If it is called several times, the first call counts.
     y, x : int
         Row and column.
 
@@ -41,23 +41,23 @@ class LayerNode(NamedTuple):
     x: int
 
     def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
-        """The response [N, C] to images [N, C_image, H, W]."""
+        """Return the response [N, C] to images [N, C_image, H, W]."""
         return self.of(layer_map(model, images, self.layer))
 
     @staticmethod
     def at(model: nn.Module, image: Tensor, layer: str, y: float, x: float) -> LayerNode:
-        """The pixel of a layer's map that is nearest to a position of the image [C, H, W], in pixels.
+        """Return the pixel of a layer's map that is nearest to a position in the image [C, H, W], in pixels.
 
         Raises
         ------
         ArgumentError
-            There is no such layer, its map has no place in the image, or the position is no place in the image.
+            There is no such layer, its map cannot be located in the image, or the position is outside the image.
         ShapeError
-            `image` is none.
+            `image` is not a single image.
         """
         if not (isinstance(y, Real) and isinstance(x, Real)):
             raise ArgumentError(f"y and x must be numbers, got {y!r} and {x!r}")
-        feature_map, grid = _located(model, image, layer)
+        feature_map, grid = _located_map(model, image, layer)
         if not (0 <= y < image.shape[-2] and 0 <= x < image.shape[-1]):
             raise ArgumentError(f"y and x must be in the image of {tuple(image.shape[-2:])}, got {y} and {x}")
         row, column = grid.from_image(torch.tensor([y, x], dtype=torch.float64)).round().tolist()
@@ -65,22 +65,14 @@ class LayerNode(NamedTuple):
         return LayerNode(layer, int(min(max(row, 0), height - 1)), int(min(max(column, 0), width - 1)))
 
     def position(self, model: nn.Module, image: Tensor) -> tuple[float, float]:
-        """Where the node lies in the image [C, H, W], (y, x) in pixels.
-
-        Raises
-        ------
-        ArgumentError
-            There is no such layer, its map has no place in the image, or the map has no such pixel.
-        ShapeError
-            `image` is none.
-        """
-        feature_map, grid = _located(model, image, self.layer)
+        """Return the position (y, x) of the node in the image [C, H, W], in pixels. It raises the errors of `at`."""
+        feature_map, grid = _located_map(model, image, self.layer)
         self.of(feature_map)
         y, x = grid.to_image(torch.tensor([self.y, self.x], dtype=torch.float64)).tolist()
         return y, x
 
     def of(self, feature_map: Tensor) -> Tensor:
-        """The response [N, C] that is in a map [N, C, H, W] of the layer."""
+        """Return the response [N, C] from a map [N, C, H, W] of the layer."""
         height, width = feature_map.shape[2:]
         whole = all(isinstance(value, Integral) for value in (self.y, self.x))
         if not (whole and 0 <= self.y < height and 0 <= self.x < width):
@@ -92,16 +84,16 @@ class LayerNode(NamedTuple):
 
 
 class RoINode(NamedTuple):
-    """A region in the box head of a detector of torchvision's kind (`backbone` and `roi_heads`).
+    """Region in the box head of a torchvision detector (`backbone` and `roi_heads`).
 
     Attributes
     ----------
     box : sequence of 4 numbers
         x1, y1, x2, y2, in pixels of the network's input.
     output : int, optional
-        Number of the class, 0 being the background, or of the unit; by default all of them are the response.
+        Index of the class (0 is the background) or of the unit. By default all outputs form the response.
     part : "class" or "unit"
-        The scores (logits) of the classes, or the features that the box head gives.
+        Read the class scores (logits) or the features of the box head.
 
     Examples
     --------
@@ -118,7 +110,7 @@ class RoINode(NamedTuple):
     part: Literal["class", "unit"] = "class"
 
     def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
-        """The response [N, 1], or [N, all], to images [N, 3, H, W] that are resized and normalised."""
+        """Return the response [N, outputs] to resized and normalised images [N, 3, H, W]."""
         heads: Any = getattr(model, "roi_heads", None)
         if not all(hasattr(heads, name) for name in ("box_roi_pool", "box_head", "box_predictor")):
             raise ArgumentError(
@@ -146,19 +138,13 @@ class RoINode(NamedTuple):
         return response[:, self.output, None]
 
 
-Respond: TypeAlias = LayerNode | RoINode | Callable[[nn.Module, Tensor], Tensor]
-Node: TypeAlias = Respond | tuple[Any, ...]
-"""A node, the plain tuple of one, or any function (model, images [N, C, H, W]) -> response [N, any]."""
+NodeFunction: TypeAlias = LayerNode | RoINode | Callable[[nn.Module, Tensor], Tensor]
+Node: TypeAlias = NodeFunction | tuple[Any, ...]
+"""A node, its plain tuple, or any function (model, images [N, C, H, W]) -> response [N, any]."""
 
 
-def as_node(node: Node) -> Respond:
-    """The node that a plain tuple stands for.
-
-    Raises
-    ------
-    ArgumentError
-        It stands for none.
-    """
+def as_node(node: Node) -> NodeFunction:
+    """Convert a plain tuple to a node."""
     if callable(node):
         return node
     if isinstance(node, tuple) and len(node) == 3 and isinstance(node[0], str):
@@ -173,19 +159,9 @@ def as_node(node: Node) -> Respond:
 
 
 def as_image(image: Tensor) -> Tensor:
-    """A copy of the image as a batch of one.
-
-    Raises
-    ------
-    ShapeError
-        It is not [C, H, W] or [1, C, H, W], or of an integer type.
-    ArgumentError
-        It is not finite.
-    """
+    """Check an image and return a copy of it as a batch of one."""
     if not isinstance(image, Tensor) or not image.is_floating_point() or image.ndim not in (3, 4):
-        raise ShapeError(
-            f"image must be a tensor [C, H, W] or [1, C, H, W] of a floating type, got {_described(image)}"
-        )
+        raise ShapeError(f"image must be a tensor [C, H, W] or [1, C, H, W] of a floating type, got {_describe(image)}")
     batch = image if image.ndim == 4 else image[None]
     if len(batch) != 1 or not batch.numel():
         raise ShapeError(f"image must be one image, and not empty, got shape {tuple(image.shape)}")
@@ -195,38 +171,26 @@ def as_image(image: Tensor) -> Tensor:
 
 
 def check_count(name: str, value: object) -> None:
-    """A number of things, from 1 on.
-
-    Raises
-    ------
-    ArgumentError
-        It is none.
-    """
+    """Raise an ArgumentError unless a value is a positive integer."""
     if not isinstance(value, Integral) or value < 1:
         raise ArgumentError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
-def _described(value: object) -> str:
+def _describe(value: object) -> str:
     return f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def is_detector(model: nn.Module) -> bool:
-    """Whether a model is a detector of torchvision's kind, called with a list of images, which it resizes itself."""
+    """Return True for a torchvision detector, which takes a list of images and resizes them itself."""
     return hasattr(model, "backbone") and hasattr(model, "transform")
 
 
-class _Reached(Exception):
+class _LayerReached(Exception):
     """Ends a forward pass after the layer of interest."""
 
 
 def layer_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:
-    """The map [N, C, H, W] of a layer; what comes after it does not run.
-
-    Raises
-    ------
-    ArgumentError
-        There is no such layer, or it does not run, or gives something else.
-    """
+    """Run a model up to a layer and return the layer's map [N, C, H, W]."""
     modules = dict(model.named_modules(remove_duplicate=False))
     if layer not in modules:
         close = [name for name in modules if name.endswith(f".{layer}")] or get_close_matches(str(layer), modules)
@@ -234,16 +198,16 @@ def layer_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:
         raise ArgumentError(f"node must name a layer of the model, got {layer!r} ({hint})")
     found: list[object] = []
 
-    def take(module: nn.Module, args: Any, result: object) -> None:
+    def stop(module: nn.Module, args: Any, result: object) -> None:
         found.append(result)
-        raise _Reached
+        raise _LayerReached
 
-    hook = modules[layer].register_forward_hook(take)
+    hook = modules[layer].register_forward_hook(stop)
     try:
-        # Detectors take lists of raw images, and what they resize and normalise them with is no part of the network.
+        # A detector takes a list of raw images. Its resizing and normalisation are not part of the network.
         network: Any = model.backbone if is_detector(model) else model
         network(images)
-    except _Reached:
+    except _LayerReached:
         pass
     finally:
         hook.remove()
@@ -252,39 +216,36 @@ def layer_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:
     result = found[0]
     if not isinstance(result, Tensor) or result.ndim != 4:
         raise ArgumentError(
-            f"node must name a layer that gives a map [N, C, H, W], {layer!r} gives {_described(result)}"
+            f"node must name a layer that gives a map [N, C, H, W], {layer!r} gives {_describe(result)}"
         )
     return result
 
 
-def _located(model: nn.Module, image: Tensor, layer: str) -> tuple[Tensor, Grid]:
-    """The map of a layer and where it lies."""
-    with undisturbed(model), torch.no_grad(), Recorder(model, images := as_image(image)) as recorder:
-        feature_map = layer_map(model, images, layer)
-    grid = recorder.grids[feature_map]
+def node_grid(grid: Grid | None, layer: str) -> Grid:
+    """Return the grid of a node's map, or raise an ArgumentError if the map cannot be located."""
     if grid is None:
         raise ArgumentError(f"node must have a place in the image, the map of {layer!r} {LOST}")
-    return feature_map, grid
+    return grid
 
 
-def respond(node: Respond, model: nn.Module, images: Tensor) -> Tensor:
-    """The response [N, any] to images [N, C, H, W].
+def _located_map(model: nn.Module, image: Tensor, layer: str) -> tuple[Tensor, Grid]:
+    with inspection(model), torch.no_grad(), Recorder(model, images := as_image(image)) as recorder:
+        feature_map = layer_map(model, images, layer)
+    return feature_map, node_grid(recorder.grids[feature_map], layer)
 
-    Raises
-    ------
-    ArgumentError
-        The node gives something else.
-    """
+
+def respond(node: NodeFunction, model: nn.Module, images: Tensor) -> Tensor:
+    """Return the response [N, any] of a node to images [N, C, H, W]."""
     response: object = node(model, images)
     if not isinstance(response, Tensor) or not response.is_floating_point() or response.shape[:1] != images.shape[:1]:
         raise ArgumentError(
             f"node must give a response [N, any] of a floating type to N = {len(images)} images, "
-            f"got {_described(response)}"
+            f"got {_describe(response)}"
         )
     return response.reshape(len(images), -1)
 
 
 def magnitude(response: Tensor) -> Tensor:
-    """The norm of a response [1, any], a number; that of a response of one number is its absolute value."""
+    """Return the norm of a response; for a single number, that is its absolute value."""
     norm: Tensor = torch.linalg.vector_norm(response)
     return norm

@@ -1,84 +1,67 @@
-"""What the sampling layers of a network do during a call, watched without a change of the network."""
+"""Recorder of the sampling operations that a network runs. It does not modify the network."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node as Made
+from torch.autograd.graph import Node as GradFn
 from torch.overrides import TorchFunctionMode
 
 from dcnops._errors import ArgumentError
 
 from ..functional import deform_conv2d, deform_roi_pool
-from .grids import Grids
-from .places import Grid
+from .grids import Grid, Grids
 
-_views: ContextVar[int] = ContextVar("views", default=0)  # within each other
+_inspections: ContextVar[int] = ContextVar("inspections", default=0)  # nesting depth
 
-
-class Probe(NamedTuple):
-    """What was added to a call to see what depends on it.
-
-    Attributes
-    ----------
-    delta : Tensor, like the call's offset
-        Zeros that were added to the offsets, to differentiate by.
-    source, result : torch.autograd.graph.Node or None
-        What made the call's input (None if that depends on nothing that is differentiated by), and its result.
-    """
-
-    delta: Tensor
-    source: Made | None
-    result: Made | None
+Pair = tuple[int, int]
+Sides = tuple[Pair, Pair]
+"""Padding ((top, bottom), (left, right))."""
 
 
-@dataclass(frozen=True)
-class ConvCall:
-    """One call of a deformable convolution, or of a regular one seen as deformable.
+@dataclass(frozen=True, kw_only=True)
+class SamplingCall:
+    """Recorded call of an operation that samples a map."""
 
-    Attributes
-    ----------
-    name : str
-        Of the innermost module that was running, as in ``model.named_modules()``.
-    regular : bool
-    kernel, stride, padding, dilation : (int, int)
-        `padding` is that above and to the left.
-    input_size : (H, W)
-    offset : Tensor [N, 2*D*kh*kw, oh, ow]
-    mask : Tensor [N, D*kh*kw, oh, ow] or None
-    probe : Probe or None
-    input_grid, output_grid : Grid or None
-    """
-
-    name: str
-    regular: bool
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    input_size: tuple[int, int]
+    regular: bool  # an operation without offsets, recorded as a deformable one with offsets of zero
+    input_size: Pair
     offset: Tensor
     mask: Tensor | None
-    probe: Probe | None
-    input_grid: Grid | None
-    output_grid: Grid | None
+    name: str = ""  # of the innermost running module, as in `model.named_modules()`
+    from_image: bool = False  # the input was computed from the image, even if its location is lost
+    input_grid: Grid | None = None
+    # Only a probing recorder sets the following; any other must not keep autograd's graph alive.
+    delta: Tensor | None = None  # zeros that were added to the offsets, to differentiate with respect to them
+    input_grad_fn: GradFn | None = None
+    result_grad_fn: GradFn | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvCall(SamplingCall):
+    """Recorded convolution: `offset` is [N, 2*D*kh*kw, oh, ow], `mask` [N, D*kh*kw, oh, ow]."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair  # at the top and left
+    dilation: Pair
+    output_grid: Grid | None = None
 
     def positions(self) -> Tensor:
-        """The sampling positions (y, x) in the input map, [N, D, kh*kw, oh, ow, 2], float64."""
+        """Return the sampling positions (y, x) in the input map, [N, D, kh*kw, oh, ow, 2], float64."""
         taps = self.kernel[0] * self.kernel[1]
         height, width = self.offset.shape[2:]
         offset = self.offset.double().reshape(len(self.offset), -1, taps, 2, height, width)
         y, x = (
-            _steps(count, offset) * stride - padding
+            _range(count, offset) * stride - padding
             for count, stride, padding in zip((height, width), self.stride, self.padding)
         )
-        i, j = (_steps(count, offset) * step for count, step in zip(self.kernel, self.dilation))
+        i, j = (_range(count, offset) * step for count, step in zip(self.kernel, self.dilation))
         taps_y, taps_x = i.repeat_interleave(self.kernel[1]), j.repeat(self.kernel[0])
         return torch.stack(
             [
@@ -89,41 +72,18 @@ class ConvCall:
         )
 
 
-@dataclass(frozen=True)
-class PoolCall:
-    """One call of a deformable RoI pooling, or of RoIAlign seen as deformable.
+@dataclass(frozen=True, kw_only=True)
+class PoolCall(SamplingCall):
+    """Recorded RoI pooling: `offset` is [R, 2, P, Q], in sides of the region with gamma applied, `mask` [R, P, Q]."""
 
-    Attributes
-    ----------
-    name : str
-        As in `ConvCall`.
-    regular : bool
-    bins : (P, Q)
-    input_size : (H, W)
-    rois : Tensor [R, 5]
-        Regions (index of the map, x1, y1, x2, y2) in pixels of the map, whose corner is 0.
-    offset : Tensor [R, 2, P, Q]
-        As fractions of the region, gamma being applied.
-    mask : Tensor [R, P, Q] or None
-    probe : Probe or None
-    input_grid : Grid or None
-    """
-
-    name: str
-    regular: bool
-    bins: tuple[int, int]
-    input_size: tuple[int, int]
-    rois: Tensor
-    offset: Tensor
-    mask: Tensor | None
-    probe: Probe | None
-    input_grid: Grid | None
+    bins: Pair  # (P, Q)
+    rois: Tensor  # [R, 5]: index of the map, x1, y1, x2, y2 in pixels of the map; the corner of the map is 0
 
     def boxes(self) -> Tensor:
-        """The bins x1, y1, x2, y2 in pixels of the input map, whose corner is 0, [R, P, Q, 4], float64."""
+        """Return the bins x1, y1, x2, y2 in pixels of the map, [R, P, Q, 4], float64; the corner of the map is 0."""
         rois, offset = self.rois.double(), self.offset.double()
         first, extent = rois[:, None, None, 1:3], rois[:, None, None, 3:] - rois[:, None, None, 1:3]
-        rows, columns = (_steps(count, rois) for count in self.bins)
+        rows, columns = (_range(count, rois) for count in self.bins)
         numbers = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
         side = extent / extent.new_tensor(self.bins[::-1])
         corner = first + numbers * side + offset.movedim(1, -1) * extent
@@ -131,25 +91,25 @@ class PoolCall:
 
 
 class Recorder(TorchFunctionMode):
-    """Notes the calls of convolutions with a kernel larger than 1x1 and of RoI poolings while its context lasts.
+    """Context that records calls of RoI pooling and of convolutions, except regular 1x1 convolutions.
 
-    It watches the operations, not the modules: those of this library and torchvision's, wherever they are called. What
-    a view runs within the context (`undisturbed`) is not noted.
+    It intercepts operations, not modules, and knows those of this library, PyTorch and torchvision. Operations of
+    another view that runs within the context (`inspection`) are ignored.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Whose modules give the names.
+        Model that provides the names of the modules.
     image : Tensor [N, C, H, W], optional
-        What the grids refer to.
+        Image that the grids refer to.
     probe : bool
-        Whether every call gets a `Probe`; regular convolutions and RoIAlign then run as deformable ones. Otherwise
-        nothing is changed.
+        Run every recorded operation as a deformable one and add a `delta` to its offsets. By default the recorder
+        changes nothing.
 
     Attributes
     ----------
     calls : list of ConvCall and PoolCall
-        In the order in which they were made.
+        In the order of execution.
     grids : Grids
     """
 
@@ -161,15 +121,15 @@ class Recorder(TorchFunctionMode):
         self.calls: list[ConvCall | PoolCall] = []
         self._running: list[str] = []
         self._context = ExitStack()
-        self._views = 0
+        self._inspections = 0
 
     def __enter__(self) -> Recorder:
-        self._views = _views.get()
+        self._inspections = _inspections.get()
         modules = dict(self.model.named_modules())
         for name, module in modules.items():
             if isinstance(module, torch.jit.ScriptModule):
                 raise ArgumentError(f"model must not hold scripted modules, which cannot be watched, {name!r} is one")
-        self._context.enter_context(uncompiled())
+        self._context.enter_context(_eager())
         for name, module in modules.items():
 
             def begin(module: nn.Module, args: Any, name: str = name) -> None:
@@ -194,265 +154,179 @@ class Recorder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if _views.get() != self._views:
-            return function(*args, **(kwargs or {}))
-        watch = WATCHED.get(_operation(function))
-        if watch is not None:
-            return watch(self, function, *args, **(kwargs or {}))
-        result = function(*args, **(kwargs or {}))
-        self.grids.follow(function, args, kwargs or {}, result)
+        kwargs = kwargs or {}
+        inspected = _inspections.get() == self._inspections
+        read = READERS.get(_operation(function)) if inspected else None
+        if read is not None:
+            return self._record(read(*args, **kwargs), lambda: function(*args, **kwargs))
+        result = function(*args, **kwargs)
+        if inspected:
+            self.grids.follow(function, args, kwargs, result)
         return result
 
-    def _conv2d(
-        self,
-        function: Callable[..., Any],
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        strides, dilations, kernel = _pair(stride), _pair(dilation), (weight.shape[2], weight.shape[3])
-        sides = _sides(padding, kernel, dilations)
-
-        def regular() -> Tensor:
-            result: Tensor = function(input, weight, bias, stride, padding, dilation, groups)
-            return result
-
-        sizes = [
-            (size + sum(side) - step * (count - 1) - 1) // each + 1
-            for size, side, step, count, each in zip(input.shape[2:], sides, dilations, kernel, strides)
-        ]
-        if kernel == (1, 1) or input.ndim != 4 or min(sizes) < 1:
-            result = regular()  # an error where there is no room for the kernel
-            self.grids.convolved(input, result, kernel, strides, (sides[0][0], sides[1][0]), dilations)
-            return result
-        offset = input.new_zeros(1, 1, 1, 1).expand(len(input), 2 * kernel[0] * kernel[1], *sizes)
-        return self._convolution(regular, True, input, offset, weight, bias, None, strides, sides, dilations, None)
-
-    def _dcnops_conv2d(
-        self,
-        function: Callable[..., Any],
-        input: Tensor,
-        offset: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        stride: Any,
-        padding: Any,
-        dilation: Any,
-        precision: str,
-    ) -> Tensor:
-        sides = padding if len(padding) == 4 else (padding[0], padding[0], padding[1], padding[1])
-        return self._convolution(
-            lambda: function(input, offset, weight, bias, mask, stride, padding, dilation, precision),
-            False,
-            input,
-            offset,
-            weight,
-            bias,
-            mask,
-            _pair(stride),
-            ((sides[0], sides[1]), (sides[2], sides[3])),
-            _pair(dilation),
-            precision,
-        )
-
-    def _torchvision_conv2d(
-        self,
-        function: Callable[..., Any],
-        input: Tensor,
-        weight: Tensor,
-        offset: Tensor,
-        mask: Tensor,
-        bias: Tensor,
-        *rest: Any,
-    ) -> Tensor:
-        *numbers, _, _, modulated = rest
-        stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x = numbers
-        return self._convolution(
-            lambda: function(input, weight, offset, mask, bias, *rest),
-            False,
-            input,
-            offset,
-            weight,
-            bias,
-            mask if modulated else None,
-            (stride_y, stride_x),
-            ((pad_y, pad_y), (pad_x, pad_x)),
-            (dilation_y, dilation_x),
-            None,
-        )
-
-    def _convolution(
-        self,
-        plain: Callable[[], Tensor],
-        regular: bool,
-        input: Tensor,
-        offset: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        stride: tuple[int, int],
-        sides: tuple[tuple[int, int], tuple[int, int]],
-        dilation: tuple[int, int],
-        precision: str | None,
-    ) -> Tensor:
-        """Run a convolution, probed if that is wanted, and note it."""
-        kernel, begin = (weight.shape[2], weight.shape[3]), (sides[0][0], sides[1][0])
-        probe = None
-        if self.probe:
-            delta = _zeros_like(offset)
-            result = deform_conv2d(
-                input, offset + delta, weight, bias, stride, sides, dilation, mask, precision=precision
-            )
-            probe = Probe(delta, input.grad_fn, result.grad_fn)
+    def _record(self, operation: Operation, run_unchanged: Callable[[], Tensor]) -> Tensor:
+        """Run an operation and record the call and its grids."""
+        call, input, run = operation
+        changes: dict[str, Any] = {}
+        if run is None or not self.probe:
+            result = run_unchanged()
         else:
-            result = plain()
-        self.calls.append(
-            ConvCall(
-                self._name(),
-                regular,
-                kernel,
-                stride,
-                begin,
-                dilation,
-                (input.shape[2], input.shape[3]),
-                offset.detach(),
-                None if mask is None else mask.detach(),
-                probe,
-                self.grids[input],
-                self.grids.convolved(input, result, kernel, stride, begin, dilation),
-            )
-        )
+            delta = torch.zeros_like(call.offset, memory_format=torch.contiguous_format).requires_grad_()
+            result = run(delta)
+            changes = {"delta": delta, "input_grad_fn": input.grad_fn, "result_grad_fn": result.grad_fn}
+        if isinstance(call, ConvCall):
+            window = call.kernel, call.stride, call.padding, call.dilation
+            changes["output_grid"] = self.grids.convolve(input, result, *window)
+        if run is not None:
+            changes |= {"input_grid": self.grids[input], "from_image": input in self.grids}
+            self.calls.append(replace(call, name=self._running[-1] if self._running else "", **changes))
         return result
 
-    def _dcnops_roi_pool(
-        self,
-        function: Callable[..., Any],
-        input: Tensor,
-        rois: Tensor,
-        offset: Tensor | None,
-        mask: Tensor | None,
-        size: Any,
-        scale: float,
-        ratio: int,
-        gamma: float,
-    ) -> Tensor:
-        return self._pool(
-            lambda: function(input, rois, offset, mask, size, scale, ratio, gamma),
-            input,
-            rois * rois.new_tensor([1, scale, scale, scale, scale]),
-            None if offset is None else gamma * offset,
-            mask,
-            _pair(size),
-            ratio,
-        )
 
-    def _torchvision_roi_align(
-        self,
-        function: Callable[..., Any],
-        input: Tensor,
-        rois: Tensor,
-        scale: float,
-        height: int,
-        width: int,
-        ratio: int,
-        aligned: bool,
-    ) -> Tensor:
-        scaled = rois * rois.new_tensor([1, scale, scale, scale, scale])
-        if not aligned:  # neither the shift by half a pixel nor sides of less than one
-            image, x1, y1, x2, y2 = scaled.unbind(1)
-            x2, y2 = x1 + (x2 - x1).clamp(min=1), y1 + (y2 - y1).clamp(min=1)
-            scaled = torch.stack([image, x1 + 0.5, y1 + 0.5, x2 + 0.5, y2 + 0.5], dim=1)
-        return self._pool(
-            lambda: function(input, rois, scale, height, width, ratio, aligned),
-            input,
-            scaled,
-            None,
-            None,
-            (height, width),
-            max(ratio, 0),
-        )
+class Operation(NamedTuple):
+    """Sampling operation in a common form. `run` adds a delta to the offsets; it is None if nothing is recorded."""
 
-    def _pool(
-        self,
-        plain: Callable[[], Tensor],
-        input: Tensor,
-        rois: Tensor,
-        offset: Tensor | None,
-        mask: Tensor | None,
-        bins: tuple[int, int],
-        ratio: int,
-    ) -> Tensor:
-        """Run a RoI pooling, probed if that is wanted, and note it; `rois` and `offset` are scaled."""
-        regular, probe = offset is None, None
-        if offset is None:
-            offset = input.new_zeros(len(rois), 2, *bins)
-        if self.probe and len(rois):
-            delta = _zeros_like(offset)
-            result = deform_roi_pool(
-                input, rois, offset + delta, mask, output_size=bins, sampling_ratio=ratio, gamma=1.0
-            )
-            probe = Probe(delta, input.grad_fn, result.grad_fn)
-        else:
-            result = plain()
-        if len(rois):
-            self.calls.append(
-                PoolCall(
-                    self._name(),
-                    regular,
-                    bins,
-                    (input.shape[2], input.shape[3]),
-                    rois.detach(),
-                    offset.detach(),
-                    None if mask is None else mask.detach(),
-                    probe,
-                    self.grids[input],
-                )
-            )
-        return result
-
-    def _name(self) -> str:
-        return self._running[-1] if self._running else ""
+    call: ConvCall | PoolCall
+    input: Tensor
+    run: Callable[[Tensor], Tensor] | None
 
 
-WATCHED: dict[str, Callable[..., Tensor]] = {
-    "conv2d": Recorder._conv2d,
-    "dcnops::deform_conv2d": Recorder._dcnops_conv2d,
-    "torchvision::deform_conv2d": Recorder._torchvision_conv2d,
-    "dcnops::deform_roi_pool": Recorder._dcnops_roi_pool,
-    "torchvision::roi_align": Recorder._torchvision_roi_align,
+def _read_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Operation:
+    kernel, stride, dilation = _pair(weight.shape[2:]), _pair(stride), _pair(dilation)
+    sides = _padding_sides(padding, kernel, dilation)
+    sizes = [
+        (size + sum(side) - step * (count - 1) - 1) // each + 1
+        for size, side, step, count, each in zip(input.shape[2:], sides, dilation, kernel, stride)
+    ]
+    if kernel == (1, 1) or input.ndim != 4 or min(sizes) < 1:  # no room for the kernel: the convolution raises
+        return _convolution(input, None, weight, bias, None, stride, sides, dilation)
+    offset = input.new_zeros(1, 1, 1, 1).expand(len(input), 2 * kernel[0] * kernel[1], *sizes)
+    return _convolution(input, offset, weight, bias, None, stride, sides, dilation, regular=True)
+
+
+def _read_dcnops_conv2d(*args: Any) -> Operation:
+    input, offset, weight, bias, mask, stride, padding, dilation, precision = args
+    top, bottom, left, right = padding if len(padding) == 4 else [side for side in padding for _ in range(2)]
+    sides = (top, bottom), (left, right)
+    return _convolution(input, offset, weight, bias, mask, _pair(stride), sides, _pair(dilation), precision)
+
+
+def _read_torchvision_conv2d(*args: Any) -> Operation:
+    input, weight, offset, mask, bias, *numbers, _, _, modulated = args
+    stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x = numbers
+    sides = (pad_y, pad_y), (pad_x, pad_x)
+    given = mask if modulated else None
+    return _convolution(input, offset, weight, bias, given, (stride_y, stride_x), sides, (dilation_y, dilation_x))
+
+
+def _convolution(
+    input: Tensor,
+    offset: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Pair,
+    sides: Sides,
+    dilation: Pair,
+    precision: str | None = None,
+    regular: bool = False,
+) -> Operation:
+    def run(delta: Tensor) -> Tensor:
+        assert offset is not None
+        return deform_conv2d(input, offset + delta, weight, bias, stride, sides, dilation, mask, precision=precision)
+
+    call = ConvCall(
+        regular=regular,
+        input_size=_pair(input.shape[-2:]),
+        offset=input.new_empty(0) if offset is None else offset.detach(),
+        mask=None if mask is None else mask.detach(),
+        kernel=_pair(weight.shape[2:]),
+        stride=stride,
+        padding=(sides[0][0], sides[1][0]),
+        dilation=dilation,
+    )
+    return Operation(call, input, None if offset is None else run)
+
+
+def _read_dcnops_roi_pool(*args: Any) -> Operation:
+    input, rois, offset, mask, size, scale, ratio, gamma = args
+    scaled = rois * rois.new_tensor([1, scale, scale, scale, scale])
+    return _pooling(input, scaled, None if offset is None else gamma * offset, mask, _pair(size), ratio)
+
+
+def _read_torchvision_roi_align(
+    input: Tensor, rois: Tensor, scale: float, height: int, width: int, ratio: int, aligned: bool
+) -> Operation:
+    scaled = rois * rois.new_tensor([1, scale, scale, scale, scale])
+    if not aligned:  # no shift by half a pixel, and sides of at least one pixel
+        image, x1, y1, x2, y2 = scaled.unbind(1)
+        x2, y2 = x1 + (x2 - x1).clamp(min=1), y1 + (y2 - y1).clamp(min=1)
+        scaled = torch.stack([image, x1 + 0.5, y1 + 0.5, x2 + 0.5, y2 + 0.5], dim=1)
+    return _pooling(input, scaled, None, None, (height, width), max(ratio, 0))
+
+
+def _pooling(
+    input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, bins: Pair, ratio: int
+) -> Operation:
+    given = input.new_zeros(len(rois), 2, *bins) if offset is None else offset
+
+    def run(delta: Tensor) -> Tensor:
+        return deform_roi_pool(input, rois, given + delta, mask, output_size=bins, sampling_ratio=ratio, gamma=1.0)
+
+    call = PoolCall(
+        regular=offset is None,
+        input_size=_pair(input.shape[-2:]),
+        offset=given.detach(),
+        mask=None if mask is None else mask.detach(),
+        bins=bins,
+        rois=rois.detach(),
+    )
+    return Operation(call, input, run if len(rois) else None)
+
+
+READERS: dict[str, Callable[..., Operation]] = {
+    "conv2d": _read_conv2d,
+    "dcnops::deform_conv2d": _read_dcnops_conv2d,
+    "torchvision::deform_conv2d": _read_torchvision_conv2d,
+    "dcnops::deform_roi_pool": _read_dcnops_roi_pool,
+    "torchvision::roi_align": _read_torchvision_roi_align,
 }
-
-
-def uncompiled() -> AbstractContextManager[object]:
-    """What is compiled runs as it was written."""
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
+"""Functions that read the arguments of the watched operations."""
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and gradients on; afterwards as it was."""
+def inspection(model: nn.Module) -> Iterator[None]:
+    """Enable gradients and the model's evaluation mode, uncompiled; restore the modes at the end."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
-        stack.callback(_views.reset, _views.set(_views.get() + 1))
+        stack.callback(_inspections.reset, _inspections.set(_inspections.get() + 1))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(uncompiled())
+        stack.enter_context(_eager())
         for module, mode in modes:
             stack.callback(setattr, module, "training", mode)
         model.eval()
         yield
 
 
+def _eager() -> AbstractContextManager[object]:
+    """Return a context in which compiled functions run as ordinary Python."""
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 def _operation(function: Any) -> str:
-    """The name of a custom operation with its library's, or of one of torch's convolutions."""
+    """Return the qualified name of a custom operation, "conv2d" for PyTorch's convolution, or an empty string."""
     if isinstance(function, torch._ops.OpOverload):
         return str(function._schema.name)
     if isinstance(function, torch._ops.OpOverloadPacket):
@@ -460,26 +334,18 @@ def _operation(function: Any) -> str:
     return "conv2d" if function is torch.conv2d else ""
 
 
-def _zeros_like(offset: Tensor) -> Tensor:
-    return torch.zeros_like(offset, memory_format=torch.contiguous_format).requires_grad_()
-
-
-def _steps(count: int, like: Tensor) -> Tensor:
+def _range(count: int, like: Tensor) -> Tensor:
     return torch.arange(count, dtype=like.dtype, device=like.device)
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    return (value[0], value[-1])
+def _pair(value: Any) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
-def _sides(padding: Any, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Padding of a convolution as ((top, bottom), (left, right)); torch's "same" adds the odd pixel at the end."""
-    if padding == "valid":
-        padding = 0
+def _padding_sides(padding: Any, kernel: Pair, dilation: Pair) -> Sides:
+    """Return the padding on each side; PyTorch's "same" adds an odd pixel at the end."""
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel)]
         return (total[0] // 2, total[0] - total[0] // 2), (total[1] // 2, total[1] - total[1] // 2)
-    vertical, horizontal = _pair(padding)
+    vertical, horizontal = _pair(0 if padding == "valid" else padding)
     return (vertical, vertical), (horizontal, horizontal)

@@ -1,4 +1,4 @@
-"""Which pixels of the image a node responds to (section 2 of the paper)."""
+"""Pixels of the image that a node responds to (section 2 of the paper)."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch import Tensor, nn
 
 from dcnops._errors import ArgumentError
 
-from .nodes import Node, Respond, as_image, as_node, check_count, magnitude, respond
-from .recording import undisturbed
+from .nodes import Node, NodeFunction, as_image, as_node, check_count, magnitude, respond
+from .recording import inspection
 
 
 class SaliencyRegion(NamedTuple):
-    """A region of an image that keeps a node's response.
+    """Region of an image that preserves a node's response.
 
     Attributes
     ----------
     mask : Tensor [H, W], bool
-        The pixels that are kept.
+        True for the pixels in the region.
     error : float
-        The relative error of the response to them alone, ``norm(N(I) - N(I*M)) / norm(N(I))``.
+        Relative error of the response to the region alone, ``norm(N(I) - N(I*M)) / norm(N(I))``.
     areas : list of int
-        The number of kept pixels after each step of the search; it never grows.
+        Number of pixels in the region after each step of the search; it never increases.
     forwards : int
-        Images that the network has been run on.
+        Number of images that the network was run on.
     finished : bool
-        Whether no more could be dropped; False if the budget was used up before.
+        True if nothing more could be removed, False if the budget was used up before.
     """
 
     mask: Tensor
@@ -42,27 +42,27 @@ class SaliencyRegion(NamedTuple):
 
 
 def effective_receptive_field(model: nn.Module, image: Tensor, node: Node) -> Tensor:
-    """How much a node's response changes with each pixel of the image.
+    """Compute the effect of each pixel of the image on a node's response.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Any. Of a detector of torchvision's kind the backbone runs, and for a RoINode the box head.
+        Any model. For a torchvision detector, the backbone runs, and for a RoINode the box head.
     image : Tensor [C, H, W] or [1, C, H, W]
-        The network's input, normalised.
+        Normalised input of the network.
     node : LayerNode, RoINode, their plain tuples, or a function (model, images) -> response
 
     Returns
     -------
     Tensor [H, W]
-        The gradient of the norm of the response with respect to each pixel: absolute values, summed over the channels.
+        Gradient of the response's norm with respect to each pixel: absolute values, summed over the channels.
 
     Raises
     ------
     ArgumentError
         The node does not exist.
     ShapeError
-        `image` is none.
+        `image` is not a single image.
 
     Examples
     --------
@@ -74,9 +74,9 @@ def effective_receptive_field(model: nn.Module, image: Tensor, node: Node) -> Te
     (torch.Size([20, 20]), [8, 8])
     """
     node = as_node(node)
-    with undisturbed(model):
+    with inspection(model):
         images = as_image(image).requires_grad_()
-        response = magnitude(respond(node, model, images.clone()))  # which the model may change in place
+        response = magnitude(respond(node, model, images.clone()))  # the model may modify its input in place
         gradient = None
         if response.requires_grad:
             (gradient,) = torch.autograd.grad(response, images, allow_unused=True)
@@ -94,27 +94,27 @@ def error_bounded_saliency_region(
     budget: int = 4000,
     progress: bool | None = None,
 ) -> SaliencyRegion:
-    """A small region that gives a node nearly the response that the whole image gives it.
+    """Find a small region of the image that alone gives nearly the same response as the whole image.
 
-    The paper calls for the smallest one. The search shrinks a rectangle from its sides, then drops square cells from
-    it, those first without which the response changes least, as long as the relative error is within the bound. Pixels
-    outside the region are 0, which in a normalised image is the mean colour.
+    The paper asks for the smallest region. The search shrinks a rectangle from its sides. Then it removes square cells,
+    starting with those that change the response least, as long as the relative error is within the bound. Pixels
+    outside the region are 0, which is the mean colour of a normalised image.
 
     Parameters
     ----------
     model, image, node : as in `effective_receptive_field`
-        The network must compute each image of a batch by itself, as networks in evaluation mode do.
+        The network must compute the images of a batch independently, as networks in evaluation mode do.
     bound : float
-        Largest relative error of the response, between 0 and 1.
+        Maximum relative error of the response, in [0, 1).
     cell : int, optional
-        Side of a cell, pixels. By default the image's longer side is 32 cells, or fewer if the budget is small: a step
-        of the search tries each cell.
+        Side of a cell, in pixels. By default the longer side of the image has 32 cells, or fewer for a small budget,
+        because each step of the search tries every cell.
     batch_size : int
-        Images that are run at a time.
+        Number of images in one forward pass.
     budget : int
-        Images that are run in all; the search ends where they are used up, with what it has.
+        Maximum number of images in total. When it is used up, the search stops with the current region.
     progress : bool, optional
-        Whether to show a bar, for which tqdm is needed; by default on a terminal if tqdm is there.
+        Show a progress bar, which requires tqdm. By default it is shown on a terminal if tqdm is installed.
 
     Returns
     -------
@@ -123,13 +123,13 @@ def error_bounded_saliency_region(
     Raises
     ------
     ArgumentError
-        The node does not exist or does not respond to the image, or a number is not legal.
+        The node does not exist, its response to the image is zero, or a number is out of range.
     ShapeError
-        `image` is none.
+        `image` is not a single image.
 
     Examples
     --------
-    A node that sees 3x3 pixels:
+    A node with a receptive field of 3x3 pixels:
 
     >>> import torch
     >>> from dcnops.adapters.torch.spatial_support import error_bounded_saliency_region
@@ -145,25 +145,26 @@ def error_bounded_saliency_region(
         raise ArgumentError(f"bound must be a number in [0, 1), got {bound!r}")
     for name, value in (("batch_size", batch_size), ("budget", budget), ("cell", 1 if cell is None else cell)):
         check_count(name, value)
-    with undisturbed(model), torch.no_grad():
+    with inspection(model), torch.no_grad():
         images = as_image(image)
-        search = _Search(model, images, as_node(node), bound, batch_size, budget, _bar(progress, budget))
+        search = _Search(model, images, as_node(node), bound, batch_size, budget, _progress_bar(progress, budget))
         try:
             side = cell or math.ceil(max(images.shape[2:]) / max(1, min(32, math.isqrt(budget // 4))))
-            finished = search.shrink(side) and search.drop(side)
+            finished = search.shrink_rectangle(side) and search.remove_cells(side)
         finally:
-            search.bar.close()
+            if search.bar is not None:
+                search.bar.close()
     return SaliencyRegion(search.mask, search.error, search.areas, search.forwards, finished)
 
 
 class _Search:
-    """The state of a search: the region, its error, and how it came about."""
+    """State of a search: the region, its error and the history."""
 
     def __init__(
         self,
         model: nn.Module,
         image: Tensor,
-        node: Respond,
+        node: NodeFunction,
         bound: float,
         batch_size: int,
         budget: int,
@@ -175,27 +176,29 @@ class _Search:
         self.error = 0.0
         self.areas = [self.mask.numel()]
         self.forwards = 1
-        self.reference = respond(node, model, image.clone())  # which the model may change in place
+        self.reference = respond(node, model, image.clone())  # the model may modify its input in place
         self.norm = float(magnitude(self.reference))
         if not self.norm > 0:
             raise ArgumentError(f"node must respond to the image, its response has the norm {self.norm}")
 
-    def shrink(self, side: int) -> bool:
-        """Take strips off a rectangle, thinner and thinner ones; False where the budget ends it."""
+    def shrink_rectangle(self, side: int) -> bool:
+        """Remove thinner and thinner strips from a rectangle; return False if the budget is used up."""
         height, width = self.mask.shape
         rectangle = [0, 0, height, width]  # top, left, bottom, right
         step = max(height, width) // 2
         while True:
-            candidates = [
-                shrunk
-                for edge, sign in enumerate((1, 1, -1, -1))
-                for shrunk in [[*rectangle[:edge], rectangle[edge] + sign * step, *rectangle[edge + 1 :]]]
-                if shrunk[0] < shrunk[2] and shrunk[1] < shrunk[3]
-            ]
-            masks = [self._rectangle(candidate) for candidate in candidates]
-            if len(masks) > self.left():
+            candidates, masks = [], []
+            for edge, sign in enumerate((1, 1, -1, -1)):
+                shrunk = rectangle.copy()
+                shrunk[edge] += sign * step
+                top, left, bottom, right = shrunk
+                if top < bottom and left < right:
+                    candidates.append(shrunk)
+                    masks.append(torch.zeros_like(self.mask))
+                    masks[-1][top:bottom, left:right] = True
+            if len(masks) > self._left():
                 return False
-            errors = self.errors(masks)
+            errors = self._errors(masks)
             best = min(range(len(masks)), key=errors.__getitem__, default=None)
             if best is not None and errors[best] <= self.bound:
                 rectangle = candidates[best]
@@ -205,8 +208,8 @@ class _Search:
             else:
                 step = max(step // 2, side)
 
-    def drop(self, side: int) -> bool:
-        """Drop cells, the least important ones first, until none can go; False where the budget ends it."""
+    def remove_cells(self, side: int) -> bool:
+        """Remove cells, the least important ones first, until none can go; return False if the budget is used up."""
         height, width = self.mask.shape
         while True:
             cells = [
@@ -215,30 +218,27 @@ class _Search:
                 for left in range(0, width, side)
                 if self.mask[top : top + side, left : left + side].any()
             ]
-            if len(cells) > self.left():
+            if len(cells) > self._left():
                 return False
-            errors = self.errors([self._without(cells[index : index + 1]) for index in range(len(cells))])
+            errors = self._errors([self._without([cell]) for cell in cells])
             order = sorted(range(len(cells)), key=errors.__getitem__)
-            possible = [cells[index] for index in order if errors[index] <= self.bound]
-            if len(possible) == len(cells):
-                possible.pop()  # nothing at all is no region
-            if not possible:
+            removable = [cells[index] for index in order if errors[index] <= self.bound]
+            if len(removable) == len(cells):
+                removable.pop()  # the region must not become empty
+            if not removable:
                 return True
-            if not self._drop_in_order(possible):
+            if not self._remove_in_order(removable):
                 return False
 
-    def _drop_in_order(self, cells: Sequence[tuple[slice, slice]]) -> bool:
-        """Drop as many of the cells at a time as the bound allows, until that is none; False: the budget ends it."""
+    def _remove_in_order(self, cells: Sequence[tuple[slice, slice]]) -> bool:
+        """Remove as many cells at a time as the bound allows; return False if the budget is used up."""
         begin, number = 0, len(cells)
         while begin < len(cells):
-            numbers = []
-            while number:
-                numbers.append(number)
-                number //= 2
+            numbers = [number >> halvings for halvings in range(number.bit_length())]
             masks = [self._without(cells[begin : begin + count]) for count in numbers]
-            if len(masks) > self.left():
+            if len(masks) > self._left():
                 return False
-            errors = self.errors(masks)
+            errors = self._errors(masks)
             chosen = next((index for index, error in enumerate(errors) if error <= self.bound), None)
             if chosen is None:
                 return True
@@ -247,33 +247,27 @@ class _Search:
             number = min(2 * numbers[chosen], len(cells) - begin)
         return True
 
-    def errors(self, masks: Sequence[Tensor]) -> list[float]:
-        """The relative error of the response for each mask [H, W]; one that is not a number counts as infinite."""
+    def _left(self) -> int:
+        return self.budget - self.forwards
+
+    def _errors(self, masks: Sequence[Tensor]) -> list[float]:
+        """Return the relative error of the response for each mask [H, W], infinite instead of NaN."""
         found: list[float] = []
         for begin in range(0, len(masks), self.batch_size):
             batch = torch.stack(list(masks[begin : begin + self.batch_size]))
-            # Not a product: what is not a number outside the region must not matter.
+            # Not a product, so that NaN outside the region does not matter.
             response = respond(self.node, self.model, torch.where(batch[:, None], self.image, 0))
             difference = torch.linalg.vector_norm((response - self.reference).double(), dim=1)
             found += (difference / self.norm).nan_to_num(nan=float("inf")).tolist()
             self.forwards += len(batch)
-            self.bar.update(len(batch))
-            self.bar.set_postfix_str(f"{self.areas[-1] / self.areas[0]:.1%} of the image, error {self.error:.3f}")
+            if self.bar is not None:
+                self.bar.update(len(batch))
+                self.bar.set_postfix_str(f"{self.areas[-1] / self.areas[0]:.1%} of the image, error {self.error:.3f}")
         return found
-
-    def left(self) -> int:
-        """Images that may still be run."""
-        return self.budget - self.forwards
 
     def _accept(self, mask: Tensor, error: float) -> None:
         self.mask, self.error = mask, error
         self.areas.append(int(mask.sum()))
-
-    def _rectangle(self, sides: Sequence[int]) -> Tensor:
-        top, left, bottom, right = sides
-        mask = torch.zeros_like(self.mask)
-        mask[top:bottom, left:right] = True
-        return mask
 
     def _without(self, cells: Sequence[tuple[slice, slice]]) -> Tensor:
         mask = self.mask.clone()
@@ -282,19 +276,14 @@ class _Search:
         return mask
 
 
-class _NoBar:
-    def update(self, number: int) -> None: ...
-    def set_postfix_str(self, text: str) -> None: ...
-    def close(self) -> None: ...
-
-
-def _bar(progress: bool | None, budget: int) -> Any:
+def _progress_bar(progress: bool | None, budget: int) -> Any:
+    """Return a tqdm bar, or None if none is to be shown."""
     if progress is False or (progress is None and not sys.stderr.isatty()):
-        return _NoBar()
+        return None
     try:
         from tqdm import tqdm
     except ImportError:
         if progress:
             raise ArgumentError("progress=True needs tqdm: pip install tqdm") from None
-        return _NoBar()
+        return None
     return tqdm(total=budget, unit="image", leave=False)

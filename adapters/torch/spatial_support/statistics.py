@@ -1,4 +1,4 @@
-"""How far the sampling points of each layer have moved, and what its masks are."""
+"""Statistics of the offsets and masks of deformable layers."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor, nn
 from dcnops._errors import ArgumentError
 
 from .nodes import as_image, is_detector
-from .recording import ConvCall, PoolCall, Recorder, undisturbed
+from .recording import ConvCall, PoolCall, Recorder, inspection
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """The offsets and masks of a deformable layer, of all images, regions, taps and pixels.
+    """Offsets and masks of a deformable layer, for all images, regions, taps and pixels.
 
     Attributes
     ----------
     name : str
-        As in ``model.named_modules()``.
+        Name of the layer, as in ``model.named_modules()``.
     unit : "pixels" or "regions"
-        Of the offsets: pixels of the layer's input map, or sides of the region in RoI pooling, gamma being applied.
+        Unit of the offsets: pixels of the layer's input map, or sides of the region in RoI pooling with gamma applied.
     offsets : Tensor [n, 2], float32, on the CPU
         (dy, dx).
     masks : Tensor [n], float32, on the CPU, or None for v1
     outside : float
-        Share of the sampling points, or of the centres of the bins, that lie off the map and see nothing of it. With
-        padding some do at the start too.
+        Fraction of the sampling points, or of the centres of the bins, that lie outside the map and read only zeros.
+        With padding it is above zero even without offsets.
     """
 
     name: str
@@ -40,32 +40,32 @@ class LayerStatistics:
 
     @property
     def lengths(self) -> Tensor:
-        """The lengths of the offsets [n]."""
+        """Lengths of the offsets [n]."""
         lengths: Tensor = torch.linalg.vector_norm(self.offsets, dim=1)
         return lengths
 
 
 def offset_statistics(model: nn.Module, images: Tensor | Sequence[Tensor]) -> dict[str, LayerStatistics]:
-    """The offsets and masks of every deformable layer of a model, by the layers' names, in the order of the calls.
+    """Collect the offsets and masks of every deformable layer of a model.
 
     Parameters
     ----------
     model : torch.nn.Module
     images : Tensor [C, H, W] or [1, C, H, W], or a sequence of them
-        What the model is given, one at a time. A detector of torchvision's kind is given lists, as it expects, and so
+        Inputs of the model, passed one at a time. A torchvision detector receives them in a list, as it expects, and
         pools the regions that it proposes.
 
     Returns
     -------
     dict of str to LayerStatistics
-        Empty if no layer is deformable.
+        By the names of the layers, in the order of execution; empty if no layer is deformable.
 
     Raises
     ------
     ArgumentError
         There are no images.
     ShapeError
-        Something is no image.
+        An item is not an image.
 
     Examples
     --------
@@ -82,14 +82,14 @@ def offset_statistics(model: nn.Module, images: Tensor | Sequence[Tensor]) -> di
     each = [images] if isinstance(images, Tensor) else images
     if not each:
         raise ArgumentError("images must hold at least one image")
-    with undisturbed(model), torch.no_grad(), Recorder(model) as recorder:
+    with inspection(model), torch.no_grad(), Recorder(model) as recorder:
         for batch in [as_image(image) for image in each]:
             model([batch[0]] if is_detector(model) else batch)
     return _summarise(recorder.calls)
 
 
 class OffsetObserver:
-    """Notes the offsets and masks of whatever a model runs while the context lasts, in training too.
+    """Context that collects the offsets and masks of everything that a model runs, also during training.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ class OffsetObserver:
         self._recorder.__exit__(*error)
 
     def statistics(self) -> dict[str, LayerStatistics]:
-        """The statistics of the deformable layers that have run, by name; all calls of a layer together."""
+        """Return the statistics of the deformable layers that have run, by name, over all calls of a layer."""
         return _summarise(self._recorder.calls)
 
 
@@ -127,17 +127,17 @@ def _summarise(calls: Iterable[ConvCall | PoolCall]) -> dict[str, LayerStatistic
     for call in calls:
         if not call.regular:
             by_name.setdefault(call.name, []).append(call)
-    return {name: _of_layer(name, found) for name, found in by_name.items()}
+    return {name: _layer_statistics(name, found) for name, found in by_name.items()}
 
 
-def _of_layer(name: str, calls: Sequence[ConvCall | PoolCall]) -> LayerStatistics:
+def _layer_statistics(name: str, calls: Sequence[ConvCall | PoolCall]) -> LayerStatistics:
     offsets, masks, outside = [], [], []
     for call in calls:
         if isinstance(call, ConvCall):
             offset = call.offset.unflatten(1, (-1, 2)).movedim(2, -1)
             points = call.positions()
         else:
-            offset = call.offset.flip(1).movedim(1, -1)  # (dx, dy) as the operation takes it
+            offset = call.offset.flip(1).movedim(1, -1)  # the operation takes (dx, dy)
             boxes = call.boxes()
             points = (boxes[..., :2] + boxes[..., 2:]).flip(-1) / 2 - 0.5
         size = points.new_tensor(call.input_size)
@@ -146,5 +146,5 @@ def _of_layer(name: str, calls: Sequence[ConvCall | PoolCall]) -> LayerStatistic
             masks.append(call.mask.flatten().float().cpu())
         outside.append(~((points > -1) & (points < size)).all(-1).flatten().cpu())
     unit = "pixels" if isinstance(calls[0], ConvCall) else "regions"
-    share = float(torch.cat(outside).float().mean()) if sum(map(len, outside)) else 0.0
-    return LayerStatistics(name, unit, torch.cat(offsets), torch.cat(masks) if masks else None, share)
+    fraction = float(torch.cat(outside).float().mean()) if sum(map(len, outside)) else 0.0
+    return LayerStatistics(name, unit, torch.cat(offsets), torch.cat(masks) if masks else None, fraction)

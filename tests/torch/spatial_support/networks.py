@@ -1,4 +1,4 @@
-"""Networks of the tests, and comparison of what is found in them."""
+"""Networks for the tests and a comparison of sampling points."""
 
 from __future__ import annotations
 
@@ -21,9 +21,17 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 Points = dict[tuple[float, float], float]
 
+VIEWS = [
+    sampling_locations,
+    effective_sampling_locations,
+    effective_receptive_field,
+    error_bounded_saliency_region,
+    lambda model, image, node: offset_statistics(model, image),
+]
 
-def wake(model: nn.Module, deviation: float = 1.0) -> nn.Module:
-    """Give all branches random weights, so that offsets and masks depend on the image."""
+
+def randomise_branches(model: nn.Module, deviation: float = 1.0) -> nn.Module:
+    """Give all offset branches random weights, so that offsets and masks depend on the image."""
     for module in model.modules():
         branch = getattr(module, "conv_offset", None) or getattr(module, "offset_fc", None)
         if branch is not None:
@@ -33,14 +41,13 @@ def wake(model: nn.Module, deviation: float = 1.0) -> nn.Module:
 
 
 def small_detector(**options: int) -> GeneralizedRCNN:
-    """Of four classes, with random weights."""
-    detector: GeneralizedRCNN = fasterrcnn_mobilenet_v3_large_fpn(
-        weights=None, weights_backbone=None, num_classes=4, **options
-    )
-    return detector
+    """Return a detector of four classes with random weights."""
+    return fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None, num_classes=4, **options)
 
 
 class Function(nn.Module):
+    """Module that applies a function; the name identifies it in the ids of tests."""
+
     def __init__(self, name: str, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.name, self.function = name, function
@@ -52,26 +59,30 @@ class Function(nn.Module):
         return self.function(x)
 
 
+class Network(nn.Module):
+    """Module with given submodules and a function (network, x) as its forward pass."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
 def as_dict(points: Any) -> Points:
     return {(y, x): s for (y, x), s in zip(points.positions.tolist(), points.strength.tolist())}
 
 
 def assert_same(found: Points, expected: Points) -> None:
-    """The same strength around the same places."""
+    """Check that both have the same strength around the same positions."""
     total: dict[tuple[int, int], float] = defaultdict(float)
     for points, sign in ((found, 1), (expected, -1)):
         for (y, x), strength in points.items():
             total[(round(y * 100), round(x * 100))] += sign * strength
-    # A place at the edge of a rounding interval may be counted in the neighbouring one.
+    # A position at the edge of a rounding interval may count in the neighbouring one.
     for (y, x), rest in total.items():
         around = sum(total.get((y + i, x + j), 0) for i, j in itertools.product((-1, 0, 1), repeat=2))
         assert abs(rest) < 1e-4 or abs(around) < 1e-4, (y, x, rest)
-
-
-VIEWS = [
-    sampling_locations,
-    effective_sampling_locations,
-    effective_receptive_field,
-    error_bounded_saliency_region,
-    lambda model, image, node: offset_statistics(model, image),
-]

@@ -1,4 +1,4 @@
-"""The effect of sampling points and bins against differences and the gradients of the operations."""
+"""The effect of sampling points and bins, compared with differences and with gradients of the operations."""
 
 from __future__ import annotations
 
@@ -29,14 +29,13 @@ from dcnops.adapters.torch.spatial_support import (
 )
 from torch import Tensor, nn
 
-from dcnops import ArgumentError
-from tests.torch.spatial_support.networks import as_dict, small_detector, wake
+from tests.torch.spatial_support.networks import as_dict, randomise_branches, small_detector
 
 
 class TestEffectiveSamplingLocations:
-    def test_of_one_layer_is_the_gradient_of_the_offsets(self) -> None:
+    def test_one_layer_gives_the_gradient_of_the_offsets(self) -> None:
         torch.manual_seed(1)
-        layer = wake(ModulatedDeformConv2dPack(4, 6, 3, stride=2, padding=1, deform_groups=2))
+        layer = randomise_branches(ModulatedDeformConv2dPack(4, 6, 3, stride=2, padding=1, deform_groups=2))
         image = torch.randn(1, 4, 15, 14)
         points = effective_sampling_locations(layer, image, ("", 3, 2))
         offset, logits = layer.conv_offset(image).detach().split((36, 18), 1)
@@ -48,10 +47,12 @@ class TestEffectiveSamplingLocations:
         assert torch.allclose(points.strength.float(), lengths.sort(descending=True).values, rtol=1e-4)
 
     @pytest.mark.parametrize("kind", [DeformConv2dPack, ModulatedDeformConv2dPack])
-    def test_of_a_stack_is_the_difference_that_a_moved_point_makes(self, kind: type[DeformConv2dPack]) -> None:
-        """Also by way of the offsets above, which depend on what is sampled below."""
+    def test_a_stack_gives_the_difference_that_a_moved_point_makes(self, kind: type[DeformConv2dPack]) -> None:
+        """The offsets above depend on the samples below and contribute to the difference."""
         torch.manual_seed(2)
-        network = wake(nn.Sequential(kind(2, 3, 3, padding=1), nn.Tanh(), kind(3, 4, 3, padding=1))).double()
+        network = randomise_branches(
+            nn.Sequential(kind(2, 3, 3, padding=1), nn.Tanh(), kind(3, 4, 3, padding=1))
+        ).double()
         image = torch.randn(1, 2, 9, 9, dtype=torch.float64)
         moved = torch.zeros(2, dtype=torch.float64)
         pixel = (4, 5)
@@ -68,14 +69,13 @@ class TestEffectiveSamplingLocations:
             for axis in (0, 1):
                 values = []
                 for step in (1e-5, -1e-5):
-                    moved.zero_()
-                    moved[axis] = step
+                    moved.zero_()[axis] = step
                     values.append(float(network(image)[0, :, 4, 4].norm()))
                 slopes.append((values[0] - values[1]) / 2e-5)
         hook.remove()
         offset = network[0].conv_offset(image)[0, 6:8, pixel[0], pixel[1]].detach()
-        place = torch.tensor([pixel[0] - 1 + 1, pixel[1] - 1 + 0], dtype=torch.float64) + offset
-        distance = (points.positions - place).norm(dim=1) + (points.layer != points.layers.index("0"))
+        position = torch.tensor([pixel[0] - 1 + 1, pixel[1] - 1 + 0], dtype=torch.float64) + offset
+        distance = (points.positions - position).norm(dim=1) + (points.layer != points.layers.index("0"))
         assert distance.min() < 1e-9
         assert points.strength[distance.argmin()] == pytest.approx(math.hypot(*slopes), rel=1e-5)
 
@@ -91,7 +91,7 @@ class TestEffectiveSamplingLocations:
             assert one.keys() == other.keys()
             assert list(one.values()) == pytest.approx(list(other.values()))
 
-    def test_is_per_pixel_of_the_image(self) -> None:
+    def test_strength_is_per_pixel_of_the_image(self) -> None:
         plain = nn.Sequential(nn.Conv2d(1, 1, 3))
         pooled = nn.Sequential(nn.Upsample(scale_factor=0.5, mode="nearest"), plain[0])
         image = torch.rand(1, 8, 8)
@@ -106,7 +106,7 @@ class TestBins:
     @pytest.mark.parametrize("kind", [DeformRoIPoolPack, ModulatedDeformRoIPoolPack])
     def test_boxes_and_strength(self, kind: type[DeformRoIPoolPack]) -> None:
         torch.manual_seed(4)
-        pool = wake(kind(3, 2, 8, spatial_scale=0.5, gamma=0.3)).double()
+        pool = randomise_branches(kind(3, 2, 8, spatial_scale=0.5, gamma=0.3)).double()
         region = (6.0, 4, 22, 28)
 
         def respond(model: nn.Module, images: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class TestBins:
             assert bins.mask is not None
             assert torch.allclose(bins.mask, mask[0])
 
-    def test_of_a_detector(self) -> None:
+    def test_detector(self) -> None:
         torch.manual_seed(5)
         detector = small_detector()
         image = torch.rand(3, 96, 128)
@@ -142,21 +142,17 @@ class TestBins:
         ours = effective_bin_locations(detector, image, ((16, 8, 72, 50), 2))
         assert ours.boxes[0, 0].tolist() == [16, 8, 24, 14]
         assert ours.boxes[-1, -1].tolist() == [64, 44, 72, 50]
-        # RoIAlign of torchvision lies half a pixel of the map off, whose stride is 32.
+        # torchvision's RoIAlign is shifted by half a pixel of the map, which has a stride of 32.
         assert torch.allclose(theirs.boxes, ours.boxes + 16)
         assert (ours.strength > 0).any() and ours.mask is None
         unit = effective_bin_locations(detector, image, ((16, 8, 72, 50), 7, "unit"))
         assert not torch.equal(unit.strength, ours.strength)
 
-    def test_a_head_of_convolutions_lies_nowhere(self) -> None:
+    def test_convolutions_of_the_box_head_have_no_location(self) -> None:
         detector = torchvision.models.detection.fasterrcnn_resnet50_fpn_v2(
             weights=None, weights_backbone=None, num_classes=4
         )
         detector.roi_heads.box_roi_pool = MultiScaleDeformRoIPool(["0", "1"], DeformRoIPool(7))
         points = effective_sampling_locations(detector, torch.rand(3, 64, 64), ((8, 8, 40, 40), 1), depth=2)
-        # From the finest level of the pyramid down the backbone.
+        # The path leads from the finest level of the pyramid down the backbone.
         assert points.layers == ["backbone.fpn.layer_blocks.0.0", "backbone.body.layer1.2.conv2"]
-
-    def test_needs_a_pooling(self) -> None:
-        with pytest.raises(ArgumentError, match="there is none before it"):
-            effective_bin_locations(nn.Conv2d(1, 1, 3), torch.rand(1, 9, 9), ("", 2, 2))

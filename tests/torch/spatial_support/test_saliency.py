@@ -1,4 +1,4 @@
-"""Receptive fields against autograd, saliency regions against known ones."""
+"""Receptive fields, compared with autograd, and saliency regions, compared with known ones."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import math
 
 import pytest
 import torch
-from dcnops.adapters.torch import (
-    DeformConv2dPack,
-    ModulatedDeformConv2dPack,
-)
+from dcnops.adapters.torch import DeformConv2dPack, ModulatedDeformConv2dPack
 from dcnops.adapters.torch.spatial_support import (
     LayerNode,
     RoINode,
@@ -20,13 +17,14 @@ from dcnops.adapters.torch.spatial_support import (
 from torch import Tensor, nn
 
 from dcnops import ArgumentError
-from tests.torch.spatial_support.networks import small_detector, wake
+from tests.torch.spatial_support.networks import randomise_branches, small_detector
 
 
 class TestReceptiveField:
     def test_is_the_gradient(self) -> None:
         torch.manual_seed(6)
-        network = wake(nn.Sequential(DeformConv2dPack(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3)))
+        layers = DeformConv2dPack(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3)
+        network = randomise_branches(nn.Sequential(*layers))
         image = torch.rand(3, 14, 14)
         field = effective_receptive_field(network, image, LayerNode("2", 4, 6))
         leaf = image[None].clone().requires_grad_()
@@ -34,22 +32,21 @@ class TestReceptiveField:
         assert leaf.grad is not None
         assert torch.equal(field, leaf.grad[0].abs().sum(0))
 
-    def test_of_a_detector_is_that_of_its_score(self) -> None:
+    def test_of_a_region_is_the_gradient_of_its_score(self) -> None:
         torch.manual_seed(7)
         detector = small_detector()
         image = torch.rand(3, 64, 64)
         field = effective_receptive_field(detector, image, RoINode((10, 10, 40, 50), 2))
         detector.eval()
         leaf = image[None].clone().requires_grad_()
-        pooled = detector.roi_heads.box_roi_pool(
-            detector.backbone(leaf), [torch.tensor([[10.0, 10, 40, 50]])], [(64, 64)]
-        )
+        boxes = [torch.tensor([[10.0, 10, 40, 50]])]
+        pooled = detector.roi_heads.box_roi_pool(detector.backbone(leaf), boxes, [(64, 64)])
         score = detector.roi_heads.box_predictor(detector.roi_heads.box_head(pooled))[0][0, 2]
         (gradient,) = torch.autograd.grad(score.abs(), leaf)
         assert torch.allclose(field, gradient[0].abs().sum(0))
         assert field.max() > 0
 
-    def test_of_what_the_image_does_not_reach_is_zero(self) -> None:
+    def test_of_a_constant_is_zero(self) -> None:
         def constant(model: nn.Module, images: Tensor) -> Tensor:
             return images.new_ones(1, 3)
 
@@ -77,7 +74,8 @@ class TestSaliencyRegion:
     @pytest.mark.parametrize("budget", [20, 100000])
     def test_keeps_the_bound_and_never_grows(self, bound: float, budget: int) -> None:
         torch.manual_seed(8)
-        network = wake(nn.Sequential(ModulatedDeformConv2dPack(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3)))
+        layers = ModulatedDeformConv2dPack(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3)
+        network = randomise_branches(nn.Sequential(*layers))
         image, node = torch.randn(3, 33, 30), LayerNode("2", 12, 12)
         region = error_bounded_saliency_region(network, image, node, bound=bound, budget=budget, cell=3)
         with torch.no_grad():
@@ -89,21 +87,21 @@ class TestSaliencyRegion:
         assert region.forwards <= budget
         assert region.finished is (budget > 20)
 
-    def test_the_batch_size_does_not_matter(self) -> None:
+    def test_does_not_depend_on_the_batch_size(self) -> None:
         network, image = nn.Conv2d(1, 2, 5), torch.rand(1, 20, 20)
         one, other = (
             error_bounded_saliency_region(network, image, ("", 5, 5), batch_size=size, cell=2) for size in (1, 7)
         )
         assert torch.equal(one.mask, other.mask) and one.forwards == other.forwards
 
-    def test_a_bar_is_shown(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_shows_a_bar_on_request(self, capsys: pytest.CaptureFixture[str]) -> None:
         network, image = nn.Conv2d(1, 2, 3), torch.rand(1, 9, 9)
         error_bounded_saliency_region(network, image, ("", 3, 3), progress=True)
         assert "% of the image" in capsys.readouterr().err
         error_bounded_saliency_region(network, image, ("", 3, 3))
         assert not capsys.readouterr().err
 
-    def test_a_response_can_be_one_number(self) -> None:
+    def test_of_a_single_number(self) -> None:
         network, image = nn.Conv2d(1, 2, 3), torch.rand(1, 9, 9)
         numbers = error_bounded_saliency_region(network, image, lambda model, images: model(images)[:, 1, 3, 3])
         maps = error_bounded_saliency_region(network, image, lambda model, images: model(images)[:, 1:, 3:4, 3:4])
