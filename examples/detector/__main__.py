@@ -13,25 +13,27 @@ from typing import Literal, NoReturn
 
 import torch
 
-from .ablation import TRAIN_IMAGES, VAL_IMAGES, VARIANTS, run_ablation
-from .checkpoint import load_detector
-from .coco import CocoDataset, check_categories, find_data
 from .config import Config, describe_options
-from .demo import run_demo
-from .distributed import is_main, session, world_size
+from .data import CocoDataset, check_categories, find_data, find_images, write_synthetic
+from .engine import (
+    Interrupted,
+    Kind,
+    coco_metrics,
+    compared,
+    detect,
+    is_main,
+    load_results,
+    metrics_table,
+    session,
+    train,
+    world_size,
+    write_results,
+)
 from .errors import UserError
-from .evaluation import Kind, coco_metrics, compared, detect, load_results, metrics_table, write_results
-from .flops import cost_rows, cost_table
-from .images import find_images
-from .inference import AMP_TYPES
-from .interruption import Interrupted
-from .network import build_detector
-from .prediction import predict, write_predictions
+from .model import build_detector, cost_rows, cost_table, load_backbone, load_detector
+from .predict import AMP_TYPES, View, predict, run_support, write_predictions
 from .presets import PRESETS
-from .support import View, run_support
-from .synth import write_synthetic
-from .training import train
-from .weights import load_backbone
+from .recipes import TRAIN_IMAGES, VAL_IMAGES, VARIANTS, run_ablation, run_demo
 
 
 class Parser(argparse.ArgumentParser):

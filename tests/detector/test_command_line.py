@@ -13,10 +13,9 @@ import torch
 from PIL import Image
 
 from examples.detector.__main__ import main
-from examples.detector.checkpoint import load_checkpoint, save_checkpoint
-from examples.detector.coco import Category
 from examples.detector.config import Config
-from examples.detector.network import build_detector
+from examples.detector.data import Category
+from examples.detector.model import build_detector, load_checkpoint, save_checkpoint
 
 TINY = [
     "network.min_size=64",
