@@ -123,7 +123,17 @@ def test_flops(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_names_every_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ([], ["train"], ["evaluate"], ["predict"], ["flops"], ["synth"], ["demo"]):
+    for command in (
+        [],
+        ["train"],
+        ["evaluate"],
+        ["predict"],
+        ["flops"],
+        ["synth"],
+        ["demo"],
+        ["ablate"],
+        ["spatial-support"],
+    ):
         with pytest.raises(SystemExit) as caught:
             main([*command, "--help"])
         assert caught.value.code == 0

@@ -1,4 +1,4 @@
-"""The order of the packages: each imports only from the ones before it, and other packages only through their face."""
+"""Import order of the detector: a package imports only earlier ones, and only through their `__init__`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 DETECTOR = Path(__file__).parents[2] / "examples" / "detector"
-ORDER = ["errors", "presets", "config", "data", "model", "predict", "engine", "recipes", "__main__"]
-FILES = [path.relative_to(DETECTOR) for path in sorted(DETECTOR.rglob("*.py")) if path.parent.name != "__pycache__"]
+TOP = ["__init__", "errors", "presets", "config", "command_options", "command_line"]
+ORDER = [*TOP, "data", "model", "predict", "engine", "recipes", "__main__"]
+FILES = [path.relative_to(DETECTOR) for path in sorted(DETECTOR.rglob("*.py"))]
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_point_downwards(path: Path) -> None:
-    place = ORDER.index(path.with_suffix("").parts[0]) if path.name != "__init__.py" or path.parent.name else 0
+    place = ORDER.index(path.parts[0].removesuffix(".py"))
     for node in ast.walk(ast.parse((DETECTOR / path).read_text())):
         if not isinstance(node, ast.ImportFrom) or not node.level:
             continue

@@ -1,4 +1,4 @@
-"""Which images make a batch, in which order, and which of them are mirrored: functions of the seed alone."""
+"""Training batches: their images, order and flips depend on the seed only."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..errors import UserError
 from .coco import CocoDataset
 from .images import pad_elongated
 
-WORKER_GRACE = 600  # seconds that a process reading images lives on after SIGTERM
+WORKER_GRACE = 600  # seconds that a data-loading process continues after SIGTERM
 
 
 class Batch(NamedTuple):
-    """The images of one iteration and process."""
+    """Images and targets of one process in one iteration."""
 
     indices: list[int]
     images: list[Tensor]
@@ -31,23 +31,23 @@ class Batch(NamedTuple):
 
 
 class AspectRatioBatches:
-    """The batches of each epoch, one after another for a single process or shared out among several.
+    """Batch sampler that separates wide and tall images and divides the batches among the processes.
 
-    Every image is in at least one batch of an epoch. The iterations' images, those of all processes together, are all
-    wide (or square) or all tall, but for at most two iterations an epoch that hold what is left over. Where the number
-    of images is no multiple, the first images of the epoch's order come once more.
+    Every image is in at least one batch of an epoch. All images of an iteration, over all processes, are wide (or
+    square) or all are tall, except in at most two iterations per epoch with the remaining images. To fill the last
+    batch, the first images of the epoch are repeated.
 
     Parameters
     ----------
     sizes : sequence of (width, height)
-        Of each image.
+        Sizes of the images.
     batch_size : int
-        Images of a batch.
+        Images per process and iteration.
     seed : int
     group : bool
-        Keep wide and tall images apart.
+        Separate wide and tall images.
     rank, world_size : int
-        Number of this process and of all.
+        Index of this process, and number of processes.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class AspectRatioBatches:
         self.world_size = world_size
 
     def __len__(self) -> int:
-        """Iterations of an epoch, the same for all processes."""
+        """Return the number of iterations per epoch, equal in all processes."""
         return -(-len(self.wide) // (self.batch_size * self.world_size))
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """Indices of the images in each of this process's batches; a function of the seed and `epoch` alone."""
+        """Return the image indices of each batch of this process; they depend on the seed and `epoch` only."""
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.wide))
         together = self.batch_size * self.world_size
@@ -80,7 +80,7 @@ class AspectRatioBatches:
             wide, tall = order[self.wide[order]], order[~self.wide[order]]
             whole_wide, rest_wide = np.split(wide, [len(wide) // together * together])
             whole_tall, rest_tall = np.split(tall, [len(tall) // together * together])
-            # The wide ones last, as the first, which are repeated, are wide too.
+            # Wide images last, because the first ones, which fill the last batch, are wide.
             order = np.concatenate([whole_wide, whole_tall, rest_tall, rest_wide])
         batches = np.resize(order, (len(self), self.world_size, self.batch_size))
         chosen: list[list[int]] = random.permutation(batches)[:, self.rank].tolist()
@@ -88,10 +88,10 @@ class AspectRatioBatches:
 
 
 class MirroredImages(Dataset[tuple[int, Tensor, dict[str, Any]] | UserError]):
-    """The samples of a data set, a share of them mirrored from left to right.
+    """Samples (index, image, target) of a data set, flipped horizontally at random.
 
-    The key of a sample is (epoch, index); whether it is mirrored depends on them and the seed alone. A sample is
-    (index, image, target), or the error that reading it raised: a DataLoader would wrap it in a traceback's text.
+    The key of a sample is (epoch, index); together with the seed it determines the flip. If an image cannot be read,
+    the sample is the `UserError`, as a DataLoader would turn a raised one into the text of a traceback.
     """
 
     def __init__(self, dataset: CocoDataset, *, flip: float, seed: int) -> None:
@@ -115,7 +115,7 @@ class MirroredImages(Dataset[tuple[int, Tensor, dict[str, Any]] | UserError]):
 
 
 def mirror(image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """A sample with left and right exchanged."""
+    """Flip a sample horizontally."""
     height, width = image.shape[-2:]
     boxes = transforms.horizontal_flip_bounding_boxes(target["boxes"], BoundingBoxFormat.XYXY, (height, width))
     target = {**target, "boxes": boxes}
@@ -127,17 +127,17 @@ def mirror(image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any
 def load_batches(
     dataset: CocoDataset, batches: AspectRatioBatches, config: TrainingConfig, device: torch.device, first: int = 0
 ) -> Generator[Batch]:
-    """The batches of all epochs from iteration `first` on, as tensors on `device`.
+    """Yield the batches of all epochs from iteration `first` on, as tensors on `device`.
 
-    Closing the iterator ends the processes that read the images.
+    Closing the iterator ends the data-loading processes.
 
     Raises
     ------
     UserError
         An image cannot be read.
     """
-    # One loader for all epochs, so that reading goes on across their ends. Its generator is never used for anything
-    # but the seeds of the processes, and keeps the loader from drawing them from the global one.
+    # A single loader for all epochs prefetches across their ends. The explicit generator keeps the loader from
+    # drawing the seeds of its processes from the global one.
     loader: DataLoader[Any] = DataLoader(
         MirroredImages(dataset, flip=config.flip, seed=config.seed),
         batch_sampler=_keys(batches, config.epochs, first),
@@ -179,10 +179,10 @@ def _collate(samples: list[tuple[int, Tensor, dict[str, Any]] | UserError]) -> B
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Let a reading process outlive the signals that a terminal or a cluster sends to all processes at once.
+    """Keep a data-loading process alive when a terminal or a cluster sends a signal to all processes.
 
-    The main process finishes its iteration and saves, for which it may still need images. It ends the readers itself;
-    should it not, SIGTERM works after a while.
+    The main process may still need images to finish its iteration. It ends these processes itself; if it fails to,
+    SIGTERM takes effect after a while.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))

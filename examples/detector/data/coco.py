@@ -1,4 +1,4 @@
-"""Data sets in COCO's json format: read, checked, and turned into what a detector trains on."""
+"""Data sets in COCO's JSON format: validation, and conversion to samples for a detector."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ..errors import UserError
 from .images import read_image
 from .json_files import read_json
 
-MIN_SIDE = 0.01  # pixels; float32 still tells the two sides of such a box apart after resizing
-MAX_COORDINATE = 1e5  # pixels; pycocotools allocates memory in proportion to a polygon's length
+MIN_SIDE = 0.01  # pixels; float32 still resolves such a box after resizing
+MAX_COORDINATE = 1e5  # pixels; pycocotools allocates memory proportional to a polygon's length
 
 
 class Category(NamedTuple):
-    """A class of objects as the json has it; the network's label is 1 + its index in order of `id`."""
+    """Category of a COCO JSON file; its label in the network is 1 + its index in order of `id`."""
 
     id: int
     name: str
@@ -37,44 +37,43 @@ Sample = tuple[Tensor, dict[str, Any]]  # image and target
 
 
 class CocoDataset(Dataset[Sample]):
-    """Images and targets of a COCO json.
+    """Images and targets of a COCO JSON file.
 
     A sample is ``(image, target)``: `image` float32 [3, H, W], RGB in 0..1; `target` holds ``boxes`` float32 [n, 4]
-    (x1 y1 x2 y2, pixels), ``labels`` int64 [n], ``image_id`` and, when wanted, ``masks`` uint8 [n, H, W].
+    (x1 y1 x2 y2, pixels), ``labels`` int64 [n], ``image_id`` and optionally ``masks`` uint8 [n, H, W].
 
-    What is not usable is decided here, once, by these rules:
+    Invalid input is handled by these rules:
 
-    - A json that cannot be read, is not COCO's instance format, or repeats an id is refused.
-    - Pictures that are missing, unreadable, or of another size than the json says are left out with their annotations;
-      only the headers are read for that. When all are missing, that is an error. A picture that turns out to be
-      damaged when it is decoded is an error that names it.
-    - Orientation tags (EXIF) are ignored, as COCO does: annotations refer to the pixels as they are stored. Pictures
-      of any mode become RGB: 16-bit grey with 65535 as white, floats with 1, transparency is dropped.
-    - Annotations of unknown images or categories, without four finite numbers as box and without a segmentation to take
-      one from, and those whose box has less than 0.01 pixels on a side inside the image are left out. Boxes are
-      clipped to the image.
-    - With `masks`, annotations without a usable segmentation are left out: it must be polygons (parts with fewer than
-      three points do not count), or a run-length code, plain or compressed, of exactly the image's size, and cover
-      at least one pixel.
-    - What is left out is neither trained on nor evaluated. Crowd regions (``iscrowd``) are no targets, but count in the
-      evaluation.
+    - A file that is unreadable, not in COCO's instance format, or has duplicate ids is an error.
+    - An image that is missing, unreadable, or of another size than the JSON file says is left out with its
+      annotations. Only file headers are read for this check. It is an error if all images are missing, or if an image
+      turns out to be damaged when it is decoded.
+    - As in COCO, annotations refer to the stored pixels: EXIF orientation is ignored. Images of any mode become RGB,
+      see `read_image`.
+    - Left out are annotations of unknown images or categories, those without a box of four finite numbers and without
+      a segmentation to derive one, and those with less than 0.01 pixels on a side of the box inside the image. Boxes
+      are clipped to the image.
+    - With `masks`, annotations without a usable segmentation are left out. It must consist of polygons (parts with
+      fewer than three points are ignored) or of a run-length code, plain or compressed, of exactly the image's size,
+      and cover at least one pixel.
+    - Everything left out is excluded from training and evaluation. Crowd regions (``iscrowd``) count in the evaluation
+      only.
 
     Parameters
     ----------
     annotations, images : Path
-        The json, and the folder that its file names are relative to; None where only `coco` is wanted.
+        The JSON file, and the folder that its file names are relative to; None if only `coco` is needed.
     masks : bool
-        Targets have masks.
+        Add masks to the targets.
     keep_empty : bool
-        Keep images without targets: for evaluation, where detections in them are mistakes.
+        Keep images without targets, as an evaluation must count false positives in them.
 
     Attributes
     ----------
     coco : COCO
-        The ground truth for the evaluation: as in the json, without what is left out, ``iscrowd``, ``bbox`` and
-        ``area`` filled in where absent. Segmentations are compressed run-length codes, or gone without `masks`, which
-        is what keeps a data set of COCO's size small. Copies made by pickle, such as those that data-loading
-        processes get, do not have this attribute.
+        The ground truth for the evaluation: the usable part of the JSON file with missing ``iscrowd``, ``bbox`` and
+        ``area`` filled in. To save memory, segmentations are compressed run-length codes, and absent without `masks`.
+        Pickled copies, such as those in data-loading processes, lack this attribute.
     categories : list of Category
         In order of id.
     image_ids : list of int
@@ -82,7 +81,7 @@ class CocoDataset(Dataset[Sample]):
     sizes : list of (int, int)
         Width and height by index.
     report : list of str
-        One line for each kind of thing that was left out, with a count and an example.
+        One line for each kind of invalid input, with a count and an example.
 
     Raises
     ------
@@ -117,7 +116,7 @@ class CocoDataset(Dataset[Sample]):
             if annotation["image_id"] not in known_images:
                 problem = "annotations of images that the json does not have"
             elif image is None:
-                continue  # its picture is in the report
+                continue  # reported with its image
             elif annotation["category_id"] not in label_of:
                 problem = "annotations of categories that the json does not have"
             else:
@@ -143,7 +142,7 @@ class CocoDataset(Dataset[Sample]):
         self.image_ids = [item["id"] for item in usable]
         self.sizes = [(item["width"], item["height"]) for item in usable]
         self._names = [item["file_name"] for item in usable]
-        # Flat arrays: lists of objects would be copied into every data-loading process by their reference counts.
+        # Flat arrays, because reference counts would make data-loading processes copy lists of objects.
         ordered = [annotation for image_id in self.image_ids for annotation in targets[image_id]]
         self._ends = np.cumsum([0] + [len(targets[image_id]) for image_id in self.image_ids])
         self._labels = np.array([label_of[annotation["category_id"]] for annotation in ordered], np.int64)
@@ -181,7 +180,7 @@ class CocoDataset(Dataset[Sample]):
         return image, target
 
     def path(self, index: int) -> Path:
-        """The picture of a sample."""
+        """Return the image file of a sample."""
         assert self._folder is not None, "the data set was made without pictures"
         return self._folder / self._names[index]
 
@@ -200,24 +199,27 @@ class CocoDataset(Dataset[Sample]):
 
 
 def check_categories(expected: Sequence[Category], found: Sequence[Category], what: str) -> None:
-    """Refuse data with other categories than a detector has.
+    """Check that data has the categories of a detector.
 
     Raises
     ------
     UserError
-        They differ; `what` names the data.
+        The categories differ; `what` names the data.
     """
     if list(expected) != list(found):
+        wanted, given = (
+            "({}{})".format(", ".join(f"{item.id} {item.name}" for item in items[:4]), ", ..." * (len(items) > 4))
+            for items in (expected, found)
+        )
         raise UserError(
-            f"{what} must have the detector's {len(expected)} categories {_few(expected)}, "
-            f"got {len(found)}: {_few(found)}"
+            f"{what} must have the detector's {len(expected)} categories {wanted}, got {len(found)}: {given}"
         )
 
 
 def find_data(root: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
-    """The json and the folder of images of a data set.
+    """Find the JSON file and the image folder of a data set.
 
-    Two layouts are known: ``annotations/instances_{split}.json`` with ``images/``, and COCO's own
+    Recognised are ``annotations/instances_{split}.json`` with ``images/``, and COCO's own
     ``annotations/instances_{split}2017.json`` with ``{split}2017/``.
 
     Raises
@@ -225,24 +227,27 @@ def find_data(root: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
     UserError
         The folder has neither.
     """
-    layouts = [
+    candidates = [
         (root / "annotations" / f"instances_{split}.json", root / "images"),
         (root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"),
     ]
-    for file, folder in layouts:
+    for file, folder in candidates:
         if file.is_file() and folder.is_dir():
             return file, folder
-    wanted = " or ".join(f"{file.relative_to(root)} with {folder.name}/" for file, folder in layouts)
+    wanted = " or ".join(f"{file.relative_to(root)} with {folder.name}/" for file, folder in candidates)
     raise UserError(f"{root} must have {wanted}")
 
 
-def _few(categories: Sequence[Category]) -> str:
-    shown = ", ".join(f"{category.id} {category.name}" for category in categories[:4])
-    return f"({shown}{', ...' * (len(categories) > 4)})"
+def load_train_and_val(root: Path, *, masks: bool) -> tuple[CocoDataset, CocoDataset]:
+    """Load the training and the validation set of a folder, see `find_data`."""
+    return (
+        CocoDataset(*find_data(root, "train"), masks=masks, keep_empty=False),
+        CocoDataset(*find_data(root, "val"), masks=masks, keep_empty=True),
+    )
 
 
 class _LeftOut:
-    """Counts of what is left out, by kind."""
+    """Counts of excluded items by kind, with an example."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
@@ -262,18 +267,18 @@ def _id(item: dict[str, Any]) -> int:
 
 
 def _is_whole(value: object) -> bool:
-    # as pycocotools keeps ids
+    # The range of pycocotools' ids.
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def is_finite(value: object) -> bool:
-    """Whether something from a json is a number to reckon with."""
-    # whole numbers in a json may be too large for a float
+    """Check that a value from a JSON file is a finite number."""
+    # Integers in JSON may be too large for a float.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def _read_instances(path: Path) -> dict[str, Any]:
-    """The json, with the fields that everything else relies on checked."""
+    """Read the JSON file and check the fields that the rest of the module relies on."""
     data = read_json(path)
 
     def refuse(problem: str) -> UserError:
@@ -314,14 +319,14 @@ def _read_instances(path: Path) -> dict[str, Any]:
 def _usable_pictures(
     items: list[dict[str, Any]], folder: Path, annotations: Path, left_out: _LeftOut
 ) -> list[dict[str, Any]]:
-    def look(item: dict[str, Any]) -> tuple[str, str] | None:
+    def problem_of(item: dict[str, Any]) -> tuple[str, str] | None:
         name, wanted = item["file_name"], (item["width"], item["height"])
         try:
             with Image.open(folder / name) as image:
                 size = image.size
         except FileNotFoundError:
             return "missing pictures", name
-        except Exception as error:  # the decoders raise nearly everything on damaged files
+        except Exception as error:  # decoders raise all kinds of errors on damaged files
             return "unreadable pictures", f"{name} ({error})"
         if size != wanted:
             sizes = f"{name} ({size[0]}x{size[1]}, json {wanted[0]}x{wanted[1]})"
@@ -331,8 +336,8 @@ def _usable_pictures(
     if not folder.is_dir():
         raise UserError(f"{folder}, the folder of the images of {annotations}, does not exist")
     usable, missing = [], 0
-    with ThreadPoolExecutor(8) as pool:  # hides the delay of network drives
-        for item, problem in zip(items, pool.map(look, items)):
+    with ThreadPoolExecutor(8) as pool:  # hides the latency of network drives
+        for item, problem in zip(items, pool.map(problem_of, items)):
             if problem is None:
                 usable.append(item)
             else:
@@ -344,7 +349,7 @@ def _usable_pictures(
 
 
 def _normalise(annotation: dict[str, Any], width: int, height: int, masks: bool) -> str | None:
-    """Fill in what an annotation lacks, in place; what is wrong with it when it cannot be used."""
+    """Complete an annotation in place; return the problem if it is unusable."""
     segmentation = annotation.pop("segmentation", None)
     box, area, code = annotation.get("bbox"), annotation.get("area"), None
     if box is not None and not (isinstance(box, list) and len(box) == 4 and all(map(is_finite, box))):
@@ -369,7 +374,7 @@ def _normalise(annotation: dict[str, Any], width: int, height: int, masks: bool)
 
 
 def encode_segmentation(segmentation: object, height: int, width: int) -> dict[str, Any] | None:
-    """The compressed run-length code of a segmentation; None where it is not one, or not of this size."""
+    """Convert a segmentation to a compressed run-length code; None if it is invalid or of another size."""
     code: dict[str, Any]
     if isinstance(segmentation, list):
         parts = [part for part in map(_polygon, segmentation) if part is not None]
@@ -396,28 +401,29 @@ def _polygon(points: object) -> npt.NDArray[np.float64] | None:
         array = np.array(points, np.float64)
     except (TypeError, ValueError, OverflowError):
         return None
-    # also false where there is a NaN
+    # NaN fails the comparison too.
     return array if array.ndim == 1 and bool((np.abs(array) < MAX_COORDINATE).all()) else None
 
 
 def _covered(counts: bytes) -> int:
-    """Pixels that a compressed run-length code covers; -1 when it is malformed.
+    """Count the pixels of a compressed run-length code; -1 if it is malformed.
 
-    pycocotools checks little: codes of another length make it return uninitialised memory, or write beyond its own.
+    pycocotools hardly checks codes: a wrong length makes it return uninitialised memory or write out of bounds.
     """
     characters = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
     if not len(characters) or characters.min() < 0 or characters.max() > 63 or characters[-1] & 32:
         return -1
-    # A number is a group of 5-bit digits, lowest first; bit 5 says that another follows, bit 4 of the last is the sign.
+    # A number is a group of 5-bit digits, lowest first. Bit 5 means that another digit follows; bit 4 of the last digit
+    # is the sign.
     last = (characters & 32) == 0
     starts = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
     digits = np.diff(np.concatenate([starts, [len(characters)]]))
-    if digits.max() > 7:  # beyond 32 bits
+    if digits.max() > 7:  # more than 32 bits
         return -1
     place = 5 * (np.arange(len(characters)) - np.repeat(starts, digits))
     runs = np.add.reduceat((characters & 31) << place, starts)
     runs -= np.where(characters[last] & 16, np.int64(1) << (5 * digits), 0)
-    # From the fourth on, a number is the difference to the one two before it.
+    # From the fourth on, each number is stored as the difference from the number two places before.
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return int(runs.sum()) if bool((runs >= 0).all()) else -1

@@ -1,9 +1,10 @@
-"""Image files: finding and reading them."""
+"""Image files."""
 
 from __future__ import annotations
 
 import glob
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +15,24 @@ from torch.nn import functional
 
 from ..errors import UserError
 
-# what is taken from a folder; a file that is named itself may be anything that Pillow reads
+# Suffixes of the images in a folder; a file given by name may have any format that Pillow reads.
 SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LARGEST_ASPECT = 32
 
 
-def find_images(patterns: list[str]) -> list[Path]:
-    """The image files that the command line names, each once, in the order of the names.
+def find_images(patterns: Sequence[str]) -> list[Path]:
+    """Find the image files that the command line names, without duplicates, in the order of `patterns`.
 
     Parameters
     ----------
     patterns
-        Files; folders, whose images (by suffix, see `SUFFIXES`) are taken in alphabetical order, without those of
-        sub-folders; or globs, ``**`` included, which match images by suffix too.
+        Files; folders, for their images (see `SUFFIXES`) in alphabetical order, without sub-folders; or glob patterns
+        including ``**``, for the images among the matches.
 
     Raises
     ------
     UserError
-        A pattern finds nothing.
+        A pattern matches no image.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
@@ -50,34 +51,34 @@ def find_images(patterns: list[str]) -> list[Path]:
 
 
 def read_image(path: Path, largest: int | None = None, *, upright: bool = True) -> tuple[Tensor, tuple[int, int]]:
-    """An image file as float32 RGB.
+    """Read an image file as float32 RGB.
 
     Parameters
     ----------
     path
-        Grey, palette and CMYK pictures are converted, with 65535 as white where a grey one has more than 8 bits, and 1
-        where it has floating-point numbers; transparency is dropped; of an animation, the first picture is taken.
+        Grey, palette and CMYK images are converted to RGB; white is 65535 in 16-bit grey images and 1 in
+        floating-point images. Transparency is dropped. The first frame of an animation is read.
     largest
-        A picture with a side of more pixels is shrunk to it while it is read, so that memory stays small.
+        Shrink larger images to this side while reading, which saves memory.
     upright
-        Turn it as its EXIF data says that the camera was held; otherwise it is taken as it is stored.
+        Rotate the image according to its EXIF orientation.
 
     Returns
     -------
-    float32 [3, H, W], RGB in 0..1, and the (width, height) that the file has.
+    float32 [3, H, W], RGB in 0..1, and the (width, height) of the file.
 
     Raises
     ------
     UserError
-        The file is missing, no image, damaged, or larger than Pillow's limit against decompression bombs.
+        The file is missing, not an image, damaged, or exceeds Pillow's limit against decompression bombs.
     """
     try:
         with warnings.catch_warnings():
-            # between once and twice the limit Pillow only warns
+            # Between once and twice the limit Pillow only warns.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 width, height = file.size
-                if upright and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # lying on a side
+                if upright and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # turned by a quarter
                     width, height = height, width
                 return _pixels(file, largest, upright), (width, height)
     except FileNotFoundError:
@@ -87,19 +88,19 @@ def read_image(path: Path, largest: int | None = None, *, upright: bool = True) 
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise UserError(f"{path}: has more than {limit} million pixels, the most that is opened") from None
-    except Exception as error:  # the decoders raise nearly everything on damaged files
+    except Exception as error:  # decoders raise all kinds of errors on damaged files
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """float32 [3, H, W] in 0..1 as an 8-bit picture."""
+    """Convert float32 [3, H, W] in 0..1 to an 8-bit picture."""
     return Image.fromarray((image * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
 
 
 def pad_elongated(image: Tensor) -> Tensor:
-    """An image [3, H, W] with its last row or column repeated until no side is longer than 32 times the other.
+    """Repeat the last row or column of an image [3, H, W] until no side is longer than 32 times the other.
 
-    Otherwise the shorter side could come to less than a pixel where the network resizes it.
+    Otherwise the network's resizing could shrink the shorter side to less than a pixel.
     """
     height, width = image.shape[1:]
     shortest = -(-max(height, width) // LARGEST_ASPECT)
@@ -109,13 +110,13 @@ def pad_elongated(image: Tensor) -> Tensor:
 
 def _pixels(file: Image.Image, largest: int | None, upright: bool) -> Tensor:
     if largest is not None and file.mode in ("L", "RGB"):
-        file.thumbnail((largest, largest), reducing_gap=2)  # now, because a JPEG need not be decoded at full size
+        file.thumbnail((largest, largest), reducing_gap=2)  # first, as a JPEG is then decoded at reduced size
     image = ImageOps.exif_transpose(file) if upright else file
     white = {"I": 65535, "F": 1}.get(image.mode.partition(";")[0])
     if white is not None:
         grey = np.nan_to_num(np.asarray(image, np.float32)) / np.float32(white)
         image = Image.fromarray(grey.clip(0, 1))
-    elif "transparency" in image.info:  # straight to RGB, Pillow warns
+    elif "transparency" in image.info:  # Pillow warns about a direct conversion
         image = image.convert("RGBA").convert("RGB")
     else:
         image = image.convert("RGB")

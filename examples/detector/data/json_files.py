@@ -1,4 +1,4 @@
-"""Reading and writing json files."""
+"""JSON files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..errors import UserError
 
 
 def read_json(path: Path) -> Any:
-    """The content of a json file.
+    """Read a JSON file.
 
     Raises
     ------
     UserError
-        It cannot be read, or is no json.
+        The file cannot be read, or is not JSON.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -28,7 +28,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: object, indent: int | None = None) -> None:
-    """Write a json file; `path` keeps its old content until the new is complete. NaN is refused."""
+    """Write a JSON file without NaN; `path` keeps its old content until the new content is complete."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""A synthetic COCO data set in which shape alone tells the categories, under strong geometric variation."""
+"""Synthetic COCO data set: categories that differ only in shape, under strong geometric variation."""
 
 from __future__ import annotations
 
@@ -18,61 +18,38 @@ from ..errors import UserError
 Array = npt.NDArray[np.float64]
 
 
-class Layout(NamedTuple):
-    """The parts of a category: arms from its centre, or a ring instead, and balls on the tips of the first arms."""
+class Parts(NamedTuple):
+    """Parts of a category: arms from its centre or else a ring, and balls on the tips of the first arms."""
 
     arms: int
     balls: int
 
 
 CATEGORIES = {
-    "club": Layout(arms=2, balls=1),
-    "dumbbell": Layout(arms=2, balls=2),
-    "tripod": Layout(arms=3, balls=0),
-    "cross": Layout(arms=4, balls=0),
-    "ring": Layout(arms=0, balls=0),
+    "club": Parts(arms=2, balls=1),
+    "dumbbell": Parts(arms=2, balls=2),
+    "tripod": Parts(arms=3, balls=0),
+    "cross": Parts(arms=4, balls=0),
+    "ring": Parts(arms=0, balls=0),
 }
 
 TUBE, BALL, RING = 0.25, 0.5, 0.7  # radii, in units of an arm's length
 
-MIN_SIDE = 32  # pixels of an image: below, the smallest objects are a few pixels
-LARGEST, SMALLEST = 0.255, 0.085  # an arm over the image's shorter side
-MIN_INSIDE, MIN_VISIBLE = 0.9, 0.75  # of an object's area: within the image; within it and not covered
-MIN_PIXELS = 16  # of an object, before others cover it
+MIN_SIDE = 32  # pixels; the smallest objects in it have a few pixels
+LARGEST, SMALLEST = 0.255, 0.085  # length of an arm / shorter side of the image
+MIN_INSIDE, MIN_VISIBLE = 0.9, 0.75  # fractions of an object's area: in the image, and not occluded
+MIN_PIXELS = 16  # area of an object before occlusion
 MAX_SIDE = 4096
 SUPERSAMPLING = 2
 
-COLOURS = (
-    np.array(
-        [
-            (255, 99, 92),
-            (255, 170, 61),
-            (247, 213, 72),
-            (88, 201, 110),
-            (48, 190, 214),
-            (84, 122, 255),
-            (160, 118, 250),
-            (244, 102, 160),
-        ]
-    )
-    / 255
-)
-BACKGROUNDS = (
-    np.array(
-        [
-            (26, 34, 58),
-            (45, 58, 74),
-            (58, 44, 70),
-            (30, 66, 70),
-            (84, 74, 66),
-            (196, 204, 210),
-            (222, 210, 190),
-            (190, 204, 184),
-        ]
-    )
-    / 255
-)
-LIGHT = np.array([-0.48, -0.62, 0.62])  # towards the lamp: left, up, to the viewer
+
+def _palette(colours: str) -> Array:
+    return np.array([list(bytes.fromhex(colour)) for colour in colours.split()]) / 255
+
+
+COLOURS = _palette("ff635c ffaa3d f7d548 58c96e 30bed6 547aff a076fa f466a0")
+BACKGROUNDS = _palette("1a223a 2d3a4a 3a2c46 1e4246 544a42 c4ccd2 ded2be beccb8")
+LIGHT = np.array([-0.48, -0.62, 0.62])  # direction of the lamp: left, up, towards the viewer
 
 
 def write_synthetic(
@@ -87,35 +64,34 @@ def write_synthetic(
 ) -> None:
     """Write a COCO data set: ``annotations/instances_{train,val}.json`` and ``images/*.jpg``.
 
-    The objects are put together from glossy tubes and balls. Colours, textures and parts are the same in all
-    categories: only how many parts there are and how they are joined tells them, and loose parts lie in the background.
-    Each object is rotated, scaled, sheared and stretched at random, each of its arms is bent, and another object may
-    cover up to a quarter of it. Annotations are of the visible pixels: masks as compressed run-length codes, boxes
-    tight around them.
+    The objects consist of glossy tubes and balls. Categories share colours, textures and parts; they differ in the
+    number of parts and how these are joined. Loose parts lie in the background. Each object is rotated, scaled, sheared
+    and stretched at random, its arms are bent, and up to a quarter of it is occluded. Annotations describe the visible
+    pixels: masks as compressed run-length codes, and tight boxes.
 
-    The same arguments give the same files, and a longer set begins with the shorter one.
+    Equal arguments give equal files, and a longer set starts with the shorter one.
 
     Parameters
     ----------
     folder : Path
-        Made if needed; files of the same names are replaced.
+        Created if needed; existing files of the same names are replaced.
     train, val : int
         Numbers of images.
     size : int or (int, int)
-        Width and height of the images in pixels, at least 32; one number for square ones. The objects grow with it.
+        Width and height of the images in pixels, at least 32; an int for square images. Objects scale with it.
     objects : (int, int)
-        Least and largest number of objects for an image. One that finds no place where enough of all objects would be
-        visible is left out, but every image has at least one.
+        Least and largest number of objects per image. An object is skipped if too little of it or of another would be
+        visible, but every image has at least one.
     deformation : float
-        Strength of the geometric variation: 0 is upright objects of one size and shape; 1 is all angles, a threefold
-        range of sizes, and arms that turn by up to 50 degrees; at most 2.
+        Strength of the geometric variation, 0 to 2. 0: upright objects of equal size and shape. 1: all angles, a
+        threefold range of sizes, and arms bent by up to 50 degrees.
     seed : int
-        Of everything random.
+        Seed of all random numbers.
 
     Raises
     ------
     UserError
-        An argument is out of its range, or the folder cannot be written.
+        An argument is out of range, or the folder cannot be written.
     """
     width, height = (size, size) if isinstance(size, int) else size
     if not MIN_SIDE <= min(width, height) <= max(width, height) <= MAX_SIDE:
@@ -153,7 +129,7 @@ def write_synthetic(
 
 
 class Stroke(NamedTuple):
-    """A tube around a line, or a ball around a point."""
+    """Tube around a line, or ball around a point."""
 
     points: Array  # [k, 2]
     along: Array  # [k], position along the line, for the texture
@@ -161,22 +137,22 @@ class Stroke(NamedTuple):
 
 
 class Sprite(NamedTuple):
-    """A drawn object, on its own."""
+    """Drawn object without background."""
 
-    colour: Array  # [h, w, 3], times `cover`
+    colour: Array  # [h, w, 3], multiplied by `cover`
     cover: Array  # [h, w], 0..1
 
 
 class _Scene:
-    """One image: the background, then objects on top of each other."""
+    """Image with a background and objects on top of each other."""
 
     def __init__(self, rng: np.random.Generator, width: int, height: int, deformation: float) -> None:
         self._rng = rng
         self._width, self._height, self._side = width, height, min(width, height)
         self._deformation = deformation
-        self._owner = np.full((height, width), -1)  # the index of the object that is seen
+        self._owner = np.full((height, width), -1)  # index of the visible object
         self._labels: list[int] = []
-        self._areas: list[int] = []  # of the objects when nothing hides them
+        self._areas: list[int] = []  # of the objects without occlusion
         self._canvas = self._background()
         for _ in range(rng.integers(2, 6)):
             self._clutter()
@@ -210,7 +186,7 @@ class _Scene:
         return found
 
     def _background(self) -> Array:
-        """A gradient between two tones with soft stains."""
+        """Draw a gradient between two tones with soft stains."""
         rng = self._rng
         first, second = BACKGROUNDS[rng.integers(len(BACKGROUNDS))] * rng.uniform(0.8, 1.15, (2, 1))
         angle = rng.uniform(0, 2 * math.pi)
@@ -223,7 +199,7 @@ class _Scene:
         return canvas
 
     def _clutter(self) -> None:
-        """A loose part, small and pale."""
+        """Draw a loose part, small and pale."""
         rng = self._rng
         scale = rng.uniform(0.04, 0.085) * self._side
         arm = _arm(rng.uniform(0, 2 * math.pi), 1.6, rng.normal(0, 1), 0.27)
@@ -235,13 +211,13 @@ class _Scene:
         self._canvas[paper] += 0.45 * sprite.colour[patch] - cover * self._canvas[paper]
 
     def _paint(self) -> tuple[Array, Array, int]:
-        """Two colours and the texture: none, bands, or from one to the other."""
+        """Choose two colours and a texture: plain, bands, or a gradient between the colours."""
         rng = self._rng
         hue = rng.integers(len(COLOURS))
         first, second = COLOURS[[hue, (hue + rng.choice([-1, 1])) % len(COLOURS)]] * rng.uniform(0.85, 1.05, (2, 1))
         return first, second, int(rng.integers(3))
 
-    def _object(self, layout: Layout) -> Sprite:
+    def _object(self, parts: Parts) -> Sprite:
         rng, strength = self._rng, self._deformation
         spread = strength * rng.uniform(-1, 1)
         scale = self._side * math.sqrt(LARGEST * SMALLEST) * (LARGEST / SMALLEST) ** (spread / 2)
@@ -251,24 +227,24 @@ class _Scene:
         turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
         matrix = scale * turn @ np.array([[aspect, shear], [0, 1 / aspect]])
 
-        if not layout.arms:
+        if not parts.arms:
             return _draw([_ring(strength * rng.normal(0, 0.12, 2))], matrix, *self._paint())
         strokes = []
-        for index in range(layout.arms):
-            to = math.pi * (2 * index / layout.arms - 0.5) + strength * rng.uniform(-0.2, 0.2)
+        for index in range(parts.arms):
+            to = math.pi * (2 * index / parts.arms - 0.5) + strength * rng.uniform(-0.2, 0.2)
             length = 1 + strength * rng.uniform(-0.15, 0.15)
             arm = _arm(to, length, strength * rng.uniform(-0.9, 0.9), TUBE)
             strokes.append(arm)
-            if index < layout.balls:
+            if index < parts.balls:
                 radius = BALL * (1 + strength * rng.uniform(-0.15, 0.15))
                 strokes.append(Stroke(arm.points[-1:], arm.along[-1:], radius))
         return _draw(strokes, matrix, *self._paint())
 
     def _place(self, sprite: Sprite, label: int) -> bool:
-        """Put an object at a random position, unless too little of it or of another would be seen."""
+        """Put an object at a random position; return False if too little of it or of another would be visible."""
         rng = self._rng
         height, width = sprite.cover.shape
-        # the centre keeps a distance from the border, so that even the longest object can be inside
+        # The centre keeps a distance from the border, so that even the longest object fits.
         y, x = (int(rng.uniform(0.1, 0.9) * n - k / 2) for n, k in ((self._height, height), (self._width, width)))
         paper, patch = _overlap(self._canvas.shape, sprite.cover.shape, y, x)
         solid = sprite.cover >= 0.5
@@ -288,7 +264,7 @@ class _Scene:
         return True
 
     def _shade(self, cover: Array, y: int, x: int) -> None:
-        """The soft shadow that an object casts."""
+        """Draw the soft shadow of an object."""
         blur = 0.022 * self._side
         margin = math.ceil(3 * blur)
         dark = Image.fromarray((np.pad(cover, margin) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(blur))
@@ -298,7 +274,7 @@ class _Scene:
 
 
 def _arm(angle: float, length: float, bend: float, radius: float) -> Stroke:
-    """A tube from (0, 0) to the direction `angle`, which turns by `bend` up to its tip; radians."""
+    """Build a tube that leaves (0, 0) in the direction `angle` and turns by `bend` up to its tip; radians."""
     along = np.linspace(0, length, 13)
     angles = angle + bend * along / length
     steps = np.stack([np.cos(angles), np.sin(angles)], 1) * along[1]
@@ -307,7 +283,7 @@ def _arm(angle: float, length: float, bend: float, radius: float) -> Stroke:
 
 
 def _ring(dents: Array) -> Stroke:
-    """A closed tube around (0, 0); `dents` are the strengths of its oval and of its three-cornered part."""
+    """Build a closed tube around (0, 0); `dents` are the strengths of its oval and its triangular deformation."""
     around = np.linspace(0, 2 * math.pi, 33)
     distance = RING * (1 + dents[0] * np.cos(2 * around) + dents[1] * np.cos(3 * around))
     points = distance[:, None] * np.stack([np.cos(around), np.sin(around)], 1)
@@ -315,7 +291,7 @@ def _ring(dents: Array) -> Stroke:
 
 
 def _draw(strokes: list[Stroke], matrix: Array, first: Array, second: Array, texture: int) -> Sprite:
-    """Solid strokes under a lamp; `matrix` [2, 2] takes their coordinates to pixels."""
+    """Render solid strokes under a lamp; `matrix` [2, 2] maps their coordinates to pixels."""
     fine = matrix * SUPERSAMPLING
     reach = np.linalg.norm(fine, axis=1)  # half the box around a circle of radius 1
     low = np.min([(s.points @ fine.T - s.radius * reach).min(0) for s in strokes], axis=0)
@@ -323,7 +299,7 @@ def _draw(strokes: list[Stroke], matrix: Array, first: Array, second: Array, tex
     origin = np.floor(low) - SUPERSAMPLING
     cells = np.ceil((high - origin) / SUPERSAMPLING).astype(int) + 1
     shape = (cells[1] * SUPERSAMPLING, cells[0] * SUPERSAMPLING)
-    # positions of the pixels' centres in the strokes' coordinates
+    # Pixel centres in the coordinates of the strokes.
     inverse = np.linalg.inv(fine)
     column, row = np.arange(shape[1]) + 0.5 + origin[0], np.arange(shape[0])[:, None] + 0.5 + origin[1]
     x, y = ((inverse[i, 0] * column + inverse[i, 1] * row).astype(np.float32) for i in (0, 1))
@@ -364,7 +340,7 @@ def _draw(strokes: list[Stroke], matrix: Array, first: Array, second: Array, tex
 def _overlap(
     paper: tuple[int, ...], patch: tuple[int, ...], y: int, x: int
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Where a patch with its corner at (y, x) is on the paper, in coordinates of both."""
+    """Return the overlap of the paper and of a patch with its corner at (y, x), in coordinates of both."""
     onto, of = [], []
     for start, large, small in ((y, paper[0], patch[0]), (x, paper[1], patch[1])):
         first, last = max(start, 0), max(min(start + small, large), max(start, 0))

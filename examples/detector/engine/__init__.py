@@ -14,7 +14,7 @@ from .evaluation import (
     write_results,
 )
 from .interruption import Interrupted
-from .training import CHECKPOINT, MODEL, Trainer, train
+from .training import CHECKPOINT, MODEL, Trainer, build_and_train, build_trainer, train
 
 __all__ = [
     "CHECKPOINT",
@@ -25,6 +25,8 @@ __all__ = [
     "Metrics",
     "Scores",
     "Trainer",
+    "build_and_train",
+    "build_trainer",
     "coco_metrics",
     "compared",
     "detect",

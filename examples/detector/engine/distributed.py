@@ -1,4 +1,4 @@
-"""What `torchrun` sets up: ranks, the process group, lists gathered from all processes."""
+"""Processes under `torchrun`: ranks, process group, device and gathered lists."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """The number of this process, 0 without a process group."""
+    """Return the index of this process; 0 without a process group."""
     return dist.get_rank() if _active() else 0
 
 
 def world_size() -> int:
-    """The number of processes, 1 without a process group."""
+    """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if _active() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that prints and writes files."""
+    """Return True in the process that prints and writes files."""
     return rank() == 0
 
 
 def gather_lists(items: list[T]) -> list[T]:
-    """The items of all processes, those of rank 0 first; every process gets them. All must call it."""
+    """Gather the items of all processes in order of rank. Every process must call it and gets the result."""
     if world_size() == 1:
         return list(items)
     gathered: list[list[T]] = [[] for _ in range(world_size())]
@@ -41,17 +41,17 @@ def gather_lists(items: list[T]) -> list[T]:
 
 @contextmanager
 def session(device: str | torch.device = "auto") -> Iterator[torch.device]:
-    """The device of this process, and the process group while the context lasts when `torchrun` started several.
+    """Open the device of this process and, under `torchrun`, the process group for the time of a context.
 
     Parameters
     ----------
     device
-        ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: the GPU if there is one. Under `torchrun`, GPU number LOCAL_RANK.
+        ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for the GPU if there is one. Under `torchrun`: GPU LOCAL_RANK.
 
     Raises
     ------
     UserError
-        There is no such device.
+        The device does not exist.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _choose(device, int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else None)

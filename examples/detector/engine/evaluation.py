@@ -1,4 +1,4 @@
-"""Detections of a data set, and their average precision by the standard packages."""
+"""Evaluation: detections in a data set and their COCO average precision from the standard packages."""
 
 from __future__ import annotations
 
@@ -34,25 +34,15 @@ TITLES: dict[Kind, str] = {"bbox": "box", "segm": "mask"}
 
 @dataclass(frozen=True)
 class Scores:
-    """Average precision in 0..1 as COCO defines it; NaN where there is no ground truth.
+    """Average precision in 0..1 as defined by COCO; NaN without ground truth."""
 
-    Attributes
-    ----------
-    AP
-        Mean over the overlaps 0.50, 0.55, ..., 0.95; `AP50` and `AP75` are at one overlap.
-    APs, APm, APl
-        Of objects of less than 32^2 pixels, of up to 96^2, and larger ones.
-    per_category
-        AP by category id.
-    """
-
-    AP: float
+    AP: float  # mean over the IoU thresholds 0.50, 0.55, ..., 0.95
     AP50: float
     AP75: float
-    APs: float
-    APm: float
-    APl: float
-    per_category: dict[int, float]
+    APs: float  # objects below 32^2 pixels
+    APm: float  # objects up to 96^2 pixels
+    APl: float  # larger objects
+    per_category: dict[int, float]  # AP by category id
 
 
 Metrics = dict[Kind, Scores]
@@ -68,14 +58,15 @@ def detect(
     progress: bool = True,
     amp_dtype: torch.dtype | None = None,
 ) -> list[dict[str, Any]]:
-    """Detections in all images of a data set.
+    """Detect objects in all images of a data set.
 
-    Under `torchrun` each process takes a share of the images and gets the results of all.
+    Under `torchrun` each process handles a part of the images and gets all results.
 
     Returns
     -------
-    Entries of a COCO results json in the order of the images, each image's best first: ``image_id``, ``category_id``,
-    ``bbox`` (x, y, width, height), ``score`` and, from a network with masks, ``segmentation`` (run lengths).
+    Entries of a COCO results file in the order of the images, then of decreasing score: ``image_id``,
+    ``category_id``, ``bbox`` (x, y, width, height), ``score`` and, from a network with masks, ``segmentation`` (run
+    lengths).
     """
     share = range(rank(), len(dataset), world_size())
     loader: DataLoader[Sample | UserError] = DataLoader(
@@ -86,7 +77,7 @@ def detect(
         pin_memory=device.type == "cuda",
     )
     results = []
-    quiet = None if progress and is_main() else True  # None: unless stderr is no terminal
+    quiet = None if progress and is_main() else True  # None: show it on a terminal
     bar = tqdm(total=len(share), desc="detecting", unit="image", leave=False, disable=quiet)
     with evaluating(model), bar:
         for batch in loader:
@@ -103,12 +94,12 @@ def detect(
 
 
 def compared(network: NetworkConfig) -> tuple[Kind, ...]:
-    """What a detector's evaluation compares."""
+    """Return the kinds of results that a detector is evaluated on."""
     return ("bbox", "segm") if network.detector == "mask" else ("bbox",)
 
 
 class _Share(Dataset[Sample | UserError]):
-    """Some samples of a data set, or the error that reading one raised: a DataLoader would make it a traceback."""
+    """Part of a data set; an unreadable sample is its `UserError`, which a DataLoader would turn into a traceback."""
 
     def __init__(self, dataset: CocoDataset, indices: Sequence[int]) -> None:
         self.dataset = dataset
@@ -132,32 +123,32 @@ def coco_metrics(
     *,
     package: Package = "auto",
 ) -> Metrics:
-    """Average precision of detections.
+    """Compute the average precision of detections.
 
     Parameters
     ----------
     coco
-        The ground truth as `CocoDataset` completes it, with masks where they are compared; it stays as it is.
+        Ground truth from `CocoDataset`, with masks if they are compared; it is not modified.
     results
-        Entries of a COCO results json.
+        Entries of a COCO results file.
     image_ids
-        The images to count; results in others are ignored.
+        Images to evaluate; results in others are ignored.
     kinds
-        What to compare: boxes, masks or both. The area of a detection is that of its box or its mask accordingly.
+        Compare boxes, masks or both. The area of a detection is that of its box or of its mask accordingly.
     package
-        ``auto`` takes faster-coco-eval when it is installed. Both give the same numbers.
+        ``auto`` uses faster-coco-eval if it is installed. Both packages give the same numbers.
 
     Raises
     ------
     UserError
-        Some results have no box, or no mask, and it is to be compared.
+        A result lacks the box or the mask to compare.
     """
     chosen = sorted(set(image_ids))
     return {kind: _evaluate(_ground_truth(coco, chosen, kind), results, kind, package) for kind in kinds}
 
 
 def metrics_table(metrics: Metrics, categories: Sequence[Category]) -> str:
-    """The numbers as text: a line for boxes, one for masks, then one for each category."""
+    """Format metrics as text: a line for boxes, one for masks, then one per category."""
     overall = [["", *SUMMARY]]
     for kind, scores in metrics.items():
         overall.append([TITLES[kind], *(_number(getattr(scores, name)) for name in SUMMARY)])
@@ -176,10 +167,10 @@ def metrics_table(metrics: Metrics, categories: Sequence[Category]) -> str:
 def write_results(
     folder: Path, results: Sequence[dict[str, Any]], metrics: Metrics, categories: Sequence[Category]
 ) -> None:
-    """Write ``metrics.json`` and, for each kind compared, ``detections_bbox.json`` or ``detections_segm.json``.
+    """Write ``metrics.json`` and, for each evaluated kind, ``detections_bbox.json`` or ``detections_segm.json``.
 
-    The latter are COCO results files, as other programs and `load_results` read them. Numbers without a value are
-    null. A file is replaced only when it has been written completely.
+    The latter are COCO results files for other programs and `load_results`. NaN becomes null. A file is replaced only
+    after the new one has been written completely.
 
     Raises
     ------
@@ -204,16 +195,16 @@ def write_results(
 
 
 def load_results(path: Path, coco: pycocotools.coco.COCO) -> tuple[list[dict[str, Any]], tuple[Kind, ...]]:
-    """Read a COCO results json.
+    """Read a COCO results file.
 
     Returns
     -------
-    Its entries, and what all of them have: boxes, masks or both. An empty list counts as boxes.
+    The entries, and the kinds that all of them have: boxes, masks or both. An empty list counts as boxes.
 
     Raises
     ------
     UserError
-        The file is missing or no such json, or does not fit the ground truth; the message says where.
+        The file is missing, malformed or does not fit the ground truth; the message names the entry.
     """
     results = read_json(path)
     if not isinstance(results, list):
@@ -229,7 +220,7 @@ def load_results(path: Path, coco: pycocotools.coco.COCO) -> tuple[list[dict[str
 
 
 def _evaluate(truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: Kind, package: Package) -> Scores:
-    """Run the standard package on a data set of its own, which it may change."""
+    """Run the standard package on a copy of the data, which it may change."""
     COCO, COCOeval = _classes(package)
     ids = {image["id"] for image in truth["images"]}
     found = _of_kind((result for result in results if result["image_id"] in ids), kind)
@@ -239,7 +230,7 @@ def _evaluate(truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: Ki
         coco.createIndex()
         if found:
             detections = coco.loadRes(found)
-        else:  # which pycocotools cannot load
+        else:  # pycocotools cannot load an empty list
             detections = COCO()
             detections.dataset = {**truth, "annotations": []}
             detections.createIndex()
@@ -247,7 +238,7 @@ def _evaluate(truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: Ki
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    # the axes of precision: overlaps, recalls, categories, areas (the first: all), most detections (the last: 100)
+    # Axes of precision: IoU, recall, category, area (the first is all), detections per image (the last is 100).
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     per_category = {
         int(category): float(np.mean(values[values > -1])) if (values > -1).any() else math.nan
@@ -270,13 +261,13 @@ def _classes(package: Package) -> tuple[Any, Any]:
 
 
 def _ground_truth(coco: pycocotools.coco.COCO, image_ids: list[int], kind: Kind) -> dict[str, Any]:
-    """The part of the data set that counts, in objects of its own."""
+    """Copy the evaluated part of the data set."""
     keys = ["image_id", "category_id", "bbox", "area", "iscrowd", *(["segmentation"] if kind == "segm" else [])]
     counted = (annotation for image_id in image_ids for annotation in coco.imgToAnns.get(image_id, []))
     return {
         "images": [{key: coco.imgs[image_id][key] for key in ("id", "height", "width")} for image_id in image_ids],
         "categories": [dict(category) for category in coco.cats.values()],
-        # The packages take the id 0 for no match.
+        # The packages use the id 0 for no match.
         "annotations": [
             {"id": number, **{key: annotation[key] for key in keys}} for number, annotation in enumerate(counted, 1)
         ],
@@ -284,7 +275,7 @@ def _ground_truth(coco: pycocotools.coco.COCO, image_ids: list[int], kind: Kind)
 
 
 def _of_kind(results: Iterable[dict[str, Any]], kind: Kind) -> list[dict[str, Any]]:
-    """Entries with the box or the mask alone: the packages take the area from the box where there are both."""
+    """Reduce entries to the box or the mask, as the packages take the area from the box if both are present."""
     keys = ("image_id", "category_id", FIELDS[kind], "score")
     try:
         return [{key: result[key] for key in keys} for result in results]
@@ -293,7 +284,7 @@ def _of_kind(results: Iterable[dict[str, Any]], kind: Kind) -> list[dict[str, An
 
 
 def _problem(result: Any, coco: pycocotools.coco.COCO) -> str | None:
-    """What is wrong with an entry of a results json."""
+    """Return the problem with an entry of a results file, or None."""
     if not isinstance(result, dict):
         return f"must be an object, got {_name(result)}"
     for key in ("image_id", "category_id", "score"):

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as requests to stop at the next good moment."""
+"""SIGINT and SIGTERM as requests to stop after the current iteration."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from types import FrameType
 from typing import Any
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
-SAME_REQUEST = 1.0  # seconds within which a signal that comes again is the same request, forwarded by a launcher
+SAME_REQUEST = 1.0  # seconds; launchers forward a signal that the process has already received
 
 
 class Interrupted(KeyboardInterrupt):
-    """The program was asked to stop and did; the text says where it got to.
+    """Stop on request of the user; the text says what has been saved.
 
     Attributes
     ----------
     exit_code : int
-        What the shell expects: 130 after SIGINT, 143 after SIGTERM.
+        Conventional exit code: 130 after SIGINT, 143 after SIGTERM.
     """
 
     def __init__(self, number: int, text: str) -> None:
@@ -29,12 +29,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequests:
-    """A context in which the first signal is only noted in `received`; the second raises `Interrupted` at once.
+    """Context that stores the first signal in `received` and raises `Interrupted` at the second.
 
     Parameters
     ----------
     text : str
-        Of `Interrupted`.
+        Text of `Interrupted`.
     """
 
     def __init__(self, text: str) -> None:
@@ -54,7 +54,7 @@ class StopRequests:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """A context in which the first signal, or one that has been noted, raises `Interrupted` too."""
+        """Raise `Interrupted` at the first signal in a context, or immediately if one has been received."""
         self._at_once = True
         try:
             if self.received:
@@ -71,5 +71,5 @@ class StopRequests:
         self.received, self._since = number, now
         if again or self._at_once:
             raise Interrupted(number, self.text)
-        # Not print, which the signal may have come in the middle of.
+        # Not print, which the signal may have interrupted.
         os.write(2, b"\nstopping after this iteration; once more to stop at once\n")

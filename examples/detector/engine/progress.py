@@ -1,4 +1,4 @@
-"""What training shows: a progress bar or lines of text, and TensorBoard."""
+"""Progress of the training: a bar or lines of text, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from pathlib import Path
 
 import torch
 from dcnops.adapters.torch.spatial_support import LayerStatistics
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ..errors import UserError
 
-LOG_EVERY = 20  # iterations that are averaged for a line of text and a point in TensorBoard
+LOG_EVERY = 20  # iterations averaged in a line of text and a point in TensorBoard
 
 
 class Progress:
-    """A bar on a terminal, else a line now and then, both on stderr; scalars for TensorBoard.
+    """Progress bar on a terminal, else regular lines of text, on stderr; scalars and histograms for TensorBoard.
 
     Parameters
     ----------
     folder : Path
-        Where TensorBoard's files go. What an earlier run logged there after iteration `first` no longer counts.
+        Folder for TensorBoard. Entries of an earlier run after iteration `first` are purged.
     device : torch.device
-        Whose memory is shown: the most that was allocated on a GPU, or that the process had in all.
+        Device to report memory of: the peak of a GPU's allocations, or of the process on the CPU.
     first, total : int
-        Iterations already done, and to do in all.
+        Finished iterations, and all iterations.
     per_epoch : int
-        Iterations of an epoch.
+        Iterations per epoch.
     """
 
     def __init__(self, folder: Path, device: torch.device, *, first: int, total: int, per_epoch: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         self.device = device
         self.first, self.total, self.per_epoch = first, total, per_epoch
         try:
@@ -58,7 +59,7 @@ class Progress:
         self.writer.close()
 
     def iteration(self, done: int, losses: Mapping[str, float], lr: float, gradient_norm: float) -> None:
-        """Note an iteration, the one with which `done` are done; its time is counted from the last call."""
+        """Record iteration number `done`, counted from 1; its time starts at the previous call."""
         now = time.perf_counter()
         self.seconds += now - self.clock
         self.clock = now
@@ -75,7 +76,7 @@ class Progress:
         self.sums, self.count, self.seconds_logged = {}, 0, self.seconds
         scalars = {f"train/{name}": value for name, value in means.items()}
         scalars |= {"train/lr": lr, "train/seconds_per_iteration": each}
-        if math.isfinite(gradient_norm):  # it is not where float16 overflows
+        if math.isfinite(gradient_norm):  # float16 gradients may overflow
             scalars["train/gradient_norm"] = gradient_norm
         self.scalars(done, scalars)
         if not self.terminal:
@@ -90,14 +91,14 @@ class Progress:
             )
 
     def scalars(self, done: int, values: Mapping[str, float]) -> None:
-        """Points of TensorBoard's curves; those without a number are left out."""
+        """Add scalars to TensorBoard, except NaN."""
         for name, value in values.items():
             if not math.isnan(value):
                 self.writer.add_scalar(name, value, done)
         self.writer.flush()
 
     def offsets(self, done: int, statistics: Mapping[str, LayerStatistics]) -> None:
-        """Histograms of the offsets and masks of each deformable layer, and the share of samples off the map."""
+        """Add histograms of each deformable layer's offsets and masks, and the share of samples off the map."""
         for name, layer in statistics.items():
             for kind, values in (("offsets", layer.lengths), ("masks", layer.masks)):
                 if values is not None and (finite := values[values.isfinite()]).numel():
@@ -106,12 +107,12 @@ class Progress:
             self.writer.add_scalar(f"off_the_map/{name}", layer.outside, done)
 
     def say(self, text: str) -> None:
-        """Print on stdout without disturbing the bar."""
+        """Print on stdout without breaking the bar."""
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
     def resume_clock(self) -> None:
-        """Leave the time since the last iteration out of the rates."""
+        """Exclude the time since the last iteration from the rates."""
         self.bar.unpause()
         self.clock = time.perf_counter()
 

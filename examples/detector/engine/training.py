@@ -1,4 +1,4 @@
-"""The training loop."""
+"""Training loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ..config import Config, TrainingConfig
 from ..data import AspectRatioBatches, Batch, CocoDataset, check_categories, load_batches
 from ..errors import UserError
-from ..model import MimickingDetector, load_checkpoint, restore_model, save_checkpoint
+from ..model import (
+    MimickingDetector,
+    build_detector,
+    load_backbone,
+    load_checkpoint,
+    restore_model,
+    save_checkpoint,
+)
 from ..predict import AMP_TYPES
 from .distributed import gather_lists, is_main, rank, world_size
 from .evaluation import SUMMARY, Metrics, coco_metrics, compared, detect, metrics_table, write_results
@@ -30,12 +37,13 @@ from .interruption import Interrupted, StopRequests
 from .progress import Progress
 
 CHECKPOINT, MODEL = "checkpoint.pth", "model.pth"
-# Iterations in a row that float16 may leave out, each of which halves the scale of the loss, 65536 at first.
+HINT = "the same command with --resume goes on from there"
+# Largest number of consecutive float16 iterations without a step; each halves the loss scale, initially 65536.
 MOST_SKIPPED = 30
-# Named anew in torch 2.15.
+# torch 2.15 renamed the argument.
 KNOWN = inspect.signature(DistributedDataParallel).parameters
 NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in KNOWN else "broadcast_buffers": False}
-# All that may differ in a resumed run, as it changes nothing in the iterations before.
+# Options that a resumed run may change, as they do not affect finished iterations.
 CHANGEABLE = [("training", name) for name in ("epochs", "workers", "save_every", "evaluate_every", "log_offsets_every")]
 
 
@@ -48,42 +56,42 @@ def train(
     device: torch.device,
     *,
     resume: bool = False,
-    hint: str = "the same command with --resume goes on from there",
+    hint: str = HINT,
 ) -> Metrics | None:
-    """Train a detector; in several processes when `distributed.session` has been entered under `torchrun`.
+    """Train a detector; in several processes inside `distributed.session` under `torchrun`.
 
-    All that is random is a function of the seed, the iteration and the process. On the CPU a resumed run therefore
-    gives the very parameters of one that was not interrupted, whatever the number of reading processes.
+    All random numbers depend on the seed, the iteration and the process only. On the CPU, a resumed run therefore
+    yields exactly the parameters of an uninterrupted one, for any number of data-loading processes.
 
     Parameters
     ----------
     model : nn.Module
-        From `build_detector`, with pretrained weights if any; moved to `device` and trained in place.
+        From `build_detector`, optionally with pretrained weights; moved to `device` and trained in place.
     config : Config
-        What the model was built from, and how to train it.
+        Configuration of the model and of the training.
     train_set, val_set : CocoDataset
-        `val_set` is evaluated; without it nothing is.
+        Without `val_set` there is no evaluation.
     out : Path
-        Gets ``checkpoint.pth`` (every `save_every` iterations and after each epoch), ``model.pth`` (at the end, what
-        prediction needs), ``metrics.json`` with the detections of the last evaluation, and ``tensorboard/``.
+        Output folder: ``checkpoint.pth`` (every `save_every` iterations and after each epoch), ``model.pth`` (at the
+        end, for prediction), ``metrics.json`` and the detections of the last evaluation, and ``tensorboard/``.
     device : torch.device
     resume : bool
-        Go on from ``checkpoint.pth``. The model's own parameters do not matter then.
+        Continue from ``checkpoint.pth``, which replaces the model's parameters.
     hint : str
-        What the user is told after an interruption.
+        Advice for the user after an interruption.
 
     Returns
     -------
     Metrics or None
-        Of the last evaluation, in the main process.
+        Metrics of the last evaluation, in the main process.
 
     Raises
     ------
     UserError
-        `out` has a run already, or with `resume` none that was made with the same options and data; the categories of
-        the two data sets differ; an image cannot be read; the loss or the gradient is not finite.
+        `out` already holds a run; with `resume`, it holds none with the same options and data; the categories of the
+        data sets differ; an image cannot be read; the loss or the gradient is not finite.
     Interrupted
-        After SIGINT or SIGTERM; a checkpoint was saved first, unless a second signal asked to stop at once.
+        SIGINT or SIGTERM was received. A checkpoint is saved first, unless a second signal asks to stop at once.
     """
     options = config.training
     if val_set is not None:
@@ -100,8 +108,7 @@ def train(
     run = {"images": len(train_set), "processes": world_size()}
     first = 0
     model.to(device)
-    mimics = config.mimics()
-    trainer = Trainer(MimickingDetector(model, mimics) if mimics else model, options, device, len(batches))
+    trainer = build_trainer(model, config, device, len(batches))
     if resume:
         first = _resume(out / CHECKPOINT, model, trainer, config, train_set, run)
         if first > total:
@@ -168,8 +175,27 @@ def train(
             return _evaluate(model, config, val_set, out, device, progress, total)
 
 
+def build_and_train(
+    config: Config,
+    train_set: CocoDataset,
+    val_set: CocoDataset | None,
+    out: Path,
+    device: torch.device,
+    *,
+    weights: str = "none",
+    resume: bool = False,
+    hint: str = HINT,
+) -> Metrics | None:
+    """Build a detector, load the `weights` of its backbone (see `load_backbone`) and train it (see `train`)."""
+    torch.manual_seed(config.training.seed)
+    model = build_detector(config.network, len(train_set.categories))
+    if weights != "none" and not resume:
+        load_backbone(model, weights, config.network.backbone)
+    return train(model, config, train_set, val_set, out, device, resume=resume, hint=hint)
+
+
 def learning_rate_factor(config: TrainingConfig, iteration: int, iterations_per_epoch: int) -> float:
-    """What the learning rate is multiplied by in an iteration, counted from 0: warm-up and steps."""
+    """Return the learning rate factor of an iteration, counted from 0: warm-up and steps."""
     factor: float = 0.1 ** sum(iteration >= step * iterations_per_epoch for step in config.lr_steps)
     if iteration < config.warmup_iterations:
         factor *= config.warmup_factor + (1 - config.warmup_factor) * iteration / config.warmup_iterations
@@ -177,17 +203,17 @@ def learning_rate_factor(config: TrainingConfig, iteration: int, iterations_per_
 
 
 class Step(NamedTuple):
-    """What an iteration came to."""
+    """Result of an iteration."""
 
-    losses: dict[str, float]  # averages over the processes; those of this one where they are not finite
+    losses: dict[str, float]  # means over the processes; of this process if not finite
     gradient_norm: float
     lr: float
-    not_finite: bool  # nothing was changed by this iteration
-    stop: int  # the signal that any process has received, or 0
+    not_finite: bool  # then the iteration has changed nothing
+    stop: int  # signal that any process has received, or 0
 
 
 class Trainer:
-    """A model on its device, its optimiser, and the loss scaler that float16 needs."""
+    """Model, optimiser, and loss scaler for float16."""
 
     def __init__(
         self, model: nn.Module, config: TrainingConfig, device: torch.device, iterations_per_epoch: int
@@ -202,14 +228,14 @@ class Trainer:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = _optimizer(groups, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
-        self.skipped = 0  # iterations in a row
-        # The buffers, those of frozen BatchNorm, are constants.
+        self.skipped = 0  # consecutive iterations without a step
+        # The buffers belong to frozen BatchNorm and are constant.
         self.parallel = DistributedDataParallel(model, **NO_BUFFERS) if world_size() > 1 else model
 
     def step(self, batch: Batch, iteration: int, stop: int = 0, observer: OffsetObserver | None = None) -> Step:
-        """Run iteration number `iteration`, counted from 0, unless the loss is not finite.
+        """Run iteration `iteration`, counted from 0; skip the update if the loss is not finite.
 
-        `stop` is the signal that this process has received, or 0. The `observer` watches the forward pass.
+        `stop` is the signal that this process has received, or 0. `observer` records the offsets of the forward pass.
         """
         seed = np.random.SeedSequence((self.config.seed, iteration, rank())).generate_state(1)
         torch.manual_seed(int(seed[0]))
@@ -232,9 +258,9 @@ class Trainer:
             clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
 
         wrong = ~loss.isfinite()
-        if not self.scaler.is_enabled():  # which leaves such a step out itself, and scales the next loss less
+        if not self.scaler.is_enabled():  # the scaler skips such a step itself and lowers the scale
             wrong |= ~norm.isfinite()
-        # One exchange between the processes in each iteration.
+        # A single exchange between the processes per iteration.
         shared = torch.cat([flags, wrong[None], values.detach()])
         if world_size() > 1:
             dist.all_reduce(shared)
@@ -255,18 +281,24 @@ class Trainer:
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides the model."""
+        """Return the state that a checkpoint holds in addition to the model."""
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         if isinstance(self.model, MimickingDetector):
             state["crop_classifier"] = self.model.classifier.state_dict()
         return state
 
     def load_state(self, content: dict[str, Any]) -> None:
-        """Take over what `state` gave."""
+        """Restore the result of `state`."""
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
         if isinstance(self.model, MimickingDetector):
             self.model.classifier.load_state_dict(content["crop_classifier"])
+
+
+def build_trainer(model: nn.Module, config: Config, device: torch.device, iterations_per_epoch: int) -> Trainer:
+    """Build the trainer of a detector on its device, with feature mimicking if configured."""
+    mimics = config.mimics()
+    return Trainer(MimickingDetector(model, mimics) if mimics else model, config.training, device, iterations_per_epoch)
 
 
 def _optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
@@ -276,7 +308,7 @@ def _optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.op
 
 
 def _start(out: Path) -> None:
-    """Make the folder of a new run."""
+    """Create the folder of a new run."""
     for name in (CHECKPOINT, MODEL):
         if (out / name).exists():
             raise UserError(f"{out / name} exists: go on with --resume, or give --out another folder")
@@ -289,7 +321,7 @@ def _start(out: Path) -> None:
 def _resume(
     path: Path, model: nn.Module, trainer: Trainer, config: Config, train_set: CocoDataset, run: dict[str, int]
 ) -> int:
-    """Load what a checkpoint holds, and give the number of iterations done."""
+    """Restore the state in a checkpoint and return the number of finished iterations."""
     content = load_checkpoint(path)
     now, then = config.to_dict(), content["config"]
     for section, values in now.items():
@@ -315,7 +347,7 @@ def _resume(
 
 
 def _not_finite(done: int, batch: Batch, step: Step, train_set: CocoDataset) -> UserError:
-    """The error that all processes raise, about the images of those with such a loss."""
+    """Build the error that all processes raise, with the images of the processes concerned."""
     names = ", ".join(str(train_set.path(index)) for index in batch.indices)
     finite = all(map(math.isfinite, step.losses.values()))
     losses = ", ".join(f"{name} {value:.4g}" for name, value in step.losses.items())
@@ -337,8 +369,8 @@ def _evaluate(
     progress: Progress | None,
     done: int,
 ) -> Metrics | None:
-    """Evaluate, and in the main process show and write the metrics."""
-    # One image at a time: the padding of a batch would have an influence.
+    """Evaluate; in the main process print and write the metrics."""
+    # One image at a time, as the padding of a batch would affect the detections.
     results = detect(
         model,
         val_set,

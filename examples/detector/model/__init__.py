@@ -1,4 +1,4 @@
-"""The detectors: networks, their weights and checkpoints, R-CNN feature mimicking, and what they cost."""
+"""Detectors: networks, weights, checkpoints, R-CNN feature mimicking and costs."""
 
 from .checkpoint import load_checkpoint, load_detector, restore_model, save_checkpoint
 from .flops import Count, cost_rows, cost_table, count

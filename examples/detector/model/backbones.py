@@ -1,4 +1,4 @@
-"""ResNets that give the detectors their feature maps, with the layers of a preset made deformable."""
+"""Backbones: ResNets with the deformable layers of a preset, and their neck."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from ..config import NetworkConfig
 from ..presets import PRESETS
 
-PYRAMID = ("0", "1", "2", "3")  # the pyramid's levels that RoIs are pooled from, strides 4 to 32
+PYRAMID = ("0", "1", "2", "3")  # levels for RoI pooling, strides 4 to 32
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 class FrozenNorm(FrozenBatchNorm2d):
-    """Frozen BatchNorm that gives the dtype it gets: torchvision's makes 16-bit maps float32 again under autocast."""
+    """Frozen BatchNorm that keeps the dtype of its input; torchvision's returns float32 for 16-bit maps."""
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
@@ -30,7 +30,7 @@ class FrozenNorm(FrozenBatchNorm2d):
 
 
 class SmallResNet(resnet.ResNet):
-    """A ResNet of a quarter of the width and two blocks a stage, which learns from scratch on a CPU."""
+    """ResNet with a quarter of the width and two blocks per stage, which learns from scratch on a CPU."""
 
     def __init__(self, replace_stride_with_dilation: list[bool]) -> None:
         super().__init__(
@@ -45,7 +45,7 @@ class SmallResNet(resnet.ResNet):
 
 
 class DilatedBackbone(nn.Module):
-    """conv4 for the RPN, and conv5 at the same stride of 16, reduced by a 1x1 convolution, for the RoIs."""
+    """ResNet with conv4 for the RPN, and conv5 at stride 16 with a 1x1 convolution for the RoIs."""
 
     rpn_maps = ("rpn",)
     roi_maps = ("roi",)
@@ -61,13 +61,13 @@ class DilatedBackbone(nn.Module):
         self.neck = nn.Sequential(reduction, nn.ReLU(inplace=True))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Maps "rpn" [N, rpn_channels, H/16, W/16] and "roi" [N, out_channels, H/16, W/16] of images [N, 3, H, W]."""
+        """Map images [N, 3, H, W] to "rpn" [N, rpn_channels, H/16, W/16] and "roi" [N, out_channels, H/16, W/16]."""
         maps = self.body(images)
         return OrderedDict(rpn=maps["rpn"], roi=self.neck(maps["roi"]))
 
 
 class PyramidBackbone(nn.Module):
-    """The feature pyramid of conv2 to conv5, and one level more for the RPN."""
+    """Feature pyramid of conv2 to conv5, with one more level for the RPN."""
 
     rpn_maps = (*PYRAMID, "pool")
     roi_maps = PYRAMID
@@ -80,13 +80,13 @@ class PyramidBackbone(nn.Module):
         self.fpn = FeaturePyramidNetwork([_channels(stage) for stage in stages], out_channels, LastLevelMaxPool())
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Maps "0" to "3" and "pool" [N, out_channels, H/s, W/s], s = 4, 8, 16, 32, 64, of images [N, 3, H, W]."""
+        """Map images [N, 3, H, W] to "0" to "3" and "pool" [N, out_channels, H/s, W/s], s = 4, 8, 16, 32, 64."""
         pyramid: dict[str, Tensor] = self.fpn(self.body(images))
         return pyramid
 
 
 def build_backbone(network: NetworkConfig) -> DilatedBackbone | PyramidBackbone:
-    """The backbone of a detector, with random weights and the frozen layers frozen; `network` has been resolved."""
+    """Build a backbone with random weights and frozen stages from a resolved configuration."""
     dilated = network.detector == "faster"
     body = _resnet(network.backbone, [False, False, dilated])
     if network.stride_style == "caffe":
@@ -117,7 +117,7 @@ def _resnet(name: str, replace_stride_with_dilation: list[bool]) -> resnet.ResNe
 
 
 def _stride_in_first_convolution(body: resnet.ResNet, dilated: bool) -> None:
-    """The layout of Caffe's weights: a stage's stride is in its first 1x1 convolution, dilation in all 3x3 ones."""
+    """Move strides as in Caffe's ResNets: into the first 1x1 convolution of a stage, with dilation in every 3x3."""
     for stage in (body.layer2, body.layer3, body.layer4):
         first = stage[0]
         first.conv1.stride, first.conv2.stride = first.conv2.stride, (1, 1)

@@ -1,4 +1,4 @@
-"""Checkpoints: a detector with its configuration, and what training needs to go on."""
+"""Checkpoints: a detector with its configuration, and the state for resuming the training."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def save_checkpoint(
     iteration: int,
     resume: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint; until it is complete and on the disk, `path` keeps its old content.
+    """Write a checkpoint; `path` keeps its old content until the new content is complete and on disk.
 
     Parameters
     ----------
     path
     model
-        As `build_detector` made it, not wrapped for data-parallel training.
+        From `build_detector`, not wrapped for data-parallel training.
     config, categories
-        What it was built from.
+        Configuration and categories of the model.
     iteration
-        Iterations of training done.
+        Number of finished iterations.
     resume
-        More entries, plain values and tensors, for resuming.
+        Further entries for resuming, plain values and tensors.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def save_checkpoint(
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
-    # torch reports a full disk as RuntimeError
+    # torch reports a full disk as RuntimeError.
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -74,12 +74,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, tensors on the CPU; no code in the file is run.
+    """Read a file written by `save_checkpoint`, with tensors on the CPU, without running code from the file.
 
     Raises
     ------
     UserError
-        The file is missing, no checkpoint, incomplete, or of another format.
+        The file is missing, not a checkpoint, incomplete, or of another format.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such checkpoint")
@@ -91,7 +91,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: is refused, as a checkpoint holds tensors, numbers, text and lists only, and this has more"
         ) from None
-    except Exception:  # whatever a damaged archive leads to; torch's texts advise to load it unsafely
+    except Exception:  # damaged archives raise all kinds of errors, and torch's messages advise unsafe loading
         raise UserError(f"{path}: is damaged, or not a checkpoint of this program") from None
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"{path}: is not a checkpoint of this program (has no format number)")
@@ -105,12 +105,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def restore_model(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load a checkpoint's weights.
+    """Load the weights of a checkpoint.
 
     Raises
     ------
     UserError
-        They are not those of such a model; names the first that differs.
+        The weights do not fit the model; the message names the first that differs.
     """
     own = model.state_dict()
     for name in [*own, *state]:
@@ -131,7 +131,7 @@ def restore_model(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
 def load_detector(
     path: Path, device: torch.device, assignments: Iterable[str] = ()
 ) -> tuple[GeneralizedRCNN, Config, list[Category]]:
-    """The detector that a checkpoint holds.
+    """Load the detector of a checkpoint.
 
     Parameters
     ----------
@@ -142,12 +142,12 @@ def load_detector(
 
     Returns
     -------
-    The model on `device`, in eval mode; its configuration; its categories.
+    The model on `device` in evaluation mode; its configuration; its categories.
 
     Raises
     ------
     UserError
-        As `load_checkpoint`, `Config.set` and `restore_model`.
+        As for `load_checkpoint`, `Config.set` and `restore_model`.
     """
     content = load_checkpoint(path)
     try:
@@ -171,7 +171,7 @@ def _categories(values: list[Any], path: Path) -> list[Category]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a renaming last through a power cut, where folders can be synchronised."""
+    """Make a renaming durable on systems that can synchronise folders."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of the presets, beside those of the paper's Table 1."""
+"""Parameters and multiply-adds of the presets, with those of the paper's Table 1."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from .network import build_detector
 
 IMAGE = (800, 1333)  # height and width
 NUM_ROIS = 1000
-NUM_DETECTIONS = 100  # that Mask R-CNN makes masks of
+NUM_DETECTIONS = 100  # with masks from Mask R-CNN
 NUM_CATEGORIES = 80
 
 COUNTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, DeformConv2dPack, ModulatedDeformConv2dPack)
 
 
 class Count(NamedTuple):
-    """Parameters, and multiply-adds of one image; of convolutions and fully connected layers."""
+    """Parameters, and multiply-adds for one image, of convolutions and fully connected layers."""
 
     parameters: int
     macs: int
 
 
 def count(network: NetworkConfig) -> Count:
-    """Parameters and multiply-adds for an image of 800x1333 with 1000 RoIs and 80 categories.
+    """Count parameters and multiply-adds for an image of 800x1333 with 1000 RoIs and 80 categories.
 
-    Counted as in the paper's Table 1: convolutions and fully connected layers only, the bilinear sampling left out. The
-    network is walked through on the meta device, so nothing is computed.
+    As in the paper's Table 1, only convolutions and fully connected layers count, without bilinear sampling. The
+    network runs on the meta device, so nothing is computed.
     """
     with torch.device("meta"):
         detector = build_detector(network, NUM_CATEGORIES).eval()
@@ -47,12 +47,12 @@ def count(network: NetworkConfig) -> Count:
 
 
 def count_presets(network: NetworkConfig) -> dict[str, Count]:
-    """`count` for each row of Table 1, the other numbers as in `network`."""
+    """Count each preset with the other options of `network`."""
     return {preset: count(dataclasses.replace(network, preset=preset)) for preset in PRESETS}
 
 
 def cost_rows(network: NetworkConfig) -> list[dict[str, Any]]:
-    """Table 1's cost columns for one detector, with exact numbers and the paper's, and increments over `regular`."""
+    """Return the exact cost of each preset, its increment over `regular`, and the cost printed in the paper."""
     counts = count_presets(network)
     rows = []
     for preset, counted in counts.items():
@@ -73,7 +73,7 @@ def cost_rows(network: NetworkConfig) -> list[dict[str, Any]]:
 
 
 def cost_table(network: NetworkConfig) -> str:
-    """The same as text, in the paper's units."""
+    """Format `cost_rows` as text in the paper's units."""
     name = {"faster": "Faster R-CNN", "mask": "Mask R-CNN"}[network.detector]
     masks = f", masks of {NUM_DETECTIONS} detections" if network.detector == "mask" else ""
     lines = [
@@ -92,17 +92,17 @@ def cost_table(network: NetworkConfig) -> str:
 
 
 def _paper(preset: str, network: NetworkConfig) -> Cost | None:
-    """The paper's figures, which are of ResNet-50."""
+    """Return the cost printed in the paper, which has ResNet-50 only."""
     cost: Cost | None = getattr(PRESETS[preset], network.detector)
     return cost if network.backbone == "resnet50" else None
 
 
 def _walk(detector: GeneralizedRCNN) -> None:
-    """Run every part once, on tensors without memory."""
+    """Run every part once on meta tensors."""
     backbone, heads = detector.backbone, detector.roi_heads
     maps = backbone(torch.empty(1, 3, *IMAGE, device="meta"))
     detector.rpn.head([maps[name] for name in backbone.rpn_maps])
-    # Which level a region goes to depends on its size, which is not there; the cost is the same on each.
+    # Meta regions have no size to choose a level by, but all levels cost the same.
     level = maps[backbone.roi_maps[0]]
     box_features = heads.box_roi_pool.pools[0](level, torch.empty(NUM_ROIS, 5, device="meta"))
     heads.box_predictor(heads.box_head(box_features))
@@ -113,11 +113,11 @@ def _walk(detector: GeneralizedRCNN) -> None:
 
 @contextmanager
 def _counting(layers: list[nn.Module]) -> Iterator[list[int]]:
-    """Collects the multiply-adds of each call of the layers."""
+    """Collect the multiply-adds of every call of the layers in a context."""
     macs: list[int] = []
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        # Each value of a weight is used once at every position of the output; of the input, if transposed.
+        # Each weight is used once per position of the output, or of the input of a transposed convolution.
         transposed = isinstance(layer, nn.ConvTranspose2d)
         channels_last = isinstance(layer, nn.Linear)
         values = inputs[0] if transposed else output

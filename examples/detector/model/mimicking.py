@@ -1,4 +1,4 @@
-"""R-CNN feature mimicking (section 3.3 of the paper): boxes learn the features that an R-CNN has of their crops."""
+"""R-CNN feature mimicking, section 3.3 of the paper: RoI features learn from those of an R-CNN on the crops."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from .network import precise
 
 
 class MimickingDetector(nn.Module):
-    """A detector in training with an R-CNN beside it that looks at crops of the image.
+    """Detector in training together with an R-CNN on crops of the image.
 
-    The R-CNN is the detector itself: its backbone, its RoI pooling with the whole crop as the region, and its two fully
-    connected layers, the same modules. Only its classifier is its own. The result is the detector's losses and
+    The R-CNN shares the detector's backbone, RoI pooling (with the whole crop as the region) and two fully connected
+    layers; only its classifier is separate. The result is the detector's losses and
 
-    - ``loss_mimic``: the weighted mean over the images of ``1 - cos(f_RCNN, f_FRCNN)`` summed over boxes, equation 3
-      (or their mean, if the `reduction` of the options says so);
-    - ``loss_crop``: the weighted cross-entropy of the classifier on ``f_RCNN``, mean over the boxes.
+    - ``loss_mimic``: ``1 - cos(f_RCNN, f_FRCNN)``, summed (or averaged, see `MimickingConfig.reduction`) over the boxes
+      of an image, mean over the images, weighted; equation 3;
+    - ``loss_crop``: cross-entropy of the classifier on ``f_RCNN``, mean over the boxes, weighted.
 
-    The boxes are drawn from the RoIs that the head learns from: those of the RPN's proposals, with the ground truth
-    among them, that were sampled for it. What is left of all this after training is the detector.
+    The boxes are sampled from the RoIs in the loss of the head, that is from proposals and ground truth. After the
+    training only the detector is needed.
 
     Parameters
     ----------
     detector : GeneralizedRCNN
-        From `build_detector`; it stays as it is.
+        From `build_detector`; it is not modified.
     config : MimickingConfig
         From `Config.mimics`.
     """
@@ -48,8 +48,8 @@ class MimickingDetector(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Losses of a batch; images and targets as the detector takes them."""
-        with _watching(self.detector) as seen:
+        """Compute the losses of a batch of images and targets as for the detector."""
+        with _record(self.detector) as seen:
             losses: dict[str, Tensor] = self.detector(images, targets)
         resized, resized_targets = seen["transform"]
         regions: list[Tensor] = seen["regions"]
@@ -64,7 +64,7 @@ class MimickingDetector(nn.Module):
         )
         crops = cut_crops(resized.tensors, [boxes[chosen] for boxes, chosen in zip(regions, rows)], self.config.crop)
         crop_features = self._crop_features(crops)
-        # Nothing in an image without boxes to imitate, but for the gradient that data-parallel training waits for.
+        # Without boxes this yields a zero loss with gradients, which data-parallel training waits for.
         scores = precise(self.classifier(functional.relu(crop_features)))
         classes = torch.cat([item[chosen] for item, chosen in zip(labels, rows)])
         entropy = functional.cross_entropy(scores, classes, reduction="sum") / max(len(classes), 1)
@@ -80,16 +80,15 @@ class MimickingDetector(nn.Module):
         }
 
     def _choose(self, labels: Tensor) -> Tensor:
-        """Some of an image's regions, by index: at most as many as are wanted, of the wanted kind."""
+        """Sample indices of an image's regions of the configured kind, at most `boxes`."""
         wanted = {"fg": labels > 0, "bg": labels == 0, "all": labels >= 0}[self.config.regions]
         rows = torch.where(wanted)[0]
         return rows[torch.randperm(len(rows), device=rows.device)[: self.config.boxes]]
 
     def _crop_features(self, crops: Tensor) -> Tensor:
-        """f_RCNN before its last ReLU [n, width], a chunk of crops at a time.
+        """Compute f_RCNN before its last ReLU [n, width] in chunks of crops.
 
-        The activations of all chunks but the last are not kept but made again in the backward pass, which is done with
-        those of the last when it comes to the others.
+        Only the last chunk keeps its activations; the others are recomputed in the backward pass, one at a time.
         """
         if not len(crops):
             return crops.new_zeros(0, self.classifier.in_features)
@@ -107,7 +106,7 @@ class MimickingDetector(nn.Module):
 
 
 def labels_of(boxes: Tensor, truth: Tensor, labels: Tensor, threshold: float) -> Tensor:
-    """The class of each box [R, 4]: that of the ground truth [n, 4] it overlaps most, or 0 below `threshold`."""
+    """Return the class of the ground truth [n, 4] that each box [R, 4] overlaps most, or 0 below `threshold`."""
     if not len(truth):
         return labels.new_zeros(len(boxes))
     overlap, index = box_iou(truth, boxes).max(0)
@@ -115,15 +114,15 @@ def labels_of(boxes: Tensor, truth: Tensor, labels: Tensor, threshold: float) ->
 
 
 def cut_crops(images: Tensor, boxes: Sequence[Tensor], side: int) -> Tensor:
-    """Each box [R_n, 4] of the images [N, 3, H, W], resized bilinearly to [3, side, side], one after the other."""
+    """Crop boxes [R_n, 4] of each of the images [N, 3, H, W] and resize them bilinearly to [3, side, side]."""
     crops: Tensor = roi_align(images, [item.to(images.dtype) for item in boxes], (side, side), 1.0, -1, aligned=True)
     return crops.detach()
 
 
 def mimic_loss(crop_features: Tensor, features: Tensor, numbers: Sequence[int], reduction: str) -> Tensor:
-    """Equation 3: ``1 - cos`` of features [n, width], summed (or averaged) in each image; the mean over the images.
+    """Compute equation 3: ``1 - cos`` of features [n, width], summed (or averaged) per image; mean over the images.
 
-    `numbers` says how many of the n boxes are of each image.
+    `numbers` holds the number of boxes of each image.
     """
     distances = 1 - functional.cosine_similarity(precise(crop_features), precise(features), dim=1)
     per_image = torch.stack([item.sum() for item in distances.split(list(numbers))])
@@ -133,8 +132,8 @@ def mimic_loss(crop_features: Tensor, features: Tensor, numbers: Sequence[int], 
 
 
 @contextmanager
-def _watching(detector: GeneralizedRCNN) -> Iterator[dict[str, Any]]:
-    """What the parts of the detector are given and give while the context lasts."""
+def _record(detector: GeneralizedRCNN) -> Iterator[dict[str, Any]]:
+    """Record the transformed batch, the regions and the RoI features in a context."""
     seen: dict[str, Any] = {}
     heads = detector.roi_heads
     hooks = [

@@ -1,4 +1,4 @@
-"""The detectors: torchvision's region proposal network and heads on the backbones and poolings of the presets."""
+"""Detectors: torchvision's region proposal network and heads with the backbone and pooling of a preset."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def build_detector(network: NetworkConfig, num_categories: int) -> GeneralizedRCNN:
-    """A detector with random weights; Faster R-CNN or Mask R-CNN of section 5.1 of the paper.
+    """Build the Faster R-CNN or Mask R-CNN of section 5.1 of the paper with random weights.
 
     Parameters
     ----------
@@ -38,18 +38,18 @@ def build_detector(network: NetworkConfig, num_categories: int) -> GeneralizedRC
     Returns
     -------
     torchvision.models.detection.generalized_rcnn.GeneralizedRCNN
-        In training it maps images and targets to losses, else images to detections, as torchvision's detectors do,
-        but for the masks: they are of the mask head's size, [n, 1, 28, 28], and `inference.infer` pastes them.
+        Maps images and targets to losses in training, and images to detections otherwise, like torchvision's
+        detectors. Masks have the size of the mask head, [n, 1, 28, 28]; `predict.infer` pastes them.
 
     Raises
     ------
     UserError
-        The numbers do not fit each other, such as channels and deformable groups.
+        The numbers are inconsistent, such as channels that are not a multiple of the deformable groups.
 
     Notes
     -----
-    Targets and pasting of masks are torchvision's, where a mask of 28x28 lies half of one of its pixels off the
-    convention that the rest follows (``aligned=True``).
+    Mask targets and pasting are torchvision's: their 28x28 grid is half of its pixel off the convention of everything
+    else (``aligned=True``).
     """
     network = network.resolve()
     try:
@@ -63,9 +63,9 @@ def build_detector(network: NetworkConfig, num_categories: int) -> GeneralizedRC
 
 
 class DetectorTransform(GeneralizedRCNNTransform):
-    """Resizing and normalising that gives boxes in pixels of the original image, and masks as they are.
+    """Transform that resizes and normalises images, scales boxes back, and does not paste masks.
 
-    Torchvision's pastes all masks into float images of full size: 432 MB for one at 12000x9000.
+    Torchvision's pastes every mask into a float image of full size: 432 MB per mask at 12000x9000.
     """
 
     def postprocess(
@@ -80,14 +80,14 @@ class DetectorTransform(GeneralizedRCNNTransform):
 
 
 class PreciseAnchorGenerator(AnchorGenerator):
-    """Anchors in float32 also for 16-bit maps, in which bfloat16 would move them by pixels."""
+    """Anchor generator that computes in float32 for 16-bit maps; bfloat16 would move anchors by pixels."""
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
         super().set_cell_anchors(torch.promote_types(dtype, torch.float32), device)
 
 
 class SelectiveProposalNetwork(RegionProposalNetwork):
-    """A region proposal network that looks at some of the backbone's maps only."""
+    """Region proposal network on a subset of the backbone's maps."""
 
     def __init__(self, maps: Sequence[str], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -103,7 +103,7 @@ class SelectiveProposalNetwork(RegionProposalNetwork):
 
 
 class PreciseRPNHead(RPNHead):
-    """An RPN head with results in float32 under autocast: torchvision rounds boxes to the dtype of their deltas."""
+    """RPN head with float32 results under autocast; torchvision rounds boxes to the dtype of their deltas."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
@@ -111,7 +111,7 @@ class PreciseRPNHead(RPNHead):
 
 
 class PreciseBoxPredictor(FastRCNNPredictor):
-    """A box predictor with results in float32 under autocast, for the same reason."""
+    """Box predictor with float32 results under autocast, for the same reason."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores, deltas = super().forward(x)
@@ -119,20 +119,20 @@ class PreciseBoxPredictor(FastRCNNPredictor):
 
 
 class PreciseMaskPredictor(MaskRCNNPredictor):
-    """A mask predictor with results in float32 under autocast, which the loss and the pasting of masks need."""
+    """Mask predictor with float32 results under autocast, as needed for the loss and for pasting."""
 
     def forward(self, x: Tensor) -> Tensor:
         return precise(super().forward(x))
 
 
 def precise(values: Tensor) -> Tensor:
-    """`values` in float32 at least."""
+    """Convert 16-bit values to float32."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _proposal_network(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbone) -> SelectiveProposalNetwork:
-    one_each = network.detector == "mask"
-    sizes = tuple((size,) for size in network.anchor_sizes) if one_each else (network.anchor_sizes,)
+    one_per_level = network.detector == "mask"
+    sizes = tuple((size,) for size in network.anchor_sizes) if one_per_level else (network.anchor_sizes,)
     anchors = PreciseAnchorGenerator(sizes, (network.anchor_ratios,) * len(sizes))
     return SelectiveProposalNetwork(
         backbone.rpn_maps,
@@ -174,7 +174,7 @@ def _roi_heads(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbo
 
 
 def _initialise(heads: RoIHeads) -> None:
-    """Detectron's initial weights, with which scores start alike and boxes and masks near zero."""
+    """Initialise the heads as in Detectron: nearly uniform scores, box deltas and mask logits near zero."""
     for layer in (heads.box_head.fc6, heads.box_head.fc7):
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)

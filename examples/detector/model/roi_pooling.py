@@ -1,4 +1,4 @@
-"""How the presets pool the features of regions."""
+"""RoI pooling of the presets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..presets import PRESETS
 
 
 class QuantisedRoIPool(nn.Module):
-    """The RoI pooling of Fast R-CNN: regions and bins rounded to whole pixels, the maximum of each bin."""
+    """RoI pooling of Fast R-CNN: regions and bins rounded to whole pixels, maximum per bin."""
 
     def __init__(self, output_size: int) -> None:
         super().__init__()
@@ -28,20 +28,20 @@ class QuantisedRoIPool(nn.Module):
         self.spatial_scale = 1.0
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        """Pool `rois` [R, 5] from `input` [N, C, H, W], giving [R, C, P, P]."""
-        # In float32 under autocast too, where 16-bit coordinates would be off by pixels.
+        """Pool `rois` [R, 5] from `input` [N, C, H, W] to [R, C, P, P]."""
+        # float32 under autocast too, as 16-bit coordinates would be off by pixels.
         dtype = torch.promote_types(input.dtype, torch.float32)
         pooled: Tensor = roi_pool(input.to(dtype), rois.to(dtype), self.output_size)
         return pooled.to(input.dtype)
 
 
 def build_box_pool(network: NetworkConfig, maps: Sequence[str]) -> MultiScaleDeformRoIPool:
-    """The 7x7 pooling of the boxes."""
+    """Build the 7x7 pooling for the box head."""
     return _multi_scale(_pool(network, PRESETS[network.preset].pooling, 7), network, maps)
 
 
 def build_mask_pool(network: NetworkConfig, maps: Sequence[str]) -> MultiScaleDeformRoIPool:
-    """The 14x14 pooling of the masks: deformable only if asked for, as it is not in the paper's count."""
+    """Build the 14x14 pooling for the mask head; deformable only on request, as the paper's cost omits it."""
     pooling = PRESETS[network.preset].pooling
     if not network.deform_mask_pool and pooling != "quantised":
         pooling = "aligned"
@@ -49,7 +49,7 @@ def build_mask_pool(network: NetworkConfig, maps: Sequence[str]) -> MultiScaleDe
 
 
 def _pool(network: NetworkConfig, pooling: str, output_size: int) -> nn.Module:
-    """The pooling of one feature map."""
+    """Build the pooling of one feature map."""
     if pooling == "quantised":
         return QuantisedRoIPool(output_size)
     numbers: dict[str, Any] = {"sampling_ratio": network.sampling_ratio, "gamma": network.gamma}

@@ -1,4 +1,4 @@
-"""Pretrained weights for the backbones."""
+"""Pretrained weights of the backbones."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def load_backbone(detector: GeneralizedRCNN, source: str, backbone: str) -> list
     detector : GeneralizedRCNN
         From `build_detector`.
     source : str
-        "imagenet" or another name of torchvision's weights for `backbone` (IMAGENET1K_V1, IMAGENET1K_V2), which are
-        downloaded once; or a file with torchvision's parameter names: .pth or .pt, .safetensors, .npz.
+        "imagenet" or the name of torchvision weights for `backbone` (IMAGENET1K_V1, IMAGENET1K_V2), downloaded on
+        first use; or a file with torchvision's parameter names: .pth or .pt, .safetensors, .npz.
     backbone : str
-        Its name in torchvision.
+        The backbone's name in torchvision.
 
     Returns
     -------
     list of str
-        The parameters that were missing: those of the offset branches of deformable layers, nothing else.
+        The missing parameters, which all belong to offset branches.
 
     Raises
     ------
     UserError
-        There are no such weights, or they do not fit.
+        The weights do not exist or do not fit.
     """
     path = Path(source)
     if path.suffix in (".pth", ".pt", ".safetensors", ".npz"):
@@ -77,7 +77,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     except UserError:
         raise
     except Exception as error:
-        # The texts advise to load it unsafely.
+        # torch's messages advise unsafe loading.
         raise UserError(
             f"{path} cannot be read as weights: it must hold named tensors and nothing else ({type(error).__name__})"
         ) from error
@@ -106,7 +106,7 @@ def _download(source: str, backbone: str) -> Mapping[str, Tensor]:
         raise UserError(f"--weights must be none, a .pth, .safetensors or .npz file, or one of {names}; got {source!r}")
     try:
         state: Mapping[str, Tensor] = choices[name].get_state_dict(progress=True, check_hash=True)
-    # A download that is cut short, or a damaged file of an earlier one, is no OSError.
+    # A truncated download or a damaged file in the cache raises other errors than OSError.
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(
             f"the weights {name} of {backbone} could not be downloaded ({error}); give a file by --weights, or none"

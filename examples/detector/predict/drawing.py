@@ -15,7 +15,7 @@ from .inference import RLE, decode_rle
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
 
-# Okabe and Ito's colours, told apart with every kind of colour vision, the most striking ones first
+# Okabe and Ito's palette for all kinds of colour vision, the most striking colours first
 COLOURS: tuple[Colour, ...] = (
     (230, 159, 0),
     (86, 180, 233),
@@ -27,7 +27,7 @@ COLOURS: tuple[Colour, ...] = (
 )
 DARK, LIGHT = (20, 20, 20), (255, 255, 255)
 MASK_OPACITY = 0.45
-HIDDEN = 0.3  # largest share of an object that a label may hide
+HIDDEN = 0.3  # largest fraction of an object that a label may cover
 
 
 def draw_detections(
@@ -41,10 +41,10 @@ def draw_detections(
     size: tuple[int, int] | None = None,
     side: int = 800,
 ) -> Image.Image:
-    """Draw boxes, masks and labels; the objects that are small lie on top.
+    """Draw boxes, masks and labels, small objects on top of large ones.
 
-    With masks each object has a colour other than its neighbours'; with boxes alone, each category has its own.
-    Where a label finds no place that leaves the others readable and objects visible, it is cut to its score, or gone.
+    With masks, neighbouring objects differ in colour; with boxes only, each category has a colour. A label that would
+    cover another label or too much of an object is shortened to its score, or omitted.
 
     Parameters
     ----------
@@ -53,16 +53,16 @@ def draw_detections(
     boxes
         float [n, 4], x1 y1 x2 y2 in pixels.
     labels
-        n numbers, 1 for the first of `names`.
+        n numbers; 1 is the first of `names`.
     scores
-        n numbers in 0..1, written as per cent; None for ground truth.
+        n numbers in 0..1, shown in per cent; None for ground truth.
     masks
         n run lengths, or None.
     size
-        The (width, height) that boxes and masks refer to, if the image has been shrunk from it.
+        The (width, height) that boxes and masks refer to, if the image has been shrunk.
     side
-        A smaller image is enlarged by the largest whole factor that keeps its sides within, so that lines and labels
-        do not hide it.
+        Small images are enlarged by the largest integer factor that keeps their sides within this number of pixels,
+        so that lines and labels do not cover them.
 
     Returns
     -------
@@ -94,7 +94,7 @@ def draw_detections(
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int, titles: Sequence[str] = ()) -> Image.Image:
-    """Pictures in rows of `columns`, with titles above the columns."""
+    """Arrange pictures in rows of `columns`, with titles above the columns."""
     gap = 12
     cell = (max(image.width for image in images), max(image.height for image in images))
     text_size = max(14, round(cell[0] / 28))
@@ -118,24 +118,24 @@ def _areas(corners: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _by_neighbours(corners: NDArray[np.float64], order: list[int]) -> list[Colour]:
-    """A colour for each box: the one that is rarest among the boxes beside it, then of all."""
+    """Choose for each box the colour that is rarest among its neighbours, then among all boxes."""
     margin = 0.25 * (corners[:, 2:] - corners[:, :2])
     grown = np.hstack((corners[:, :2] - margin, corners[:, 2:] + margin))
     chosen = np.full(len(corners), -1)
     for index in order:
-        beside = (grown[:, :2] <= grown[index, 2:]).all(1) & (grown[:, 2:] >= grown[index, :2]).all(1)
-        counts = [((chosen[beside] == k).sum(), (chosen == k).sum(), k) for k in range(len(COLOURS))]
+        nearby = (grown[:, :2] <= grown[index, 2:]).all(1) & (grown[:, 2:] >= grown[index, :2]).all(1)
+        counts = [((chosen[nearby] == k).sum(), (chosen == k).sum(), k) for k in range(len(COLOURS))]
         chosen[index] = min(counts)[2]
     return [COLOURS[k] for k in chosen]
 
 
 def _draw_mask(picture: Image.Image, rle: RLE, colour: Colour, line: int) -> None:
-    """Tint a mask and outline it, working on the part of the picture where it is."""
+    """Tint a mask and outline it; works on its part of the picture only."""
     mask = decode_rle(rle)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return
-    # a pixel of background around it, so that the outline closes
+    # One pixel of background around the mask closes the outline.
     top, bottom = max(rows[0] - 1, 0), min(rows[-1] + 2, mask.shape[0])
     left, right = max(columns[0] - 1, 0), min(columns[-1] + 2, mask.shape[1])
     scale_x, scale_y = picture.width / mask.shape[1], picture.height / mask.shape[0]
@@ -143,15 +143,15 @@ def _draw_mask(picture: Image.Image, rle: RLE, colour: Colour, line: int) -> Non
     extent = (max(window[2] - window[0], 1), max(window[3] - window[1], 1))
     shape = Image.fromarray(255 * mask[top:bottom, left:right]).resize(extent, Image.Resampling.BICUBIC)
     if scale_x > 1:
-        shape = shape.filter(ImageFilter.GaussianBlur(scale_x / 2))  # or the pixels' corners show
-    shape = shape.point(lambda value: min(max(4 * (value - 128) + 128, 0), 255))  # a sharp edge, but not a ragged one
+        shape = shape.filter(ImageFilter.GaussianBlur(scale_x / 2))  # hides the corners of enlarged pixels
+    shape = shape.point(lambda value: min(max(4 * (value - 128) + 128, 0), 255))  # sharp but smooth edge
     inner = shape.filter(ImageFilter.MinFilter(2 * line + 1))
     opacity = ImageChops.subtract(shape, inner.point(lambda value: round(value * (1 - MASK_OPACITY))))
     picture.paste(colour, window[:2], opacity)
 
 
 def _inside(box: NDArray[np.float64], width: int, height: int) -> Rectangle:
-    """The box in whole pixels of the picture, at least one of them."""
+    """Round a box to whole pixels of the picture, at least one."""
     x1, y1 = min(round(box[0]), width - 1), min(round(box[1]), height - 1)
     return x1, y1, max(x1, min(round(box[2]), width) - 1), max(y1, min(round(box[3]), height) - 1)
 
@@ -163,18 +163,18 @@ def _draw_tags(
     texts: Sequence[tuple[str, str]],
     colours: Sequence[Colour],
 ) -> None:
-    """Write each text, or else its shorter form, beside its box and inside the picture, where nothing is hidden."""
+    """Write each text or its shorter form next to its box, inside the picture, where it covers nothing."""
     text_size = max(12, round(max(size) / 55))
     font = ImageFont.load_default(text_size)
     high = math.ceil(1.2 * text_size)
     placed = np.empty((0, 4))
-    bearable = HIDDEN * _areas(corners)
+    allowed = HIDDEN * _areas(corners)
     for box, forms, colour in zip(corners, texts, colours):
         places = (
             (text, place)
             for text in forms
             for place in _places(box, math.ceil(draw.textlength(text, font)) + 6, high, size)
-            if text and not _overlap(place, placed).any() and (_overlap(place, corners) <= bearable).all()
+            if text and not _overlap(place, placed).any() and (_overlap(place, corners) <= allowed).all()
         )
         text, place = next(places, ("", None))
         if place is None:
@@ -187,7 +187,7 @@ def _draw_tags(
 
 
 def _places(box: NDArray[np.float64], wide: int, high: int, size: tuple[int, int]) -> Iterator[NDArray[np.float64]]:
-    """Where a text can lie, best first: above the box, below it, in its corners."""
+    """Yield places for a text, best first: above the box, below it, in its corners."""
     if wide > size[0] or high > size[1]:
         return
     x1, y1, x2, y2 = box
@@ -198,7 +198,7 @@ def _places(box: NDArray[np.float64], wide: int, high: int, size: tuple[int, int
 
 
 def _overlap(one: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Pixels that a rectangle shares with each of others."""
+    """Return the number of pixels that a rectangle shares with each of the others."""
     sides = np.minimum(one[2:], others[:, 2:]) - np.maximum(one[:2], others[:, :2])
     shared: NDArray[np.float64] = np.prod(sides.clip(0), axis=1)
     return shared

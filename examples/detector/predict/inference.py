@@ -1,4 +1,4 @@
-"""A network's detections, with masks that need little memory."""
+"""Inference: detections of a network, with masks as run lengths to save memory."""
 
 from __future__ import annotations
 
@@ -24,29 +24,17 @@ MASK_THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, best first.
+    """Detections in one image, in order of decreasing score."""
 
-    Attributes
-    ----------
-    boxes
-        float32 [n, 4]: x1 y1 x2 y2 in pixels, inside the image.
-    labels
-        int64 [n], 1 for the first category.
-    scores
-        float32 [n] in 0..1.
-    masks
-        n run lengths of the image's size, or None from a network without masks.
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    scores: Tensor
-    masks: list[RLE] | None
+    boxes: Tensor  # float32 [n, 4], x1 y1 x2 y2 in pixels, inside the image
+    labels: Tensor  # int64 [n], 1 for the first category
+    scores: Tensor  # float32 [n] in 0..1
+    masks: list[RLE] | None  # run lengths of the image's size; None from a network without masks
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module gets its own mode back afterwards."""
+    """Switch a model to evaluation mode in a context, and restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -64,31 +52,31 @@ def infer(
     threshold: float = 0,
     amp_dtype: torch.dtype | None = None,
 ) -> list[Detections]:
-    """Run a network from `build_detector` that is in evaluation mode (see `evaluating`), without gradients.
+    """Run a network from `build_detector` in evaluation mode (see `evaluating`) without gradients.
 
     Parameters
     ----------
     images
         float32 [3, H, W] in 0..1 on the network's device.
     sizes
-        The (width, height) that boxes and masks are wanted at: that of the image, or of what it was shrunk from.
+        The (width, height) that boxes and masks refer to: the image's, or the original's of a shrunk image.
     threshold
-        The least score that is wanted.
+        The least score of a detection.
     amp_dtype
-        Autocast to this type.
+        Autocast type.
     """
     padded = [pad_elongated(image) for image in images]
     autocast = torch.autocast(images[0].device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
-    # no inference mode: what a module keeps from this call must still be good for training
+    # Not inference mode, as tensors that a module caches in this call must remain usable in training.
     with torch.no_grad(), autocast:
         outputs = model(padded)
     return [_detections(*item, threshold) for item in zip(outputs, images, sizes)]
 
 
 def coco_results(detections: Detections, image_id: int, categories: Sequence[Category]) -> list[dict[str, Any]]:
-    """One image's detections as entries of a COCO results json.
+    """Convert the detections in one image to entries of a COCO results file.
 
-    Numbers are the shortest that stand for the same float32, so that a json file holds exactly what was detected.
+    Each float32 becomes the shortest decimal number that rounds to it, so a JSON file preserves the exact values.
     """
     boxes = detections.boxes.clone()
     boxes[:, 2:] -= boxes[:, :2]
@@ -104,13 +92,13 @@ def coco_results(detections: Detections, image_id: int, categories: Sequence[Cat
 
 
 def encode_rle(mask: NDArray[Any]) -> RLE:
-    """Run lengths of a [height, width] mask of zeros and ones."""
+    """Encode a [height, width] mask of zeros and ones as run lengths."""
     rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
 def decode_rle(rle: RLE) -> NDArray[np.uint8]:
-    """The mask, [height, width] of zeros and ones."""
+    """Decode run lengths to a [height, width] mask of zeros and ones."""
     mask: NDArray[np.uint8] = coco_mask.decode(rle)
     return mask
 
@@ -120,14 +108,14 @@ def _detections(output: dict[str, Tensor], image: Tensor, size: tuple[int, int],
     boxes = output["boxes"].float().cpu() * torch.tensor([width / image.shape[2], height / image.shape[1]] * 2)
     inside = torch.minimum(boxes.clamp(min=0), torch.tensor([width, height] * 2))
     scores = output["scores"].float().cpu()
-    # what lies in the padding is empty now
+    # Boxes inside the padding are empty after the clipping.
     keep = (scores >= threshold) & (inside[:, 2:] > inside[:, :2]).all(1)
     masks = _paste(output["masks"].float().cpu()[keep], boxes[keep], size) if "masks" in output else None
     return Detections(inside[keep], output["labels"].cpu()[keep], scores[keep], masks)
 
 
 def _paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[RLE]:
-    """What torchvision's `paste_masks_in_image` gives, thresholded, one at a time and only around the box."""
+    """Paste masks like torchvision's `paste_masks_in_image`, but one at a time and only within the box."""
     width, height = size
     padded, scale = expand_masks(masks, 1)
     pasted = []

@@ -1,4 +1,4 @@
-"""Images in, detections out: pictures and a json."""
+"""Prediction on image files: pictures of the detections and a JSON file."""
 
 from __future__ import annotations
 
@@ -18,21 +18,15 @@ from ..errors import UserError
 from .drawing import draw_detections
 from .inference import Detections, coco_results, evaluating, infer
 
-LARGEST = 4096  # pixels; images with a longer side are shrunk for the network, and so are the pictures of them
+LARGEST = 4096  # pixels; larger images are shrunk before the network and in the pictures
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was found in an image file.
-
-    Attributes
-    ----------
-    size
-        The (width, height) of the image, upright; boxes and masks refer to it.
-    """
+    """Detections in an image file."""
 
     path: Path
-    size: tuple[int, int]
+    size: tuple[int, int]  # width and height of the upright image, which boxes and masks refer to
     detections: Detections
 
 
@@ -45,19 +39,20 @@ def predict(
     amp_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Iterator[Prediction]:
-    """Detect in image files, one after the other.
+    """Detect objects in image files one after the other.
 
     Parameters
     ----------
     threshold
-        The least score of a detection. The network itself drops those below its ``score_threshold``.
+        The least score of a detection. The network itself drops detections below its ``score_threshold``.
     amp_dtype
-        Autocast to this type.
+        Autocast type.
 
     Raises
     ------
     UserError
-        Files could not be read: after all others, each with its reason on stderr; at once if there is only one.
+        A file cannot be read. Unless it is the only one, the reason is printed on stderr and the error is raised
+        after all other files.
     """
     failed: list[Path] = []
     with evaluating(model):
@@ -70,8 +65,8 @@ def predict(
                 tqdm.write(f"skipped {error}", file=sys.stderr)
                 failed.append(path)
                 continue
-            found = infer(model, [image.to(device)], [size], threshold=threshold, amp_dtype=amp_dtype)[0]
-            yield Prediction(path, size, found)
+            detections = infer(model, [image.to(device)], [size], threshold=threshold, amp_dtype=amp_dtype)[0]
+            yield Prediction(path, size, detections)
     if failed:
         raise UserError(f"{len(failed)} of {len(paths)} images could not be read, the first is {failed[0]}")
 
@@ -81,19 +76,19 @@ def write_predictions(
 ) -> int:
     """Write a picture of each prediction, ``out/NAME.png``, and ``out/predictions.json``.
 
-    Images of the same name get a number: ``NAME-2.png``. The json holds
+    Further images of the same name get a number: ``NAME-2.png``. The JSON file holds
 
-    - ``images``: ``id``, ``file_name`` (the path as it was given), ``width``, ``height``, ``picture`` (in `out`);
+    - ``images``: ``id``, ``file_name`` (the given path), ``width``, ``height``, ``picture`` (in `out`);
     - ``categories``: ``id``, ``name``;
-    - ``detections``: entries of a COCO results json (``image_id``, ``category_id``, ``bbox`` as x, y, width, height,
+    - ``detections``: entries of a COCO results file (``image_id``, ``category_id``, ``bbox`` as x, y, width, height,
       ``score``, with masks ``segmentation`` as compressed run lengths), and ``category_name``.
 
-    It is written also when an error ends the predictions, with those until then.
+    If `predictions` raises an error, the file holds the predictions up to there.
 
     Parameters
     ----------
     inputs
-        All images of the predictions; no picture replaces one of them.
+        All images of the predictions; they are never overwritten by a picture.
 
     Returns
     -------
@@ -105,15 +100,15 @@ def write_predictions(
         The folder cannot be written to, or `predictions` raises it.
     """
     names = {category.id: category.name for category in categories}
-    taken = {_key(path) for path in inputs}
+    taken = {_normalised(path) for path in inputs}
     images: list[dict[str, Any]] = []
     detections: list[dict[str, Any]] = []
     try:
         out.mkdir(parents=True, exist_ok=True)
         try:
             for number, prediction in enumerate(predictions, 1):
-                target = _free(out, prediction.path.stem, taken)
-                taken.add(_key(target))
+                target = _available_path(out, prediction.path.stem, taken)
+                taken.add(_normalised(target))
                 _draw(prediction, list(names.values())).save(target)
                 found = coco_results(prediction.detections, number, categories)
                 detections += [{**entry, "category_name": names[entry["category_id"]]} for entry in found]
@@ -128,21 +123,29 @@ def write_predictions(
     return len(detections)
 
 
-def _key(path: Path) -> str:
-    """The same for all names of one file, also where capitals do not matter."""
+def _normalised(path: Path) -> str:
+    """Return the same text for all names of a file, also on file systems that ignore case."""
     return str(path.resolve()).casefold()
 
 
-def _free(out: Path, stem: str, taken: set[str]) -> Path:
-    """``out/STEM.png``, or the first ``out/STEM-2.png`` and so on that is not taken."""
+def _available_path(out: Path, stem: str, taken: set[str]) -> Path:
+    """Return ``out/STEM.png``, or if that is taken the first available of ``out/STEM-2.png`` and so on."""
     target, number = out / f"{stem}.png", 1
-    while _key(target) in taken:
+    while _normalised(target) in taken:
         number += 1
         target = out / f"{stem}-{number}.png"
     return target
 
 
 def _draw(prediction: Prediction, names: Sequence[str]) -> Image.Image:
-    found = prediction.detections
+    detections = prediction.detections
     picture = to_picture(read_image(prediction.path, LARGEST)[0])
-    return draw_detections(picture, found.boxes, found.labels, found.scores, found.masks, names, size=prediction.size)
+    return draw_detections(
+        picture,
+        detections.boxes,
+        detections.labels,
+        detections.scores,
+        detections.masks,
+        names,
+        size=prediction.size,
+    )

@@ -1,12 +1,9 @@
-"""Whole experiments: the demo and the ablation."""
+"""Complete experiments: the demo and the ablation."""
 
-from .ablation import TRAIN_IMAGES, VAL_IMAGES, VARIANTS, run_ablation
+from .ablation import run_ablation
 from .demo import run_demo
 
 __all__ = [
-    "TRAIN_IMAGES",
-    "VAL_IMAGES",
-    "VARIANTS",
     "run_ablation",
     "run_demo",
 ]

@@ -1,8 +1,7 @@
-"""Presets and ways of mimicking trained side by side with several seeds: the paper's Tables 1 and 2 in small."""
+"""Ablation: presets and kinds of mimicking with several seeds, the paper's Tables 1 and 2 at a smaller scale."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 import time
@@ -12,29 +11,32 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 
+from ..command_options import ABLATION_IMAGES, AblateOptions
 from ..config import Config
-from ..data import AspectRatioBatches, CocoDataset, find_data, load_batches, read_json, write_json, write_synthetic
-from ..engine import CHECKPOINT, MODEL, SUMMARY, Trainer, session, train, world_size
+from ..data import (
+    AspectRatioBatches,
+    CocoDataset,
+    load_batches,
+    load_train_and_val,
+    read_json,
+    write_json,
+    write_synthetic,
+)
+from ..engine import CHECKPOINT, MODEL, SUMMARY, build_and_train, build_trainer, session, world_size
 from ..errors import UserError
-from ..model import Count, MimickingDetector, build_detector, count, load_backbone, load_checkpoint
+from ..model import Count, count, load_checkpoint, load_detector
 from ..presets import PRESETS
 from .demo import demo_config
 
-VARIANTS = ("regular", "dcnv1", "dcnv2", "dcnv2-mimic")
-"""What is compared by default, in the order in which the paper finds them to be better."""
-
-TRAIN_IMAGES, VAL_IMAGES, SIZE = 400, 200, 128
+SIZE = 128  # sides of the synthetic images
 TIMED_ITERATIONS = 5
 TITLES = {"bbox": "box AP", "segm": "mask AP"}
 BLUE, ORANGE = "#0072b2", "#e69f00"
 
-Scale = Literal["auto", "reduced", "full"]
-
 
 class Variant(NamedTuple):
-    """A row of the table: a preset, trained with a way of mimicking (fg, bg, all, none) or with the preset's own."""
+    """Row of the table: a preset with a kind of mimicking (fg, bg, all, none), or None for the preset's own."""
 
     preset: str
     mimic: str | None
@@ -49,12 +51,12 @@ class Variant(NamedTuple):
 
     @staticmethod
     def parse(text: str) -> Variant:
-        """From ``PRESET`` or ``PRESET:MIMIC``.
+        """Parse ``PRESET`` or ``PRESET:MIMIC``.
 
         Raises
         ------
         UserError
-            There is no such preset or way of mimicking.
+            The preset or the kind of mimicking does not exist.
         """
         preset, colon, mimic = text.partition(":")
         if preset not in PRESETS:
@@ -63,64 +65,49 @@ class Variant(NamedTuple):
             raise UserError(f"after the colon of a variant stands fg, bg, all or none, got {text!r}")
         return Variant(preset, mimic if colon else None)
 
-    def configure(self, config: Config, seed: int) -> Config:
-        network = dataclasses.replace(config.network, preset=self.preset)
-        training = dataclasses.replace(config.training, seed=seed)
-        mimicking = config.mimicking
-        if self.mimic is not None:
-            mimicking = dataclasses.replace(mimicking, regions=self.mimic)  # type: ignore[arg-type]
-        return Config(network, training, mimicking)
+    def configure(self, config: Config, seed: int = 0) -> Config:
+        """Return the configuration of a run."""
+        mimicking = [] if self.mimic is None else [f"mimicking.regions={self.mimic}"]
+        return config.set([f"network.preset={self.preset}", f"training.seed={seed}", *mimicking])
+
+    @property
+    def regions(self) -> str:
+        """Regions that are mimicked; empty without mimicking."""
+        mimicking = self.configure(Config()).mimics()
+        return mimicking.regions if mimicking else ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of a variant.
-
-    Attributes
-    ----------
-    variant : Variant
-    seeds : of the runs that are finished
-    metrics : for each of them, COCO's numbers by kind (``bbox``, ``segm``) and name (``AP`` ...), in 0..1
-    cost : parameters, and multiply-adds for an image of 800x1333
-    seconds : of an iteration of training
-    """
+    """Results of a variant."""
 
     variant: Variant
-    seeds: tuple[int, ...]
-    metrics: tuple[dict[str, dict[str, float]], ...]
-    cost: Count
-    seconds: float
+    seeds: tuple[int, ...]  # of the finished runs
+    metrics: tuple[dict[str, dict[str, float]], ...]  # COCO metrics of each run by kind (bbox, segm) and name, in 0..1
+    cost: Count  # for an image of 800x1333
+    seconds: float  # per training iteration
 
     def values(self, kind: str, name: str) -> list[float]:
-        """One number of each run, in per cent; NaN where there is no ground truth."""
+        """Return a metric of each run in per cent; NaN without ground truth."""
         found = [run[kind][name] for run in self.metrics]
         return [math.nan if value is None else 100 * value for value in found]
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What all runs have in common.
+    """Common settings of all runs."""
 
-    Attributes
-    ----------
-    config : Config
-        Each variant changes the preset, the way of mimicking and the seed.
-    data : Path
-        Folder of a COCO data set.
-    weights : str
-        Of the backbone; see ``train --weights``.
-    """
-
-    config: Config
+    config: Config  # before `Variant.configure`
     data: Path
-    weights: str
+    weights: str  # of the backbone, see ``train --weights``
 
     def describe(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
         return {"config": self.config.to_dict(), "data": str(self.data.resolve()), "weights": self.weights}
 
 
 def ablation_config(scale: Literal["reduced", "full"]) -> Config:
-    """`reduced` is the demo's with a longer schedule, and mimicking to its scale; `full` is the paper's."""
+    """Return the demo's recipe with a longer schedule and scaled mimicking (`reduced`), or the paper's (`full`)."""
     if scale == "full":
         return Config().set(["network.detector=mask", "training.evaluate_every=0"])
     return demo_config().set(
@@ -128,192 +115,129 @@ def ablation_config(scale: Literal["reduced", "full"]) -> Config:
             "training.epochs=12",
             "training.lr_steps=9,11",
             "training.save_every=100",
-            # One and a half times the image's work, like the paper's 32 crops of 224x224 beside 800x1333, and seen by
-            # the level of the pyramid that finds these objects.
+            # The crops take 1.5 times the work of the image, as the paper's 32 crops of 224x224 for 800x1333, and are
+            # pooled from the pyramid level that detects these objects.
             "mimicking.crop=56",
             "mimicking.boxes=8",
-            # Summed, equation 3 makes the features of all categories alike before they have been told apart.
+            # Summed, equation 3 makes all features alike before the classifiers have separated the categories.
             "mimicking.reduction=mean",
         ]
     )
 
 
-def run_ablation(
-    out: Path,
-    device_name: str,
-    *,
-    variants: Sequence[str] = VARIANTS,
-    seeds: int = 3,
-    data: Path | None = None,
-    scale: Scale = "auto",
-    assignments: Sequence[str] = (),
-    weights: str | None = None,
-) -> list[Row]:
-    """Train and evaluate each variant with each seed, all variants with one seed before the next.
+def run_ablation(options: AblateOptions) -> list[Row]:
+    """Train and evaluate each variant with each seed 0, 1, ..., all variants with one seed before the next.
 
-    After each run the table and the plot are written anew. What is finished is not done again, and a run that was
-    interrupted goes on from its checkpoint.
-
-    Parameters
-    ----------
-    out : Path
-        Gets ``table.md``, ``results.json``, ``plot.png``, the synthetic ``data/`` and ``runs/``.
-    device_name : str
-        As for `distributed.session`.
-    variants : sequence of str
-        ``PRESET`` or ``PRESET:MIMIC``.
-    seeds : int
-        The seeds are 0, 1, ...
-    data : Path, optional
-        Folder of a COCO data set; by default a synthetic one of deformed shapes.
-    scale : "auto", "reduced" or "full"
-        See `ablation_config`; auto is full on a GPU.
-    assignments : sequence of str
-        ``section.option=value``, for all variants.
-    weights : str, optional
-        Of the backbone; by default ImageNet's, or none for the small one.
+    The table and the plot are updated after each run. Finished runs are kept, and an interrupted run continues from
+    its checkpoint. The output folder holds ``table.md``, ``results.json``, ``plot.png``, ``runs/`` and the synthetic
+    ``data/``.
 
     Raises
     ------
     UserError
-        Something given is wrong, or `out` has an experiment with other options.
+        An option is wrong, or the folder holds an experiment with other options.
     Interrupted
-        After SIGINT or SIGTERM; the same call goes on.
+        SIGINT or SIGTERM was received.
     """
-    chosen = [Variant.parse(text) for text in variants]
-    if len({variant.name for variant in chosen}) < len(chosen):
-        raise UserError(f"each variant can be there once, got {' '.join(variants)}")
-    with session(device_name) as device:
+    chosen = [Variant.parse(text) for text in options.variants]
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f"each variant can be there once, got {' '.join(options.variants)}")
+    out, data = options.out, options.data or options.out / "data"
+    with session(options.device) as device:
         if world_size() > 1:
             raise UserError("ablate runs in one process, not under torchrun")
+        scale = options.scale
         if scale == "auto":
             scale = "full" if device.type == "cuda" else "reduced"
-        config = ablation_config(scale).set(assignments)
-        weights = weights or ("none" if config.network.backbone == "small" else "imagenet")
-        experiment = Experiment(config, data or out / "data", weights)
-        _begin(out, experiment)
-        if data is None and not (out / "data" / ".complete").exists():
-            write_synthetic(out / "data", train=TRAIN_IMAGES, val=VAL_IMAGES, size=SIZE, deformation=1, seed=0)
-            (out / "data" / ".complete").touch()
-        masks = config.network.detector == "mask"
-        train_set = CocoDataset(*find_data(experiment.data, "train"), masks=masks, keep_empty=False)
-        val_set = CocoDataset(*find_data(experiment.data, "val"), masks=masks, keep_empty=True)
+        config = ablation_config(scale).set(options.set)
+        weights = options.weights or ("none" if config.network.backbone == "small" else "imagenet")
+        experiment = Experiment(config, data, weights)
+        _open_folder(out, experiment)
+        if options.data is None and not (data / ".complete").exists():
+            train_images, val_images = ABLATION_IMAGES
+            write_synthetic(data, train=train_images, val=val_images, size=SIZE, deformation=1, seed=0)
+            (data / ".complete").touch()
+        train_set, val_set = load_train_and_val(data, masks=config.network.detector == "mask")
 
-        costs = {variant: count(variant.configure(config, 0).network) for variant in chosen}
+        costs = {variant: count(variant.configure(config).network) for variant in chosen}
         seconds: dict[Variant, float] = {}
         rows: list[Row] = []
-        for seed in range(seeds):
+        for seed in range(options.seeds):
             for variant in chosen:
-                folder = out / "runs" / variant.folder / f"seed{seed}"
-                if not (folder / "metrics.json").exists():
+                runs = out / "runs" / variant.folder
+                if not (runs / f"seed{seed}" / "metrics.json").exists():
                     print(f"{variant.name}, seed {seed}", flush=True)
-                    _train(variant.configure(config, seed), experiment, train_set, val_set, folder, device)
+                    run_config = variant.configure(config, seed)
+                    _train(run_config, weights, train_set, val_set, runs / f"seed{seed}", device)
                 if variant not in seconds:
-                    seconds[variant] = _seconds(
-                        out / "runs" / variant.folder / "seconds.json", variant, experiment, train_set, device
-                    )
-                rows = [_row(out, item, seeds, costs[item], seconds[item]) for item in chosen if item in seconds]
+                    seconds[variant] = _seconds_per_iteration(runs, train_set, device)
+                rows = [
+                    _row(out, item, options.seeds, costs[item], seconds[item]) for item in chosen if item in seconds
+                ]
                 _write(out, rows, experiment, device)
     return rows
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown: means over the seeds, and standard deviations where there are several."""
-    first = rows[0]
+    """Format the rows in Markdown: means over the seeds, and standard deviations if there are several."""
     parts = []
-    for kind in [kind for kind in TITLES if kind in first.metrics[0]]:
-        lines = [
-            [
-                "preset",
-                "mimics",
-                TITLES[kind],
-                *SUMMARY[1:],
-                "seeds",
-                "parameters / 2^20",
-                "multiply-adds / 2^30",
-                "s / iteration",
-            ],
-            ["---", "---", *["---:"] * (len(SUMMARY) + 4)],
-        ]
+    for kind in [kind for kind in TITLES if kind in rows[0].metrics[0]]:
+        costs = ["seeds", "parameters / 2^20", "multiply-adds / 2^30", "s / iteration"]
+        lines = [["preset", "mimics", TITLES[kind], *SUMMARY[1:], *costs]]
+        lines.append(["---", "---", *["---:"] * (len(SUMMARY) + len(costs))])
         for row in rows:
-            config = row.variant.configure(Config(), 0).mimics()
-            lines.append(
-                [
-                    f"`{row.variant.preset}`",
-                    config.regions if config else "",
-                    *(_mean(row.values(kind, name)) for name in SUMMARY),
-                    str(len(row.seeds)),
-                    f"{row.cost.parameters / 2**20:.2f}",
-                    f"{row.cost.macs / 2**30:.1f}",
-                    f"{row.seconds:.2f}",
-                ]
-            )
+            means = [_mean(row.values(kind, name)) for name in SUMMARY]
+            costs = [f"{row.cost.parameters / 2**20:.2f}", f"{row.cost.macs / 2**30:.1f}", f"{row.seconds:.2f}"]
+            lines.append([f"`{row.variant.preset}`", row.variant.regions, *means, str(len(row.seeds)), *costs])
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts)
 
 
-def _begin(out: Path, experiment: Experiment) -> None:
-    """Make the folder, or see that the experiment in it is this one."""
+def _open_folder(out: Path, experiment: Experiment) -> None:
+    """Create the folder, or check that it holds the same experiment."""
     path = out / "experiment.json"
-    described = experiment.describe()
+    description = experiment.describe()
     if path.exists():
-        before = read_json(path)
-        if before != described:
+        if read_json(path) != description:
             raise UserError(f"{out} has an experiment with other options or data: give --out another folder")
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(path, described, indent=2)
+        write_json(path, description, indent=2)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
 def _train(
-    config: Config,
-    experiment: Experiment,
-    train_set: CocoDataset,
-    val_set: CocoDataset,
-    folder: Path,
-    device: torch.device,
+    config: Config, weights: str, train_set: CocoDataset, val_set: CocoDataset, folder: Path, device: torch.device
 ) -> None:
     resume = (folder / CHECKPOINT).exists()
     if resume:
-        load_checkpoint(folder / CHECKPOINT)  # a damaged one is named before anything is built
-    torch.manual_seed(config.training.seed)
-    model = build_detector(config.network, len(train_set.categories))
-    if experiment.weights != "none" and not resume:
-        load_backbone(model, experiment.weights, config.network.backbone)
-    train(model, config, train_set, val_set, folder, device, resume=resume, hint="the same command goes on from there")
-    # What is needed to go on is many times what is kept.
+        load_checkpoint(folder / CHECKPOINT)  # reports a damaged file before anything is built
+    hint = "the same command goes on from there"
+    build_and_train(config, train_set, val_set, folder, device, weights=weights, resume=resume, hint=hint)
+    # The state for resuming is several times larger than the model.
     (folder / CHECKPOINT).unlink()
 
 
-def _seconds(
-    path: Path, variant: Variant, experiment: Experiment, train_set: CocoDataset, device: torch.device
-) -> float:
-    """The median of some iterations of a trained model, the reading of images left out; measured once."""
+def _seconds_per_iteration(runs: Path, train_set: CocoDataset, device: torch.device) -> float:
+    """Measure once the median duration of a training iteration without data loading."""
+    path = runs / "seconds.json"
     if not path.exists():
-        config = variant.configure(experiment.config, 0)
-        content = load_checkpoint(path.parent / "seed0" / MODEL)
-        model = build_detector(config.network, len(train_set.categories))
-        model.load_state_dict(content["model"])
-        model.to(device)
-        mimics = config.mimics()
-        options = dataclasses.replace(config.training, workers=0)
-        batches = AspectRatioBatches(train_set.sizes, options.batch_size, seed=0, group=options.group_aspect_ratios)
-        trainer = Trainer(MimickingDetector(model, mimics) if mimics else model, options, device, len(batches))
-        write_json(path, statistics.median(_durations(trainer, train_set, batches, device)))
+        model, config, _ = load_detector(runs / "seed0" / MODEL, device)
+        write_json(path, statistics.median(_durations(model, config.set(["training.workers=0"]), train_set, device)))
     return float(read_json(path))
 
 
-def _durations(
-    trainer: Trainer, train_set: CocoDataset, batches: AspectRatioBatches, device: torch.device
-) -> Iterator[float]:
-    loader = load_batches(train_set, batches, trainer.config, device)
+def _durations(model: torch.nn.Module, config: Config, train_set: CocoDataset, device: torch.device) -> Iterator[float]:
+    training = config.training
+    batches = AspectRatioBatches(train_set.sizes, training.batch_size, seed=0, group=training.group_aspect_ratios)
+    trainer = build_trainer(model, config, device, len(batches))
+    loader = load_batches(train_set, batches, training, device)
     try:
         for done, batch in zip(range(TIMED_ITERATIONS + 1), loader):
             begin = time.perf_counter()
-            trainer.step(batch, done)  # which waits for the device
+            trainer.step(batch, done)  # waits for the device
             if done or len(batches) == 1:
                 yield time.perf_counter() - begin
     finally:
@@ -353,35 +277,31 @@ def _write(out: Path, rows: Sequence[Row], experiment: Experiment, device: torch
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:
-    """A panel for each kind: every run as a dot, means and standard deviations as bars; the table's order."""
+    """Plot a panel per kind with the rows of the table: runs as dots, means and standard deviations as bars."""
+    from matplotlib.figure import Figure
+
     kinds = [kind for kind in TITLES if kind in rows[0].metrics[0]]
     figure = Figure(figsize=(4.6 * len(kinds) + 1.2, 0.5 * len(rows) + 1.4), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for panel, kind in zip(panels, kinds):
         for position, row in enumerate(rows):
             values = row.values(kind, "AP")
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            panel.errorbar(
-                statistics.mean(values), position, xerr=spread, fmt="s", color=BLUE, capsize=4, markersize=7, zorder=2
-            )
+            mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+            panel.errorbar(mean, position, xerr=spread, fmt="s", color=BLUE, capsize=4, markersize=7, zorder=2)
             panel.plot(values, [position] * len(values), "o", color=ORANGE, markersize=4, zorder=3)
         panel.set_xlabel(f"{TITLES[kind]}, %")
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.tick_params(axis="y", length=0)
-    panels[0].set_yticks(range(len(rows)), [_label(row) for row in rows])
+    labels = [
+        f"{row.variant.preset.removesuffix('-mimic')} + mimic {regions}" if regions else row.variant.preset
+        for row in rows
+        for regions in [row.variant.regions]
+    ]
+    panels[0].set_yticks(range(len(rows)), labels)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
     figure.suptitle("mean (blue) and standard deviation of the runs (orange)", fontsize=9)
     figure.savefig(path)
-
-
-def _label(row: Row) -> str:
-    config = row.variant.configure(Config(), 0).mimics()
-    return (
-        row.variant.preset
-        if config is None
-        else f"{row.variant.preset.removesuffix('-mimic')} + mimic {config.regions}"
-    )
 
 
 def _mean(values: Sequence[float]) -> str:

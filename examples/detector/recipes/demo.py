@@ -1,4 +1,4 @@
-"""The whole program on a small synthetic data set: ``make demo``."""
+"""Demo of the whole program on a small synthetic data set: ``make demo``."""
 
 from __future__ import annotations
 
@@ -7,36 +7,34 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from dcnops.adapters.torch.spatial_support import offset_statistics
-from dcnops.adapters.torch.spatial_support.plots import plot_statistics
 from PIL import Image
 
+from ..command_options import SpatialSupportView
 from ..config import Config, NetworkConfig, TrainingConfig
-from ..data import CocoDataset, find_data, to_picture, write_synthetic
-from ..engine import MODEL, session, train
+from ..data import CocoDataset, load_train_and_val, to_picture, write_synthetic
+from ..engine import MODEL, build_and_train, session
 from ..errors import UserError
-from ..model import build_detector, load_detector
+from ..model import load_detector
 from ..predict import (
     Prediction,
-    View,
     contact_sheet,
     draw_detections,
-    draw_support,
+    draw_spatial_support,
     encode_rle,
     predict,
     write_predictions,
 )
 
 TRAIN_IMAGES, VAL_IMAGES, SIZE = 400, 80, 128
-DEFORMATION = 0.6  # of the shapes: what can be learnt in so few minutes
-SHOWN, CELL = 8, 300  # pictures on the sheet, and their sides
-CONV4 = "backbone.body.layer3"  # conv5 has maps of 4x4 for such small images
-BUDGET = 800  # images that are run to find a saliency region
+DEFORMATION = 0.6  # strength that can be learnt in a few minutes
+SHOWN, CELL = 8, 300  # number of pictures on the sheet, and their sides
+CONV4 = "backbone.body.layer3"  # conv5 has only 4x4 pixels here
+BUDGET = 800  # masked images in the search for a saliency region
 
 
 def demo_config() -> Config:
-    """The preset `dcnv2` with the small backbone, and a schedule of minutes on two cores."""
+    """Return the preset `dcnv2` with the small backbone and a schedule of minutes on two CPU cores."""
     network = NetworkConfig(
         preset="dcnv2",
         detector="mask",
@@ -60,8 +58,8 @@ def demo_config() -> Config:
         lr_batch=4,
         lr_steps=(6, 7.5),
         warmup_iterations=50,
-        # AdamW moves every weight by its learning rate: at the paper's factor of 1 the single layer of a v1 branch
-        # throws its bins hundreds of regions away before the classifier has learnt anything.
+        # AdamW moves every weight by its learning rate. At the paper's factor of 1, the single layer of a v1 branch
+        # moves its bins by hundreds of regions before the classifier has learnt anything.
         roi_offset_lr_mult=0.1,
         clip_norm=10,
         evaluate_every=0,
@@ -71,43 +69,39 @@ def demo_config() -> Config:
 
 
 def run_demo(out: Path, device_name: str) -> None:
-    """Synthesise, train, evaluate, predict; all in `out`, where an earlier demo is replaced."""
+    """Synthesise data, train, evaluate and predict in the folder `out`, replacing an earlier demo."""
+    from dcnops.adapters.torch.spatial_support.plots import plot_statistics
+
     begin = time.perf_counter()
     data, run, pictures = out / "data", out / "run", out / "predictions"
     with session(device_name) as device:
         _clear(out, (data, run, pictures))
         write_synthetic(data, train=TRAIN_IMAGES, val=VAL_IMAGES, size=SIZE, deformation=DEFORMATION, seed=0)
         config = demo_config()
-        train_set = CocoDataset(*find_data(data, "train"), masks=True, keep_empty=False)
-        val_set = CocoDataset(*find_data(data, "val"), masks=True, keep_empty=True)
-        torch.manual_seed(config.training.seed)
-        model = build_detector(config.network, len(train_set.categories))
-        metrics = train(model, config, train_set, val_set, run, device, hint="the next demo begins anew")
+        train_set, val_set = load_train_and_val(data, masks=True)
+        metrics = build_and_train(config, train_set, val_set, run, device, hint="the next demo starts from scratch")
         assert metrics is not None
         model, _, categories = load_detector(run / MODEL, device)
         paths = [val_set.path(index) for index in range(min(SHOWN, len(val_set)))]
         predictions = list(predict(model, paths, device))
         image = val_set[_most_varied(predictions)][0].to(device)
-        support = draw_support(
-            {config.network.preset: model},
-            image,
-            [item.name for item in categories],
-            View(layer=CONV4, budget=BUDGET),
-        )
+        view = SpatialSupportView(layer=CONV4, budget=BUDGET)
+        names = [item.name for item in categories]
+        support = draw_spatial_support({config.network.preset: model}, image, names, view)
         offsets = plot_statistics(offset_statistics(model, image))
     write_predictions(iter(predictions), pictures, categories, inputs=paths)
-    _beside_ground_truth(predictions, val_set).save(out / "detections.png")
-    support.savefig(out / "support.png")
+    _compare_with_ground_truth(predictions, val_set).save(out / "detections.png")
+    support.savefig(out / "spatial_support.png")
     offsets.savefig(out / "offsets.png")
     box, mask = metrics["bbox"], metrics["segm"]
     print(f"box AP {box.AP:.3f}, AP50 {box.AP50:.3f}; mask AP {mask.AP:.3f}, AP50 {mask.AP50:.3f}")
-    print(f"{out / 'detections.png'}: what was found in images that were not trained on, beside the truth")
-    print(f"{out / 'support.png'}: where the network looks; {out / 'offsets.png'}: how far its points have moved")
-    print(f"{time.perf_counter() - begin:.0f} s in all")
+    print(f"{out / 'detections.png'}: detections in validation images next to the ground truth")
+    print(f"{out / 'spatial_support.png'}: spatial support; {out / 'offsets.png'}: histograms of offsets and masks")
+    print(f"{time.perf_counter() - begin:.0f} s in total")
 
 
 def _clear(out: Path, folders: Iterable[Path]) -> None:
-    """Remove what an earlier demo left; a folder that is not a demo's is refused."""
+    """Remove an earlier demo; refuse any other folder that is not empty."""
     marker = out / ".demo"
     if out.exists() and not marker.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} must be an empty or a new folder, or one of an earlier demo")
@@ -121,7 +115,7 @@ def _clear(out: Path, folders: Iterable[Path]) -> None:
 
 
 def _most_varied(predictions: list[Prediction]) -> int:
-    """The image in which the largest object found is largest beside the smallest."""
+    """Return the index of the image with the largest ratio between the areas of two detections."""
 
     def ratio(index: int) -> float:
         boxes = predictions[index].detections.boxes
@@ -131,7 +125,7 @@ def _most_varied(predictions: list[Prediction]) -> int:
     return max(range(len(predictions)), key=ratio)
 
 
-def _beside_ground_truth(predictions: list[Prediction], dataset: CocoDataset) -> Image.Image:
+def _compare_with_ground_truth(predictions: list[Prediction], dataset: CocoDataset) -> Image.Image:
     names = [category.name for category in dataset.categories]
     pictures = []
     for index, prediction in enumerate(predictions):

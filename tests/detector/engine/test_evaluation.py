@@ -306,7 +306,6 @@ def test_detect_gives_every_module_its_mode_back(tmp_path: Path) -> None:
 PROCESS = """
 import json, sys
 from pathlib import Path
-from examples.detector.engine import distributed
 from tests.detector.engine.test_evaluation import run_detect
 
 with distributed.session("cpu"):

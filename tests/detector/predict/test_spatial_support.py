@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from examples.detector.__main__ import main
+from examples.detector.command_options import SpatialSupportView
 from examples.detector.config import Config
 from examples.detector.data import Category, write_synthetic
 from examples.detector.model import build_detector, save_checkpoint
-from examples.detector.predict import View, draw_support
+from examples.detector.predict import draw_spatial_support
 
 SMALL = ["network.backbone=small", "network.detector=mask", "network.min_size=64", "network.max_size=64"]
 CATEGORIES = [Category(1, "club"), Category(3, "ring")]
@@ -44,16 +46,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_figures(
     figure: str, checkpoints: dict[str, Path], image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [
-        "support",
-        "--checkpoint",
-        *map(str, checkpoints.values()),
-        "--image",
-        str(image),
-        "--out",
-        str(tmp_path),
-    ]
-    command += ["--device", "cpu", "--budget", "30", "--figure", figure]
+    command = ["spatial-support", "--checkpoint", *map(str, checkpoints.values()), "--image", str(image)]
+    command += ["--out", str(tmp_path), "--device", "cpu", "--budget", "30", "--figure", figure]
     nodes = ["--node", "20,30", "--node", "70,5"] if figure == "1" else ["--roi", "10,10,50,60"]
     assert main([*command, *nodes]) == 0
     names = {f"{image.stem}-figure{figure}.png", f"{image.stem}-offsets-dcnv2.png"}  # the other has no offsets
@@ -64,12 +58,12 @@ def test_figures(
 
 
 def test_nodes_are_where_the_image_says(image: Path) -> None:
-    """Also in an image that the network enlarges and pads."""
+    """In an image that the network enlarges and pads."""
     config = Config().set([*SMALL[:2], "network.min_size=120", "network.max_size=200", "network.preset=regular"])
     torch.manual_seed(0)
     network = build_detector(config.network, 2)
-    figure = draw_support(
-        {"a network": network}, torch.rand(3, 60, 90), ["club", "ring"], View(points=[(45, 30)], budget=10)
+    figure = draw_spatial_support(
+        {"a network": network}, torch.rand(3, 60, 90), ["club", "ring"], SpatialSupportView(node=((45, 30),), budget=10)
     )
     panel = figure.axes[0]
     assert panel.get_title() == "x 45, y 30"
@@ -88,15 +82,11 @@ def test_regions_of_the_background_and_of_categories() -> None:
     config = Config().set([*SMALL, "network.preset=dcnv2", "network.score_threshold=1"])  # nothing is an object
     torch.manual_seed(1)
     network = build_detector(config.network, 2)
-    figure = draw_support({"a": network}, torch.rand(3, 64, 64), ["club", "ring"], View(2, budget=10))
-    assert figure.axes[0].get_title() == "background"
-    figure = draw_support(
-        {"a": network},
-        torch.rand(3, 64, 64),
-        ["club", "ring"],
-        View(2, boxes=[(5, 5, 30, 40)], category="ring", budget=10),
-    )
-    assert figure.axes[0].get_title() == "ring"
+    view = SpatialSupportView(figure=2, budget=10)
+    for roi, category, title in (((), None, "background"), (((5, 5, 30, 40),), "ring", "ring")):
+        chosen = dataclasses.replace(view, roi=roi, category=category)
+        figure = draw_spatial_support({"a": network}, torch.rand(3, 64, 64), ["club", "ring"], chosen)
+        assert figure.axes[0].get_title() == title
 
 
 @pytest.mark.parametrize(
@@ -122,8 +112,8 @@ def test_mistakes(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = ["support", "--checkpoint", str(checkpoints["dcnv2"]), "--image", str(image), "--out", str(tmp_path)]
-    assert main([*command, "--device", "cpu", "--budget", "10", *arguments]) == 2
+    command = ["spatial-support", "--checkpoint", str(checkpoints["dcnv2"]), "--image", str(image)]
+    assert main([*command, "--out", str(tmp_path), "--device", "cpu", "--budget", "10", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -134,19 +124,8 @@ def test_networks_must_fit_each_other(
     copy.parent.mkdir()
     shutil.copy(checkpoints["regular"], copy)
     both = ["--checkpoint", str(checkpoints["regular"]), str(copy)]
-    command = [
-        "support",
-        "--image",
-        str(image),
-        "--out",
-        str(tmp_path),
-        "--device",
-        "cpu",
-        "--budget",
-        "10",
-        "--node",
-        "9,9",
-    ]
+    command = ["spatial-support", "--image", str(image), "--out", str(tmp_path), "--device", "cpu"]
+    command += ["--budget", "10", "--node", "9,9"]
     assert main([*command, *both]) == 0
     assert main([*command, "--checkpoint", str(copy), str(copy), str(copy)]) == 2
     assert "networks with the same preset must lie in different folders" in capsys.readouterr().err

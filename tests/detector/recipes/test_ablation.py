@@ -1,4 +1,4 @@
-"""The ablation, at a size for tests: what it writes, that it goes on where it stopped, what it refuses."""
+"""Ablation at a smaller size: results, continuation after an interruption, errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from examples.detector.__main__ import main
 from examples.detector.config import Config
-from examples.detector.engine import SUMMARY
+from examples.detector.engine import SUMMARY, training
 from examples.detector.model import Count
 from examples.detector.recipes import ablation
 from examples.detector.recipes.ablation import Row, Variant, ablation_config, table
@@ -23,27 +23,27 @@ TINY = ["training.epochs=1", "training.batch_size=2", "network.min_size=64", "ne
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    for name, value in (("TRAIN_IMAGES", 4), ("VAL_IMAGES", 2), ("SIZE", 64), ("TIMED_ITERATIONS", 1)):
+    for name, value in (("ABLATION_IMAGES", (4, 2)), ("SIZE", 64), ("TIMED_ITERATIONS", 1)):
         monkeypatch.setattr(ablation, name, value)
     out = str(tmp_path / "out")
     return ["ablate", "--out", out, "--device", "cpu", "--variants", "regular", "dcnv2:fg", "--set", *TINY]
 
 
 def runs_of(monkeypatch: pytest.MonkeyPatch, failing: list[int]) -> list[tuple[str, int, bool]]:
-    """What is trained: preset, seed, whether it goes on. Runs of the numbers in `failing` stop after an iteration."""
+    """List preset, seed and `resume` of each training; those numbered in `failing` stop after an iteration."""
     begun: list[tuple[str, int, bool]] = []
-    train = ablation.train
+    train = training.train
 
     def noting(model: Any, config: Config, *args: Any, resume: bool, **options: Any) -> Any:
         begun.append((config.network.preset, config.training.seed, resume))
         if len(begun) - 1 not in failing:
             return train(model, config, *args, resume=resume, **options)
-        step = ablation.Trainer.step
+        step = training.Trainer.step
         with monkeypatch.context() as patch:
-            patch.setattr(ablation.Trainer, "step", lambda *a: step(*a)._replace(stop=2))
+            patch.setattr(training.Trainer, "step", lambda *a: step(*a)._replace(stop=2))
             return train(model, config, *args, resume=resume, **options)
 
-    monkeypatch.setattr(ablation, "train", noting)
+    monkeypatch.setattr(training, "train", noting)
     return begun
 
 

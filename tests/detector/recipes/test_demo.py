@@ -1,4 +1,4 @@
-"""The demo, at a size for tests: what it writes and prints."""
+"""Output of the demo, at a smaller size."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert str(out / "detections.png") in printed
     sheet = Image.open(out / "detections.png")
     assert sheet.width > 4 * demo.SIZE  # truth and detections of two images in a row
-    folders, pictures = {"data", "run", "predictions"}, {"detections.png", "support.png", "offsets.png"}
+    folders, pictures = {"data", "run", "predictions"}, {"detections.png", "spatial_support.png", "offsets.png"}
     assert {path.name for path in out.iterdir()} == {".demo"} | folders | pictures
     assert all(str(out / name) in printed for name in pictures)
     assert len(json.loads((out / "predictions" / "predictions.json").read_text())["images"]) == 2
