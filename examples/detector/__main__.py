@@ -44,13 +44,10 @@ from .recipes import run_ablation, run_demo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command and return the exit code.
 
-    Returns
-    -------
-    int
-        The exit code: 0; 2 after a mistake of the user, which is printed in one line on stderr; 128 + the number of
-        the signal that ended a training.
+    It is 2 after a mistake of the user, which is printed in one line on stderr, and 128 + the number of the signal that
+    ended a training.
     """
     epilogs = {"train": f"options for --set, with their defaults:\n{describe_options()}"}
     try:
@@ -78,7 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_train(options: TrainOptions) -> None:
-    """Run the command `train`."""
     config = _config(options)
     masks = config.network.detector == "mask"
     train_annotations, train_images = _data(options, "train", "train_")
@@ -96,7 +92,6 @@ def run_train(options: TrainOptions) -> None:
 
 
 def run_evaluate(options: EvaluateOptions) -> None:
-    """Run the command `evaluate`."""
     if options.results:
         _make_folder(options.out)
         annotations = options.annotations or _data(options, options.split)[0]
@@ -128,7 +123,6 @@ def run_evaluate(options: EvaluateOptions) -> None:
 
 
 def run_predict(options: PredictOptions) -> None:
-    """Run the command `predict`."""
     paths = find_images(options.images)
     _make_folder(options.out)
     with session(options.device) as device:
@@ -141,7 +135,6 @@ def run_predict(options: PredictOptions) -> None:
 
 
 def run_spatial_support(options: SpatialSupportOptions) -> None:
-    """Run the command `spatial-support`."""
     with session(options.device) as device:
         _require_one_process("spatial-support")
         paths = draw_checkpoints(
@@ -151,7 +144,6 @@ def run_spatial_support(options: SpatialSupportOptions) -> None:
 
 
 def run_flops(options: FlopsOptions) -> None:
-    """Run the command `flops`."""
     backbone = [f"network.backbone={options.backbone}"] if options.backbone else []
     both = (Config().set([f"network.detector={kind}", *backbone, *options.set]).network for kind in ("faster", "mask"))
     networks = list(dict.fromkeys(both))
@@ -162,7 +154,6 @@ def run_flops(options: FlopsOptions) -> None:
 
 
 def run_synth(options: SynthOptions) -> None:
-    """Run the command `synth`."""
     for split in ("train", "val"):
         if (existing := options.folder / "annotations" / f"instances_{split}.json").exists():
             raise UserError(f"{existing} exists already: give another folder")
@@ -171,7 +162,6 @@ def run_synth(options: SynthOptions) -> None:
 
 
 def run_ablate(options: AblateOptions) -> None:
-    """Run the command `ablate`."""
     run_ablation(options)
     print(f"{options.out}: table.md, results.json, plot.png")
 

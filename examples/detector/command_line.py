@@ -25,26 +25,10 @@ class Parser(argparse.ArgumentParser):
 def parse(
     arguments: Sequence[str] | None, commands: Mapping[str, tuple[type, str]], program: str, description: str
 ) -> tuple[str, Any]:
-    """Parse a command line.
+    """Parse a command line, None for that of the process.
 
-    Parameters
-    ----------
-    arguments : sequence of str or None
-        None takes those of the process.
-    commands : mapping of str to (type, str)
-        By name, the dataclass of each command's options and the text after its help.
-    program, description : str
-        Texts for ``--help``.
-
-    Returns
-    -------
-    str, object
-        The command and an instance of its dataclass.
-
-    Raises
-    ------
-    UserError
-        The command line is wrong.
+    `commands` maps the name of each command to the dataclass of its options and a text after its help. Return the
+    name and an instance of the dataclass.
     """
     parser = Parser(prog=program, description=description)
     subparsers = parser.add_subparsers(

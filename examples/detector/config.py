@@ -145,13 +145,7 @@ class Config:
         return None if regions == "none" else dataclasses.replace(self.mimicking, regions=regions)
 
     def set(self, assignments: Iterable[str]) -> Config:
-        """Return a copy with assignments such as ``network.gamma=1`` or ``training.lr_steps=6,8`` applied.
-
-        Raises
-        ------
-        UserError
-            An assignment is malformed, names an unknown option or has an invalid value.
-        """
+        """Return a copy with assignments such as ``network.gamma=1`` or ``training.lr_steps=6,8`` applied."""
         values = self.to_dict()
         for assignment in assignments:
             name, equals, text = assignment.partition("=")
@@ -169,13 +163,7 @@ class Config:
 
     @staticmethod
     def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
-        """Build a configuration from the result of `to_dict`.
-
-        Raises
-        ------
-        UserError
-            An option is unknown or has an invalid value.
-        """
+        """Build a configuration from the result of `to_dict`."""
         if not isinstance(values, Mapping) or set(values) - set(SECTIONS):
             raise UserError(f"a configuration must have the sections {', '.join(SECTIONS)}, got {values!r:.80}")
         sections = {}

@@ -14,7 +14,7 @@ FILES = [path.relative_to(DETECTOR) for path in sorted(DETECTOR.rglob("*.py"))]
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_imports_point_downwards(path: Path) -> None:
+def test_imports_point_downwards(path):
     place = ORDER.index(path.parts[0].removesuffix(".py"))
     for node in ast.walk(ast.parse((DETECTOR / path).read_text())):
         if not isinstance(node, ast.ImportFrom) or not node.level:

@@ -130,11 +130,6 @@ def load_batches(
     """Yield the batches of all epochs from iteration `first` on, as tensors on `device`.
 
     Closing the iterator ends the data-loading processes.
-
-    Raises
-    ------
-    UserError
-        An image cannot be read.
     """
     # A single loader for all epochs prefetches across their ends. The explicit generator keeps the loader from
     # drawing the seeds of its processes from the global one.

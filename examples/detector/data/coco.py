@@ -82,11 +82,6 @@ class CocoDataset(Dataset[Sample]):
         Width and height by index.
     report : list of str
         One line for each kind of invalid input, with a count and an example.
-
-    Raises
-    ------
-    UserError
-        By the rules above, or no image is left.
     """
 
     coco: COCO
@@ -199,13 +194,7 @@ class CocoDataset(Dataset[Sample]):
 
 
 def check_categories(expected: Sequence[Category], found: Sequence[Category], what: str) -> None:
-    """Check that data has the categories of a detector.
-
-    Raises
-    ------
-    UserError
-        The categories differ; `what` names the data.
-    """
+    """Check that data has the categories of a detector."""
     if list(expected) != list(found):
         wanted, given = (
             "({}{})".format(", ".join(f"{item.id} {item.name}" for item in items[:4]), ", ..." * (len(items) > 4))
@@ -221,11 +210,6 @@ def find_data(root: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
 
     Recognised are ``annotations/instances_{split}.json`` with ``images/``, and COCO's own
     ``annotations/instances_{split}2017.json`` with ``{split}2017/``.
-
-    Raises
-    ------
-    UserError
-        The folder has neither.
     """
     candidates = [
         (root / "annotations" / f"instances_{split}.json", root / "images"),

@@ -23,16 +23,8 @@ LARGEST_ASPECT = 32
 def find_images(patterns: Sequence[str]) -> list[Path]:
     """Find the image files that the command line names, without duplicates, in the order of `patterns`.
 
-    Parameters
-    ----------
-    patterns
-        Files; folders, for their images (see `SUFFIXES`) in alphabetical order, without sub-folders; or glob patterns
-        including ``**``, for the images among the matches.
-
-    Raises
-    ------
-    UserError
-        A pattern matches no image.
+    A pattern is a file; a folder, for its images (see `SUFFIXES`) in alphabetical order, without sub-folders; or a glob
+    pattern including ``**``, for the images among the matches.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
@@ -66,11 +58,6 @@ def read_image(path: Path, largest: int | None = None, *, upright: bool = True) 
     Returns
     -------
     float32 [3, H, W], RGB in 0..1, and the (width, height) of the file.
-
-    Raises
-    ------
-    UserError
-        The file is missing, not an image, damaged, or exceeds Pillow's limit against decompression bombs.
     """
     try:
         with warnings.catch_warnings():

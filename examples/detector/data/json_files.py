@@ -11,13 +11,7 @@ from ..errors import UserError
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises
-    ------
-    UserError
-        The file cannot be read, or is not JSON.
-    """
+    """Read a JSON file."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             return json.load(file)

@@ -87,11 +87,6 @@ def write_synthetic(
         threefold range of sizes, and arms bent by up to 50 degrees.
     seed : int
         Seed of all random numbers.
-
-    Raises
-    ------
-    UserError
-        An argument is out of range, or the folder cannot be written.
     """
     width, height = (size, size) if isinstance(size, int) else size
     if not MIN_SIDE <= min(width, height) <= max(width, height) <= MAX_SIDE:

@@ -43,15 +43,7 @@ def gather_lists(items: list[T]) -> list[T]:
 def session(device: str | torch.device = "auto") -> Iterator[torch.device]:
     """Open the device of this process and, under `torchrun`, the process group for the time of a context.
 
-    Parameters
-    ----------
-    device
-        ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for the GPU if there is one. Under `torchrun`: GPU LOCAL_RANK.
-
-    Raises
-    ------
-    UserError
-        The device does not exist.
+    `device` is ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for a GPU if there is one; under `torchrun`, GPU LOCAL_RANK.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _choose(device, int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else None)

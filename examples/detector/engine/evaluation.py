@@ -58,13 +58,9 @@ def detect(
     progress: bool = True,
     amp_dtype: torch.dtype | None = None,
 ) -> list[dict[str, Any]]:
-    """Detect objects in all images of a data set.
+    """Detect objects in all images of a data set; under `torchrun` each process handles a part and gets all results.
 
-    Under `torchrun` each process handles a part of the images and gets all results.
-
-    Returns
-    -------
-    Entries of a COCO results file in the order of the images, then of decreasing score: ``image_id``,
+    Return entries of a COCO results file in the order of the images, then of decreasing score: ``image_id``,
     ``category_id``, ``bbox`` (x, y, width, height), ``score`` and, from a network with masks, ``segmentation`` (run
     lengths).
     """
@@ -130,18 +126,11 @@ def coco_metrics(
     coco
         Ground truth from `CocoDataset`, with masks if they are compared; it is not modified.
     results
-        Entries of a COCO results file.
-    image_ids
-        Images to evaluate; results in others are ignored.
+        Entries of a COCO results file; those in other images than `image_ids` are ignored.
     kinds
         Compare boxes, masks or both. The area of a detection is that of its box or of its mask accordingly.
     package
         ``auto`` uses faster-coco-eval if it is installed. Both packages give the same numbers.
-
-    Raises
-    ------
-    UserError
-        A result lacks the box or the mask to compare.
     """
     chosen = sorted(set(image_ids))
     return {kind: _evaluate(_ground_truth(coco, chosen, kind), results, kind, package) for kind in kinds}
@@ -171,11 +160,6 @@ def write_results(
 
     The latter are COCO results files for other programs and `load_results`. NaN becomes null. A file is replaced only
     after the new one has been written completely.
-
-    Raises
-    ------
-    UserError
-        The folder cannot be written to.
     """
     values: dict[str, Any] = {}
     for kind, scores in metrics.items():
@@ -195,16 +179,9 @@ def write_results(
 
 
 def load_results(path: Path, coco: pycocotools.coco.COCO) -> tuple[list[dict[str, Any]], tuple[Kind, ...]]:
-    """Read a COCO results file.
+    """Read a COCO results file and check that it fits the ground truth.
 
-    Returns
-    -------
-    The entries, and the kinds that all of them have: boxes, masks or both. An empty list counts as boxes.
-
-    Raises
-    ------
-    UserError
-        The file is missing, malformed or does not fit the ground truth; the message names the entry.
+    Return the entries, and the kinds that all of them have: boxes, masks or both. An empty list counts as boxes.
     """
     results = read_json(path)
     if not isinstance(results, list):

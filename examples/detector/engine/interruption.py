@@ -15,27 +15,15 @@ SAME_REQUEST = 1.0  # seconds; launchers forward a signal that the process has a
 
 
 class Interrupted(KeyboardInterrupt):
-    """Stop on request of the user; the text says what has been saved.
-
-    Attributes
-    ----------
-    exit_code : int
-        Conventional exit code: 130 after SIGINT, 143 after SIGTERM.
-    """
+    """Stop on request of the user; the text says what has been saved."""
 
     def __init__(self, number: int, text: str) -> None:
         super().__init__(text)
-        self.exit_code = 128 + number
+        self.exit_code = 128 + number  # by convention
 
 
 class StopRequests:
-    """Context that stores the first signal in `received` and raises `Interrupted` at the second.
-
-    Parameters
-    ----------
-    text : str
-        Text of `Interrupted`.
-    """
+    """Context that stores the first signal in `received` and raises `Interrupted(text)` at the second."""
 
     def __init__(self, text: str) -> None:
         self.text = text

@@ -22,16 +22,8 @@ LOG_EVERY = 20  # iterations averaged in a line of text and a point in TensorBoa
 class Progress:
     """Progress bar on a terminal, else regular lines of text, on stderr; scalars and histograms for TensorBoard.
 
-    Parameters
-    ----------
-    folder : Path
-        Folder for TensorBoard. Entries of an earlier run after iteration `first` are purged.
-    device : torch.device
-        Device to report memory of: the peak of a GPU's allocations, or of the process on the CPU.
-    first, total : int
-        Finished iterations, and all iterations.
-    per_epoch : int
-        Iterations per epoch.
+    `first` iterations of `total` are finished; TensorBoard's entries of an earlier run after them are purged. The
+    reported memory is the peak of the GPU's allocations, or of the process on the CPU.
     """
 
     def __init__(self, folder: Path, device: torch.device, *, first: int, total: int, per_epoch: int) -> None:

@@ -58,7 +58,7 @@ def train(
     resume: bool = False,
     hint: str = HINT,
 ) -> Metrics | None:
-    """Train a detector; in several processes inside `distributed.session` under `torchrun`.
+    """Train a detector from `build_detector` in place; in several processes inside `session` under `torchrun`.
 
     All random numbers depend on the seed, the iteration and the process only. On the CPU, a resumed run therefore
     yields exactly the parameters of an uninterrupted one, for any number of data-loading processes.
@@ -66,7 +66,6 @@ def train(
     Parameters
     ----------
     model : nn.Module
-        From `build_detector`, optionally with pretrained weights; moved to `device` and trained in place.
     config : Config
         Configuration of the model and of the training.
     train_set, val_set : CocoDataset
@@ -76,7 +75,7 @@ def train(
         end, for prediction), ``metrics.json`` and the detections of the last evaluation, and ``tensorboard/``.
     device : torch.device
     resume : bool
-        Continue from ``checkpoint.pth``, which replaces the model's parameters.
+        Continue from ``checkpoint.pth``, which replaces the model's parameters. Otherwise `out` must not hold a run.
     hint : str
         Advice for the user after an interruption.
 
@@ -87,9 +86,6 @@ def train(
 
     Raises
     ------
-    UserError
-        `out` already holds a run; with `resume`, it holds none with the same options and data; the categories of the
-        data sets differ; an image cannot be read; the loss or the gradient is not finite.
     Interrupted
         SIGINT or SIGTERM was received. A checkpoint is saved first, unless a second signal asks to stop at once.
     """

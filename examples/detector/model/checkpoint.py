@@ -33,22 +33,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint; `path` keeps its old content until the new content is complete and on disk.
 
-    Parameters
-    ----------
-    path
-    model
-        From `build_detector`, not wrapped for data-parallel training.
-    config, categories
-        Configuration and categories of the model.
-    iteration
-        Number of finished iterations.
-    resume
-        Further entries for resuming, plain values and tensors.
-
-    Raises
-    ------
-    UserError
-        The file cannot be written.
+    `model` comes from `build_detector`, not wrapped for data-parallel training. `resume` holds further plain values and
+    tensors for resuming the training.
     """
     content = {
         "format": FORMAT,
@@ -74,13 +60,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a file written by `save_checkpoint`, with tensors on the CPU, without running code from the file.
-
-    Raises
-    ------
-    UserError
-        The file is missing, not a checkpoint, incomplete, or of another format.
-    """
+    """Read a file written by `save_checkpoint`, with tensors on the CPU, without running code from the file."""
     if not path.is_file():
         raise UserError(f"{path}: there is no such checkpoint")
     if not zipfile.is_zipfile(path):
@@ -105,13 +85,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def restore_model(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load the weights of a checkpoint.
-
-    Raises
-    ------
-    UserError
-        The weights do not fit the model; the message names the first that differs.
-    """
+    """Load the weights of a checkpoint into a model with the same parameters."""
     own = model.state_dict()
     for name in [*own, *state]:
         if name not in state or name not in own:
@@ -131,23 +105,9 @@ def restore_model(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
 def load_detector(
     path: Path, device: torch.device, assignments: Iterable[str] = ()
 ) -> tuple[GeneralizedRCNN, Config, list[Category]]:
-    """Load the detector of a checkpoint.
+    """Load the detector of a checkpoint, with changes of its configuration as for `Config.set`.
 
-    Parameters
-    ----------
-    path
-    device
-    assignments
-        Changes of its configuration, as for `Config.set`.
-
-    Returns
-    -------
-    The model on `device` in evaluation mode; its configuration; its categories.
-
-    Raises
-    ------
-    UserError
-        As for `load_checkpoint`, `Config.set` and `restore_model`.
+    Return the model on `device` in evaluation mode, its configuration and its categories.
     """
     content = load_checkpoint(path)
     try:

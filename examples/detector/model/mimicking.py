@@ -18,7 +18,7 @@ from .network import precise
 
 
 class MimickingDetector(nn.Module):
-    """Detector in training together with an R-CNN on crops of the image.
+    """Detector from `build_detector` in training together with an R-CNN on crops of the image.
 
     The R-CNN shares the detector's backbone, RoI pooling (with the whole crop as the region) and two fully connected
     layers; only its classifier is separate. The result is the detector's losses and
@@ -29,13 +29,6 @@ class MimickingDetector(nn.Module):
 
     The boxes are sampled from the RoIs in the loss of the head, that is from proposals and ground truth. After the
     training only the detector is needed.
-
-    Parameters
-    ----------
-    detector : GeneralizedRCNN
-        From `build_detector`; it is not modified.
-    config : MimickingConfig
-        From `Config.mimics`.
     """
 
     def __init__(self, detector: GeneralizedRCNN, config: MimickingConfig) -> None:

@@ -29,22 +29,9 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 def build_detector(network: NetworkConfig, num_categories: int) -> GeneralizedRCNN:
     """Build the Faster R-CNN or Mask R-CNN of section 5.1 of the paper with random weights.
 
-    Parameters
-    ----------
-    network : NetworkConfig
-    num_categories : int
-        Categories of objects, without the background.
-
-    Returns
-    -------
-    torchvision.models.detection.generalized_rcnn.GeneralizedRCNN
-        Maps images and targets to losses in training, and images to detections otherwise, like torchvision's
-        detectors. Masks have the size of the mask head, [n, 1, 28, 28]; `predict.infer` pastes them.
-
-    Raises
-    ------
-    UserError
-        The numbers are inconsistent, such as channels that are not a multiple of the deformable groups.
+    In training it maps images and targets to losses, otherwise images to detections, like torchvision's detectors.
+    Masks have the size of the mask head, [n, 1, 28, 28]; `predict.infer` pastes them. `num_categories` excludes the
+    background.
 
     Notes
     -----

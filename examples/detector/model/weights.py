@@ -19,25 +19,9 @@ from ..errors import UserError
 def load_backbone(detector: GeneralizedRCNN, source: str, backbone: str) -> list[str]:
     """Load the weights of a classification network into the backbone of a detector.
 
-    Parameters
-    ----------
-    detector : GeneralizedRCNN
-        From `build_detector`.
-    source : str
-        "imagenet" or the name of torchvision weights for `backbone` (IMAGENET1K_V1, IMAGENET1K_V2), downloaded on
-        first use; or a file with torchvision's parameter names: .pth or .pt, .safetensors, .npz.
-    backbone : str
-        The backbone's name in torchvision.
-
-    Returns
-    -------
-    list of str
-        The missing parameters, which all belong to offset branches.
-
-    Raises
-    ------
-    UserError
-        The weights do not exist or do not fit.
+    `source` is "imagenet" or the name of torchvision weights for `backbone` (IMAGENET1K_V1, IMAGENET1K_V2), downloaded
+    on first use; or a file with torchvision's parameter names: .pth or .pt, .safetensors, .npz. Return the missing
+    parameters, which all belong to offset branches.
     """
     path = Path(source)
     if path.suffix in (".pth", ".pt", ".safetensors", ".npz"):

@@ -54,16 +54,8 @@ def infer(
 ) -> list[Detections]:
     """Run a network from `build_detector` in evaluation mode (see `evaluating`) without gradients.
 
-    Parameters
-    ----------
-    images
-        float32 [3, H, W] in 0..1 on the network's device.
-    sizes
-        The (width, height) that boxes and masks refer to: the image's, or the original's of a shrunk image.
-    threshold
-        The least score of a detection.
-    amp_dtype
-        Autocast type.
+    `images` are float32 [3, H, W] in 0..1 on the network's device. `sizes` are the (width, height) that boxes and masks
+    refer to: the image's, or the original's of a shrunk image. `threshold` is the least score of a detection.
     """
     padded = [pad_elongated(image) for image in images]
     autocast = torch.autocast(images[0].device.type, dtype=amp_dtype, enabled=amp_dtype is not None)

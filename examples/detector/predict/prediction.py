@@ -41,18 +41,8 @@ def predict(
 ) -> Iterator[Prediction]:
     """Detect objects in image files one after the other.
 
-    Parameters
-    ----------
-    threshold
-        The least score of a detection. The network itself drops detections below its ``score_threshold``.
-    amp_dtype
-        Autocast type.
-
-    Raises
-    ------
-    UserError
-        A file cannot be read. Unless it is the only one, the reason is printed on stderr and the error is raised
-        after all other files.
+    `threshold` is the least score of a detection; the network itself drops detections below its ``score_threshold``.
+    Unreadable files are reported on stderr, and raise an error after all other files.
     """
     failed: list[Path] = []
     with evaluating(model):
@@ -74,7 +64,7 @@ def predict(
 def write_predictions(
     predictions: Iterator[Prediction], out: Path, categories: Sequence[Category], *, inputs: Sequence[Path]
 ) -> int:
-    """Write a picture of each prediction, ``out/NAME.png``, and ``out/predictions.json``.
+    """Write a picture of each prediction, ``out/NAME.png``, and ``out/predictions.json``; return the number of boxes.
 
     Further images of the same name get a number: ``NAME-2.png``. The JSON file holds
 
@@ -83,21 +73,8 @@ def write_predictions(
     - ``detections``: entries of a COCO results file (``image_id``, ``category_id``, ``bbox`` as x, y, width, height,
       ``score``, with masks ``segmentation`` as compressed run lengths), and ``category_name``.
 
-    If `predictions` raises an error, the file holds the predictions up to there.
-
-    Parameters
-    ----------
-    inputs
-        All images of the predictions; they are never overwritten by a picture.
-
-    Returns
-    -------
-    The number of detections.
-
-    Raises
-    ------
-    UserError
-        The folder cannot be written to, or `predictions` raises it.
+    If `predictions` raises an error, the file holds the predictions up to there. The pictures never overwrite one of
+    `inputs`, which are all images of the predictions.
     """
     names = {category.id: category.name for category in categories}
     taken = {_normalised(path) for path in inputs}

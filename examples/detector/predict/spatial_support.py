@@ -46,21 +46,9 @@ def draw_checkpoints(
     *,
     assignments: Sequence[str] = (),
 ) -> list[Path]:
-    """Draw a figure for an image and, for each network with deformable layers, the histograms.
+    """Draw a figure for an image and, for each network with deformable layers, the histograms; return the files.
 
-    Parameters
-    ----------
-    checkpoints
-        Networks for the same categories; each gets a part of the figure.
-
-    Returns
-    -------
-    The files written into `out`.
-
-    Raises
-    ------
-    UserError
-        An argument is wrong or a file cannot be read.
+    The checkpoints must hold networks for the same categories; each gets a part of the figure.
     """
     from dcnops.adapters.torch.spatial_support.plots import plot_statistics
 

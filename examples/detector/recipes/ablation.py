@@ -51,13 +51,7 @@ class Variant(NamedTuple):
 
     @staticmethod
     def parse(text: str) -> Variant:
-        """Parse ``PRESET`` or ``PRESET:MIMIC``.
-
-        Raises
-        ------
-        UserError
-            The preset or the kind of mimicking does not exist.
-        """
+        """Parse ``PRESET`` or ``PRESET:MIMIC``."""
         preset, colon, mimic = text.partition(":")
         if preset not in PRESETS:
             raise UserError(f"a variant must be one of {', '.join(PRESETS)}, or one with a colon, got {text!r}")
@@ -131,13 +125,6 @@ def run_ablation(options: AblateOptions) -> list[Row]:
     The table and the plot are updated after each run. Finished runs are kept, and an interrupted run continues from
     its checkpoint. The output folder holds ``table.md``, ``results.json``, ``plot.png``, ``runs/`` and the synthetic
     ``data/``.
-
-    Raises
-    ------
-    UserError
-        An option is wrong, or the folder holds an experiment with other options.
-    Interrupted
-        SIGINT or SIGTERM was received.
     """
     chosen = [Variant.parse(text) for text in options.variants]
     if len(set(chosen)) < len(chosen):

@@ -25,20 +25,20 @@ def load(folder: Path, split: Any = "train") -> CocoDataset:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("synthetic") / "new" / "folder"
     write_synthetic(folder, train=40, val=3, size=96, seed=5)
     return folder
 
 
-def test_files(written: Path) -> None:
+def test_files(written):
     images = [f"images/train_{index:06}.jpg" for index in range(40)] + [
         f"images/val_{index:06}.jpg" for index in range(3)
     ]
     assert list(contents(written)) == ["annotations/instances_train.json", "annotations/instances_val.json", *images]
 
 
-def test_the_same_arguments_give_the_same_files(tmp_path: Path) -> None:
+def test_the_same_arguments_give_the_same_files(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         write_synthetic(tmp_path / name, train=3, val=2, size=64, seed=seed)
     first, again, other = (contents(tmp_path / name) for name in "abc")
@@ -46,7 +46,7 @@ def test_the_same_arguments_give_the_same_files(tmp_path: Path) -> None:
     assert all(first[name] != other[name] for name in first)
 
 
-def test_a_longer_set_begins_with_the_shorter(written: Path, tmp_path: Path) -> None:
+def test_a_longer_set_begins_with_the_shorter(written, tmp_path):
     write_synthetic(tmp_path, train=4, val=1, size=96, seed=5)
     short, long = contents(tmp_path), contents(written)
     for name, content in short.items():
@@ -59,13 +59,13 @@ def test_a_longer_set_begins_with_the_shorter(written: Path, tmp_path: Path) -> 
             assert few["annotations"] == many["annotations"][: len(few["annotations"])]
 
 
-def test_splits_differ(written: Path) -> None:
+def test_splits_differ(written):
     assert (written / "images" / "train_000000.jpg").read_bytes() != (
         written / "images" / "val_000000.jpg"
     ).read_bytes()
 
 
-def test_pycocotools_reads_it(written: Path) -> None:
+def test_pycocotools_reads_it(written):
     coco = COCO(str(written / "annotations" / "instances_train.json"))
     assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == list(CATEGORIES)
     assert {annotation["category_id"] for annotation in coco.anns.values()} == set(coco.getCatIds())
@@ -78,7 +78,7 @@ def test_pycocotools_reads_it(written: Path) -> None:
         assert annotation["iscrowd"] == 0
 
 
-def test_samples(written: Path) -> None:
+def test_samples(written):
     data = load(written)
     assert len(data) == 40 and data.report == []
     for image, target in data:
@@ -88,7 +88,7 @@ def test_samples(written: Path) -> None:
     assert len(load(written, "val")) == 3
 
 
-def test_objects_stand_out_from_what_is_around_them(written: Path) -> None:
+def test_objects_stand_out_from_what_is_around_them(written):
     contrasts = []
     for image, target in load(written):
         beside = image[:, target["masks"].sum(0) == 0].mean(1)
@@ -97,7 +97,7 @@ def test_objects_stand_out_from_what_is_around_them(written: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [32, (120, 50), (33, 200)])
-def test_sizes(tmp_path: Path, size: int | tuple[int, int]) -> None:
+def test_sizes(tmp_path, size):
     write_synthetic(tmp_path, train=6, val=0, size=size)
     wanted = (size, size) if isinstance(size, int) else size
     data = load(tmp_path)
@@ -107,7 +107,7 @@ def test_sizes(tmp_path: Path, size: int | tuple[int, int]) -> None:
     assert json.loads((tmp_path / "annotations" / "instances_val.json").read_text())["images"] == []
 
 
-def test_the_number_of_objects(tmp_path: Path) -> None:
+def test_the_number_of_objects(tmp_path):
     write_synthetic(tmp_path, train=20, val=0, size=64, objects=(1, 1))
     assert [len(target["boxes"]) for _, target in load(tmp_path)] == [1] * 20
     write_synthetic(tmp_path, train=5, val=0, size=160, objects=(6, 9))
@@ -124,7 +124,7 @@ def extents(folder: Path, deformation: float) -> tuple[np.ndarray, np.ndarray, n
     return np.concatenate([target["labels"] for target in targets]), np.sqrt(width * height), width / height
 
 
-def test_deformation(tmp_path: Path) -> None:
+def test_deformation(tmp_path):
     labels, sizes, ratios = extents(tmp_path / "0", 0)
     assert set(labels) == {1, 2, 3, 4, 5}
     for label in set(labels):
@@ -138,7 +138,7 @@ def test_deformation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("deformation", [0, 2])
-def test_the_smallest_images_at_the_ends_of_the_range(tmp_path: Path, deformation: float) -> None:
+def test_the_smallest_images_at_the_ends_of_the_range(tmp_path, deformation):
     write_synthetic(tmp_path, train=30, val=0, size=32, deformation=deformation)
     data = load(tmp_path)
     assert data.report == [] and all(len(target["boxes"]) for _, target in data)
@@ -159,13 +159,13 @@ def test_the_smallest_images_at_the_ends_of_the_range(tmp_path: Path, deformatio
         ({"seed": -1}, "seed must not be negative, got -1"),
     ],
 )
-def test_wrong_arguments(tmp_path: Path, arguments: dict[str, Any], problem: str) -> None:
+def test_wrong_arguments(tmp_path, arguments, problem):
     with pytest.raises(UserError, match=problem):
         write_synthetic(tmp_path / "new", **({"train": 1, "val": 1} | arguments))
     assert not (tmp_path / "new").exists()
 
 
-def test_a_file_in_the_way(tmp_path: Path) -> None:
+def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file cannot be written"):
         write_synthetic(tmp_path / "file", train=1, val=1)

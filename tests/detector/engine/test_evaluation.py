@@ -63,7 +63,7 @@ def blob(box: list[float]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def example() -> tuple[pycocotools.coco.COCO, list[dict[str, Any]]]:
+def example():
     """Objects of all sizes, crowds, misplaced and repeated detections; an image without either, one without any hit."""
     random = np.random.default_rng(0)
     annotations: list[dict[str, Any]] = []
@@ -100,7 +100,7 @@ def example() -> tuple[pycocotools.coco.COCO, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("package", ["pycocotools", "faster-coco-eval"])
-def test_equal_to_pycocotools(example: tuple[pycocotools.coco.COCO, list[dict[str, Any]]], package: Any) -> None:
+def test_equal_to_pycocotools(example, package):
     coco, results = example
     before = copy.deepcopy((coco.dataset, results))
     metrics = coco_metrics(coco, results, coco.imgs, ("bbox", "segm"), package=package)
@@ -128,9 +128,7 @@ def test_equal_to_pycocotools(example: tuple[pycocotools.coco.COCO, list[dict[st
 
 
 @pytest.mark.parametrize("package", ["pycocotools", "faster-coco-eval"])
-def test_nothing_detected_and_nothing_to_detect(
-    example: tuple[pycocotools.coco.COCO, list[dict[str, Any]]], package: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_detected_and_nothing_to_detect(example, package, capsys):
     coco, results = example
     kinds: tuple[Kind, ...] = ("bbox", "segm")
     for kind in kinds:
@@ -142,7 +140,7 @@ def test_nothing_detected_and_nothing_to_detect(
     assert capsys.readouterr().out == ""
 
 
-def test_only_the_given_images_count(example: tuple[pycocotools.coco.COCO, list[dict[str, Any]]]) -> None:
+def test_only_the_given_images_count(example):
     coco, results = example
     truth = copy.deepcopy(coco.dataset)
     truth["images"] = [image for image in truth["images"] if image["id"] in (3, 4)]
@@ -151,9 +149,7 @@ def test_only_the_given_images_count(example: tuple[pycocotools.coco.COCO, list[
     assert repr(coco_metrics(coco, results, [4, 3])) == repr(expected)
 
 
-def test_absent_fields_and_id_zero_change_nothing(
-    example: tuple[pycocotools.coco.COCO, list[dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_absent_fields_and_id_zero_change_nothing(example, tmp_path):
     coco, results = example
     expected = coco_metrics(coco, results, coco.imgs, ("bbox", "segm"))
     bare = copy.deepcopy(coco.dataset)
@@ -172,7 +168,7 @@ def test_absent_fields_and_id_zero_change_nothing(
         coco_metrics(coco, boxes, coco.imgs, ("segm",))
 
 
-def test_results_survive_a_file(example: tuple[pycocotools.coco.COCO, list[dict[str, Any]]], tmp_path: Path) -> None:
+def test_results_survive_a_file(example, tmp_path):
     coco, results = example
     metrics = coco_metrics(coco, results, coco.imgs, ("bbox", "segm"))
     categories: Any = [type("Category", (), entry) for entry in CATEGORIES]
@@ -228,9 +224,7 @@ GOOD = {**WITHOUT_BOX, "bbox": [1, 2, 3, 4]}
         ),
     ],
 )
-def test_bad_results_are_named(
-    example: tuple[pycocotools.coco.COCO, list[dict[str, Any]]], tmp_path: Path, content: Any, message: str
-) -> None:
+def test_bad_results_are_named(example, tmp_path, content, message):
     path = tmp_path / "results.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(UserError, match=message) as caught:
@@ -239,9 +233,7 @@ def test_bad_results_are_named(
     assert "\n" not in str(caught.value)
 
 
-def test_results_that_are_missing_or_empty(
-    example: tuple[pycocotools.coco.COCO, list[dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_results_that_are_missing_or_empty(example, tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.json: cannot be read"):
         load_results(tmp_path / "nowhere.json", example[0])
     (tmp_path / "empty.json").write_text("[]")
@@ -269,7 +261,7 @@ def run_detect(folder: Path, batch_size: int = 1) -> list[dict[str, Any]]:
     return detect(Spots(), dataset, torch.device("cpu"), batch_size=batch_size, progress=False)
 
 
-def test_detect(tmp_path: Path) -> None:
+def test_detect(tmp_path):
     make_dataset(tmp_path)
     dataset = CocoDataset(tmp_path / "annotations.json", tmp_path, masks=False, keep_empty=True)
     results = run_detect(tmp_path)
@@ -288,7 +280,7 @@ def test_detect(tmp_path: Path) -> None:
     assert run_detect(tmp_path, batch_size=3) == results
 
 
-def test_detect_gives_every_module_its_mode_back(tmp_path: Path) -> None:
+def test_detect_gives_every_module_its_mode_back(tmp_path):
     make_dataset(tmp_path, 1)
     dataset = CocoDataset(tmp_path / "annotations.json", tmp_path, masks=False, keep_empty=True)
     model = Spots()
@@ -316,7 +308,7 @@ with distributed.session("cpu"):
 """
 
 
-def test_two_processes_give_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_give_what_one_does(tmp_path):
     make_dataset(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -341,7 +333,7 @@ def test_two_processes_give_what_one_does(tmp_path: Path) -> None:
         assert report == [rank, 2, rank == 0, [0, 1, 1], expected]
 
 
-def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_needs_no_group(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with distributed.session("cpu") as device:
         assert device == torch.device("cpu")
@@ -353,7 +345,7 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_picture_is_named_in_one_sentence(tmp_path: Path, workers: int) -> None:
+def test_a_damaged_picture_is_named_in_one_sentence(tmp_path, workers):
     write_synthetic(tmp_path, train=2, val=0, size=64)
     dataset = CocoDataset(*find_data(tmp_path, "train"), masks=False, keep_empty=True)
     picture = dataset.path(1)

@@ -21,14 +21,14 @@ STEP = Trainer.step
 
 
 def stop_second(self: Trainer, batch: Batch, iteration: int, *rest: Any) -> Step:
-    """A step in which the second process receives a signal, for the next one to notice."""
+    """Send the second process a signal, which the next iteration notices."""
     if rank() == 1 and iteration == 2:
         signal.raise_signal(signal.SIGTERM)
     return STEP(self, batch, iteration, *rest)
 
 
 def poison_second(self: Trainer, batch: Batch, iteration: int, *rest: Any) -> Step:
-    """A step in which an image of the second process is not finite."""
+    """Put NaN into an image of the second process."""
     if rank() == 1 and iteration == 2:
         batch.images[0][:] = float("nan")
     return STEP(self, batch, iteration, *rest)
@@ -43,13 +43,12 @@ def message(function: Callable[[], object]) -> str:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     config = TINY.set(EVALUATED)
     with session("cpu") as device:
         images = dataset(folder / "data")
         batches = AspectRatioBatches(images.sizes, 2, seed=0, group=True, rank=rank(), world_size=world_size())
         batch = next(load_batches(images, batches, config.training, device))
-        # A start of its own in each process: that of the first one must be taken.
+        # The weights differ between the processes; those of the first must be used.
         model = build(config, seed=rank())
         trainer = Trainer(model, config.training, device, len(batches))
         step = trainer.step(batch, 0)

@@ -21,33 +21,25 @@ from examples.detector.model import (
     save_checkpoint,
 )
 from examples.detector.model import checkpoint as checkpoint_module
+from tests.detector.configurations import assignments
 
-CONFIG = Config().set(
-    [
-        "network.backbone=small",
-        "network.min_size=48",
-        "network.max_size=64",
-        "network.anchor_sizes=16,32",
-        "network.neck_channels=8",
-        "network.head_channels=16",
-        "network.proposals_test=20",
-    ]
-)
+SMALL = "backbone=small min_size=48 max_size=64 anchor_sizes=16,32 neck_channels=8 head_channels=16 proposals_test=20"
+CONFIG = Config().set(assignments(network=SMALL))
 CATEGORIES = [Category(3, "Ä cat"), Category(7, "dog")]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
+def model():
     torch.manual_seed(0)
     model = build_detector(CONFIG.network, len(CATEGORIES))
-    # Where a background as likely as the rest leaves no detections, comparing them would show nothing.
+    # With the default weights there would be no detections to compare.
     torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.5)
     return model
 
 
 @pytest.fixture
-def path(model, tmp_path) -> Path:
+def path(model, tmp_path):
     save_checkpoint(tmp_path / "model.pth", model, CONFIG, CATEGORIES, 5)
     return tmp_path / "model.pth"
 
@@ -59,7 +51,7 @@ def refused(path: Path, pattern: str, function=load_checkpoint) -> None:
     assert message.startswith(str(path)) and "\n" not in message and len(message) < 300
 
 
-def test_a_detector_comes_back_from_its_file_alone(model, path):
+def test_round_trip(model, path):
     loaded, config, categories = load_detector(path, CPU)
     assert config == CONFIG and categories == CATEGORIES and not loaded.training
     image = torch.rand(3, 48, 60)
@@ -90,7 +82,7 @@ def test_entries_for_resuming(model, tmp_path):
     assert torch.equal(content["optimizer"]["state"][0], torch.ones(2))
 
 
-def test_files_that_are_no_checkpoints(model, path, tmp_path):
+def test_invalid_files(model, path, tmp_path):
     refused(tmp_path / "absent.pth", "there is no such checkpoint")
     refused(tmp_path, "there is no such checkpoint")
     complete = path.read_bytes()
@@ -98,7 +90,7 @@ def test_files_that_are_no_checkpoints(model, path, tmp_path):
     for content in (b"", b"text", pickle.dumps({"format": 1}), complete[: len(complete) // 2], complete[:-100]):
         damaged.write_bytes(content)
         refused(damaged, "not a checkpoint of this program, or only a part")
-    # The table at the end is intact, what it points at is not.
+    # The directory at the end of the archive is intact, the entries are not.
     damaged.write_bytes(b"\0" * 4000 + complete[4000:])
     refused(damaged, "is damaged|is refused")
     torch.save([1, 2], damaged)
@@ -123,10 +115,7 @@ def test_a_checkpoint_that_does_not_fit(model, path, tmp_path):
     state = good["model"]
     first = next(iter(state))
     for change, pattern in (
-        (
-            {"categories": [[1, "a"], [2, "b"], [3, "c"]]},
-            r"cls_score\.weight has the shape \[3, 16\], but \[4, 16\]",
-        ),
+        ({"categories": [[1, "a"], [2, "b"], [3, "c"]]}, r"cls_score\.weight has the shape \[3, 16\], but \[4, 16\]"),
         ({"model": {name: value for name, value in state.items() if name != first}}, f"{first} is missing in the"),
         ({"model": state | {"more": torch.ones(1)}}, "more is unknown to the network"),
         ({"model": state | {first: 5}}, f"{first} has the shape"),

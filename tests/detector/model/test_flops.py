@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,14 +25,14 @@ BASELINES = {"faster": ((51.250, 51.275), (196.768, 196.777)), "mask": ((39.524,
 
 
 @pytest.fixture(scope="module")
-def counts() -> Callable[[str], dict[str, Count]]:
+def counts():
     made = {detector: count_presets(Config().set([f"network.detector={detector}"]).network) for detector in BASELINES}
     return made.__getitem__
 
 
 @pytest.mark.parametrize("detector", BASELINES)
 @pytest.mark.parametrize("preset", INCREMENTS)
-def test_increments(counts: Callable[[str], dict[str, Count]], detector: str, preset: str) -> None:
+def test_increments(counts, detector, preset):
     parameters, macs = INCREMENTS[preset][0], INCREMENTS[preset][1 + (detector == "mask")]
     regular, counted = counts(detector)["regular"], counts(detector)[preset]
     assert (counted.parameters - regular.parameters, counted.macs - regular.macs) == (parameters, macs)
@@ -41,7 +40,7 @@ def test_increments(counts: Callable[[str], dict[str, Count]], detector: str, pr
 
 @pytest.mark.parametrize("detector", BASELINES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_printed_cells(counts: Callable[[str], dict[str, Count]], detector: str, preset: str) -> None:
+def test_printed_cells(counts, detector, preset):
     printed = getattr(PRESETS[preset], detector)
     if printed is None:
         assert (detector, preset) == ("mask", "regular-roipool")
@@ -59,13 +58,13 @@ def test_printed_cells(counts: Callable[[str], dict[str, Count]], detector: str,
             assert round(baseline + more / unit, 1) == cell
 
 
-def test_pooling_and_mimicking_cost_nothing_more(counts: Callable[[str], dict[str, Count]]) -> None:
+def test_pooling_and_mimicking_cost_nothing_more(counts):
     for detector in BASELINES:
         assert counts(detector)["regular-roipool"] == counts(detector)["regular"]
         assert counts(detector)["dcnv2-mimic"] == counts(detector)["dcnv2"]
 
 
-def test_count_of_a_whole_network_by_hand() -> None:
+def test_count_of_a_whole_network_by_hand():
     """The regular Faster R-CNN with ResNet-50 for 80 categories."""
     counted = count(Config().set(["network.preset=regular"]).network)
     resnet50 = 25_557_032 - 53_120 - (2048 * 1000 + 1000)  # torchvision's count less BatchNorm and classifier
@@ -75,7 +74,7 @@ def test_count_of_a_whole_network_by_hand() -> None:
     assert counted.parameters == resnet50 + neck + rpn + head
 
 
-def test_branches_of_their_own_cost_parameters_only(counts: Callable[[str], dict[str, Count]]) -> None:
+def test_branches_of_their_own_cost_parameters_only(counts):
     """A branch for each of the four levels, as other implementations have, and a deformable pooling of the masks."""
     shared = counts("mask")["dcnv2"]
     branch = 12544 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 * 147 + 147
@@ -87,7 +86,7 @@ def test_branches_of_their_own_cost_parameters_only(counts: Callable[[str], dict
     assert masks.macs == shared.macs + 100 * (mask_branch - 2 * 1024 - 4 * 147)
 
 
-def test_table_and_rows() -> None:
+def test_table_and_rows():
     network = Config().set(["network.backbone=resnet101"]).network
     rows = json.loads(json.dumps(cost_rows(network)))
     assert [row["preset"] for row in rows] == list(PRESETS)
@@ -98,7 +97,7 @@ def test_table_and_rows() -> None:
     assert "14,917,618" in table and "65.5" in table and len(table.splitlines()) == 3 + len(PRESETS)
 
 
-def test_nothing_is_computed() -> None:
+def test_nothing_is_computed():
     state = torch.random.get_rng_state()
     count(Config().network)
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -1,4 +1,4 @@
-"""R-CNN feature mimicking: the loss, the regions, the gradients, and what is left of it after training."""
+"""R-CNN feature mimicking: losses, regions, gradients, checkpoints."""
 
 from __future__ import annotations
 
@@ -15,14 +15,9 @@ from examples.detector.data import CocoDataset, find_data, write_synthetic
 from examples.detector.engine import CHECKPOINT, MODEL, train
 from examples.detector.model import MimickingDetector, build_detector, load_checkpoint, load_detector
 from examples.detector.model.mimicking import cut_crops, labels_of, mimic_loss
+from tests.detector.configurations import assignments
 
-SMALL = [
-    "network.backbone=small",
-    "network.min_size=96",
-    "network.max_size=128",
-    "network.anchor_sizes=12,24,48,64,96",
-    "network.roi_batch=32",
-]
+SMALL = assignments(network="backbone=small min_size=96 max_size=128 anchor_sizes=12,24,48,64,96 roi_batch=32")
 DETECTORS = ["faster", "mask"]
 
 CROP = 224
@@ -53,7 +48,7 @@ def batch() -> tuple[list[Tensor], list[dict[str, Any]]]:
 
 
 def features_of(mimicking: MimickingDetector, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Tensor]]:
-    """Lists that get the features of the RoIs and of the crops, before the last ReLU, with their gradients kept."""
+    """Record the features of the RoIs and of the crops before the last ReLU, and retain their gradients."""
     image: list[Tensor] = []
     crops: list[Tensor] = []
 
@@ -74,8 +69,8 @@ def features_of(mimicking: MimickingDetector, monkeypatch: pytest.MonkeyPatch) -
     return image, crops
 
 
-def test_loss_is_equation_3() -> None:
-    """Four boxes of two images, and an image without any; cosines 1, 0, -1 and 1/sqrt(2)."""
+def test_loss_is_equation_3():
+    """Cosines 1, 0, -1 and 1/sqrt(2) in two images, and an image without boxes."""
     crops = torch.tensor([[1.0, 0], [1, 0], [2, 0], [3, 0]])
     boxes = torch.tensor([[5.0, 0], [0, 3], [-1, 0], [1, 1]])
     last = 1 - 1 / math.sqrt(2)
@@ -84,27 +79,27 @@ def test_loss_is_equation_3() -> None:
     assert mimic_loss(crops[:0], boxes[:0], [0, 0], "sum").item() == 0
 
 
-def test_labels() -> None:
+def test_labels():
     truth = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10]])
     boxes = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 4.9], [21, 0, 31, 10], [50, 50, 60, 60]])
     assert labels_of(boxes, truth, torch.tensor([3, 7]), 0.5).tolist() == [3, 0, 7, 0]
     assert labels_of(boxes, truth[:0], torch.tensor([], dtype=torch.int64), 0.5).tolist() == [0] * 4
 
 
-def test_crops_are_the_boxes() -> None:
+def test_crops_are_the_boxes():
     row, column = torch.meshgrid(torch.arange(60.0), torch.arange(80.0), indexing="ij")
     images = torch.stack([row, column, row + column]).expand(2, 3, 60, 80)
     crops = cut_crops(images, [torch.tensor([[8.0, 4, 64, 46]]), torch.zeros(0, 4)], CROP)
     assert crops.shape == (1, 3, CROP, CROP)
-    # Pixel i of the crop is the middle of the i-th of 224 parts of the box; pixel k of the image lies at k + 0.5.
+    # Pixel i of the crop is the centre of the i-th of 224 parts of the box; pixel k of the image is at k + 0.5.
     parts = (torch.arange(CROP) + 0.5) / CROP
     assert torch.allclose(crops[0, 0], (4 + 42 * parts - 0.5)[:, None].expand(CROP, CROP), atol=1e-3)
     assert torch.allclose(crops[0, 1], (8 + 56 * parts - 0.5).expand(CROP, CROP), atol=1e-3)
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_crops_give_maps_of_14x14(detector: str) -> None:
-    """The pooling takes the whole crop from conv5, or from the pyramid's level of stride 16."""
+def test_crops_give_maps_of_14x14(detector):
+    """The whole crop is pooled from conv5, or from the pyramid level of stride 16."""
     mimicking = build(config(f"network.detector={detector}"))
     pools = mimicking.detector.roi_heads.box_roi_pool.pools
     seen = []
@@ -116,7 +111,7 @@ def test_crops_give_maps_of_14x14(detector: str) -> None:
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_gradients_reach_everything_that_is_shared(detector: str) -> None:
+def test_gradients_reach_everything_that_is_shared(detector):
     mimicking = build(config(f"network.detector={detector}"))
     branch = mimicking.detector.roi_heads.box_roi_pool.pools[0].offset_fc
     with torch.no_grad():
@@ -139,8 +134,8 @@ def test_gradients_reach_everything_that_is_shared(detector: str) -> None:
 
 
 @pytest.mark.parametrize("detach", [False, True])
-def test_detached_teacher(detach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The features of the image learn from those of the crops, and the other way round unless detached."""
+def test_detached_teacher(detach, monkeypatch):
+    """Image features learn from crop features, and vice versa unless detached."""
     mimicking = build(config(f"mimicking.detach={detach}"))
     image, crops = features_of(mimicking, monkeypatch)
     mimicking(*batch())["loss_mimic"].backward()
@@ -149,8 +144,7 @@ def test_detached_teacher(detach: bool, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("regions", ["fg", "bg", "all"])
-def test_regions(regions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Objects have an overlap of 0.5 at least with ground truth, background has less, and no more than asked for."""
+def test_regions(regions, monkeypatch):
     mimicking = build(config(f"mimicking.regions={regions}", "mimicking.boxes=5", "mimicking.chunk=2"))
     chosen: list[Tensor] = []
     inner = mimicking._choose
@@ -169,7 +163,7 @@ def test_regions(regions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert regions == "fg" or len(chosen[0]) == 5
 
 
-def test_chunks_do_not_matter() -> None:
+def test_chunks_give_the_same_result():
     results = []
     for chunk in (1, 3, 100):
         mimicking = build(config(f"mimicking.chunk={chunk}"))
@@ -183,15 +177,14 @@ def test_chunks_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("features", ["after", "before"])
-def test_features_before_and_after_the_relu(features: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One crop of each image, so that the features of both sides are easy to find."""
+def test_features_before_and_after_the_relu(features, monkeypatch):
     mimicking = build(config(f"mimicking.features={features}", "mimicking.boxes=1"))
     image, crops = features_of(mimicking, monkeypatch)
     rows: list[Tensor] = []
     inner = mimicking._choose
     monkeypatch.setattr(mimicking, "_choose", lambda labels: rows.append(inner(labels)) or rows[-1])
     loss = mimicking(*batch())["loss_mimic"].item()
-    half = len(image[0]) // 2  # as many RoIs of each of the two images
+    half = len(image[0]) // 2  # both images have the same number of RoIs
     assert len(crops[0]) == 2
     cosines = []
     for row, crop in zip((rows[0], half + rows[1]), crops[0]):
@@ -203,8 +196,8 @@ def test_features_before_and_after_the_relu(features: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_images_without_objects(detector: str) -> None:
-    """They add nothing, but every parameter has a gradient, which data-parallel training waits for."""
+def test_images_without_objects(detector):
+    """The losses are zero, but all parameters have gradients, which data-parallel training waits for."""
     mimicking = build(config(f"network.detector={detector}"))
     images, targets = batch()
     empty = [{name: value[:0] for name, value in target.items()} for target in targets]
@@ -214,7 +207,7 @@ def test_images_without_objects(detector: str) -> None:
     assert [name for name, value in mimicking.named_parameters() if value.requires_grad and value.grad is None] == []
 
 
-def test_parameters_are_shared_and_detections_the_same() -> None:
+def test_parameters_are_shared_and_detections_the_same():
     mimicking = build(config())
     own = {id(value) for value in mimicking.parameters()} - {id(value) for value in mimicking.detector.parameters()}
     assert own == {id(mimicking.classifier.weight), id(mimicking.classifier.bias)}
@@ -231,7 +224,7 @@ def test_parameters_are_shared_and_detections_the_same() -> None:
     assert hooks == []
 
 
-def test_the_regular_network_mimics_too() -> None:
+def test_the_regular_network_mimics_too():
     options = Config().set([*SMALL, "network.preset=regular", "mimicking.regions=fg"])
     losses = build(options)(*batch())
     assert losses["loss_mimic"] > 0
@@ -239,7 +232,7 @@ def test_the_regular_network_mimics_too() -> None:
     assert Config().set(["network.preset=dcnv2"]).mimics() is None
 
 
-def test_loss_falls_on_a_fixed_batch() -> None:
+def test_loss_falls_on_a_fixed_batch():
     mimicking = build(config("mimicking.boxes=4", "mimicking.weight=1"))
     optimiser = torch.optim.SGD(mimicking.parameters(), lr=0.005, momentum=0.9)
     seen = []
@@ -254,7 +247,7 @@ def test_loss_falls_on_a_fixed_batch() -> None:
     assert sum(seen[-3:]) < 0.7 * sum(seen[:3])
 
 
-def test_training_resumes_and_the_classifier_is_gone(tmp_path: Path) -> None:
+def test_resumed_training_and_final_model_without_classifier(tmp_path):
     data = tmp_path / "data"
     write_synthetic(data, train=4, val=1, size=96)
     train_set = CocoDataset(*find_data(data, "train"), masks=False, keep_empty=False)

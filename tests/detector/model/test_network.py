@@ -1,4 +1,4 @@
-"""The networks: what is deformable, what is frozen, and what they equal before training."""
+"""Networks: deformable and frozen layers, equality with the regular network before training, autocast."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from examples.detector.config import Config
 from examples.detector.model import build_detector
 from examples.detector.model.backbones import FrozenNorm
 from examples.detector.presets import PRESETS
+from tests.detector.configurations import assignments
 
-SMALL = ["network.min_size=96", "network.max_size=128", "network.anchor_sizes=12,24,48,64,96"]
+SMALL = assignments(network="min_size=96 max_size=128 anchor_sizes=12,24,48,64,96")
 DETECTORS = ["faster", "mask"]
 
 
@@ -24,7 +25,7 @@ def config(*assignments: str) -> Config:
 
 
 def build(*assignments: str) -> nn.Module:
-    """A detector in float64, where rounding does not decide which boxes are kept or sampled."""
+    """Build a detector in float64, where rounding does not change the selection of boxes."""
     torch.manual_seed(0)
     return build_detector(config(*assignments).network, 3).double()
 
@@ -35,26 +36,26 @@ def images() -> list[Tensor]:
 
 
 def targets() -> list[dict[str, Tensor]]:
-    made = []
+    batch = []
     for boxes in ([[10.0, 12, 60, 70], [50, 20, 120, 90]], [[5.0, 5, 50, 60]]):
-        image = images()[len(made)]
+        image = images()[len(batch)]
         masks = torch.zeros(len(boxes), *image.shape[1:], dtype=torch.uint8)
         for mask, (x1, y1, x2, y2) in zip(masks, boxes):
             mask[int(y1) : int(y2), int(x1) : int(x2)] = 1
         labels = torch.arange(1, len(boxes) + 1)
-        made.append({"boxes": torch.tensor(boxes, dtype=torch.float64), "labels": labels, "masks": masks})
-    return made
+        batch.append({"boxes": torch.tensor(boxes, dtype=torch.float64), "labels": labels, "masks": masks})
+    return batch
 
 
 def as_regular(detector: nn.Module, regular: nn.Module) -> None:
-    """Give `detector` the weights of `regular`, and check that nothing but branches has none there."""
+    """Load the weights of `regular` and check that only offset branches are missing in them."""
     missing, unexpected = detector.load_state_dict(regular.state_dict(), strict=False)
     assert not unexpected
     assert all("conv_offset" in name or "offset_fc" in name for name in missing)
 
 
-def everything(detector: nn.Module) -> dict[str, Tensor]:
-    """The maps, the proposals, and what the heads make of them."""
+def outputs(detector: nn.Module) -> dict[str, Tensor]:
+    """Compute the maps, the RPN's output and the heads' output for fixed boxes."""
     heads = detector.roi_heads
     with torch.inference_mode():
         batch, _ = detector.transform(images())
@@ -74,7 +75,7 @@ def everything(detector: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_equal(detector: nn.Module, regular: nn.Module) -> None:
-    ours, theirs = everything(detector.eval()), everything(regular.eval())
+    ours, theirs = outputs(detector.eval()), outputs(regular.eval())
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         scale = value.abs().max().clamp(min=1e-6)
@@ -83,8 +84,7 @@ def assert_equal(detector: nn.Module, regular: nn.Module) -> None:
 
 @pytest.mark.parametrize("detector", DETECTORS)
 @pytest.mark.parametrize("preset", ["dconv-c5", "dconv-c4c5", "dconv-c3c5", "dcnv1", "dconv-c3c5-dpool"])
-def test_v1_starts_as_the_regular_network(preset: str, detector: str) -> None:
-    """Offsets of zero: deformable convolution is convolution, deformable RoI pooling is RoIAlign."""
+def test_v1_starts_as_the_regular_network(preset, detector):
     options = [f"network.detector={detector}", "network.backbone=small"]
     regular = build("network.preset=regular", *options)
     deformable = build(f"network.preset={preset}", "network.deform_mask_pool=true", *options)
@@ -94,7 +94,7 @@ def test_v1_starts_as_the_regular_network(preset: str, detector: str) -> None:
 
 @pytest.mark.parametrize("backbone", ["small", "resnet50"])
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_mask_scale_2_starts_as_the_regular_network(detector: str, backbone: str) -> None:
+def test_mask_scale_2_starts_as_the_regular_network(detector, backbone):
     options = [f"network.detector={detector}", f"network.backbone={backbone}"]
     regular = build("network.preset=regular", *options)
     deformable = build("network.preset=dcnv2", "network.mask_scale=2", "network.deform_mask_pool=true", *options)
@@ -103,19 +103,15 @@ def test_mask_scale_2_starts_as_the_regular_network(detector: str, backbone: str
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_sigmoid_masks_start_as_half_the_regular_network(detector: str) -> None:
-    """The regular network with halved 3x3 weights in conv3 to conv5 and halved pooled features."""
+def test_sigmoid_masks_start_as_half_the_regular_network(detector):
+    """Halve the 3x3 weights in conv3 to conv5 and the pooled features of the regular network."""
     options = [f"network.detector={detector}", "network.backbone=small"]
     regular = build("network.preset=regular", *options)
     deformable = build("network.preset=dcnv2", *options)
     as_regular(deformable, regular)
     with torch.no_grad():
         for name, module in regular.backbone.body.named_modules():
-            if (
-                isinstance(module, nn.Conv2d)
-                and module.kernel_size == (3, 3)
-                and name[:6] in ("layer2", "layer3", "layer4")
-            ):
+            if getattr(module, "kernel_size", None) == (3, 3) and name[:6] in ("layer2", "layer3", "layer4"):
                 module.weight *= 0.5
     regular.roi_heads.box_roi_pool.register_forward_hook(lambda module, inputs, output: 0.5 * output)
     assert_equal(deformable, regular)
@@ -123,12 +119,12 @@ def test_sigmoid_masks_start_as_half_the_regular_network(detector: str) -> None:
 
 @pytest.mark.parametrize("detector", DETECTORS)
 @pytest.mark.parametrize("preset", ["dconv-c3c5-dpool", "dcnv2"])
-def test_offset_learning_rate_zero_stays_the_regular_network(preset: str, detector: str) -> None:
+def test_offset_learning_rate_zero_stays_the_regular_network(preset, detector):
     options = [f"network.detector={detector}", "network.backbone=small", "network.roi_batch=16"]
     regular = build("network.preset=regular", *options)
     deformable = build(f"network.preset={preset}", "network.mask_scale=2", *options)
     as_regular(deformable, regular)
-    start = everything(regular.eval())["scores"].clone()
+    start = outputs(regular.eval())["scores"].clone()
     for network in (regular, deformable):
         groups = param_groups(network, lr=0.01, offset_lr_mult=0, roi_offset_lr_mult=0)
         optimiser = torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-4)
@@ -141,12 +137,12 @@ def test_offset_learning_rate_zero_stays_the_regular_network(preset: str, detect
     branches = {name: value for name, value in deformable.state_dict().items() if "offset" in name}
     fresh = build(f"network.preset={preset}", "network.mask_scale=2", *options).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in branches.items())
-    assert not torch.allclose(everything(regular.eval())["scores"], start, rtol=1e-2)
+    assert not torch.allclose(outputs(regular.eval())["scores"], start, rtol=1e-2)
     assert_equal(deformable, regular)
 
 
 @pytest.mark.parametrize("backbone, layers", [("resnet50", 13), ("resnet101", 30), ("resnext101_32x8d", 30)])
-def test_converted_layers(backbone: str, layers: int) -> None:
+def test_converted_layers(backbone, layers):
     with torch.device("meta"):
         detector = build(f"network.backbone={backbone}")
     converted = [name for name, module in detector.named_modules() if isinstance(module, ModulatedDeformConv2dPack)]
@@ -155,7 +151,7 @@ def test_converted_layers(backbone: str, layers: int) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets(preset: str) -> None:
+def test_presets(preset):
     with torch.device("meta"):
         detector = build(f"network.preset={preset}")
     kinds = {"deformable": DeformConv2dPack, "modulated": ModulatedDeformConv2dPack}
@@ -175,8 +171,7 @@ def test_presets(preset: str) -> None:
     assert type(detector.roi_heads.box_roi_pool.pools[0]).__name__ == pools[row.pooling]
 
 
-def test_shapes_of_the_paper() -> None:
-    """Faster R-CNN: conv4 and conv5 both at stride 16, 15 anchors. Mask R-CNN: strides 4 to 64."""
+def test_shapes_of_the_paper():
     with torch.device("meta"):
         faster, mask = build(), build("network.detector=mask")
         image = torch.empty(1, 3, 800, 1333, dtype=torch.float64)
@@ -186,20 +181,15 @@ def test_shapes_of_the_paper() -> None:
     assert faster.roi_heads.box_head.fc6.weight.shape == (1024, 12544)
     assert faster.roi_heads.box_predictor.bbox_pred.out_features == 4 * (3 + 1)  # a box for each class
     shapes = {name: tuple(value.shape)[1:] for name, value in mask.backbone(image).items()}
-    assert shapes == {
-        "0": (256, 200, 334),
-        "1": (256, 100, 167),
-        "2": (256, 50, 84),
-        "3": (256, 25, 42),
-        "pool": (256, 13, 21),
-    }
+    sides = {"0": (200, 334), "1": (100, 167), "2": (50, 84), "3": (25, 42), "pool": (13, 21)}
+    assert shapes == {name: (256, *side) for name, side in sides.items()}
     assert mask.roi_heads.mask_roi_pool.output_size == (14, 14)
 
 
 @pytest.mark.parametrize(
     "style, strides, dilations", [("torchvision", [(1, 1), (2, 2)], [1, 2, 2]), ("caffe", [(2, 2), (1, 1)], [2, 2, 2])]
 )
-def test_stride_placement(style: str, strides: list[tuple[int, int]], dilations: list[int]) -> None:
+def test_stride_placement(style, strides, dilations):
     with torch.device("meta"):
         detector = build(f"network.stride_style={style}", "network.preset=dconv-c5")
     body = detector.backbone.body
@@ -209,7 +199,7 @@ def test_stride_placement(style: str, strides: list[tuple[int, int]], dilations:
     assert body.layer4[0].downsample[0].stride == (1, 1)
 
 
-def test_frozen_layers() -> None:
+def test_frozen_layers():
     detector = build("network.detector=mask")
     frozen = {name.split(".")[1] for name, value in detector.backbone.named_parameters() if not value.requires_grad}
     assert frozen == {"conv1", "layer1"}
@@ -222,17 +212,9 @@ def test_frozen_layers() -> None:
     assert frozen == {"conv1", "bn1", "layer1", "layer2", "layer3"}
 
 
-def test_options_reach_the_layers() -> None:
-    detector = build(
-        "network.detector=mask",
-        "network.backbone=small",
-        "network.deform_groups=2",
-        "network.mask_scale=2",
-        "network.gamma=1",
-        "network.sampling_ratio=3",
-        "network.share_branch=false",
-        "network.deform_mask_pool=true",
-    )
+def test_options_reach_the_layers():
+    options = "detector=mask backbone=small deform_groups=2 mask_scale=2 gamma=1 sampling_ratio=3"
+    detector = build(*assignments(network=f"{options} share_branch=false deform_mask_pool=true"))
     conv = detector.backbone.body.layer3[0].conv2
     assert (conv.conv_offset.out_channels, conv.mask_scale) == (2 * 27, 2)
     heads = detector.roi_heads
@@ -243,8 +225,8 @@ def test_options_reach_the_layers() -> None:
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_every_trained_parameter_has_a_gradient(detector: str) -> None:
-    """Also in a batch without objects: data-parallel training waits for all of them."""
+def test_every_trained_parameter_has_a_gradient(detector):
+    """Including a batch without objects, as data-parallel training waits for all gradients."""
     network = build(f"network.detector={detector}", "network.backbone=small", "network.share_branch=false").train()
     empty = [
         {"boxes": item["boxes"][:0], "labels": torch.zeros(0, dtype=torch.int64), "masks": item["masks"][:0]}
@@ -259,7 +241,7 @@ def test_every_trained_parameter_has_a_gradient(detector: str) -> None:
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_bfloat16_autocast_keeps_boxes_exact(detector: str) -> None:
+def test_bfloat16_autocast_keeps_boxes_exact(detector):
     network = build(f"network.detector={detector}", "network.backbone=small", "network.score_threshold=0")
     network = network.float().eval()
     pictures = [image.float() for image in images()]
@@ -274,8 +256,7 @@ def test_bfloat16_autocast_keeps_boxes_exact(detector: str) -> None:
         assert not torch.equal(boxes, boxes.bfloat16().float())
 
 
-def test_anchors_do_not_depend_on_autocast() -> None:
-    """Bfloat16 has 8 bits: anchors in it would be off by pixels at the far side of an image."""
+def test_anchors_do_not_depend_on_autocast():
     generator = build("network.min_size=800", "network.max_size=1333").rpn.anchor_generator
     batch = ImageList(torch.empty(1, 3, 800, 1344), [(800, 1333)])
     maps = torch.empty(1, 8, 50, 84)
@@ -285,7 +266,7 @@ def test_anchors_do_not_depend_on_autocast() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_frozen_normalisation_is_torchvisions_in_the_dtype_it_gets(dtype: torch.dtype) -> None:
+def test_frozen_normalisation_is_torchvisions_in_the_dtype_it_gets(dtype):
     torch.manual_seed(0)
     ours, theirs = FrozenNorm(4), FrozenBatchNorm2d(4)
     for name, value in ours.named_buffers():
@@ -299,7 +280,7 @@ def test_frozen_normalisation_is_torchvisions_in_the_dtype_it_gets(dtype: torch.
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_a_training_step_under_autocast(detector: str) -> None:
+def test_a_training_step_under_autocast(detector):
     network = build(f"network.detector={detector}", "network.backbone=small", "network.preset=dcnv2").float().train()
     batch = [{name: value.float() if name == "boxes" else value for name, value in item.items()} for item in targets()]
     pictures = [image.float() for image in images()]
@@ -314,7 +295,7 @@ def test_a_training_step_under_autocast(detector: str) -> None:
     assert all(value.grad.isfinite().all() for value in network.parameters() if value.grad is not None)
 
 
-def test_quantised_pooling_is_roi_pool() -> None:
+def test_quantised_pooling_is_roi_pool():
     pool = build("network.preset=regular-roipool", "network.backbone=small").roi_heads.box_roi_pool
     level = torch.randn(1, 64, 8, 8)
     boxes = torch.tensor([[3.0, 5, 60, 70], [20, 10, 110, 90]])
@@ -322,8 +303,7 @@ def test_quantised_pooling_is_roi_pool() -> None:
     assert torch.equal(pooled, roi_pool(level, [boxes], (7, 7), 1 / 16))
 
 
-def test_torchvision_weights_fit() -> None:
-    """The plain network's parameters have the names that they have in torchvision."""
+def test_torchvision_weights_fit():
     with torch.device("meta"):
         body = build().backbone.body
         plain = resnet.resnet50()

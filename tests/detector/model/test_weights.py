@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models import ResNet50_Weights
 from torchvision.models.resnet import resnet50
 
@@ -20,14 +20,14 @@ from examples.detector.model import build_detector, load_backbone
 
 
 @pytest.fixture(scope="module")
-def state() -> dict[str, Tensor]:
+def state():
     torch.manual_seed(0)
     plain = resnet50()
     return {name: value.clone() for name, value in plain.state_dict().items()}
 
 
 @pytest.fixture(scope="module")
-def detector() -> nn.Module:
+def detector():
     return build_detector(Config().network, 3)
 
 
@@ -42,9 +42,7 @@ def save(state: dict[str, Tensor], path: Path) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
-def test_files_leave_exactly_the_branches(
-    state: dict[str, Tensor], detector: nn.Module, tmp_path: Path, suffix: str
-) -> None:
+def test_files_leave_exactly_the_branches(state, detector, tmp_path, suffix):
     branches = {name: value.clone() for name, value in detector.state_dict().items() if "conv_offset" in name}
     missing = load_backbone(detector, str(save(state, tmp_path / f"weights{suffix}")), "resnet50")
     layers = {2: 4, 3: 6, 4: 3}
@@ -61,7 +59,7 @@ def test_files_leave_exactly_the_branches(
     assert all(torch.equal(detector.state_dict()[name], value) for name, value in branches.items())
 
 
-def test_branches_of_a_file_are_loaded(state: dict[str, Tensor], detector: nn.Module, tmp_path: Path) -> None:
+def test_branches_of_a_file_are_loaded(state, detector, tmp_path):
     """Also under the names of other libraries."""
     branches = {
         f"{name.removesuffix('.weight')}.conv_offset_mask.{leaf}": torch.full(shape, 0.5)
@@ -78,7 +76,7 @@ def test_branches_of_a_file_are_loaded(state: dict[str, Tensor], detector: nn.Mo
                 value.zero_()
 
 
-def test_names_of_torchvision(state: dict[str, Tensor], detector: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_torchvision(state, detector, monkeypatch):
     asked = []
 
     def fetch(self: ResNet50_Weights, **options: Any) -> dict[str, Tensor]:
@@ -91,7 +89,7 @@ def test_names_of_torchvision(state: dict[str, Tensor], detector: nn.Module, mon
     assert asked == [ResNet50_Weights.IMAGENET1K_V1, ResNet50_Weights.IMAGENET1K_V2]
 
 
-def test_no_network(detector: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_network(detector, monkeypatch):
     def fetch(self: ResNet50_Weights, **options: Any) -> None:
         raise urllib.error.URLError("no route to host")
 
@@ -100,7 +98,7 @@ def test_no_network(detector: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Non
         load_backbone(detector, "imagenet", "resnet50")
 
 
-def test_wrong_weights(state: dict[str, Tensor], detector: nn.Module, tmp_path: Path) -> None:
+def test_wrong_weights(state, detector, tmp_path):
     def message(source: Path | str, backbone: str = "resnet50") -> str:
         with pytest.raises(UserError) as caught:
             load_backbone(detector, str(source), backbone)

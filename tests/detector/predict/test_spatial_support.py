@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -16,13 +15,14 @@ from examples.detector.config import Config
 from examples.detector.data import Category, write_synthetic
 from examples.detector.model import build_detector, save_checkpoint
 from examples.detector.predict import draw_spatial_support
+from tests.detector.configurations import assignments
 
-SMALL = ["network.backbone=small", "network.detector=mask", "network.min_size=64", "network.max_size=64"]
+SMALL = assignments(network="backbone=small detector=mask min_size=64 max_size=64")
 CATEGORIES = [Category(1, "club"), Category(3, "ring")]
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     paths = {}
     for preset in ("regular", "dcnv2"):
@@ -36,16 +36,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_synthetic(folder, train=1, val=1, size=80, deformation=1, seed=0)
     return folder / "images" / "val_000000.jpg"
 
 
 @pytest.mark.parametrize("figure", ["1", "2"])
-def test_figures(
-    figure: str, checkpoints: dict[str, Path], image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_figures(figure, checkpoints, image, tmp_path, capsys):
     command = ["spatial-support", "--checkpoint", *map(str, checkpoints.values()), "--image", str(image)]
     command += ["--out", str(tmp_path), "--device", "cpu", "--budget", "30", "--figure", figure]
     nodes = ["--node", "20,30", "--node", "70,5"] if figure == "1" else ["--roi", "10,10,50,60"]
@@ -57,7 +55,7 @@ def test_figures(
     assert pixels.shape[1] > 100 and pixels[..., :3].std() > 0.05
 
 
-def test_nodes_are_where_the_image_says(image: Path) -> None:
+def test_nodes_are_where_the_image_says(image):
     """In an image that the network enlarges and pads."""
     config = Config().set([*SMALL[:2], "network.min_size=120", "network.max_size=200", "network.preset=regular"])
     torch.manual_seed(0)
@@ -78,7 +76,7 @@ def test_nodes_are_where_the_image_says(image: Path) -> None:
     assert (cross.get_x() + cross.get_width() / 2, cross.get_y() + cross.get_height() / 2) == (96, 64)
 
 
-def test_regions_of_the_background_and_of_categories() -> None:
+def test_regions_of_the_background_and_of_categories():
     config = Config().set([*SMALL, "network.preset=dcnv2", "network.score_threshold=1"])  # nothing is an object
     torch.manual_seed(1)
     network = build_detector(config.network, 2)
@@ -104,22 +102,13 @@ def test_regions_of_the_background_and_of_categories() -> None:
         (["--layer", "backbone", "--node", "1,1"], "gives OrderedDict"),
     ],
 )
-def test_mistakes(
-    arguments: list[str],
-    message: str,
-    checkpoints: dict[str, Path],
-    image: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_mistakes(arguments, message, checkpoints, image, tmp_path, capsys):
     command = ["spatial-support", "--checkpoint", str(checkpoints["dcnv2"]), "--image", str(image)]
     assert main([*command, "--out", str(tmp_path), "--device", "cpu", "--budget", "10", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_networks_must_fit_each_other(
-    checkpoints: dict[str, Path], image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_networks_must_fit_each_other(checkpoints, image, tmp_path, capsys):
     copy = tmp_path / "other" / "model.pth"
     copy.parent.mkdir()
     shutil.copy(checkpoints["regular"], copy)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ TINY = ["training.epochs=1", "training.batch_size=2", "network.min_size=64", "ne
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def command(tmp_path, monkeypatch):
     for name, value in (("ABLATION_IMAGES", (4, 2)), ("SIZE", 64), ("TIMED_ITERATIONS", 1)):
         monkeypatch.setattr(ablation, name, value)
     out = str(tmp_path / "out")
@@ -47,9 +46,7 @@ def runs_of(monkeypatch: pytest.MonkeyPatch, failing: list[int]) -> list[tuple[s
     return begun
 
 
-def test_ablation_stops_and_goes_on(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ablation_stops_and_goes_on(command, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     failing = [1]
     begun = runs_of(monkeypatch, failing)
@@ -91,13 +88,13 @@ def test_ablation_stops_and_goes_on(
         (["dcnv2", "dcnv2"], "each variant can be there once"),
     ],
 )
-def test_wrong_variants(variants: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_variants(variants, message, tmp_path, capsys):
     assert main(["ablate", "--out", str(tmp_path / "out"), "--device", "cpu", "--variants", *variants]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_variants_change_the_preset_the_mimicking_and_the_seed_only() -> None:
+def test_variants_change_the_preset_the_mimicking_and_the_seed_only():
     config = ablation_config("reduced")
     assert Variant.parse("regular").configure(config, 0).mimics() is None
     mimics = Variant.parse("dcnv2-mimic").configure(config, 3).mimics()
@@ -109,13 +106,13 @@ def test_variants_change_the_preset_the_mimicking_and_the_seed_only() -> None:
     assert changed == config.set(["network.preset=regular", "mimicking.regions=bg", "training.seed=3"])
 
 
-def test_full_scale_is_the_papers() -> None:
+def test_full_scale_is_the_papers():
     config = ablation_config("full")
     assert config.network.backbone == "resnet50" and config.network.min_size == 800
     assert config.mimicking.boxes == 32 and config.training.epochs == 16
 
 
-def test_table() -> None:
+def test_table():
     def run(ap: float) -> dict[str, dict[str, Any]]:
         return {"bbox": {**dict.fromkeys(SUMMARY, ap), "APl": None}}
 

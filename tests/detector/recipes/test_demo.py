@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-import pytest
 from PIL import Image
 
 from examples.detector.__main__ import main
 from examples.detector.recipes import demo
 
 
-def test_other_folders_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_folders_are_left_alone(tmp_path, capsys):
     precious = tmp_path / "data" / "precious.txt"
     precious.parent.mkdir()
     precious.touch()
@@ -21,7 +19,7 @@ def test_other_folders_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     assert precious.exists()
 
 
-def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo(tmp_path, monkeypatch, capsys):
     config = demo.demo_config()
     assert (config.network.preset, config.network.backbone) == ("dcnv2", "small")
     monkeypatch.setattr(demo, "TRAIN_IMAGES", 4)
