@@ -1,4 +1,4 @@
-"""Options: parsing, ranges, and the way through a checkpoint."""
+"""Configuration: defaults, assignments, JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_papers_numbers():
     assert (training.offset_lr_mult, training.roi_offset_lr_mult) == (0.1, 1.0)
 
 
-def test_what_follows_from_backbone_and_detector():
+def test_numbers_that_depend_on_backbone_and_detector():
     small = Config().set(["network.backbone=small"]).network.resolve()
     assert (small.frozen_stages, small.neck_channels, small.head_channels) == (0, 64, 256)
     assert (small.rpn_candidates_train, small.rpn_candidates_test) == (12000, 6000)
@@ -82,7 +82,7 @@ def test_a_pyramid_needs_five_anchor_sizes():
     Config().set(["network.anchor_sizes=8,16,32"])
 
 
-def test_through_json_and_back():
+def test_json_round_trip():
     config = Config().set(["network.anchor_sizes=8,16", "training.lr_steps=1", "network.share_branch=false"])
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

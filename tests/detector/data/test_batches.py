@@ -18,7 +18,7 @@ MIXED = [WIDE, TALL, WIDE, WIDE, (50, 50), TALL, WIDE, TALL, WIDE, WIDE, WIDE, T
 
 
 class Images:
-    """Samples that tell their index; one may be unreadable."""
+    """Samples that depend on their index; one may be unreadable."""
 
     def __init__(self, sizes: list[tuple[int, int]], unreadable: int | None = None) -> None:
         self.sizes = sizes
@@ -46,7 +46,7 @@ def make(sizes=MIXED, batch_size=2, *, seed=0, group=True, world_size=1) -> list
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 20])
 @pytest.mark.parametrize("sizes", [MIXED, [WIDE], [TALL] * 7, [TALL] + [WIDE] * 7], ids=len)
-def test_every_image_is_there_and_all_ranks_have_as_many_batches(sizes, batch_size, world_size, group):
+def test_batches_cover_all_images_and_ranks_have_equal_numbers(sizes, batch_size, world_size, group):
     ranks = make(sizes, batch_size, group=group, world_size=world_size)
     for epoch in range(3):
         batches = [rank.epoch(epoch) for rank in ranks]
@@ -54,7 +54,7 @@ def test_every_image_is_there_and_all_ranks_have_as_many_batches(sizes, batch_si
         assert len(ranks[0]) == -(-len(sizes) // (batch_size * world_size))
         counts = Counter(index for own in batches for batch in own for index in batch)
         assert set(counts) == set(range(len(sizes)))
-        # What is missing to full batches is repeated, and that as evenly as it can be.
+        # Repeated images fill the last batch, as evenly as possible.
         assert sum(counts.values()) == len(ranks[0]) * batch_size * world_size
         assert max(counts.values()) - min(counts.values()) <= 1
         assert all(len(batch) == batch_size for own in batches for batch in own)
@@ -79,7 +79,7 @@ def test_epochs_are_a_function_of_the_seed_and_their_number():
     batches.epoch(0)
     assert batches.epoch(7) == later == make()[0].epoch(7)
     assert later != batches.epoch(8) and later != make(seed=1)[0].epoch(7)
-    # Batches of the two kinds come in any order.
+    # Batches of wide and tall images alternate at random.
     (long,) = make(MIXED * 8)
     kinds = [(MIXED * 8)[batch[0]] == TALL for batch in long.epoch(0)]
     assert kinds != sorted(kinds) and kinds != sorted(kinds, reverse=True)
@@ -94,7 +94,7 @@ def test_mirroring():
     for mask, box in zip(other["masks"], other["boxes"].int().tolist()):
         rows, columns = mask.nonzero().T
         assert [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] == box
-    assert target["boxes"].tolist() == [[3, 2, 10, 5], [0, 0, 1, 48]]  # as it was
+    assert target["boxes"].tolist() == [[3, 2, 10, 5], [0, 0, 1, 48]]  # unchanged
 
     empty = Images([WIDE])
     empty_target = {"boxes": torch.zeros(0, 4), "masks": torch.zeros(0, 48, 64, dtype=torch.uint8)}
@@ -116,7 +116,6 @@ def test_mirroring_is_a_function_of_the_seed_the_epoch_and_the_image():
 
 @pytest.mark.parametrize("size", [(3, 1000), (1000, 3)])
 def test_elongated_images_are_padded(size):
-    """Or a side would have no pixel left after resizing."""
     dataset = Images([size])
     image, target = dataset[0]
     _, padded, padded_target = MirroredImages(dataset, flip=0, seed=0)[0, 0]

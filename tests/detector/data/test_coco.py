@@ -1,4 +1,4 @@
-"""Reading COCO data sets: what is taken, what is left out, what is refused."""
+"""COCO data sets: samples, invalid annotations and images, invalid files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def uncompressed(mask: np.ndarray) -> dict[str, Any]:
 
 
 class Folder:
-    """A data set on disk, one or more good images to begin with."""
+    """Data set on disk that starts with valid images."""
 
     def __init__(self, root: Path, images: int = 1) -> None:
         self.root = root
@@ -121,7 +121,7 @@ def test_images_are_in_order_of_id_with_their_own_annotations(tmp_path):
     "segmentation",
     [
         [SQUARE],
-        [SQUARE, [1, 2, 3, 4]],  # a part of two points does not count
+        [SQUARE, [1, 2, 3, 4]],  # a part with two points is ignored
         [[2, 3, 7, 3, 7, 6, 2, 6], [2, 6, 7, 6, 7, 9, 2, 9]],
         compressed(SQUARE_MASK),
         uncompressed(SQUARE_MASK),
@@ -136,7 +136,7 @@ def test_segmentations(folder, segmentation):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_mask_survives_the_check_of_compressed_codes(tmp_path, seed):
+def test_valid_compressed_codes_pass_the_check(tmp_path, seed):
     rng = np.random.default_rng(seed)
     folder = Folder(tmp_path)
     mask = (rng.random((HEIGHT, WIDTH)) < rng.choice([0.02, 0.5, 0.98])).astype(np.uint8)
@@ -175,6 +175,9 @@ NARROW = "annotations whose box has less than 0.01 pixels on a side inside the i
 NO_BOX = "annotations whose bbox is not four finite numbers"
 NO_MASK = "annotations without a usable segmentation"
 EMPTY_MASK = "annotations with an empty mask"
+WRONG_COUNTS = [5, [100, 100], [250, -20, 10], [120.0, 120.0], []]
+# Compressed codes that make pycocotools read or write out of bounds.
+WRONG_COUNTS += ["", "zzz", "é0", "o" * 40, "me;4j75J5N1N", compressed(SQUARE_MASK)["counts"][:-1]]
 
 
 @pytest.mark.parametrize(
@@ -205,18 +208,7 @@ EMPTY_MASK = "annotations with an empty mask"
         ({"segmentation": "mask.png"}, NO_MASK),
         ({"segmentation": {"counts": compressed(SQUARE_MASK)["counts"]}}, NO_MASK),
         ({"segmentation": {"size": [WIDTH, HEIGHT], "counts": compressed(SQUARE_MASK)["counts"]}}, NO_MASK),
-        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": 5}}, NO_MASK),
-        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [100, 100]}}, NO_MASK),
-        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [250, -20, 10]}}, NO_MASK),
-        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [120.0, 120.0]}}, NO_MASK),
-        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": []}}, NO_MASK),
-        # compressed codes that make pycocotools read or write outside its memory
-        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": ""}}, NO_MASK),
-        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "zzz"}}, NO_MASK),
-        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "é0"}}, NO_MASK),
-        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "o" * 40}}, NO_MASK),
-        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "me;4j75J5N1N"}}, NO_MASK),
-        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": compressed(SQUARE_MASK)["counts"][:-1]}}, NO_MASK),
+        *(({"segmentation": {"size": [HEIGHT, WIDTH], "counts": counts}}, NO_MASK) for counts in WRONG_COUNTS),
         ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}}, EMPTY_MASK),
         ({"segmentation": compressed(np.zeros_like(SQUARE_MASK))}, EMPTY_MASK),
         ({"segmentation": [[30, 30, 40, 30, 40, 40]]}, EMPTY_MASK),
@@ -264,7 +256,7 @@ def test_nothing_left(folder):
         folder.load()
 
 
-# pictures
+# Images
 
 
 def test_orientation_tags_are_ignored(folder):
@@ -323,7 +315,7 @@ def test_a_picture_replaced_by_another(folder):
         data[0]
 
 
-# refused
+# Invalid files
 
 
 @pytest.mark.parametrize(
@@ -390,7 +382,7 @@ def test_repeated_ids_are_refused(folder, section):
         folder.load()
 
 
-# the object
+# The data set
 
 
 def test_nothing_is_printed(folder, capsys):

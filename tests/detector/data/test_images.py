@@ -38,7 +38,7 @@ def test_sixteen_bits_keep_their_precision(tmp_path):
 
 def test_orientation_is_followed(picture):
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6  # the picture's top is on the right of what is stored
+    exif[ExifTags.Base.Orientation] = 6  # turned by a quarter
     plain, turned = read_image(picture("a.png"))[0], read_image(picture("b.png", exif=exif))
     assert turned[1] == (40, 60)
     assert torch.equal(turned[0], plain.rot90(-1, (1, 2)))

@@ -1,4 +1,4 @@
-"""The synthetic data set: reproducible, true annotations, the variation that it promises."""
+"""Synthetic data set: reproducibility, annotations, variation."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def written(tmp_path_factory):
 
 
 def test_files(written):
-    images = [f"images/train_{index:06}.jpg" for index in range(40)] + [
-        f"images/val_{index:06}.jpg" for index in range(3)
+    images = [
+        f"images/{split}_{index:06}.jpg" for split, count in (("train", 40), ("val", 3)) for index in range(count)
     ]
     assert list(contents(written)) == ["annotations/instances_train.json", "annotations/instances_val.json", *images]
 
@@ -60,9 +60,8 @@ def test_a_longer_set_begins_with_the_shorter(written, tmp_path):
 
 
 def test_splits_differ(written):
-    assert (written / "images" / "train_000000.jpg").read_bytes() != (
-        written / "images" / "val_000000.jpg"
-    ).read_bytes()
+    train, val = ((written / "images" / f"{split}_000000.jpg").read_bytes() for split in ("train", "val"))
+    assert train != val
 
 
 def test_pycocotools_reads_it(written):
@@ -84,15 +83,15 @@ def test_samples(written):
     for image, target in data:
         assert image.shape == (3, 96, 96)
         assert 1 <= len(target["boxes"]) <= 4
-        assert target["masks"].sum(0).max() == 1  # what is covered belongs to nobody
+        assert target["masks"].sum(0).max() == 1  # masks do not overlap
     assert len(load(written, "val")) == 3
 
 
-def test_objects_stand_out_from_what_is_around_them(written):
+def test_objects_contrast_with_the_background(written):
     contrasts = []
     for image, target in load(written):
-        beside = image[:, target["masks"].sum(0) == 0].mean(1)
-        contrasts += [float((image[:, mask > 0].mean(1) - beside).norm()) for mask in target["masks"]]
+        background = image[:, target["masks"].sum(0) == 0].mean(1)
+        contrasts += [float((image[:, mask > 0].mean(1) - background).norm()) for mask in target["masks"]]
     assert np.median(contrasts) > 0.25
 
 
@@ -116,7 +115,7 @@ def test_the_number_of_objects(tmp_path):
 
 
 def extents(folder: Path, deformation: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Label, sqrt(width * height) and width / height of all boxes."""
+    """Return label, sqrt(width * height) and width / height of all boxes."""
     write_synthetic(folder, train=40, val=0, size=96, objects=(1, 1), deformation=deformation)
     targets = [target for _, target in load(folder)]
     boxes = np.concatenate([target["boxes"].numpy() for target in targets])
@@ -128,7 +127,7 @@ def test_deformation(tmp_path):
     labels, sizes, ratios = extents(tmp_path / "0", 0)
     assert set(labels) == {1, 2, 3, 4, 5}
     for label in set(labels):
-        # a tenth may be outside of the image
+        # Up to a tenth is outside of the image.
         assert sizes[labels == label].max() < 1.25 * sizes[labels == label].min()
         assert ratios[labels == label].max() < 1.35 * ratios[labels == label].min()
     assert ratios[labels == 1 + list(CATEGORIES).index("dumbbell")].max() < 0.6

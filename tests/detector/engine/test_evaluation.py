@@ -1,4 +1,4 @@
-"""Average precision against pycocotools itself, detections over several processes, results files."""
+"""Average precision compared with pycocotools, detections in several processes, results files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIZE = 200
 
 
 class Spots(nn.Module):
-    """Finds three objects, where the image's first pixels say."""
+    """Network with three detections that the first pixels of the image determine."""
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         assert not self.training
@@ -55,7 +55,7 @@ def index(dataset: dict[str, Any]) -> pycocotools.coco.COCO:
 
 
 def blob(box: list[float]) -> dict[str, Any]:
-    """The ellipse in a box."""
+    """Return the ellipse in a box."""
     x, y, w, h = box
     rows, columns = np.mgrid[:SIZE, :SIZE] + 0.5
     distance = ((columns - x - w / 2) / (w / 2)) ** 2 + ((rows - y - h / 2) / (h / 2)) ** 2
@@ -64,7 +64,7 @@ def blob(box: list[float]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def example():
-    """Objects of all sizes, crowds, misplaced and repeated detections; an image without either, one without any hit."""
+    """Objects of all sizes, crowds, inaccurate and duplicate detections; images without objects or without hits."""
     random = np.random.default_rng(0)
     annotations: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
@@ -76,25 +76,14 @@ def example():
             category = int(random.choice([3, 7]))
             mask = blob(box)
             area = float(decode_rle(mask).sum())
-            annotation = {
-                "image_id": image_id,
-                "category_id": category,
-                "bbox": box,
-                "area": area,
-                "segmentation": mask,
-            }
-            annotations.append({**annotation, "id": len(annotations) + 1, "iscrowd": int(number == 4)})
+            annotation = {"image_id": image_id, "category_id": category, "bbox": box, "area": area}
+            annotation |= {"segmentation": mask, "id": len(annotations) + 1, "iscrowd": int(number == 4)}
+            annotations.append(annotation)
             for _ in range(int(random.integers(0, 3)) if image_id < 8 else 0):
                 moved = (np.array(box) + random.normal(0, 0.06 * side, 4)).clip(1, SIZE).round(3).tolist()
-                results.append(
-                    {
-                        "image_id": image_id,
-                        "category_id": category if random.random() < 0.9 else 9,
-                        "bbox": moved,
-                        "segmentation": blob(moved),
-                        "score": round(float(random.random()), 2),
-                    }
-                )
+                found = {"image_id": image_id, "category_id": category if random.random() < 0.9 else 9, "bbox": moved}
+                found |= {"segmentation": blob(moved), "score": round(float(random.random()), 2)}
+                results.append(found)
     images = [{"id": n, "file_name": f"{n}.png", "width": SIZE, "height": SIZE} for n in range(1, 9)]
     return index({"images": images, "annotations": annotations, "categories": CATEGORIES}), results
 
@@ -168,7 +157,7 @@ def test_absent_fields_and_id_zero_change_nothing(example, tmp_path):
         coco_metrics(coco, boxes, coco.imgs, ("segm",))
 
 
-def test_results_survive_a_file(example, tmp_path):
+def test_results_files_and_table(example, tmp_path):
     coco, results = example
     metrics = coco_metrics(coco, results, coco.imgs, ("bbox", "segm"))
     categories: Any = [type("Category", (), entry) for entry in CATEGORIES]
@@ -180,11 +169,8 @@ def test_results_survive_a_file(example, tmp_path):
     written = json.loads((tmp_path / "new" / "metrics.json").read_text())
     assert written["segm"]["AP75"] == metrics["segm"].AP75
     assert written["bbox"]["per_category"][2] == {"id": 9, "name": "never seen", "AP": None}
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
-        "detections_bbox.json",
-        "detections_segm.json",
-        "metrics.json",
-    ]
+    names = ["detections_bbox.json", "detections_segm.json", "metrics.json"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: cannot be written"):
         write_results(tmp_path / "file", results, metrics, categories)
@@ -218,13 +204,10 @@ GOOD = {**WITHOUT_BOX, "bbox": [1, 2, 3, 4]}
         ([WITHOUT_BOX], "has neither bbox nor segmentation"),
         ([{**GOOD, "segmentation": {"size": [5, 5], "counts": "o0"}}], "no mask of 200x200 pixels"),
         ([{**GOOD, "segmentation": {"size": [200, 200], "counts": "garbage"}}], "no mask of 200x200 pixels"),
-        (
-            [GOOD, {"image_id": 2, "category_id": 3, "score": 1, "segmentation": blob([5, 5, 20, 20])}],
-            "all need the same",
-        ),
+        ([GOOD, {**WITHOUT_BOX, "segmentation": blob([5, 5, 20, 20])}], "all need the same"),
     ],
 )
-def test_bad_results_are_named(example, tmp_path, content, message):
+def test_errors_name_the_wrong_entry(example, tmp_path, content, message):
     path = tmp_path / "results.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(UserError, match=message) as caught:
@@ -241,7 +224,7 @@ def test_results_that_are_missing_or_empty(example, tmp_path):
 
 
 def make_dataset(folder: Path, count: int = 5) -> None:
-    """Random pictures of several sizes, ids out of order, one object each."""
+    """Write random images of several sizes with one object each and ids out of order."""
     folder.mkdir(exist_ok=True)
     random = np.random.default_rng(1)
     images, annotations = [], []
@@ -280,7 +263,7 @@ def test_detect(tmp_path):
     assert run_detect(tmp_path, batch_size=3) == results
 
 
-def test_detect_gives_every_module_its_mode_back(tmp_path):
+def test_detect_restores_the_mode_of_every_module(tmp_path):
     make_dataset(tmp_path, 1)
     dataset = CocoDataset(tmp_path / "annotations.json", tmp_path, masks=False, keep_empty=True)
     model = Spots()
@@ -289,7 +272,7 @@ def test_detect_gives_every_module_its_mode_back(tmp_path):
     model.frozen.eval()
     detect(model, dataset, torch.device("cpu"), progress=False)
     assert (model.training, model.free.training, model.frozen.training) == (True, True, False)
-    with pytest.raises(IndexError):  # an error in the network
+    with pytest.raises(IndexError):  # raised in the network
         model.look = lambda image: [][0]  # type: ignore[method-assign]
         detect(model, dataset, torch.device("cpu"), progress=False)
     assert (model.training, model.free.training, model.frozen.training) == (True, True, False)
@@ -308,7 +291,7 @@ with distributed.session("cpu"):
 """
 
 
-def test_two_processes_give_what_one_does(tmp_path):
+def test_two_processes_give_the_result_of_one(tmp_path):
     make_dataset(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,8 +1,9 @@
-"""The cost columns of Table 1: exact increments, and every cell that the paper prints."""
+"""Costs of the presets: exact increments, and every cell of the paper's Table 1."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from examples.detector.config import Config
 from examples.detector.model import Count, cost_rows, cost_table, count
 from examples.detector.model.flops import count_presets
-from examples.detector.presets import PRESETS
+from examples.detector.presets import PRESETS, Preset
 
 INCREMENTS = {
     "dconv-c5": (248_886, 1_045_094_400, 261_273_600),
@@ -20,14 +21,16 @@ INCREMENTS = {
     "dconv-c3c5-dpool": (1_810_252, 4_704_665_600, 3_920_844_800),
     "dcnv2": (14_917_618, 19_257_190_400, 18_081_459_200),
 }
-# The paper's `regular` rows before rounding, as far as its other rows tell: Mi parameters, Gi multiply-adds.
+# Bounds of the paper's `regular` rows before rounding, derived from its other rows: Mi parameters, Gi multiply-adds.
 BASELINES = {"faster": ((51.250, 51.275), (196.768, 196.777)), "mask": ((39.524, 39.540), (303.498, 303.507))}
 
 
 @pytest.fixture(scope="module")
 def counts():
-    made = {detector: count_presets(Config().set([f"network.detector={detector}"]).network) for detector in BASELINES}
-    return made.__getitem__
+    by_detector = {
+        detector: count_presets(Config().set([f"network.detector={detector}"]).network) for detector in BASELINES
+    }
+    return by_detector.__getitem__
 
 
 @pytest.mark.parametrize("detector", BASELINES)
@@ -53,7 +56,7 @@ def test_printed_cells(counts, detector, preset):
         (counted.parameters - regular.parameters, counted.macs - regular.macs),
         strict=True,
     ):
-        margin = 1e-3  # the bounds are rounded themselves
+        margin = 1e-3  # the bounds are rounded too
         for baseline in (baselines[0] + margin, baselines[1] - margin):
             assert round(baseline + more / unit, 1) == cell
 
@@ -64,7 +67,7 @@ def test_pooling_and_mimicking_cost_nothing_more(counts):
         assert counts(detector)["dcnv2-mimic"] == counts(detector)["dcnv2"]
 
 
-def test_count_of_a_whole_network_by_hand():
+def test_count_of_a_whole_network():
     """The regular Faster R-CNN with ResNet-50 for 80 categories."""
     counted = count(Config().set(["network.preset=regular"]).network)
     resnet50 = 25_557_032 - 53_120 - (2048 * 1000 + 1000)  # torchvision's count less BatchNorm and classifier
@@ -74,8 +77,8 @@ def test_count_of_a_whole_network_by_hand():
     assert counted.parameters == resnet50 + neck + rpn + head
 
 
-def test_branches_of_their_own_cost_parameters_only(counts):
-    """A branch for each of the four levels, as other implementations have, and a deformable pooling of the masks."""
+def test_separate_branches_cost_parameters_only(counts):
+    """One branch per level, as in other implementations, and deformable pooling of the masks."""
     shared = counts("mask")["dcnv2"]
     branch = 12544 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 * 147 + 147
     own = count(Config().set(["network.detector=mask", "network.share_branch=false"]).network)
@@ -90,11 +93,19 @@ def test_table_and_rows():
     network = Config().set(["network.backbone=resnet101"]).network
     rows = json.loads(json.dumps(cost_rows(network)))
     assert [row["preset"] for row in rows] == list(PRESETS)
-    assert rows[-1]["paper"] is None  # which is of ResNet-50
-    # 30 convolutions, of which the last three and the first four are those of ResNet-50.
+    assert rows[-1]["paper"] is None  # the paper has ResNet-50 only
+    # 30 deformable convolutions; the first four and the last three are those of ResNet-50.
     assert rows[5]["increment"]["parameters"] == 580_842 + 17 * (18 * 9 * 256 + 18)
     table = cost_table(Config().network)
     assert "14,917,618" in table and "65.5" in table and len(table.splitlines()) == 3 + len(PRESETS)
+
+
+def test_a_new_preset_needs_no_printed_costs(monkeypatch):
+    monkeypatch.setitem(PRESETS, "mine", Preset("modulated", ("layer4",), "deformable"))
+    network = Config().set(["network.preset=mine"]).network
+    row = next(row for row in cost_rows(network) if row["preset"] == "mine")
+    assert row["paper"] is None and row["increment"]["parameters"] > 0
+    assert re.search(r"^mine +[\d.]+ +- ", cost_table(network), re.MULTILINE)
 
 
 def test_nothing_is_computed():

@@ -1,4 +1,4 @@
-"""Pretrained backbones: by name and from files, into networks with and without deformable layers."""
+"""Pretrained weights by name and from files, for networks with and without deformable layers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_files_leave_exactly_the_branches(state, detector, tmp_path, suffix):
 
 
 def test_branches_of_a_file_are_loaded(state, detector, tmp_path):
-    """Also under the names of other libraries."""
+    """Branches with the names of other libraries."""
     branches = {
         f"{name.removesuffix('.weight')}.conv_offset_mask.{leaf}": torch.full(shape, 0.5)
         for name, value in state.items()

@@ -1,4 +1,4 @@
-"""Images of every kind through a network, masks of large images, pictures and the json."""
+"""Prediction: unusual images, masks, pictures and the JSON file."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from examples.detector.predict import (
 )
 from examples.detector.predict import prediction as prediction_module
 from examples.detector.predict.drawing import COLOURS
+from tests.detector.configurations import assignments
 
 CPU = torch.device("cpu")
 CATEGORIES = [Category(4, "cat"), Category(8, "dog")]
@@ -34,11 +35,11 @@ CATEGORIES = [Category(4, "cat"), Category(8, "dog")]
 
 @pytest.fixture(scope="module")
 def network():
-    """A small Mask R-CNN whose random weights give many detections."""
+    """Small Mask R-CNN with random weights that give many detections."""
     torch.manual_seed(0)
-    small = {"backbone": "small", "detector": "mask", "min_size": 64, "max_size": 96, "max_detections": 8}
-    options = {**small, "anchor_sizes": "8,16,32,64,96", "score_threshold": 0, "proposals_test": 50}
-    model = build_detector(Config().set(f"network.{name}={value}" for name, value in options.items()).network, 2)
+    options = "backbone=small detector=mask min_size=64 max_size=96 max_detections=8 anchor_sizes=8,16,32,64,96"
+    config = Config().set(assignments(network=f"{options} score_threshold=0 proposals_test=50"))
+    model = build_detector(config.network, 2)
     torch.nn.init.normal_(model.roi_heads.mask_predictor.mask_fcn_logits.weight, std=0.5)
     return model.eval()
 
@@ -147,7 +148,7 @@ def test_threshold_and_json(picture, network, tmp_path):
         write_predictions(iter(everything), tmp_path / "file", CATEGORIES, inputs=paths)
 
 
-def _tagged(image: Image.Image, colour: tuple[int, int, int]) -> Any:
+def pixels_of(image: Image.Image, colour: tuple[int, int, int]) -> Any:
     return (np.asarray(image) == colour).all(2)
 
 
@@ -158,11 +159,11 @@ def test_drawing_of_boxes():
     assert drawn.size == (900, 600)
     for box, colour in zip(boxes.int().tolist(), COLOURS):
         x1, y1, x2, y2 = box
-        mine = _tagged(drawn, colour)
+        mine = pixels_of(drawn, colour)
         assert mine[(y1 + y2) // 2, [x1, x2 - 1]].all() and mine[[y1, y2 - 1], (x1 + x2) // 2].all()
         rows, columns = np.nonzero(mine)
         assert columns.min() == x1 and columns.max() == x2 - 1 and rows.max() == y2 - 1
-        assert 10 < y1 - rows.min() < 30  # the tag above the box
+        assert 10 < y1 - rows.min() < 30  # the label above the box
         assert not mine[y1 + 5 : y2 - 5, x1 + 5 : x2 - 5].any()
     assert np.asarray(grey).max() == 90
 
@@ -175,7 +176,7 @@ def test_drawing_of_masks():
     boxes = torch.tensor([[100.0, 100, 500, 500], [200, 200, 300, 300]])
     rles = [encode_rle(mask) for mask in masks]
     drawn = np.asarray(draw_detections(black, boxes, [1, 1], None, rles, ["cat"])).astype(int)
-    first, second = COLOURS[:2]  # neighbours of one class
+    first, second = COLOURS[:2]  # neighbours of the same category
     assert np.abs(drawn[400, 400] - 0.45 * np.array(first)).max() < 3
     inside = drawn[250, 250]
     assert np.abs(inside - (0.45 * np.array(second) + 0.55 * 0.45 * np.array(first))).max() < 3  # the small one on top

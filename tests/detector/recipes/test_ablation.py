@@ -46,7 +46,7 @@ def runs_of(monkeypatch: pytest.MonkeyPatch, failing: list[int]) -> list[tuple[s
     return begun
 
 
-def test_ablation_stops_and_goes_on(command, tmp_path, monkeypatch, capsys):
+def test_ablation_continues_after_an_interruption(command, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     failing = [1]
     begun = runs_of(monkeypatch, failing)
@@ -73,7 +73,7 @@ def test_ablation_stops_and_goes_on(command, tmp_path, monkeypatch, capsys):
 
     begun.clear()
     assert main([*command, "--seeds", "2"]) == 0
-    assert begun == []  # all of it was there
+    assert begun == []  # everything was finished
     assert text.strip() in capsys.readouterr().out
 
     assert main([*command, "training.lr=0.5"]) == 2
@@ -94,7 +94,7 @@ def test_wrong_variants(variants, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_variants_change_the_preset_the_mimicking_and_the_seed_only():
+def test_variants_change_only_preset_mimicking_and_seed():
     config = ablation_config("reduced")
     assert Variant.parse("regular").configure(config, 0).mimics() is None
     mimics = Variant.parse("dcnv2-mimic").configure(config, 3).mimics()
@@ -106,7 +106,7 @@ def test_variants_change_the_preset_the_mimicking_and_the_seed_only():
     assert changed == config.set(["network.preset=regular", "mimicking.regions=bg", "training.seed=3"])
 
 
-def test_full_scale_is_the_papers():
+def test_full_scale_has_the_numbers_of_the_paper():
     config = ablation_config("full")
     assert config.network.backbone == "resnet50" and config.network.min_size == 800
     assert config.mimicking.boxes == 32 and config.training.epochs == 16

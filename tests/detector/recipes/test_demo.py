@@ -10,7 +10,7 @@ from examples.detector.__main__ import main
 from examples.detector.recipes import demo
 
 
-def test_other_folders_are_left_alone(tmp_path, capsys):
+def test_other_folders_are_not_touched(tmp_path, capsys):
     precious = tmp_path / "data" / "precious.txt"
     precious.parent.mkdir()
     precious.touch()
@@ -26,14 +26,14 @@ def test_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "VAL_IMAGES", 2)
     monkeypatch.setattr(demo, "BUDGET", 20)
     monkeypatch.setattr(demo, "demo_config", lambda: config.set(["training.epochs=1"]))
-    for _ in range(2):  # the second replaces the first
+    for _ in range(2):  # the second run replaces the first
         assert main(["demo", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     out = tmp_path / "out"
     printed = capsys.readouterr().out
     assert "box AP 0." in printed and "AP50" in printed
     assert str(out / "detections.png") in printed
     sheet = Image.open(out / "detections.png")
-    assert sheet.width > 4 * demo.SIZE  # truth and detections of two images in a row
+    assert sheet.width > 4 * demo.SIZE  # ground truth and detections of two images per row
     folders, pictures = {"data", "run", "predictions"}, {"detections.png", "spatial_support.png", "offsets.png"}
     assert {path.name for path in out.iterdir()} == {".demo"} | folders | pictures
     assert all(str(out / name) in printed for name in pictures)
