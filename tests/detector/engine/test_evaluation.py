@@ -281,6 +281,7 @@ def test_detect_restores_the_mode_of_every_module(tmp_path):
 PROCESS = """
 import json, sys
 from pathlib import Path
+from examples.detector.engine import distributed
 from tests.detector.engine.test_evaluation import run_detect
 
 with distributed.session("cpu"):

@@ -175,6 +175,7 @@ def test_a_killed_save_leaves_the_old_file(model, path):
     script = f"""
 import os, signal, torch
 from pathlib import Path
+from examples.detector.config import Config
 from examples.detector.model import checkpoint
 checkpoint.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save_checkpoint(Path({str(path)!r}), torch.nn.Linear(2, 2), Config(), [], 6)
