@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks import environment, report
 from benchmarks.contenders import OURS, PEER
 from examples.detector.config import NetworkConfig
-from examples.detector.network import build_detector
+from examples.detector.model import build_detector
 
 _CATEGORIES = 80
 _OBJECTS = 8

@@ -1,4 +1,4 @@
-"""Every number of the detector and of its training, with the paper's values as defaults."""
+"""Configuration of a detector and of its training; the defaults are the paper's values."""
 
 from __future__ import annotations
 
@@ -17,59 +17,61 @@ from .presets import PRESETS
 T = TypeVar("T")
 
 
-def option(default: T, help: str, minimum: float | None = None, maximum: float | None = None) -> T:
-    """A field with what ``--help`` says about it and the range that is legal."""
-    value: T = field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum})
+def option(default: T, help: str, minimum: float | None = None, maximum: float | None = None, **metadata: Any) -> T:
+    """Declare a dataclass field with its help text and its valid range."""
+    value: T = field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum, **metadata})
     return value
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """What is built; a checkpoint carries it."""
+    """Configuration of the network; stored in every checkpoint."""
 
     preset: str = option("dcnv2", "row of Table 1: which layers are deformable")
     detector: Literal["faster", "mask"] = option("faster", "Faster R-CNN on conv4 and conv5, or Mask R-CNN with FPN")
     backbone: Literal["resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d", "small"] = option(
-        "resnet50", "small: 8 narrow blocks with GroupNorm, for CPUs, without pretrained weights"
+        "resnet50", "small: 8 narrow blocks with GroupNorm for CPUs, no pretrained weights"
     )
     stride_style: Literal["torchvision", "caffe"] = option(
-        "torchvision", "the stride of a stage is in its first 3x3 convolution, or (caffe) in the 1x1 before it"
+        "torchvision", "stride of a stage in its first 3x3 convolution, or (caffe) in the 1x1 convolution before it"
     )
-    frozen_stages: int = option(-1, "stages that stay as they are: 2 is conv1 and conv2; -1: 2, or 0 for small", -1, 5)
+    frozen_stages: int = option(-1, "number of frozen stages: 2 is conv1 and conv2; -1: 2, or 0 for small", -1, 5)
     mask_scale: float = option(
-        1.0, "masks are mask_scale * sigmoid: 1 in the paper, 2 starts as the regular network", 0
+        1.0, "masks are mask_scale * sigmoid: 1 in the paper; 2 makes the initial network equal the regular one", 0
     )
-    gamma: float = option(0.1, "factor of the offsets of RoI pooling")
+    gamma: float = option(0.1, "factor of the offsets in RoI pooling")
     deform_groups: int = option(1, "deformable groups of a convolution", 1)
-    share_branch: bool = option(True, "one offset branch for the RoI pooling of all pyramid levels, or one for each")
-    deform_mask_pool: bool = option(False, "the 14x14 pooling of the mask head is deformable too, with its own branch")
-    sampling_ratio: int = option(2, "samples of a RoI bin along each axis", 0)
-    neck_channels: int = option(0, "channels that RoIs are pooled from; 0: 256, or 64 for small", 0)
-    head_channels: int = option(0, "width of the fully connected layers; 0: 1024, or 256 for small", 0)
-    min_size: int = option(800, "shorter side of the network's image, pixels", 1)
-    max_size: int = option(1333, "bound of the longer side, pixels", 1)
-    anchor_sizes: tuple[float, ...] = option(
-        (32, 64, 128, 256, 512), "sides of the anchors, pixels; five with FPN, one for each level", 1
+    share_branch: bool = option(True, "share one offset branch of RoI pooling among all pyramid levels")
+    deform_mask_pool: bool = option(
+        False, "make the 14x14 pooling of the mask head deformable too, with a separate branch"
     )
-    anchor_ratios: tuple[float, ...] = option((0.5, 1, 2), "heights of the anchors over their widths", 0.01)
-    rpn_batch: int = option(256, "anchors of an image in the loss of the RPN", 1)
-    rpn_positive_fraction: float = option(0.5, "largest share of positives among them", 0, 1)
-    rpn_positive_iou: float = option(0.7, "an anchor with this overlap is positive", 0, 1)
-    rpn_negative_iou: float = option(0.3, "an anchor with less overlap is negative", 0, 1)
-    rpn_nms: float = option(0.7, "overlap at which the worse of two proposals goes", 0, 1)
-    rpn_candidates_train: int = option(0, "proposals before NMS; 0: 12000, or 2000 for each level with FPN", 0)
-    rpn_candidates_test: int = option(0, "the same in testing; 0: 6000, or 1000 for each level with FPN", 0)
+    sampling_ratio: int = option(2, "sampling points of a RoI bin along each axis", 0)
+    neck_channels: int = option(0, "channels of the maps that RoIs are pooled from; 0: 256, or 64 for small", 0)
+    head_channels: int = option(0, "width of the fully connected layers; 0: 1024, or 256 for small", 0)
+    min_size: int = option(800, "shorter side of the resized image, pixels", 1)
+    max_size: int = option(1333, "largest longer side of the resized image, pixels", 1)
+    anchor_sizes: tuple[float, ...] = option(
+        (32, 64, 128, 256, 512), "sides of the anchors, pixels; with FPN five, one per level", 1
+    )
+    anchor_ratios: tuple[float, ...] = option((0.5, 1, 2), "height / width of the anchors", 0.01)
+    rpn_batch: int = option(256, "anchors per image in the RPN loss", 1)
+    rpn_positive_fraction: float = option(0.5, "largest fraction of positives among them", 0, 1)
+    rpn_positive_iou: float = option(0.7, "least IoU of a positive anchor", 0, 1)
+    rpn_negative_iou: float = option(0.3, "anchors with a lower IoU are negative", 0, 1)
+    rpn_nms: float = option(0.7, "IoU threshold of NMS of the proposals", 0, 1)
+    rpn_candidates_train: int = option(0, "proposals before NMS; 0: 12000, or 2000 per level with FPN", 0)
+    rpn_candidates_test: int = option(0, "the same in testing; 0: 6000, or 1000 per level with FPN", 0)
     proposals_train: int = option(2000, "proposals after NMS", 1)
     proposals_test: int = option(1000, "the same in testing", 1)
-    roi_batch: int = option(512, "RoIs of an image in the loss of the head", 1)
-    roi_positive_fraction: float = option(0.25, "largest share of positives among them", 0, 1)
-    roi_positive_iou: float = option(0.5, "a RoI with this overlap is positive, others are background", 0, 1)
-    score_threshold: float = option(0.05, "detections with less are dropped", 0, 1)
-    detection_nms: float = option(0.5, "overlap at which the worse of two detections of a class goes", 0, 1)
-    max_detections: int = option(100, "detections of an image", 1)
+    roi_batch: int = option(512, "RoIs per image in the loss of the head", 1)
+    roi_positive_fraction: float = option(0.25, "largest fraction of positives among them", 0, 1)
+    roi_positive_iou: float = option(0.5, "least IoU of a positive RoI; others are background", 0, 1)
+    score_threshold: float = option(0.05, "drop detections with a lower score", 0, 1)
+    detection_nms: float = option(0.5, "IoU threshold of NMS of the detections of a class", 0, 1)
+    max_detections: int = option(100, "detections per image", 1)
 
     def resolve(self) -> NetworkConfig:
-        """A copy in which the numbers that depend on the backbone and the detector stand in the place of 0 and -1."""
+        """Return a copy with the values 0 and -1 replaced by the numbers for this backbone and detector."""
         small, levels = self.backbone == "small", self.detector == "mask"
         return dataclasses.replace(
             self,
@@ -83,27 +85,27 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How it is trained: section 5.1 of the paper, and Detectron's defaults, which it follows."""
+    """Training recipe: section 5.1 of the paper, completed by Detectron's defaults."""
 
     epochs: int = option(16, "passes over the data", 1)
-    batch_size: int = option(2, "images of each process in one iteration", 1)
-    lr: float = option(0.02, "learning rate for `lr_batch` images in all processes; scaled in proportion", 0)
-    lr_batch: int = option(16, "the number of images that `lr` is meant for", 1)
+    batch_size: int = option(2, "images per process and iteration", 1)
+    lr: float = option(0.02, "learning rate for lr_batch images in all processes; scaled to the actual number", 0)
+    lr_batch: int = option(16, "number of images per iteration that lr refers to", 1)
     lr_steps: tuple[float, ...] = option((10, 14), "epochs after which the learning rate is divided by 10", 0)
-    warmup_iterations: int = option(500, "iterations over which the learning rate rises", 0)
-    warmup_factor: float = option(1 / 3, "share of the learning rate that it starts at", 0, 1)
+    warmup_iterations: int = option(500, "iterations of linear warm-up", 0)
+    warmup_factor: float = option(1 / 3, "factor of the learning rate at the start of the warm-up", 0, 1)
     optimizer: Literal["sgd", "adamw"] = option("sgd", "adamw learns faster from scratch, at a lower rate (0.001)")
-    momentum: float = option(0.9, "momentum of SGD, first decay rate of AdamW", 0, 1)
+    momentum: float = option(0.9, "momentum of SGD, beta1 of AdamW", 0, 1)
     weight_decay: float = option(1e-4, "weight decay of all parameters", 0)
-    offset_lr_mult: float = option(0.1, "factor of the learning rate of offset convolutions", 0)
-    roi_offset_lr_mult: float = option(1.0, "factor of the learning rate of the branches of RoI pooling", 0)
-    clip_norm: float = option(0.0, "largest norm of the gradient; 0: unbounded", 0)
-    flip: float = option(0.5, "share of images that are mirrored", 0, 1)
+    offset_lr_mult: float = option(0.1, "learning rate factor of the offset convolutions", 0)
+    roi_offset_lr_mult: float = option(1.0, "learning rate factor of the offset branches of RoI pooling", 0)
+    clip_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping", 0)
+    flip: float = option(0.5, "probability of a horizontal flip", 0, 1)
     amp: Literal["none", "float16", "bfloat16"] = option("none", "autocast to a 16-bit type")
-    group_aspect_ratios: bool = option(True, "batches hold wide images or tall ones")
-    workers: int = option(2, "processes that read images", 0)
-    seed: int = option(0, "of everything random", 0, 2**63 - 1)
-    save_every: int = option(500, "iterations between checkpoints; one is written at the end of each epoch too", 1)
+    group_aspect_ratios: bool = option(True, "do not mix wide and tall images in a batch")
+    workers: int = option(2, "data-loading processes", 0)
+    seed: int = option(0, "seed of all random numbers", 0, 2**63 - 1)
+    save_every: int = option(500, "iterations between checkpoints, in addition to one per epoch", 1)
     log_offsets_every: int = option(
         200, "iterations between histograms of offsets and masks in TensorBoard; 0: none", 0
     )
@@ -112,44 +114,38 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class MimickingConfig:
-    """R-CNN feature mimicking: section 3.3 of the paper. It adds work to the training and none to the detector."""
+    """R-CNN feature mimicking, section 3.3 of the paper; affects training only."""
 
     regions: Literal["auto", "fg", "bg", "all", "none"] = option(
-        "auto", "RoIs that learn from their crops: objects, background, all or none; auto: fg for dcnv2-mimic"
+        "auto", "RoIs to mimic: foreground, background, all or none; auto: fg for dcnv2-mimic, else none"
     )
-    boxes: int = option(32, "such RoIs of an image, at most", 1)
-    crop: int = option(224, "sides of the crops, pixels: 224 for images of 800, whose features then are 14x14", 32)
+    boxes: int = option(32, "largest number of such RoIs per image", 1)
+    crop: int = option(224, "sides of the crops, pixels; 224 gives features of 14x14", 32)
     weight: float = option(0.1, "weight of the loss of equation 3", 0)
-    classifier_weight: float = option(0.1, "weight of the cross-entropy of the crops", 0)
-    reduction: Literal["sum", "mean"] = option("sum", "over the RoIs of an image")
-    features: Literal["after", "before"] = option("after", "the ReLU of the second fully connected layer")
-    detach: bool = option(False, "the features of the crops do not learn from those of the image")
-    chunk: int = option(32, "crops at a time: activations of more are not kept", 1)
+    classifier_weight: float = option(0.1, "weight of the cross-entropy loss of the crops", 0)
+    reduction: Literal["sum", "mean"] = option("sum", "reduction of the loss over the RoIs of an image")
+    features: Literal["after", "before"] = option("after", "compare features after or before their last ReLU")
+    detach: bool = option(False, "stop the gradient of the mimicking loss at the crop features")
+    chunk: int = option(32, "crops per forward pass; limits the memory for activations", 1)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A detector and its training."""
+    """Configuration of a detector and of its training."""
 
     network: NetworkConfig = NetworkConfig()
     training: TrainingConfig = TrainingConfig()
     mimicking: MimickingConfig = MimickingConfig()
 
     def mimics(self) -> MimickingConfig | None:
-        """How features are mimicked, `regions` being resolved; None if they are not."""
+        """Return the mimicking options with `regions` resolved, or None without mimicking."""
         regions = self.mimicking.regions
         if regions == "auto":
             regions = "fg" if PRESETS[self.network.preset].mimic else "none"
         return None if regions == "none" else dataclasses.replace(self.mimicking, regions=regions)
 
     def set(self, assignments: Iterable[str]) -> Config:
-        """A copy with assignments such as ``network.gamma=1`` or ``training.lr_steps=6,8`` applied.
-
-        Raises
-        ------
-        UserError
-            An assignment has no such form, or names no option, or a value that is not legal.
-        """
+        """Return a copy with assignments such as ``network.gamma=1`` or ``training.lr_steps=6,8`` applied."""
         values = self.to_dict()
         for assignment in assignments:
             name, equals, text = assignment.partition("=")
@@ -162,21 +158,15 @@ class Config:
         return Config.from_dict(values)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain numbers, strings and lists, for json and checkpoints."""
+        """Convert to plain numbers, strings and lists for JSON files and checkpoints."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @staticmethod
     def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
-        """The configuration that `to_dict` described.
-
-        Raises
-        ------
-        UserError
-            Something is unknown or not legal.
-        """
+        """Build a configuration from the result of `to_dict`."""
         if not isinstance(values, Mapping) or set(values) - set(SECTIONS):
             raise UserError(f"a configuration must have the sections {', '.join(SECTIONS)}, got {values!r:.80}")
-        made = {}
+        sections = {}
         for section, kind in SECTIONS.items():
             given = values.get(section, {})
             if not isinstance(given, Mapping):
@@ -187,8 +177,8 @@ class Config:
                 if key not in known:
                     raise UserError(f"{section}.{key}: there is no such option")
                 given[key] = _check(value, f"{section}.{key}", known[key], _field(kind, key))
-            made[section] = kind(**given)
-        config = Config(**made)
+            sections[section] = kind(**given)
+        config = Config(**sections)
         network = config.network
         if network.preset not in PRESETS:
             raise UserError(f"network.preset must be one of {', '.join(PRESETS)}, got {network.preset!r}")
@@ -210,7 +200,7 @@ SECTIONS: dict[str, Any] = {"network": NetworkConfig, "training": TrainingConfig
 
 
 def describe_options() -> str:
-    """One line for each option: name, default, meaning."""
+    """Return two lines per option: its name and default, and its meaning."""
     lines = []
     for section, kind in SECTIONS.items():
         for item in dataclasses.fields(kind):
@@ -238,7 +228,7 @@ def _text(value: object) -> str:
 
 
 def _parse(text: str, name: str, kind: Any) -> Any:
-    """The value that `text` from the command line stands for."""
+    """Parse an option's value from the command line."""
     if typing.get_origin(kind) is tuple:
         return [_parse(item, name, float) for item in text.split(",") if item]
     if kind is bool:
@@ -253,7 +243,7 @@ def _parse(text: str, name: str, kind: Any) -> Any:
 
 
 def _check(value: Any, name: str, kind: Any, metadata: Mapping[str, Any]) -> Any:
-    """`value` as the type of its field, or an error."""
+    """Convert `value` to the type of its field, or raise a `UserError`."""
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise UserError(f"{name} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")

@@ -1,4 +1,4 @@
-"""The rows of the paper's Table 1: what is deformable in each, and what the paper prints about its cost."""
+"""Presets: the rows of the paper's Table 1. A new entry in `PRESETS` is all that a new preset needs."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from typing import Literal, NamedTuple
 
 
 class Cost(NamedTuple):
-    """Parameters / 2^20 and multiply-adds / 2^30, rounded as the paper prints them."""
+    """Parameters / 2^20 and multiply-adds / 2^30 with the paper's rounding."""
 
     parameters: float
     macs: float
 
 
 class Preset(NamedTuple):
-    """One row of Table 1."""
+    """Deformable parts of a detector, and its cost in the paper's Table 1 if it has a row there."""
 
-    convolution: Literal["regular", "deformable", "modulated"]  # of the 3x3 layers of `stages`
-    stages: tuple[str, ...]  # by the names of torchvision's ResNets: layer2 is the paper's conv3
+    convolution: Literal["regular", "deformable", "modulated"]  # type of the 3x3 layers in `stages`
+    stages: tuple[str, ...]  # torchvision's names: layer2 is the paper's conv3
     pooling: Literal["quantised", "aligned", "deformable", "modulated"]
-    mimic: bool  # whether it is trained with R-CNN feature mimicking, which is gone afterwards
-    faster: Cost  # of Faster R-CNN
-    mask: Cost | None  # of Mask R-CNN, which the paper does not print for the first row
+    mimic: bool = False  # train with R-CNN feature mimicking
+    faster: Cost | None = None  # printed cost of Faster R-CNN
+    mask: Cost | None = None  # printed cost of Mask R-CNN
 
 
 C5, C4C5, C3C5 = ("layer4",), ("layer3", "layer4"), ("layer2", "layer3", "layer4")
 
 PRESETS = {
-    "regular-roipool": Preset("regular", (), "quantised", False, Cost(51.3, 196.8), None),
+    "regular-roipool": Preset("regular", (), "quantised", faster=Cost(51.3, 196.8)),
     "regular": Preset("regular", (), "aligned", False, Cost(51.3, 196.8), Cost(39.5, 303.5)),
     "dconv-c5": Preset("deformable", C5, "aligned", False, Cost(51.5, 197.7), Cost(39.8, 303.7)),
     "dcnv1": Preset("deformable", C5, "deformable", False, Cost(52.7, 198.9), Cost(40.9, 304.9)),

@@ -1,4 +1,4 @@
-"""Options: parsing, ranges, and the way through a checkpoint."""
+"""Configuration: defaults, assignments, JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from examples.detector.config import Config, NetworkConfig, describe_options
 from examples.detector.errors import UserError
 
 
-def test_the_papers_numbers() -> None:
+def test_the_papers_numbers():
     network, training = Config().network.resolve(), Config().training
     assert (network.min_size, network.max_size) == (800, 1333)
     assert (network.rpn_batch, network.rpn_positive_fraction, network.rpn_nms) == (256, 0.5, 0.7)
@@ -25,7 +25,7 @@ def test_the_papers_numbers() -> None:
     assert (training.offset_lr_mult, training.roi_offset_lr_mult) == (0.1, 1.0)
 
 
-def test_what_follows_from_backbone_and_detector() -> None:
+def test_numbers_that_depend_on_backbone_and_detector():
     small = Config().set(["network.backbone=small"]).network.resolve()
     assert (small.frozen_stages, small.neck_channels, small.head_channels) == (0, 64, 256)
     assert (small.rpn_candidates_train, small.rpn_candidates_test) == (12000, 6000)
@@ -34,7 +34,7 @@ def test_what_follows_from_backbone_and_detector() -> None:
     assert pyramid.resolve() == pyramid
 
 
-def test_assignments() -> None:
+def test_assignments():
     assignments = "network.gamma=1 network.share_branch=no training.lr_steps=2,3.5 network.backbone=small"
     config = Config().set([*assignments.split(), "training.epochs = 4"])
     assert config.network.gamma == 1.0 and isinstance(config.network.gamma, float)
@@ -69,20 +69,20 @@ def test_assignments() -> None:
         ("training.amp=half", "training.amp must be one of none, float16, bfloat16, got 'half'"),
     ],
 )
-def test_wrong_assignments(assignment: str, message: str) -> None:
+def test_wrong_assignments(assignment, message):
     with pytest.raises(UserError) as caught:
         Config().set([assignment])
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
-def test_a_pyramid_needs_five_anchor_sizes() -> None:
+def test_a_pyramid_needs_five_anchor_sizes():
     with pytest.raises(UserError, match="anchor_sizes must be 5 numbers with FPN, got 3"):
         Config().set(["network.detector=mask", "network.anchor_sizes=8,16,32"])
     Config().set(["network.anchor_sizes=8,16,32"])
 
 
-def test_through_json_and_back() -> None:
+def test_json_round_trip():
     config = Config().set(["network.anchor_sizes=8,16", "training.lr_steps=1", "network.share_branch=false"])
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -102,12 +102,12 @@ def test_through_json_and_back() -> None:
         {"network": 3},
     ],
 )
-def test_wrong_dictionaries(values: object) -> None:
+def test_wrong_dictionaries(values):
     with pytest.raises(UserError):
         Config.from_dict(values)  # type: ignore[arg-type]
 
 
-def test_every_option_is_described() -> None:
+def test_every_option_is_described():
     text = describe_options()
     for item in dataclasses.fields(NetworkConfig):
         assert f"network.{item.name}=" in text

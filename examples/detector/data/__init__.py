@@ -1,0 +1,38 @@
+"""Data: COCO files, the synthetic data set, images, batches and JSON files."""
+
+from .batches import AspectRatioBatches, Batch, MirroredImages, load_batches
+from .coco import (
+    Category,
+    CocoDataset,
+    Sample,
+    check_categories,
+    encode_segmentation,
+    find_data,
+    is_finite,
+    load_train_and_val,
+)
+from .images import find_images, pad_elongated, read_image, to_picture
+from .json_files import read_json, write_json
+from .synthetic import write_synthetic
+
+__all__ = [
+    "AspectRatioBatches",
+    "Batch",
+    "Category",
+    "CocoDataset",
+    "MirroredImages",
+    "Sample",
+    "check_categories",
+    "encode_segmentation",
+    "find_data",
+    "find_images",
+    "is_finite",
+    "load_batches",
+    "load_train_and_val",
+    "pad_elongated",
+    "read_image",
+    "read_json",
+    "to_picture",
+    "write_json",
+    "write_synthetic",
+]

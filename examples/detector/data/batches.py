@@ -1,0 +1,183 @@
+"""Training batches: their images, order and flips depend on the seed only."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as transforms
+from torchvision.tv_tensors import BoundingBoxFormat
+
+from ..config import TrainingConfig
+from ..errors import UserError
+from .coco import CocoDataset
+from .images import pad_elongated
+
+WORKER_GRACE = 600  # seconds that a data-loading process continues after SIGTERM
+
+
+class Batch(NamedTuple):
+    """Images and targets of one process in one iteration."""
+
+    indices: list[int]
+    images: list[Tensor]
+    targets: list[dict[str, Any]]
+
+
+class AspectRatioBatches:
+    """Batch sampler that separates wide and tall images and divides the batches among the processes.
+
+    Every image is in at least one batch of an epoch. All images of an iteration, over all processes, are wide (or
+    square) or all are tall, except in at most two iterations per epoch with the remaining images. To fill the last
+    batch, the first images of the epoch are repeated.
+
+    Parameters
+    ----------
+    sizes : sequence of (width, height)
+        Sizes of the images.
+    batch_size : int
+        Images per process and iteration.
+    seed : int
+    group : bool
+        Separate wide and tall images.
+    rank, world_size : int
+        Index of this process, and number of processes.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        batch_size: int,
+        *,
+        seed: int,
+        group: bool,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.wide = np.array([width >= height for width, height in sizes])
+        self.batch_size = batch_size
+        self.seed = seed
+        self.group = group
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        """Return the number of iterations per epoch, equal in all processes."""
+        return -(-len(self.wide) // (self.batch_size * self.world_size))
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """Return the image indices of each batch of this process; they depend on the seed and `epoch` only."""
+        random = np.random.default_rng((self.seed, epoch))
+        order = random.permutation(len(self.wide))
+        together = self.batch_size * self.world_size
+        if self.group:
+            wide, tall = order[self.wide[order]], order[~self.wide[order]]
+            whole_wide, rest_wide = np.split(wide, [len(wide) // together * together])
+            whole_tall, rest_tall = np.split(tall, [len(tall) // together * together])
+            # Wide images last, because the first ones, which fill the last batch, are wide.
+            order = np.concatenate([whole_wide, whole_tall, rest_tall, rest_wide])
+        batches = np.resize(order, (len(self), self.world_size, self.batch_size))
+        chosen: list[list[int]] = random.permutation(batches)[:, self.rank].tolist()
+        return chosen
+
+
+class MirroredImages(Dataset[tuple[int, Tensor, dict[str, Any]] | UserError]):
+    """Samples (index, image, target) of a data set, flipped horizontally at random.
+
+    The key of a sample is (epoch, index); together with the seed it determines the flip. If an image cannot be read,
+    the sample is the `UserError`, as a DataLoader would turn a raised one into the text of a traceback.
+    """
+
+    def __init__(self, dataset: CocoDataset, *, flip: float, seed: int) -> None:
+        self.dataset = dataset
+        self.flip = flip
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor, dict[str, Any]] | UserError:
+        epoch, index = key
+        try:
+            image, target = self.dataset[index]
+        except UserError as error:
+            return error
+        if np.random.default_rng((self.seed, epoch, index)).random() < self.flip:
+            image, target = mirror(image, target)
+        padded = pad_elongated(image)
+        if "masks" in target and padded.shape != image.shape:
+            rows, columns = (new - old for new, old in zip(padded.shape[1:], image.shape[1:]))
+            target = {**target, "masks": functional.pad(target["masks"], (0, columns, 0, rows))}
+        return index, padded, target
+
+
+def mirror(image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Flip a sample horizontally."""
+    height, width = image.shape[-2:]
+    boxes = transforms.horizontal_flip_bounding_boxes(target["boxes"], BoundingBoxFormat.XYXY, (height, width))
+    target = {**target, "boxes": boxes}
+    if "masks" in target:
+        target["masks"] = transforms.horizontal_flip_mask(target["masks"])
+    return transforms.horizontal_flip_image(image), target
+
+
+def load_batches(
+    dataset: CocoDataset, batches: AspectRatioBatches, config: TrainingConfig, device: torch.device, first: int = 0
+) -> Generator[Batch]:
+    """Yield the batches of all epochs from iteration `first` on, as tensors on `device`.
+
+    Closing the iterator ends the data-loading processes.
+    """
+    # A single loader for all epochs prefetches across their ends. The explicit generator keeps the loader from
+    # drawing the seeds of its processes from the global one.
+    loader: DataLoader[Any] = DataLoader(
+        MirroredImages(dataset, flip=config.flip, seed=config.seed),
+        batch_sampler=_keys(batches, config.epochs, first),
+        num_workers=config.workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield Batch(
+            batch.indices,
+            [image.to(device, non_blocking=True) for image in batch.images],
+            [
+                {
+                    name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                    for name, value in target.items()
+                }
+                for target in batch.targets
+            ],
+        )
+
+
+def _keys(batches: AspectRatioBatches, epochs: int, first: int) -> Iterator[list[tuple[int, int]]]:
+    for epoch in range(first // len(batches), epochs):
+        start = first % len(batches) if epoch == first // len(batches) else 0
+        for batch in batches.epoch(epoch)[start:]:
+            yield [(epoch, index) for index in batch]
+
+
+def _collate(samples: list[tuple[int, Tensor, dict[str, Any]] | UserError]) -> Batch | UserError:
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+    indices, images, targets = zip(*samples)
+    return Batch(list(indices), list(images), list(targets))
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Keep a data-loading process alive when a terminal or a cluster sends a signal to all processes.
+
+    The main process may still need images to finish its iteration. It ends these processes itself; if it fails to,
+    SIGTERM takes effect after a while.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))

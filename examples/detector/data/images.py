@@ -1,0 +1,115 @@
+"""Image files."""
+
+from __future__ import annotations
+
+import glob
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import UserError
+
+# Suffixes of the images in a folder; a file given by name may have any format that Pillow reads.
+SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+LARGEST_ASPECT = 32
+
+
+def find_images(patterns: Sequence[str]) -> list[Path]:
+    """Find the image files that the command line names, without duplicates, in the order of `patterns`.
+
+    A pattern is a file; a folder, for its images (see `SUFFIXES`) in alphabetical order, without sub-folders; or a glob
+    pattern including ``**``, for the images among the matches.
+    """
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_file():
+            found[path] = None
+            continue
+        candidates = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+        images = sorted(item for item in candidates if item.suffix.lower() in SUFFIXES and item.is_file())
+        if not images:
+            if path.is_dir():
+                raise UserError(f"{pattern}: there is no image in this folder (looked for {', '.join(SUFFIXES)})")
+            raise UserError(f"{pattern}: there is no such image, folder or glob with images")
+        found.update(dict.fromkeys(images))
+    return list(found)
+
+
+def read_image(path: Path, largest: int | None = None, *, upright: bool = True) -> tuple[Tensor, tuple[int, int]]:
+    """Read an image file as float32 RGB.
+
+    Parameters
+    ----------
+    path
+        Grey, palette and CMYK images are converted to RGB; white is 65535 in 16-bit grey images and 1 in
+        floating-point images. Transparency is dropped. The first frame of an animation is read.
+    largest
+        Shrink larger images to this side while reading, which saves memory.
+    upright
+        Rotate the image according to its EXIF orientation.
+
+    Returns
+    -------
+    float32 [3, H, W], RGB in 0..1, and the (width, height) of the file.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Between once and twice the limit Pillow only warns.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                width, height = file.size
+                if upright and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # turned by a quarter
+                    width, height = height, width
+                return _pixels(file, largest, upright), (width, height)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: is not an image that Pillow can read") from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise UserError(f"{path}: has more than {limit} million pixels, the most that is opened") from None
+    except Exception as error:  # decoders raise all kinds of errors on damaged files
+        raise UserError(f"{path}: cannot be read as an image ({error})") from None
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """Convert float32 [3, H, W] in 0..1 to an 8-bit picture."""
+    return Image.fromarray((image * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+
+
+def pad_elongated(image: Tensor) -> Tensor:
+    """Repeat the last row or column of an image [3, H, W] until no side is longer than 32 times the other.
+
+    Otherwise the network's resizing could shrink the shorter side to less than a pixel.
+    """
+    height, width = image.shape[1:]
+    shortest = -(-max(height, width) // LARGEST_ASPECT)
+    missing = (0, max(0, shortest - width), 0, max(0, shortest - height))
+    return functional.pad(image[None], missing, "replicate")[0] if any(missing) else image
+
+
+def _pixels(file: Image.Image, largest: int | None, upright: bool) -> Tensor:
+    if largest is not None and file.mode in ("L", "RGB"):
+        file.thumbnail((largest, largest), reducing_gap=2)  # first, as a JPEG is then decoded at reduced size
+    image = ImageOps.exif_transpose(file) if upright else file
+    white = {"I": 65535, "F": 1}.get(image.mode.partition(";")[0])
+    if white is not None:
+        grey = np.nan_to_num(np.asarray(image, np.float32)) / np.float32(white)
+        image = Image.fromarray(grey.clip(0, 1))
+    elif "transparency" in image.info:  # Pillow warns about a direct conversion
+        image = image.convert("RGBA").convert("RGB")
+    else:
+        image = image.convert("RGB")
+    if largest is not None:
+        image.thumbnail((largest, largest), reducing_gap=2)
+    pixels = torch.from_numpy(np.array(image))
+    if image.mode == "F":
+        return pixels.expand(3, -1, -1).contiguous()
+    return pixels.permute(2, 0, 1).contiguous().float().div_(255)

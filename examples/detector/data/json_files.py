@@ -1,0 +1,28 @@
+"""JSON files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return json.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not json ({error})") from None
+
+
+def write_json(path: Path, value: object, indent: int | None = None) -> None:
+    """Write a JSON file without NaN; `path` keeps its old content until the new content is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,42 @@
+"""Training and evaluation, in one process or several."""
+
+from .distributed import gather_lists, is_main, rank, session, world_size
+from .evaluation import (
+    SUMMARY,
+    Kind,
+    Metrics,
+    Scores,
+    coco_metrics,
+    compared,
+    detect,
+    load_results,
+    metrics_table,
+    write_results,
+)
+from .interruption import Interrupted
+from .training import CHECKPOINT, MODEL, Trainer, build_and_train, build_trainer, train
+
+__all__ = [
+    "CHECKPOINT",
+    "MODEL",
+    "SUMMARY",
+    "Interrupted",
+    "Kind",
+    "Metrics",
+    "Scores",
+    "Trainer",
+    "build_and_train",
+    "build_trainer",
+    "coco_metrics",
+    "compared",
+    "detect",
+    "gather_lists",
+    "is_main",
+    "load_results",
+    "metrics_table",
+    "rank",
+    "session",
+    "train",
+    "world_size",
+    "write_results",
+]

@@ -1,0 +1,84 @@
+"""Processes under `torchrun`: ranks, process group, device and gathered lists."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..errors import UserError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Return the index of this process; 0 without a process group."""
+    return dist.get_rank() if _active() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes; 1 without a process group."""
+    return dist.get_world_size() if _active() else 1
+
+
+def is_main() -> bool:
+    """Return True in the process that prints and writes files."""
+    return rank() == 0
+
+
+def gather_lists(items: list[T]) -> list[T]:
+    """Gather the items of all processes in order of rank. Every process must call it and gets the result."""
+    if world_size() == 1:
+        return list(items)
+    gathered: list[list[T]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]
+
+
+@contextmanager
+def session(device: str | torch.device = "auto") -> Iterator[torch.device]:
+    """Open the device of this process and, under `torchrun`, the process group for the time of a context.
+
+    `device` is ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for a GPU if there is one; under `torchrun`, GPU LOCAL_RANK.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = _choose(device, int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else None)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if processes == 1:
+        yield chosen
+        return
+    if chosen.type == "cuda":
+        dist.init_process_group("nccl", device_id=chosen)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _choose(device: str | torch.device, local_rank: int | None) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {str(device)!r}")
+    if chosen.type == "cpu":
+        return chosen
+    index = local_rank if local_rank is not None else chosen.index or 0
+    if index >= torch.cuda.device_count():
+        seen = torch.cuda.device_count() or "no"
+        raise UserError(f"--device {device} needs GPU number {index}, counted from 0, but PyTorch sees {seen} GPUs")
+    return torch.device("cuda", index)

@@ -1,0 +1,303 @@
+"""Evaluation: detections in a data set and their COCO average precision from the standard packages."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pycocotools.coco
+import pycocotools.cocoeval
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..config import NetworkConfig
+from ..data import Category, CocoDataset, Sample, encode_segmentation, is_finite, read_json, write_json
+from ..errors import UserError
+from ..predict import coco_results, evaluating, infer
+from .distributed import gather_lists, is_main, rank, world_size
+
+Kind = Literal["bbox", "segm"]
+Package = Literal["auto", "pycocotools", "faster-coco-eval"]
+
+FIELDS: dict[Kind, str] = {"bbox": "bbox", "segm": "segmentation"}
+SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+TITLES: dict[Kind, str] = {"bbox": "box", "segm": "mask"}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Average precision in 0..1 as defined by COCO; NaN without ground truth."""
+
+    AP: float  # mean over the IoU thresholds 0.50, 0.55, ..., 0.95
+    AP50: float
+    AP75: float
+    APs: float  # objects below 32^2 pixels
+    APm: float  # objects up to 96^2 pixels
+    APl: float  # larger objects
+    per_category: dict[int, float]  # AP by category id
+
+
+Metrics = dict[Kind, Scores]
+
+
+def detect(
+    model: nn.Module,
+    dataset: CocoDataset,
+    device: torch.device,
+    *,
+    batch_size: int = 1,
+    workers: int = 0,
+    progress: bool = True,
+    amp_dtype: torch.dtype | None = None,
+) -> list[dict[str, Any]]:
+    """Detect objects in all images of a data set; under `torchrun` each process handles a part and gets all results.
+
+    Return entries of a COCO results file in the order of the images, then of decreasing score: ``image_id``,
+    ``category_id``, ``bbox`` (x, y, width, height), ``score`` and, from a network with masks, ``segmentation`` (run
+    lengths).
+    """
+    share = range(rank(), len(dataset), world_size())
+    loader: DataLoader[Sample | UserError] = DataLoader(
+        _Share(dataset, share),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        pin_memory=device.type == "cuda",
+    )
+    results = []
+    quiet = None if progress and is_main() else True  # None: show it on a terminal
+    bar = tqdm(total=len(share), desc="detecting", unit="image", leave=False, disable=quiet)
+    with evaluating(model), bar:
+        for batch in loader:
+            for sample in batch:
+                if isinstance(sample, UserError):
+                    raise sample
+            images = [image.to(device, non_blocking=True) for image, _ in batch]
+            sizes = [(image.shape[2], image.shape[1]) for image in images]
+            for found, (_, target) in zip(infer(model, images, sizes, amp_dtype=amp_dtype), batch):
+                results += coco_results(found, int(target["image_id"]), dataset.categories)
+            bar.update(len(batch))
+    position = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
+    return sorted(gather_lists(results), key=lambda result: position[result["image_id"]])
+
+
+def compared(network: NetworkConfig) -> tuple[Kind, ...]:
+    """Return the kinds of results that a detector is evaluated on."""
+    return ("bbox", "segm") if network.detector == "mask" else ("bbox",)
+
+
+class _Share(Dataset[Sample | UserError]):
+    """Part of a data set; an unreadable sample is its `UserError`, which a DataLoader would turn into a traceback."""
+
+    def __init__(self, dataset: CocoDataset, indices: Sequence[int]) -> None:
+        self.dataset = dataset
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Sample | UserError:
+        try:
+            return self.dataset[self.indices[position]]
+        except UserError as error:
+            return error
+
+
+def coco_metrics(
+    coco: pycocotools.coco.COCO,
+    results: Sequence[dict[str, Any]],
+    image_ids: Iterable[int],
+    kinds: Sequence[Kind] = ("bbox",),
+    *,
+    package: Package = "auto",
+) -> Metrics:
+    """Compute the average precision of detections.
+
+    Parameters
+    ----------
+    coco
+        Ground truth from `CocoDataset`, with masks if they are compared; it is not modified.
+    results
+        Entries of a COCO results file; those in other images than `image_ids` are ignored.
+    kinds
+        Compare boxes, masks or both. The area of a detection is that of its box or of its mask accordingly.
+    package
+        ``auto`` uses faster-coco-eval if it is installed. Both packages give the same numbers.
+    """
+    chosen = sorted(set(image_ids))
+    return {kind: _evaluate(_ground_truth(coco, chosen, kind), results, kind, package) for kind in kinds}
+
+
+def metrics_table(metrics: Metrics, categories: Sequence[Category]) -> str:
+    """Format metrics as text: a line for boxes, one for masks, then one per category."""
+    overall = [["", *SUMMARY]]
+    for kind, scores in metrics.items():
+        overall.append([TITLES[kind], *(_number(getattr(scores, name)) for name in SUMMARY)])
+    by_category = [["AP by category", *(TITLES[kind] for kind in metrics)]]
+    by_category += [
+        [category.name, *(_number(scores.per_category[category.id]) for scores in metrics.values())]
+        for category in categories
+    ]
+    width = max(len(row[0]) for row in overall + by_category)
+    return "\n\n".join(
+        "\n".join(row[0].ljust(width) + "".join(cell.rjust(8) for cell in row[1:]) for row in table)
+        for table in (overall, by_category)
+    )
+
+
+def write_results(
+    folder: Path, results: Sequence[dict[str, Any]], metrics: Metrics, categories: Sequence[Category]
+) -> None:
+    """Write ``metrics.json`` and, for each evaluated kind, ``detections_bbox.json`` or ``detections_segm.json``.
+
+    The latter are COCO results files for other programs and `load_results`. NaN becomes null. A file is replaced only
+    after the new one has been written completely.
+    """
+    values: dict[str, Any] = {}
+    for kind, scores in metrics.items():
+        per_category = [
+            {"id": category.id, "name": category.name, "AP": _null(scores.per_category[category.id])}
+            for category in categories
+        ]
+        values[kind] = {name: _null(getattr(scores, name)) for name in SUMMARY}
+        values[kind]["per_category"] = per_category
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in metrics:
+            write_json(folder / f"detections_{kind}.json", _of_kind(results, kind))
+        write_json(folder / "metrics.json", values, indent=2)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror})") from None
+
+
+def load_results(path: Path, coco: pycocotools.coco.COCO) -> tuple[list[dict[str, Any]], tuple[Kind, ...]]:
+    """Read a COCO results file and check that it fits the ground truth.
+
+    Return the entries, and the kinds that all of them have: boxes, masks or both. An empty list counts as boxes.
+    """
+    results = read_json(path)
+    if not isinstance(results, list):
+        raise UserError(f"{path}: must hold a list of detections, as COCO's results files do, got {_name(results)}")
+    fields: set[str] = set(FIELDS.values())
+    for index, result in enumerate(results):
+        if problem := _problem(result, coco):
+            raise UserError(f"{path}: detection number {index + 1} {problem}")
+        fields &= set(result)
+        if not fields:
+            raise UserError(f"{path}: some detections have no bbox and others no segmentation; all need the same")
+    return results, tuple(kind for kind, field in FIELDS.items() if field in fields and (results or kind == "bbox"))
+
+
+def _evaluate(truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: Kind, package: Package) -> Scores:
+    """Run the standard package on a copy of the data, which it may change."""
+    COCO, COCOeval = _classes(package)
+    ids = {image["id"] for image in truth["images"]}
+    found = _of_kind((result for result in results if result["image_id"] in ids), kind)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        if found:
+            detections = coco.loadRes(found)
+        else:  # pycocotools cannot load an empty list
+            detections = COCO()
+            detections.dataset = {**truth, "annotations": []}
+            detections.createIndex()
+        evaluation = COCOeval(coco, detections, kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    # Axes of precision: IoU, recall, category, area (the first is all), detections per image (the last is 100).
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    per_category = {
+        int(category): float(np.mean(values[values > -1])) if (values > -1).any() else math.nan
+        for category, values in zip(evaluation.params.catIds, np.moveaxis(precision, 2, 0))
+    }
+    summary = {name: float(value) if value > -1 else math.nan for name, value in zip(SUMMARY, evaluation.stats)}
+    return Scores(**summary, per_category=per_category)
+
+
+def _classes(package: Package) -> tuple[Any, Any]:
+    if package != "pycocotools":
+        try:
+            import faster_coco_eval
+
+            return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+        except ImportError:
+            if package != "auto":
+                raise
+    return pycocotools.coco.COCO, pycocotools.cocoeval.COCOeval
+
+
+def _ground_truth(coco: pycocotools.coco.COCO, image_ids: list[int], kind: Kind) -> dict[str, Any]:
+    """Copy the evaluated part of the data set."""
+    keys = ["image_id", "category_id", "bbox", "area", "iscrowd", *(["segmentation"] if kind == "segm" else [])]
+    counted = (annotation for image_id in image_ids for annotation in coco.imgToAnns.get(image_id, []))
+    return {
+        "images": [{key: coco.imgs[image_id][key] for key in ("id", "height", "width")} for image_id in image_ids],
+        "categories": [dict(category) for category in coco.cats.values()],
+        # The packages use the id 0 for no match.
+        "annotations": [
+            {"id": number, **{key: annotation[key] for key in keys}} for number, annotation in enumerate(counted, 1)
+        ],
+    }
+
+
+def _of_kind(results: Iterable[dict[str, Any]], kind: Kind) -> list[dict[str, Any]]:
+    """Reduce entries to the box or the mask, as the packages take the area from the box if both are present."""
+    keys = ("image_id", "category_id", FIELDS[kind], "score")
+    try:
+        return [{key: result[key] for key in keys} for result in results]
+    except KeyError:
+        raise UserError(f"the {TITLES[kind]} AP cannot be evaluated: some detections have no {FIELDS[kind]}") from None
+
+
+def _problem(result: Any, coco: pycocotools.coco.COCO) -> str | None:
+    """Return the problem with an entry of a results file, or None."""
+    if not isinstance(result, dict):
+        return f"must be an object, got {_name(result)}"
+    for key in ("image_id", "category_id", "score"):
+        if key not in result:
+            return f"has no {key}"
+    for key, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
+        if not isinstance(result[key], int) or result[key] not in known:
+            return f"has the {key} {_short(result[key])}, which is not in the annotations"
+    if not is_finite(result["score"]):
+        return f"has the score {_short(result['score'])}, which is no number"
+    if not set(FIELDS.values()) & set(result):
+        return "has neither bbox nor segmentation"
+    if "bbox" in result and not _is_box(result["bbox"]):
+        return f"has the bbox {_short(result['bbox'])}, which is not [x, y, width, height]"
+    if "segmentation" in result:
+        image = coco.imgs[result["image_id"]]
+        if encode_segmentation(result["segmentation"], image["height"], image["width"]) is None:
+            return f"has a segmentation that is no mask of {image['width']}x{image['height']} pixels"
+    return None
+
+
+def _is_box(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(is_finite, value)) and min(value[2:]) >= 0
+
+
+def _short(value: object) -> str:
+    return repr(value)[:60]
+
+
+def _name(value: object) -> str:
+    return {dict: "an object", str: "a string", type(None): "null"}.get(type(value), "something else")
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _null(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,0 +1,140 @@
+"""Checkpoints: a detector with its configuration, and the state for resuming the training."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from ..config import Config
+from ..data import Category
+from ..errors import UserError
+from .network import build_detector
+
+FORMAT = 1
+FIELDS = {"config": dict, "categories": list, "model": dict, "iteration": int}
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    config: Config,
+    categories: Sequence[Category],
+    iteration: int,
+    resume: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint; `path` keeps its old content until the new content is complete and on disk.
+
+    `model` comes from `build_detector`, not wrapped for data-parallel training. `resume` holds further plain values and
+    tensors for resuming the training.
+    """
+    content = {
+        "format": FORMAT,
+        "config": config.to_dict(),
+        "categories": [[category.id, category.name] for category in categories],
+        "model": model.state_dict(),
+        "iteration": iteration,
+        **(resume or {}),
+    }
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    # torch reports a full disk as RuntimeError.
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a file written by `save_checkpoint`, with tensors on the CPU, without running code from the file."""
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such checkpoint")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: is not a checkpoint of this program, or only a part of one")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: is refused, as a checkpoint holds tensors, numbers, text and lists only, and this has more"
+        ) from None
+    except Exception:  # damaged archives raise all kinds of errors, and torch's messages advise unsafe loading
+        raise UserError(f"{path}: is damaged, or not a checkpoint of this program") from None
+    if not isinstance(content, dict) or "format" not in content:
+        raise UserError(f"{path}: is not a checkpoint of this program (has no format number)")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path}: has the checkpoint format {content['format']!r}, this program reads {FORMAT}")
+    for name, kind in FIELDS.items():
+        if not isinstance(content.get(name), kind):
+            raise UserError(f"{path}: is not a complete checkpoint ({name!r} is missing or no {kind.__name__})")
+    content["categories"] = _categories(content["categories"], path)
+    return content
+
+
+def restore_model(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load the weights of a checkpoint into a model with the same parameters."""
+    own = model.state_dict()
+    for name in [*own, *state]:
+        if name not in state or name not in own:
+            problem = "is missing in the checkpoint" if name in own else "is unknown to the network"
+            raise UserError(f"{path}: does not fit the configured network, {name} {problem}")
+        if not isinstance(state[name], Tensor) or state[name].shape != own[name].shape:
+            shape = list(getattr(state[name], "shape", []))
+            raise UserError(
+                f"{path}: does not fit the configured network, {name} has the shape {shape}, "
+                f"but {list(own[name].shape)} is needed"
+            )
+        if not state[name].isfinite().all():
+            raise UserError(f"{path}: has values in {name} that are not finite")
+    model.load_state_dict(state)
+
+
+def load_detector(
+    path: Path, device: torch.device, assignments: Iterable[str] = ()
+) -> tuple[GeneralizedRCNN, Config, list[Category]]:
+    """Load the detector of a checkpoint, with changes of its configuration as for `Config.set`.
+
+    Return the model on `device` in evaluation mode, its configuration and its categories.
+    """
+    content = load_checkpoint(path)
+    try:
+        config = Config.from_dict(content["config"])
+    except UserError as error:
+        raise UserError(f"{path}: has a configuration that this program cannot use, {error}") from None
+    config = config.set(assignments)
+    model = build_detector(config.network, len(content["categories"]))
+    restore_model(model, content["model"], path)
+    model.to(device).eval()
+    return model, config, content["categories"]
+
+
+def _categories(values: list[Any], path: Path) -> list[Category]:
+    categories = []
+    for value in values:
+        if not (isinstance(value, list) and list(map(type, value)) == [int, str]):
+            raise UserError(f"{path}: is not a complete checkpoint (category {value!r:.40} is not [id, name])")
+        categories.append(Category(*value))
+    return categories
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming durable on systems that can synchronise folders."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

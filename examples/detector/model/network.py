@@ -1,0 +1,173 @@
+"""Detectors: torchvision's region proposal network and heads with the backbone and pooling of a preset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+
+from dcnops import ArgumentError
+
+from ..config import NetworkConfig
+from ..errors import UserError
+from .backbones import DilatedBackbone, PyramidBackbone, build_backbone
+from .roi_pooling import build_box_pool, build_mask_pool
+
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def build_detector(network: NetworkConfig, num_categories: int) -> GeneralizedRCNN:
+    """Build the Faster R-CNN or Mask R-CNN of section 5.1 of the paper with random weights.
+
+    In training it maps images and targets to losses, otherwise images to detections, like torchvision's detectors.
+    Masks have the size of the mask head, [n, 1, 28, 28]; `predict.infer` pastes them. `num_categories` excludes the
+    background.
+
+    Notes
+    -----
+    Mask targets and pasting are torchvision's: their 28x28 grid is half of its pixel off the convention of everything
+    else (``aligned=True``).
+    """
+    network = network.resolve()
+    try:
+        backbone = build_backbone(network)
+    except ArgumentError as error:
+        raise UserError(f"the network cannot be built: {error}") from None
+    transform = DetectorTransform(network.min_size, network.max_size, IMAGENET_MEAN, IMAGENET_STD)
+    return GeneralizedRCNN(
+        backbone, _proposal_network(network, backbone), _roi_heads(network, backbone, num_categories + 1), transform
+    )
+
+
+class DetectorTransform(GeneralizedRCNNTransform):
+    """Transform that resizes and normalises images, scales boxes back, and does not paste masks.
+
+    Torchvision's pastes every mask into a float image of full size: 432 MB per mask at 12000x9000.
+    """
+
+    def postprocess(
+        self,
+        result: list[dict[str, Tensor]],
+        image_shapes: list[tuple[int, int]],
+        original_image_sizes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        for item, shape, original in zip(result, image_shapes, original_image_sizes):
+            item["boxes"] = resize_boxes(item["boxes"], shape, original)
+        return result
+
+
+class PreciseAnchorGenerator(AnchorGenerator):
+    """Anchor generator that computes in float32 for 16-bit maps; bfloat16 would move anchors by pixels."""
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().set_cell_anchors(torch.promote_types(dtype, torch.float32), device)
+
+
+class SelectiveProposalNetwork(RegionProposalNetwork):
+    """Region proposal network on a subset of the backbone's maps."""
+
+    def __init__(self, maps: Sequence[str], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.maps = list(maps)
+
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        proposals: tuple[list[Tensor], dict[str, Tensor]] = super().forward(
+            images, {name: features[name] for name in self.maps}, targets
+        )
+        return proposals
+
+
+class PreciseRPNHead(RPNHead):
+    """RPN head with float32 results under autocast; torchvision rounds boxes to the dtype of their deltas."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(x)
+        return [precise(item) for item in logits], [precise(item) for item in deltas]
+
+
+class PreciseBoxPredictor(FastRCNNPredictor):
+    """Box predictor with float32 results under autocast, for the same reason."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, deltas = super().forward(x)
+        return precise(scores), precise(deltas)
+
+
+class PreciseMaskPredictor(MaskRCNNPredictor):
+    """Mask predictor with float32 results under autocast, as needed for the loss and for pasting."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return precise(super().forward(x))
+
+
+def precise(values: Tensor) -> Tensor:
+    """Convert 16-bit values to float32."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _proposal_network(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbone) -> SelectiveProposalNetwork:
+    one_per_level = network.detector == "mask"
+    sizes = tuple((size,) for size in network.anchor_sizes) if one_per_level else (network.anchor_sizes,)
+    anchors = PreciseAnchorGenerator(sizes, (network.anchor_ratios,) * len(sizes))
+    return SelectiveProposalNetwork(
+        backbone.rpn_maps,
+        anchors,
+        PreciseRPNHead(backbone.rpn_channels, anchors.num_anchors_per_location()[0]),
+        fg_iou_thresh=network.rpn_positive_iou,
+        bg_iou_thresh=network.rpn_negative_iou,
+        batch_size_per_image=network.rpn_batch,
+        positive_fraction=network.rpn_positive_fraction,
+        pre_nms_top_n={"training": network.rpn_candidates_train, "testing": network.rpn_candidates_test},
+        post_nms_top_n={"training": network.proposals_train, "testing": network.proposals_test},
+        nms_thresh=network.rpn_nms,
+    )
+
+
+def _roi_heads(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbone, num_classes: int) -> RoIHeads:
+    box_pool = build_box_pool(network, backbone.roi_maps)
+    height, width = box_pool.output_size
+    heads = RoIHeads(
+        box_pool,
+        TwoMLPHead(backbone.out_channels * height * width, network.head_channels),
+        PreciseBoxPredictor(network.head_channels, num_classes),
+        fg_iou_thresh=network.roi_positive_iou,
+        bg_iou_thresh=network.roi_positive_iou,
+        batch_size_per_image=network.roi_batch,
+        positive_fraction=network.roi_positive_fraction,
+        bbox_reg_weights=None,
+        score_thresh=network.score_threshold,
+        nms_thresh=network.detection_nms,
+        detections_per_img=network.max_detections,
+    )
+    if network.detector == "mask":
+        channels = backbone.out_channels
+        heads.mask_roi_pool = build_mask_pool(network, backbone.roi_maps)
+        heads.mask_head = MaskRCNNHeads(channels, [channels] * 4, dilation=1)
+        heads.mask_predictor = PreciseMaskPredictor(channels, channels, num_classes)
+    _initialise(heads)
+    return heads
+
+
+def _initialise(heads: RoIHeads) -> None:
+    """Initialise the heads as in Detectron: nearly uniform scores, box deltas and mask logits near zero."""
+    for layer in (heads.box_head.fc6, heads.box_head.fc7):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    last = [(heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001)]
+    if heads.has_mask():
+        last.append((heads.mask_predictor.mask_fcn_logits, 0.001))
+    for layer, deviation in last:
+        nn.init.normal_(layer.weight, std=deviation)
+        nn.init.zeros_(layer.bias)

@@ -1,0 +1,98 @@
+"""Pretrained weights of the backbones."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from dcnops.adapters.torch import rename_state_dict
+from torch import Tensor
+from torchvision.models import get_model_weights
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from ..errors import UserError
+
+
+def load_backbone(detector: GeneralizedRCNN, source: str, backbone: str) -> list[str]:
+    """Load the weights of a classification network into the backbone of a detector.
+
+    `source` is "imagenet" or the name of torchvision weights for `backbone` (IMAGENET1K_V1, IMAGENET1K_V2), downloaded
+    on first use; or a file with torchvision's parameter names: .pth or .pt, .safetensors, .npz. Return the missing
+    parameters, which all belong to offset branches.
+    """
+    path = Path(source)
+    if path.suffix in (".pth", ".pt", ".safetensors", ".npz"):
+        state = _read(path)
+    elif backbone == "small":
+        raise UserError(f"--weights {source}: the small backbone has no pretrained weights, use --weights none")
+    else:
+        state = _download(source, backbone)
+    body = detector.backbone.body
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    own = body.state_dict()
+    state = dict(rename_state_dict(state, body))
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own and not name.endswith("num_batches_tracked")]
+    lost = [name for name in missing if "conv_offset" not in name]
+    if lost or unexpected:
+        kind, names = ("lacks", lost) if lost else ("has the unknown", unexpected)
+        raise UserError(f"{source} {kind} {', '.join(names[:3])}{', ...' * (len(names) > 3)}: no weights of {backbone}")
+    for name, value in state.items():
+        if name in own and value.shape != own[name].shape:
+            needed, got = tuple(own[name].shape), tuple(value.shape)
+            raise UserError(f"{name} of {source} must have the shape {needed} in {backbone}, got {got}")
+    body.load_state_dict(state, strict=False)
+    return missing
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"there is no file of weights {path}")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                return {name: torch.from_numpy(arrays[name]).float() for name in arrays}
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:
+        # torch's messages advise unsafe loading.
+        raise UserError(
+            f"{path} cannot be read as weights: it must hold named tensors and nothing else ({type(error).__name__})"
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"{path} must hold a state dict of tensors")
+    return {name.removeprefix("module."): value for name, value in loaded.items()}
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{path}: the package safetensors is needed to read it (pip install safetensors)") from None
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
+
+
+def _download(source: str, backbone: str) -> Mapping[str, Tensor]:
+    choices = get_model_weights(backbone)
+    name = "IMAGENET1K_V1" if source == "imagenet" else source
+    if name not in choices.__members__:
+        names = ", ".join(["imagenet", *choices.__members__])
+        raise UserError(f"--weights must be none, a .pth, .safetensors or .npz file, or one of {names}; got {source!r}")
+    try:
+        state: Mapping[str, Tensor] = choices[name].get_state_dict(progress=True, check_hash=True)
+    # A truncated download or a damaged file in the cache raises other errors than OSError.
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"the weights {name} of {backbone} could not be downloaded ({error}); give a file by --weights, or none"
+        ) from error
+    return state

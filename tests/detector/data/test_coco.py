@@ -1,0 +1,416 @@
+"""COCO data sets: samples, invalid annotations and images, invalid files."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as rle_tools
+
+from examples.detector.data import Category, CocoDataset, find_data
+from examples.detector.errors import UserError
+
+WIDTH, HEIGHT = 20, 12
+SQUARE = [2, 3, 7, 3, 7, 9, 2, 9]  # covers x 2..6 and y 3..8
+SQUARE_MASK = np.zeros((HEIGHT, WIDTH), np.uint8)
+SQUARE_MASK[3:9, 2:7] = 1
+
+
+def compressed(mask: np.ndarray) -> dict[str, Any]:
+    code = rle_tools.encode(np.asfortranarray(mask))
+    return {"size": list(mask.shape), "counts": code["counts"].decode()}
+
+
+def uncompressed(mask: np.ndarray) -> dict[str, Any]:
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flat, [1 - flat[-1]]])))
+    return {"size": list(mask.shape), "counts": np.diff(np.concatenate([[0], edges])).tolist()}
+
+
+class Folder:
+    """Data set on disk that starts with valid images."""
+
+    def __init__(self, root: Path, images: int = 1) -> None:
+        self.root = root
+        (root / "annotations").mkdir()
+        (root / "images").mkdir()
+        self.json: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
+        for index in range(images):
+            self.image(index + 1, Image.new("RGB", (WIDTH, HEIGHT), (255, 102, 0)))
+
+    def image(self, number: int, picture: Image.Image, name: str | None = None, **options: Any) -> None:
+        name = name or f"{number}.png"
+        picture.save(self.root / "images" / name, **options)
+        self.json["images"].append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT})
+
+    def annotate(self, image: int = 1, category: int = 1, **fields: Any) -> int:
+        number = len(self.json["annotations"]) + 1
+        fields = {"bbox": [2, 3, 5, 6], "area": 30, "iscrowd": 0, "segmentation": [SQUARE]} | fields
+        fields = {key: value for key, value in fields.items() if value is not None}
+        self.json["annotations"].append({"id": number, "image_id": image, "category_id": category, **fields})
+        return number
+
+    def load(self, *, masks: bool = True, keep_empty: bool = True) -> CocoDataset:
+        file = self.root / "annotations" / "instances_train.json"
+        file.write_text(json.dumps(self.json))
+        return CocoDataset(file, self.root / "images", masks=masks, keep_empty=keep_empty)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path)
+
+
+def test_sample(folder):
+    number = folder.annotate()
+    data = folder.load()
+    image, target = data[0]
+    assert len(data) == 1 and data.image_ids == [1] and data.sizes == [(WIDTH, HEIGHT)] and data.report == []
+    assert data.path(0) == folder.root / "images" / "1.png"
+    assert image.dtype == torch.float32 and image.shape == (3, HEIGHT, WIDTH)
+    torch.testing.assert_close(image[:, 0, 0], torch.tensor([1, 0.4, 0]))
+    assert target["boxes"].dtype == torch.float32 and target["boxes"].tolist() == [[2, 3, 7, 9]]
+    assert target["labels"].dtype == torch.int64 and target["labels"].tolist() == [1]
+    assert target["masks"].dtype == torch.uint8 and np.array_equal(target["masks"][0], SQUARE_MASK)
+    assert target["image_id"] == 1
+    assert list(data.coco.anns) == [number]
+
+
+def test_a_data_set_without_masks_has_none_and_needs_none(folder):
+    folder.annotate(segmentation=None)
+    folder.annotate(segmentation=[["nonsense"]])
+    data = folder.load(masks=False)
+    assert set(data[0][1]) == {"boxes", "labels", "image_id"} and len(data[0][1]["boxes"]) == 2 and data.report == []
+
+
+def test_an_index_out_of_range(folder):
+    folder.annotate()
+    data = folder.load()
+    assert data[-1][1]["boxes"].shape == (1, 4)
+    with pytest.raises(IndexError):
+        data[1]
+
+
+def test_labels_follow_the_order_of_category_ids(folder):
+    folder.json["categories"] = [{"id": 90, "name": "c"}, {"id": 3, "name": "a"}, {"id": 17, "name": "b"}]
+    for category in (90, 3, 17):
+        folder.annotate(category=category)
+    data = folder.load()
+    assert data.categories == [Category(3, "a"), Category(17, "b"), Category(90, "c")]
+    assert data[0][1]["labels"].tolist() == [3, 1, 2]
+    assert [annotation["category_id"] for annotation in data.coco.anns.values()] == [90, 3, 17]
+
+
+def test_images_are_in_order_of_id_with_their_own_annotations(tmp_path):
+    folder = Folder(tmp_path, images=3)
+    folder.json["images"].reverse()
+    for image, x in ((3, 5), (1, 1), (3, 6), (2, 3)):
+        folder.annotate(image=image, bbox=[x, 1, 2, 2])
+    data = folder.load()
+    assert data.image_ids == [1, 2, 3]
+    assert [sample["boxes"][:, 0].tolist() for _, sample in data] == [[1], [3], [5, 6]]
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [SQUARE],
+        [SQUARE, [1, 2, 3, 4]],  # a part with two points is ignored
+        [[2, 3, 7, 3, 7, 6, 2, 6], [2, 6, 7, 6, 7, 9, 2, 9]],
+        compressed(SQUARE_MASK),
+        uncompressed(SQUARE_MASK),
+    ],
+    ids=["polygon", "short part", "two parts", "compressed", "uncompressed"],
+)
+def test_segmentations(folder, segmentation):
+    folder.annotate(segmentation=segmentation)
+    data = folder.load()
+    assert np.array_equal(data[0][1]["masks"][0], SQUARE_MASK)
+    assert np.array_equal(data.coco.annToMask(data.coco.anns[1]), SQUARE_MASK)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_valid_compressed_codes_pass_the_check(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    folder = Folder(tmp_path)
+    mask = (rng.random((HEIGHT, WIDTH)) < rng.choice([0.02, 0.5, 0.98])).astype(np.uint8)
+    mask[-1, -1] = 1
+    folder.annotate(segmentation=compressed(mask))
+    assert np.array_equal(folder.load()[0][1]["masks"][0], mask)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_missing_box_comes_from_the_segmentation(folder, masks):
+    folder.annotate(bbox=None, area=None, iscrowd=None)
+    data = folder.load(masks=masks)
+    assert data[0][1]["boxes"].tolist() == [[2, 3, 7, 9]]
+    assert data.coco.anns[1]["bbox"] == [2, 3, 5, 6]
+    assert data.coco.anns[1]["area"] == 30
+    assert data.coco.anns[1]["iscrowd"] == 0
+
+
+def test_boxes_are_clipped_for_training_only(folder):
+    folder.annotate(bbox=[-3, 2.5, 100, 100])
+    data = folder.load()
+    assert data[0][1]["boxes"].tolist() == [[0, 2.5, WIDTH, HEIGHT]]
+    assert data.coco.anns[1]["bbox"] == [-3, 2.5, 100, 100]
+
+
+def test_crowds_count_in_the_evaluation_only(folder):
+    folder.annotate()
+    crowd = folder.annotate(iscrowd=1, segmentation=uncompressed(SQUARE_MASK))
+    data = folder.load()
+    assert len(data[0][1]["boxes"]) == len(data[0][1]["masks"]) == 1
+    assert data.coco.anns[crowd]["iscrowd"] == 1
+    assert data.report == []
+
+
+NARROW = "annotations whose box has less than 0.01 pixels on a side inside the image"
+NO_BOX = "annotations whose bbox is not four finite numbers"
+NO_MASK = "annotations without a usable segmentation"
+EMPTY_MASK = "annotations with an empty mask"
+WRONG_COUNTS = [5, [100, 100], [250, -20, 10], [120.0, 120.0], []]
+# Compressed codes that make pycocotools read or write out of bounds.
+WRONG_COUNTS += ["", "zzz", "é0", "o" * 40, "me;4j75J5N1N", compressed(SQUARE_MASK)["counts"][:-1]]
+
+
+@pytest.mark.parametrize(
+    "fields, kind",
+    [
+        ({"category_id": 7}, "annotations of categories that the json does not have"),
+        ({"image_id": 99}, "annotations of images that the json does not have"),
+        ({"bbox": [2, 3, 0, 6]}, NARROW),
+        ({"bbox": [2, 3, -5, 6]}, NARROW),
+        ({"bbox": [WIDTH, 3, 5, 5]}, NARROW),
+        ({"bbox": [2, -8, 5, 8]}, NARROW),
+        ({"bbox": [float("nan"), 3, 5, 6]}, NO_BOX),
+        ({"bbox": [2, 3, float("inf"), 6]}, NO_BOX),
+        ({"bbox": [2, 3, 10**400, 6]}, NO_BOX),
+        ({"bbox": [2, 3, 5]}, NO_BOX),
+        ({"bbox": []}, NO_BOX),
+        ({"bbox": [2, 3, "5", 6]}, NO_BOX),
+        ({"segmentation": None}, NO_MASK),
+        ({"segmentation": []}, NO_MASK),
+        ({"segmentation": [[1, 2, 3, 4]]}, NO_MASK),
+        ({"segmentation": [[1, 2, 3, 4, 5]]}, NO_MASK),
+        ({"segmentation": [[1, 2, 3, 4, float("nan"), 6]]}, NO_MASK),
+        ({"segmentation": [[1, 2, 3, 4, 1e9, 6]]}, NO_MASK),
+        ({"segmentation": [[1, 2, 3, 4, 10**400, 6]]}, NO_MASK),
+        ({"segmentation": [[[1, 2], [3, 4], [5, 6]] * 2]}, NO_MASK),
+        ({"segmentation": [[1, 2, 3, 4, "x", 6]]}, NO_MASK),
+        ({"segmentation": SQUARE}, NO_MASK),
+        ({"segmentation": "mask.png"}, NO_MASK),
+        ({"segmentation": {"counts": compressed(SQUARE_MASK)["counts"]}}, NO_MASK),
+        ({"segmentation": {"size": [WIDTH, HEIGHT], "counts": compressed(SQUARE_MASK)["counts"]}}, NO_MASK),
+        *(({"segmentation": {"size": [HEIGHT, WIDTH], "counts": counts}}, NO_MASK) for counts in WRONG_COUNTS),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}}, EMPTY_MASK),
+        ({"segmentation": compressed(np.zeros_like(SQUARE_MASK))}, EMPTY_MASK),
+        ({"segmentation": [[30, 30, 40, 30, 40, 40]]}, EMPTY_MASK),
+        ({"bbox": None, "segmentation": None}, NO_MASK),
+    ],
+)
+def test_annotations_left_out(folder, fields, kind):
+    good = folder.annotate()
+    for _ in range(2):
+        folder.annotate(**fields)
+    data = folder.load()
+    assert data.report == [f"left out 2 {kind}, e.g. id 2"]
+    assert len(data[0][1]["boxes"]) == len(data[0][1]["masks"]) == 1
+    assert list(data.coco.anns) == [good]
+
+
+def test_neither_box_nor_segmentation(folder):
+    folder.annotate()
+    folder.annotate(bbox=None, segmentation=[[1, 2]])
+    assert folder.load(masks=False).report == [
+        "left out 1 annotations without a usable bbox or segmentation, e.g. id 2"
+    ]
+
+
+def test_images_without_targets(tmp_path):
+    folder = Folder(tmp_path, images=3)
+    folder.annotate(image=2)
+    folder.annotate(image=3, iscrowd=1)
+    data = folder.load(keep_empty=True)
+    assert data.image_ids == [1, 2, 3] and data.report == []
+    _, target = data[0]
+    assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
+    assert target["masks"].shape == (0, HEIGHT, WIDTH) and target["masks"].dtype == torch.uint8
+    data = folder.load(keep_empty=False)
+    assert data.image_ids == [2]
+    assert data.report == ["left out 2 images without annotations to train on, e.g. 1.png"]
+    assert len(data[0][1]["boxes"]) == 1
+
+
+def test_nothing_left(folder):
+    with pytest.raises(UserError, match=r"no usable image.*1 images without annotations"):
+        folder.load(keep_empty=False)
+    folder.json["images"] = []
+    with pytest.raises(UserError, match="no usable image"):
+        folder.load()
+
+
+# Images
+
+
+def test_orientation_tags_are_ignored(folder):
+    picture = Image.new("RGB", (WIDTH, HEIGHT))
+    picture.paste((255, 255, 255), (0, 0, WIDTH // 2, HEIGHT))
+    tags = picture.getexif()
+    tags[0x0112] = 3  # half a turn
+    folder.image(2, picture, exif=tags)
+    image, _ = folder.load()[1]
+    assert image[0, 0, 0] == 1 and image[0, 0, -1] == 0
+
+
+def test_pictures_left_out(tmp_path):
+    folder = Folder(tmp_path, images=6)
+    for image in range(1, 7):
+        folder.annotate(image=image)
+    pictures = folder.root / "images"
+    (pictures / "2.png").unlink()
+    (pictures / "3.png").write_bytes(b"")
+    (pictures / "4.png").write_text("hello")
+    Image.new("RGB", (HEIGHT, WIDTH)).save(pictures / "5.png")
+    data = folder.load()
+    assert data.image_ids == [1, 6]
+    assert list(data.coco.imgs) == [1, 6] and list(data.coco.anns) == [1, 6]
+    missing, unreadable, size = data.report
+    assert missing == "left out 1 missing pictures, e.g. 2.png"
+    assert unreadable.startswith("left out 2 unreadable pictures, e.g. 3.png (")
+    assert size == "left out 1 pictures of another size than the json says, e.g. 5.png (12x20, json 20x12)"
+
+
+def test_all_pictures_missing(folder):
+    (folder.root / "images" / "1.png").unlink()
+    with pytest.raises(UserError, match=r"images has none of the 1 images of .*instances_train.json, e.g. 1.png"):
+        folder.load()
+    (folder.root / "images").rmdir()
+    with pytest.raises(UserError, match="does not exist"):
+        folder.load()
+
+
+def test_a_picture_damaged_after_its_header(folder):
+    noise = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
+    folder.image(2, Image.fromarray(noise), "noise.png")
+    folder.annotate(image=2)
+    file = folder.root / "images" / "noise.png"
+    file.write_bytes(file.read_bytes()[:400])
+    data = folder.load()
+    data[0]
+    with pytest.raises(UserError, match=r"noise.png: cannot be read"):
+        data[1]
+
+
+def test_a_picture_replaced_by_another(folder):
+    data = folder.load()
+    Image.new("RGB", (5, 5)).save(data.path(0))
+    with pytest.raises(UserError, match=r"1\.png must have 20x12 pixels"):
+        data[0]
+
+
+# Invalid files
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("", "is not json"),
+        ("{", "is not json"),
+        ("[" * 100_000, "is not json"),
+        ("[]", "must be an object .* got a list"),
+        ("{}", "needs a list 'images'"),
+        ('{"images": [], "categories": []}', "needs a list 'annotations'"),
+        ('{"images": {}, "annotations": [], "categories": []}', "needs a list 'images'"),
+        ('{"images": [], "annotations": []}', "needs a list 'categories'"),
+        ('{"images": [], "annotations": [], "categories": []}', "has no categories"),
+        ('{"images": [3], "annotations": [], "categories": []}', r"images\[0\] must be an object, got 3"),
+    ],
+)
+def test_files_refused(tmp_path, text, problem):
+    file = tmp_path / "instances.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=rf"instances\.json.*{problem}"):
+        CocoDataset(file, tmp_path, masks=False, keep_empty=True)
+
+
+def test_missing_and_binary_files(tmp_path):
+    with pytest.raises(UserError, match=r"none\.json: cannot be read"):
+        CocoDataset(tmp_path / "none.json", tmp_path, masks=False, keep_empty=True)
+    with pytest.raises(UserError, match="cannot be read"):
+        CocoDataset(tmp_path, tmp_path, masks=False, keep_empty=True)
+    (tmp_path / "binary.json").write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match=r"binary\.json: is not json"):
+        CocoDataset(tmp_path / "binary.json", tmp_path, masks=False, keep_empty=True)
+
+
+@pytest.mark.parametrize(
+    "section, field, value",
+    [
+        ("images", "id", "1"),
+        ("images", "id", True),
+        ("images", "id", 10**30),
+        ("images", "file_name", None),
+        ("images", "file_name", ""),
+        ("images", "width", 0),
+        ("images", "height", 12.5),
+        ("annotations", "id", None),
+        ("annotations", "image_id", "1"),
+        ("annotations", "category_id", [1]),
+        ("categories", "id", 1.5),
+        ("categories", "name", 3),
+    ],
+)
+def test_wrong_types_are_refused(folder, section, field, value):
+    folder.annotate()
+    folder.json[section][0][field] = value
+    with pytest.raises(UserError, match=rf"instances_train\.json .*{section}\[0\] needs .* as '{field}', got"):
+        folder.load()
+
+
+@pytest.mark.parametrize("section", ["images", "annotations", "categories"])
+def test_repeated_ids_are_refused(folder, section):
+    folder.annotate()
+    folder.json[section] *= 2
+    with pytest.raises(UserError, match=f"{section} has id 1 more than once"):
+        folder.load()
+
+
+# The data set
+
+
+def test_nothing_is_printed(folder, capsys):
+    folder.annotate()
+    folder.load()
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_a_pickled_copy_gives_the_same_samples(tmp_path):
+    folder = Folder(tmp_path, images=2)
+    folder.annotate(image=2)
+    data = folder.load()
+    copy = pickle.loads(pickle.dumps(data))
+    assert (copy.image_ids, copy.sizes, copy.categories) == (data.image_ids, data.sizes, data.categories)
+    for (image, target), (other_image, other_target) in zip(data, copy):
+        assert torch.equal(image, other_image)
+        assert all(torch.equal(torch.as_tensor(target[key]), torch.as_tensor(other_target[key])) for key in target)
+    assert data.coco.imgs and not hasattr(copy, "coco")
+
+
+@pytest.mark.parametrize(
+    "file, images", [("instances_val.json", "images"), ("instances_val2017.json", "val2017")], ids=["short", "2017"]
+)
+def test_find_data(tmp_path, file, images):
+    with pytest.raises(UserError, match=r"must have annotations/instances_val\.json with images/ or .*val2017"):
+        find_data(tmp_path, "val")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / file).touch()
+    (tmp_path / images).mkdir()
+    assert find_data(tmp_path, "val") == (tmp_path / "annotations" / file, tmp_path / images)

@@ -1,0 +1,75 @@
+"""Image files of all kinds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+from examples.detector.data import find_images, read_image
+from examples.detector.errors import UserError
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK"])
+def test_modes(picture, mode):
+    path = picture("a.jpg" if mode == "CMYK" else "a.png", mode=mode)
+    image, size = read_image(path)
+    with Image.open(path) as file:
+        expected = np.asarray(file.convert("RGBA" if mode == "P" else "RGB").convert("RGB"))
+    assert (image.shape, image.dtype, size) == ((3, 40, 60), torch.float32, (60, 40))
+    assert np.array_equal(image.permute(1, 2, 0) * 255, expected)
+
+
+def test_palette_with_transparency_without_warnings(tmp_path, recwarn):
+    image = Image.new("P", (4, 4))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.save(tmp_path / "a.png", transparency=b"\x00\x80")
+    assert (read_image(tmp_path / "a.png")[0][:, 0, 0] * 255).round().tolist() == [10, 20, 30]
+    assert not recwarn.list
+
+
+def test_sixteen_bits_keep_their_precision(tmp_path):
+    values = np.array([[0, 1, 300, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    image, _ = read_image(tmp_path / "a.png")
+    assert torch.equal(image, torch.from_numpy(values.astype(np.float32) / 65535).expand(3, 1, 4))
+
+
+def test_orientation_is_followed(picture):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # turned by a quarter
+    plain, turned = read_image(picture("a.png"))[0], read_image(picture("b.png", exif=exif))
+    assert turned[1] == (40, 60)
+    assert torch.equal(turned[0], plain.rot90(-1, (1, 2)))
+    assert read_image(picture("c.jpg", exif=exif), 30)[0].shape == (3, 30, 20)
+
+
+def test_decompression_bombs_are_refused(picture, monkeypatch):
+    path = picture("large.png", 100, 60)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    assert read_image(path)[1] == (100, 60)  # Pillow would warn
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    with pytest.raises(UserError, match=r"large\.png: has more than 0 million pixels"):
+        read_image(path)
+
+
+def test_finding_images(picture, tmp_path):
+    b, a, jpeg = picture("b.png"), picture("a.PNG"), picture("sub/c.jpeg")
+    odd = picture("d.tga")
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "empty").mkdir()
+    root = str(tmp_path)
+    assert find_images([root]) == [a, b]
+    assert find_images([f"{root}/b.png", root, str(odd)]) == [b, a, odd]
+    assert find_images([f"{root}/**/*"]) == [a, b, jpeg]
+    for pattern in ("empty", "nothing.png", "*.bmp", "*.txt"):
+        with pytest.raises(UserError) as caught:
+            find_images([f"{root}/{pattern}"])
+        assert str(caught.value).startswith(f"{root}/{pattern}: there is no")
+
+
+def test_floating_point_pictures(tmp_path):
+    values = np.linspace(-0.5, 1.5, 240, dtype=np.float32).reshape(12, 20)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    torch.testing.assert_close(read_image(tmp_path / "a.tif")[0][2], torch.from_numpy(values.clip(0, 1)))

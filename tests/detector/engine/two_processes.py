@@ -1,0 +1,86 @@
+"""One process of the data-parallel test: ``torchrun -m tests.detector.engine.two_processes FOLDER``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.detector.data import AspectRatioBatches, Batch, load_batches
+from examples.detector.engine import Interrupted, Trainer, detect, rank, session, train, world_size
+from examples.detector.engine.training import Step
+from examples.detector.errors import UserError
+
+from .test_training import CPU, EVALUATED, TINY, build, dataset
+
+STEP = Trainer.step
+
+
+def stop_second(self: Trainer, batch: Batch, iteration: int, *rest: Any) -> Step:
+    """Send the second process a signal, which the next iteration notices."""
+    if rank() == 1 and iteration == 2:
+        signal.raise_signal(signal.SIGTERM)
+    return STEP(self, batch, iteration, *rest)
+
+
+def poison_second(self: Trainer, batch: Batch, iteration: int, *rest: Any) -> Step:
+    """Put NaN into an image of the second process."""
+    if rank() == 1 and iteration == 2:
+        batch.images[0][:] = float("nan")
+    return STEP(self, batch, iteration, *rest)
+
+
+def message(function: Callable[[], object]) -> str:
+    try:
+        function()
+    except (Interrupted, UserError) as error:
+        return str(error)
+    return "no error"
+
+
+def main(folder: Path) -> None:
+    config = TINY.set(EVALUATED)
+    with session("cpu") as device:
+        images = dataset(folder / "data")
+        batches = AspectRatioBatches(images.sizes, 2, seed=0, group=True, rank=rank(), world_size=world_size())
+        batch = next(load_batches(images, batches, config.training, device))
+        # The weights differ between the processes; those of the first must be used.
+        model = build(config, seed=rank())
+        trainer = Trainer(model, config.training, device, len(batches))
+        step = trainer.step(batch, 0)
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results = detect(build(config), images, CPU, progress=False)
+
+        trained = build(config, seed=rank())
+        metrics = train(trained, config, images, images, folder / "out", device)
+
+        Trainer.step = stop_second
+        stopped = message(lambda: train(build(config), config, images, None, folder / "stopped", device))
+        Trainer.step = poison_second
+        poisoned = message(lambda: train(build(config), config, images, None, folder / "poisoned", device))
+        Trainer.step = STEP
+        resumed = build(config, seed=5)
+        train(resumed, config, images, None, folder / "stopped", device, resume=True)
+        torch.save(
+            {
+                "indices": batch.indices,
+                "losses": step.losses,
+                "gradients": gradients,
+                "stepped": model.state_dict(),
+                "trained": trained.state_dict(),
+                "results": repr(results),
+                "evaluated": metrics is not None,
+                "stopped": stopped,
+                "resumed": resumed.state_dict(),
+                "poisoned": poisoned,
+            },
+            folder / f"process{rank()}.pth",
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,240 @@
+"""Prediction: unusual images, masks, pictures and the JSON file."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+from examples.detector.config import Config
+from examples.detector.data import Category, find_images
+from examples.detector.errors import UserError
+from examples.detector.model import build_detector
+from examples.detector.predict import (
+    contact_sheet,
+    decode_rle,
+    draw_detections,
+    encode_rle,
+    evaluating,
+    infer,
+    predict,
+    write_predictions,
+)
+from examples.detector.predict import prediction as prediction_module
+from examples.detector.predict.drawing import COLOURS
+from tests.detector.configurations import assignments
+
+CPU = torch.device("cpu")
+CATEGORIES = [Category(4, "cat"), Category(8, "dog")]
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Small Mask R-CNN with random weights that give many detections."""
+    torch.manual_seed(0)
+    options = "backbone=small detector=mask min_size=64 max_size=96 max_detections=8 anchor_sizes=8,16,32,64,96"
+    config = Config().set(assignments(network=f"{options} score_threshold=0 proposals_test=50"))
+    model = build_detector(config.network, 2)
+    torch.nn.init.normal_(model.roi_heads.mask_predictor.mask_fcn_logits.weight, std=0.5)
+    return model.eval()
+
+
+def test_masks_are_torchvisions(network):
+    image = torch.rand(3, 50, 70)
+    with torch.no_grad():
+        expected = network([image])[0]
+    with evaluating(network):
+        found = infer(network, [image], [(70, 50)])[0]
+    assert len(found.scores) == 8
+    assert found.masks is not None
+    assert torch.equal(found.boxes, expected["boxes"])
+    masks = np.stack([decode_rle(mask) for mask in found.masks])
+    assert np.array_equal(masks, paste_masks_in_image(expected["masks"], expected["boxes"], (50, 70))[:, 0] > 0.5)
+    assert 0 < masks.mean() < 1
+
+
+def test_detections_of_a_shrunk_image_are_at_full_size(network):
+    image = torch.rand(3, 50, 70)
+    small, large = (infer(network, [image], [size])[0] for size in ((70, 50), (700, 500)))
+    assert torch.allclose(large.boxes, 10 * small.boxes)
+    assert small.masks and large.masks
+    for one, ten in zip(small.masks, large.masks):
+        assert ten["size"] == [500, 700]
+        assert abs(decode_rle(ten).mean() - decode_rle(one).mean()) < 0.03
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (3, 2), (3000, 1), (1, 3000), (5000, 2)])
+def test_odd_shapes(picture, network, tmp_path, width, height):
+    path = picture("odd.png", width, height)
+    found = write_predictions(
+        predict(network, [path], CPU, threshold=0, progress=False), tmp_path / "out", CATEGORIES, inputs=[path]
+    )
+    report = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert len(report["detections"]) == found > 0
+    for entry in report["detections"]:
+        x, y, w, h = entry["bbox"]
+        assert w > 0 and h > 0 and x >= 0 and y >= 0 and x + w <= width * 1.0001 and y + h <= height * 1.0001
+        assert entry["segmentation"]["size"] == [height, width]
+    with Image.open(tmp_path / "out" / "odd.png") as drawn:
+        assert abs(drawn.width / drawn.height * height / width - 1) < 0.6
+
+
+def test_large_images_are_shrunk(picture, network, tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction_module, "LARGEST", 100)
+    seen: list[tuple[int, ...]] = []
+    hook = network.transform.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0][0].shape)))
+    paths = [picture("large.jpg", 1200, 900), picture("grey.png", 900, 1200, mode="P")]
+    predictions = list(predict(network, paths, CPU, threshold=0, progress=False))
+    hook.remove()
+    assert seen == [(3, 75, 100), (3, 100, 75)]
+    assert [prediction.size for prediction in predictions] == [(1200, 900), (900, 1200)]
+    assert predictions[0].detections.boxes[:, 2].max() > 600
+    write_predictions(iter(predictions), tmp_path / "out", CATEGORIES, inputs=paths)
+    with Image.open(tmp_path / "out" / "large.png") as drawn:
+        assert drawn.size == (800, 600)
+
+
+def test_unreadable_files(picture, network, tmp_path, capsys):
+    good, cut = picture("in/a.png"), picture("in/b.jpg", 200, 200)
+    cut.write_bytes(cut.read_bytes()[:3000])
+    (tmp_path / "in" / "c.png").write_text("not an image")
+    Image.new("L", (3, 3)).save(tmp_path / "in" / "d.tif")
+    (tmp_path / "in" / "d.tif").write_bytes((tmp_path / "in" / "d.tif").read_bytes()[:9])
+    last = picture("in/e.png")
+    paths = find_images([str(tmp_path / "in")])
+    assert len(paths) == 5
+    with pytest.raises(UserError, match=r"3 of 5 images could not be read, the first is .*b\.jpg"):
+        write_predictions(predict(network, paths, CPU, progress=False), tmp_path / "out", CATEGORIES, inputs=paths)
+    report = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [image["file_name"] for image in report["images"]] == [str(good), str(last)]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for line, words in zip(lines, ("b.jpg: cannot be read", "c.png: is not an image", "d.tif: ")):
+        assert words in line
+    for path, message in ((cut, "cannot be read as an image"), (tmp_path / "no.png", "there is no such file")):
+        with pytest.raises(UserError, match=f"{path.name}: {message}"):
+            list(predict(network, [path], CPU, progress=False))
+
+
+def test_threshold_and_json(picture, network, tmp_path):
+    paths = [picture("one/same.png"), picture("two/same.jpg"), picture("out/SAME.png"), picture("other.png")]
+    original = paths[2].read_bytes()
+    everything = list(predict(network, paths, CPU, threshold=0, progress=False))
+    scores = torch.cat([prediction.detections.scores for prediction in everything])
+    threshold = float(scores.median())
+    predictions = predict(network, paths, CPU, threshold=threshold, progress=False)
+    count = write_predictions(predictions, tmp_path / "out", CATEGORIES, inputs=paths)
+    assert 0 < count == int((scores >= threshold).sum()) < len(scores)
+    report = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert report["categories"] == [{"id": 4, "name": "cat"}, {"id": 8, "name": "dog"}]
+    assert [image["picture"] for image in report["images"]] == ["same-2.png", "same-3.png", "SAME-4.png", "other.png"]
+    assert paths[2].read_bytes() == original
+    boxes = torch.cat([prediction.detections.boxes for prediction in everything])[scores >= threshold]
+    labels = torch.cat([prediction.detections.labels for prediction in everything])[scores >= threshold]
+    masks = [mask for prediction in everything for mask in prediction.detections.masks or []]
+    masks = [mask for mask, score in zip(masks, scores) if score >= threshold]
+    for entry, box, label, mask in zip(report["detections"], boxes, labels.tolist(), masks):
+        assert (entry["category_id"], entry["category_name"]) == CATEGORIES[label - 1]
+        assert torch.equal(torch.tensor(entry["bbox"]), torch.cat((box[:2], box[2:] - box[:2])))
+        assert entry["segmentation"] == mask
+    assert {entry["image_id"] for entry in report["detections"]} <= {image["id"] for image in report["images"]}
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: cannot be written"):
+        write_predictions(iter(everything), tmp_path / "file", CATEGORIES, inputs=paths)
+
+
+def pixels_of(image: Image.Image, colour: tuple[int, int, int]) -> Any:
+    return (np.asarray(image) == colour).all(2)
+
+
+def test_drawing_of_boxes():
+    grey = Image.new("RGB", (900, 600), (90, 90, 90))
+    boxes = torch.tensor([[100.0, 200, 300, 400], [500, 100, 700, 500]])
+    drawn = draw_detections(grey, boxes, torch.tensor([1, 2]), [0.87, 0.5], None, ["cat", "dog"])
+    assert drawn.size == (900, 600)
+    for box, colour in zip(boxes.int().tolist(), COLOURS):
+        x1, y1, x2, y2 = box
+        mine = pixels_of(drawn, colour)
+        assert mine[(y1 + y2) // 2, [x1, x2 - 1]].all() and mine[[y1, y2 - 1], (x1 + x2) // 2].all()
+        rows, columns = np.nonzero(mine)
+        assert columns.min() == x1 and columns.max() == x2 - 1 and rows.max() == y2 - 1
+        assert 10 < y1 - rows.min() < 30  # the label above the box
+        assert not mine[y1 + 5 : y2 - 5, x1 + 5 : x2 - 5].any()
+    assert np.asarray(grey).max() == 90
+
+
+def test_drawing_of_masks():
+    black = torch.zeros(3, 600, 900, dtype=torch.uint8)
+    masks = np.zeros((2, 600, 900), np.uint8)
+    masks[0, 100:500, 100:500] = 1
+    masks[1, 200:300, 200:300] = 1
+    boxes = torch.tensor([[100.0, 100, 500, 500], [200, 200, 300, 300]])
+    rles = [encode_rle(mask) for mask in masks]
+    drawn = np.asarray(draw_detections(black, boxes, [1, 1], None, rles, ["cat"])).astype(int)
+    first, second = COLOURS[:2]  # neighbours of the same category
+    assert np.abs(drawn[400, 400] - 0.45 * np.array(first)).max() < 3
+    inside = drawn[250, 250]
+    assert np.abs(inside - (0.45 * np.array(second) + 0.55 * 0.45 * np.array(first))).max() < 3  # the small one on top
+    assert (drawn[300, 101] == first).all()  # the outline
+    assert not drawn[550, 550].any()
+
+
+def test_small_pictures_are_enlarged_and_masks_follow():
+    mask = np.zeros((100, 160), np.uint8)
+    mask[20:60, 40:120] = 1
+    boxes = torch.tensor([[40.0, 20, 120, 60]])
+    drawn = draw_detections(Image.new("RGB", (160, 100)), boxes, [1], [0.5], [encode_rle(mask)], ["cat"])
+    assert drawn.size == (800, 500)
+    tinted = np.asarray(drawn)[200, :, 0] > 80
+    assert np.flatnonzero(tinted)[[0, -1]].tolist() == pytest.approx([200, 599], abs=2)
+
+
+@pytest.mark.parametrize("size", [(900, 600), (60, 40), (3, 900), (1, 1)])
+def test_tags_stay_inside_and_apart(size, monkeypatch):
+    tags: list[tuple[float, ...]] = []
+    original = ImageDraw.ImageDraw.rounded_rectangle
+
+    def record(draw: ImageDraw.ImageDraw, box: Any, *rest: Any, **options: Any) -> None:
+        tags.append(box)
+        original(draw, box, *rest, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "rounded_rectangle", record)
+    width, height = size
+    points = torch.rand(60, 2, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([width, height])
+    corners = points.sort(1).values.flatten(1)
+    corners[0] = torch.tensor([width - 1, 0, width, height])  # at the edges
+    labels = [1 + index % 9 for index in range(60)]
+    names = [f"category number {index}" for index in range(9)]
+    drawn = draw_detections(Image.new("RGB", size), corners, labels, torch.rand(60), None, names)
+    assert len(tags) >= (5 if min(size) > 10 else 0)
+    for index, (x1, y1, x2, y2) in enumerate(tags):
+        assert 0 <= x1 < x2 < drawn.width and 0 <= y1 < y2 < drawn.height
+        for a1, b1, a2, b2 in tags[:index]:
+            assert x1 > a2 or x2 < a1 or y1 > b2 or y2 < b1
+
+
+def test_nothing_to_draw():
+    image = Image.effect_noise((900, 900), 50).convert("RGB")
+    nothing: tuple[list[Any] | None, ...] = (None, [])
+    for masks in nothing:
+        drawn = draw_detections(
+            image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0), masks, ["cat"]
+        )
+        assert drawn.tobytes() == image.tobytes()
+    empty = encode_rle(np.zeros((900, 900), np.uint8))
+    draw_detections(image, torch.tensor([[5.0, 5, 5, 5]]), [1], [1.0], [empty], ["cat"])
+
+
+def test_contact_sheet():
+    images = [Image.new("RGB", (100, 80), colour) for colour in ("red", "green", "blue")]
+    sheet = contact_sheet(images, 2, ["left", "right"])
+    pixels = np.asarray(sheet)
+    for colour in ((255, 0, 0), (0, 128, 0), (0, 0, 255)):
+        assert (pixels == colour).all(2).sum() == 8000
+    assert (pixels[:20] < 100).any()  # titles
+    assert contact_sheet(images, 2).height < sheet.height
