@@ -1,4 +1,4 @@
-"""What the PyTorch adapter adds to a call of the array functions: `python -m benchmarks.adapter_overhead`."""
+"""Overhead of the PyTorch adapter over the array functions: `python -m benchmarks.adapter_overhead`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES = ("input", "offset", "weight", "bias", "mask")
 
 
 def measure(rounds: int = 1000) -> dict[str, float]:
-    """Median microseconds of each kind of call on a tiny problem, taken in turn."""
+    """Return the median microseconds of each kind of call on a tiny problem, timed in turn."""
     random = np.random.default_rng(0)
     shapes = ((1, 4, 5, 6), (1, 18, 5, 6), (4, 4, 3, 3), (4,), (1, 9, 5, 6))
     arrays = {name: random.standard_normal(shape, np.float32) for name, shape in zip(_NAMES, shapes)}

@@ -1,4 +1,4 @@
-"""What a device can do at best, measured in the same run: products of each kind, and memory."""
+"""Peak throughput of a device, measured in the same run: matrix products of each kind, and memory."""
 
 from __future__ import annotations
 
@@ -15,23 +15,13 @@ _ROUNDS = 7
 
 
 def measure_floors(device: str, clock: Callable[[Callable[[], object]], float], size: int) -> dict[str, float]:
-    """Operations per second of a product of large square matrices of each kind, bytes per second of a large copy.
-
-    Parameters
-    ----------
-    device : str
-        Where torch computes.
-    clock : function of a call
-        Seconds that it takes.
-    size : int
-        Rows of the matrices.
-    """
+    """Return operations per second of products of square matrices with `size` rows, and bytes per second of a copy."""
     import torch
 
     found = {}
     for kind, (dtype, tf32) in _KINDS.items():
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        # Random numbers: zeros draw less power and run faster than real data.
+        # Not zeros, which draw less power and run faster than real data.
         a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
         found[kind] = 2.0 * size**3 / _best(lambda a=a, b=b: a @ b, clock)
     source = torch.randn(16 * size, size, device=device)
@@ -46,8 +36,8 @@ def _best(call: Callable[[], object], clock: Callable[[Callable[[], object]], fl
 
 
 def floor_seconds(row: Mapping[str, Any], floors: Mapping[str, float], direction: str) -> float | None:
-    """The least time that a row's products and its traffic with memory can take; backward has two products."""
-    kind = f"{row['dtype']}, tf32" if row["products"] == "tf32" else row["dtype"]
+    """Return the least time that the products and memory traffic of a row can take; backward has two products."""
+    kind = row["dtype"] if row["products"] == "ieee" else f"{row['dtype']}, {row['products']}"
     if row["work"] is None or kind not in floors:
         return None
     operations, size = row["work"]

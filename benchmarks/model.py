@@ -1,9 +1,9 @@
-"""A whole Mask R-CNN with our operations, and the same network with torchvision's: `python -m benchmarks.model`.
+"""Compare a whole Mask R-CNN with our operations and with torchvision's: `python -m benchmarks.model`.
 
 The preset `dcnv2` on ResNet-50 with FPN, random weights, images of 800x1333: inference, and a training step (losses,
-gradients, SGD). In the peer every modulated deformable convolution calls torchvision's operation with the same
-parameters; RoI pooling, which torchvision has no deformable form of, is ours in both. The features of both networks are
-compared first.
+gradients, SGD). In the peer, every modulated deformable convolution calls torchvision's operation with the same
+parameters. RoI pooling is ours in both, because torchvision has no deformable form of it. The features of both networks
+are compared first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dcnops.adapters.torch import ModulatedDeformConv2dPack
 from torch import Tensor, nn
 
 from benchmarks import environment, report
-from benchmarks.contenders import OURS, PEER
+from benchmarks.operations import OURS, PEER
 from examples.detector.config import NetworkConfig
 from examples.detector.network import build_detector
 
@@ -31,11 +31,11 @@ _OBJECTS = 8
 _ROUNDS = 7
 _AMP = {"float32": None, "float16": torch.float16}
 _TOLERANCE = {"float32": 1e-3, "float16": 5e-2}
-"""Of the features, over their largest; TF32 is off."""
+"""Largest difference of the features, relative to their largest magnitude; TF32 is off."""
 
 
 class _TorchvisionConv(nn.Module):
-    """A modulated deformable convolution with the parameters of ours and torchvision's operation."""
+    """Torchvision's modulated deformable convolution with the parameters of our layer."""
 
     def __init__(self, layer: ModulatedDeformConv2dPack) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class _TorchvisionConv(nn.Module):
 
 
 def with_torchvision(model: nn.Module) -> nn.Module:
-    """A copy of the model whose modulated deformable convolutions are torchvision's."""
+    """Return a copy of the model with torchvision's modulated deformable convolutions."""
     peer = copy.deepcopy(model)
     for parent in list(peer.modules()):
         for name, child in list(parent.named_children()):
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = {OURS: ours, PEER: with_torchvision(ours)}
     rows, failures = [], []
     begin = time.monotonic()
-    # Torchvision's operation knows autocast on a GPU only, where it computes in float32.
+    # Torchvision's operation supports autocast only on a GPU, where it computes in float32.
     for N, amp in [(N, amp) for N in (1, 2) for amp in (("float32",) if rehearsal else ("float32", "float16"))]:
         title = f"batch {N}, {amp}"
         if time.monotonic() - begin >= 60 * options.minutes:
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     document = {"environment": environment.describe(torch.get_num_threads(), gpu=not rehearsal), "results": rows}
     document["failures"] = failures
     if rehearsal:
-        document["rehearsal"] = "made without a GPU: no figure is a measurement"
+        document["rehearsal"] = environment.REHEARSAL
     report.write_json(options.output, document)
     return 1 if failures else 0
 
@@ -118,13 +118,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--device", choices=("cuda", "rehearsal"), default="cuda")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no row after that")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after that")
     parser.add_argument("--output", type=Path, default=Path("out/model.json"))
     return parser.parse_args(arguments)
 
 
 def _move_offsets(model: nn.Module) -> None:
-    """Offsets of about a pixel, and masks of all sizes: fresh layers have none."""
+    """Draw offsets of about a pixel and various masks; those of new layers are all zero and all equal."""
     for layer in model.modules():
         if isinstance(layer, ModulatedDeformConv2dPack):
             nn.init.normal_(layer.conv_offset.bias)
@@ -147,7 +147,7 @@ def _features_differ(models: dict[str, Any], images: list[Tensor], amp: str, dev
     features = {}
     for name, model in models.items():
         model.eval()
-        with torch.no_grad(), torch.autocast(device.type, _AMP[amp], enabled=_AMP[amp] is not None):
+        with torch.no_grad(), _autocast(amp, device):
             batch, _ = model.transform(images)
             features[name] = [level.float() for level in model.backbone(batch.tensors).values()]
     return max(
@@ -155,12 +155,16 @@ def _features_differ(models: dict[str, Any], images: list[Tensor], amp: str, dev
     )
 
 
+def _autocast(amp: str, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, _AMP[amp], enabled=_AMP[amp] is not None)
+
+
 def _inference(
     model: Any, images: list[Tensor], targets: list[dict[str, Tensor]], amp: str, device: torch.device
 ) -> Callable[[], object]:
     def run() -> object:
         model.eval()
-        with torch.no_grad(), torch.autocast(device.type, _AMP[amp], enabled=_AMP[amp] is not None):
+        with torch.no_grad(), _autocast(amp, device):
             return model(images)
 
     return run
@@ -169,12 +173,12 @@ def _inference(
 def _training(
     model: Any, images: list[Tensor], targets: list[dict[str, Tensor]], amp: str, device: torch.device
 ) -> Callable[[], object]:
-    # So small a rate that the network stays what it is.
+    # The rate is too small to change the network.
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-9, momentum=0.9)
 
     def run() -> object:
         model.train()
-        with torch.autocast(device.type, _AMP[amp], enabled=_AMP[amp] is not None):
+        with _autocast(amp, device):
             loss = sum(model(images, targets).values())
         optimizer.zero_grad()
         loss.backward()
@@ -185,7 +189,7 @@ def _training(
 
 
 def _measure(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, dict[str, float]]:
-    """Medians of rounds in turn, and the most memory; proposals depend on random weights, alike for both."""
+    """Return the times of alternating rounds and the peak memory. The number of proposals depends on random weights."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     memory = {}
     for name, call in calls.items():

@@ -1,4 +1,4 @@
-"""Results as Markdown tables and as JSON."""
+"""Output of results as Markdown tables and as JSON."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import Operation
+from benchmarks.operations import Operation
 
 
 def tables(rows: Sequence[Mapping[str, Any]], operations: Iterable[Operation]) -> str:
-    """One table for each operation, device, batch and direction."""
+    """Return one table for each operation, device, batch and direction."""
     parts = []
     for operation in operations:
         ordered = sorted((row for row in rows if row["operation"] == operation.name), key=_table_of)
@@ -34,11 +34,19 @@ def first_call_table(first_call: Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write one line per key, and one per element of a list of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Whoever reads meanwhile, or after an interruption, finds a whole file.
+    entries = [f"{json.dumps(name)}: {_lines(value)}" for name, value in report.items()]
+    # A rename is atomic: a reader never sees half a file, even after an interruption.
     unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    unfinished.write_text("{\n" + ",\n".join(entries) + "\n}\n")
     unfinished.replace(path)
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, list) and any(isinstance(element, Mapping) for element in value):
+        return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+    return json.dumps(value)
 
 
 def _table_of(row: Mapping[str, Any]) -> tuple[str, int]:
@@ -83,7 +91,7 @@ def _mebibytes(size: int | None) -> str:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """The lines as a Markdown table, the first one as its head."""
+    """Return the lines as a Markdown table; the first one is the header."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     padded = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     rule = [f"{'-' * (width - 1)}:" for width in widths]

@@ -1,12 +1,10 @@
-"""Clock and memory meter on the CPU."""
+"""Measurement of time and memory on a CPU."""
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import Case, Operation, load
+from benchmarks.environment import run_module
+from benchmarks.operations import Case, Operation, load
 
-# Idle OpenMP threads spin for some milliseconds after a call and would disturb the next contender's.
+# Idle OpenMP threads spin for some milliseconds after a call and would disturb the next contender.
 _PAUSE = 0.02
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -25,13 +24,12 @@ _TINY = 5
 
 
 class CpuMeter:
-    """Wall-clock time, and peak memory in a process of its own."""
+    """Wall-clock time, and peak memory in a separate process."""
 
-    def start(self, case: Case) -> None:
-        """Nothing is to be prepared."""
+    def start(self, case: Case) -> None: ...
 
     def host_seconds(self, call: Callable[[], object]) -> float | None:
-        """The CPU is the device."""
+        """Return None: the CPU is the device."""
 
     def clock(self, call: Callable[[], object]) -> float:
         time.sleep(_PAUSE)
@@ -44,25 +42,20 @@ class CpuMeter:
     def peak_extra_bytes(
         self, operation: Operation, case: Case, contender: str, direction: str, call: Callable[[], Any]
     ) -> int | None:
-        """What resident memory grows by at most in the first call at a shape, beside its results.
+        """Return the growth of resident memory beyond the results, or None on systems other than Linux.
 
-        The process that it is measured in has called the operation on a tiny shape before. None where the system is
-        not Linux.
+        It is measured for the first call of a shape, in a process that has called the operation on a tiny shape.
         """
         if not _CLEAR_REFS.exists():
             return None
-        command = [sys.executable, "-m", "benchmarks.cpu", operation.name, contender, direction]
-        command += map(str, case.shape)
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, stdout=subprocess.PIPE, text=True)
-        return int(json.loads(done.stdout))
+        return int(run_module("benchmarks.cpu_meter", operation.name, contender, direction, *map(str, case.shape)))
 
 
 def _peak_extra_bytes_here(operation: Operation, case: Case, name: str, direction: str) -> int:
     contender = next(c for c in operation.contenders(case) if c.name == name)
-    prepare = contender.forward if direction == "forward" else contender.backward
     tiny = replace(case, shape=tuple(min(size, _TINY) for size in case.shape))
-    prepare(tiny, operation.inputs(tiny))()
-    call = prepare(case, operation.inputs(case))
+    contender.prepare(tiny, operation.inputs(tiny), direction)()
+    call = contender.prepare(case, operation.inputs(case), direction)
     before = _settled_bytes()
     results = call()
     peak = _status_bytes("VmHWM")
@@ -71,7 +64,7 @@ def _peak_extra_bytes_here(operation: Operation, case: Case, name: str, directio
 
 
 def _settled_bytes() -> int:
-    """Resident memory, with free blocks given back and the high-water mark set to it."""
+    """Release free blocks, reset the high-water mark and return the resident memory."""
     gc.collect()
     trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -85,17 +78,7 @@ def _status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description="Peak extra memory of one call.")
-    parser.add_argument("operation")
-    parser.add_argument("contender")
-    parser.add_argument("direction", choices=("forward", "backward"))
-    parser.add_argument("shape", nargs="+", type=int)
-    options = parser.parse_args()
-    case = Case("cpu", tuple(options.shape))
-    operation = load(options.operation)
-    print(json.dumps(_peak_extra_bytes_here(operation, case, options.contender, options.direction)))
-
-
 if __name__ == "__main__":
-    _main()
+    operation_name, contender_name, direction, *sizes = sys.argv[1:]
+    case = Case("cpu", tuple(map(int, sizes)))
+    print(json.dumps(_peak_extra_bytes_here(load(operation_name), case, contender_name, direction)))
