@@ -194,8 +194,7 @@ def _meter(device: str) -> Meter:
 def _measure(run: _Run, device: str, meter: Meter, operations: Sequence[Operation]) -> None:
     """Measure on one device and add every result to `run` at once."""
     from benchmarks import first_call
-    from benchmarks.floors import measure_floors
-    from benchmarks.measure import DIRECTIONS, cases, measure
+    from benchmarks.measure import DIRECTIONS, cases, measure, measure_floors
 
     options = run.options
     if device != "cpu":

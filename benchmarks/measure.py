@@ -1,4 +1,4 @@
-"""Measurement of one row: check the contenders, time them in turn, then measure their memory."""
+"""Measurement of one row: check the contenders, time them in turn, then measure their memory. Peak throughput."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ DIRECTIONS = ("forward", "backward")
 
 _LEAST_ROUNDS = 3
 _MOST_ROUNDS = 100
+_FLOOR_ROUNDS = 7
 
 
 class Meter(Protocol):
@@ -126,3 +127,24 @@ def time_in_turn(
         }
         for name, samples in durations.items()
     }
+
+
+def measure_floors(device: str, clock: Callable[[Callable[[], object]], float], size: int) -> dict[str, float]:
+    """Return operations per second of products of square matrices with `size` rows, and bytes per second of a copy."""
+    import torch
+
+    def best_seconds(call: Callable[[], object]) -> float:
+        call()
+        return min(clock(call) for _ in range(_FLOOR_ROUNDS))
+
+    found = {}
+    for kind in ("float16", "bfloat16", "float32, tf32", "float32"):
+        dtype, _, tf32 = kind.partition(", ")
+        torch.backends.cuda.matmul.allow_tf32 = bool(tf32)
+        # Not zeros, which draw less power and run faster than real data.
+        a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        found[kind] = 2.0 * size**3 / best_seconds(lambda a=a, b=b: a @ b)
+    source = torch.randn(16 * size, size, device=device)
+    target = torch.empty_like(source)
+    found["memory"] = 2.0 * source.nbytes / best_seconds(lambda: target.copy_(source))
+    return found

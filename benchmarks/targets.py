@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from benchmarks.floors import floor_seconds
 from benchmarks.operations import OURS, PEER, PLAIN
 
 Row = Mapping[str, Any]
@@ -14,7 +13,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """One figure and its limit; `relation` is ">=" or "<="."""
+    """One figure and its limit."""
 
     name: str
     value: float
@@ -37,14 +36,12 @@ class Target:
 
 
 class _Run(NamedTuple):
-    """Everything that a figure may depend on besides its row."""
-
     rows: Sequence[Row]
     floors: Mapping[str, float]
 
 
 class _Figure(NamedTuple):
-    """A named figure of a row in one direction; None if it was not measured."""
+    """A figure of a row in one direction; its value is None if it was not measured."""
 
     name: str
     value: Callable[[Row, str, _Run], float | None]
@@ -56,10 +53,27 @@ def _ratio(a: str, b: str) -> _Figure:
 
 def _error_ratio(result: str) -> _Figure:
     def value(row: Row, direction: str, run: _Run) -> float | None:
-        ours, peer = (row["errors"].get(who, {}).get(result) for who in (OURS, PEER))
-        return ours / peer if ours is not None and peer else None
+        return _quotient(*(row["errors"].get(name, {}).get(result) for name in (OURS, PEER)))
 
     return _Figure(f"error of {result} / torchvision's", value)
+
+
+def _extra_memory(row: Row, direction: str) -> Mapping[str, int | None]:
+    extra: Mapping[str, int | None] = row["peak_extra_bytes"].get(direction, {})
+    return extra
+
+
+def _share_of_floor(row: Row, direction: str, run: _Run) -> float | None:
+    milliseconds, floor = _median(row, direction), floor_seconds(row, run.floors, direction)
+    return floor / (1e-3 * milliseconds) if milliseconds and floor is not None else None
+
+
+def _cost_of_determinism(row: Row, direction: str, run: _Run) -> float | None:
+    fields = ("operation", "device", "shape", "N", "dtype", "products", "layout", "spread")
+    for other in run.rows:
+        if not other["deterministic"] and all(other[field] == row[field] for field in fields):
+            return _quotient(_median(row, direction), _median(other, direction))
+    return None
 
 
 def _median(row: Row, direction: str) -> float | None:
@@ -67,33 +81,32 @@ def _median(row: Row, direction: str) -> float | None:
     return median
 
 
-def _memory_to_columns(row: Row, direction: str, run: _Run) -> float | None:
-    extra = row["peak_extra_bytes"].get(direction, {}).get(OURS)
-    return None if extra is None else float(extra / row["column_bytes"])
+def _quotient(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
 
 
-def _memory_to_peer(row: Row, direction: str, run: _Run) -> float | None:
-    extra = row["peak_extra_bytes"].get(direction, {})
-    return extra[OURS] / extra[PEER] if extra.get(PEER) and extra.get(OURS) is not None else None
+def _kind(row: Row) -> str:
+    """Return the dtype, with the precision of products if that is not the dtype's own."""
+    return str(row["dtype"] if row["products"] == "ieee" else f"{row['dtype']}, {row['products']}")
 
 
-def _share_of_floor(row: Row, direction: str, run: _Run) -> float | None:
-    ours, floor = _median(row, direction), floor_seconds(row, run.floors, direction)
-    return floor / (1e-3 * ours) if ours and floor is not None else None
-
-
-def _cost_of_determinism(row: Row, direction: str, run: _Run) -> float | None:
-    fields = ("operation", "device", "shape", "N", "dtype", "products", "layout", "spread")
-    for other in run.rows:
-        if not other["deterministic"] and all(other[field] == row[field] for field in fields):
-            ours, default = _median(row, direction), _median(other, direction)
-            return ours / default if ours and default else None
-    return None
+def floor_seconds(row: Row, floors: Mapping[str, float], direction: str) -> float | None:
+    """Return the least time that the products and memory traffic of a row can take; backward has two products."""
+    if row["work"] is None or _kind(row) not in floors:
+        return None
+    operations, size = row["work"]
+    factor = 1 if direction == "forward" else 2
+    return float(max(factor * operations / floors[_kind(row)], factor * size / floors["memory"]))
 
 
 _SPEEDUP, _TO_PLAIN = _ratio(PEER, OURS), _ratio(OURS, PLAIN)
-_COLUMNS = _Figure("extra memory / column buffer", _memory_to_columns)
-_PEER_MEMORY = _Figure("extra memory / torchvision's", _memory_to_peer)
+_TO_COLUMNS = _Figure(
+    "extra memory / column buffer",
+    lambda row, way, run: _quotient(_extra_memory(row, way).get(OURS), row["column_bytes"]),
+)
+_TO_PEER = _Figure(
+    "extra memory / torchvision's", lambda row, way, run: _quotient(*map(_extra_memory(row, way).get, (OURS, PEER)))
+)
 _FLOOR = _Figure("share of the floor", _share_of_floor)
 _DETERMINISM = _Figure("deterministic / default", _cost_of_determinism)
 
@@ -119,7 +132,7 @@ TABLE: tuple[tuple[Mapping[str, Any], str, _Figure, str, float], ...] = (
     (_CPU_LARGE, "forward", _TO_PLAIN, "<=", 2.0),
     (_CPU_ALL, "backward", _SPEEDUP, ">=", 7.0),
     (_CPU_LARGE, "backward", _TO_PLAIN, "<=", 2.5),
-    (_CPU_ALL, "forward", _COLUMNS, "<=", 1 / 8),
+    (_CPU_ALL, "forward", _TO_COLUMNS, "<=", 1 / 8),
     (_CPU_POOL, "forward", _SPEEDUP, ">=", 1.0),
     (_CPU_POOL, "backward", _SPEEDUP, ">=", 2.0),
     ({**_GPU_LARGE, "kind": "float16"}, "forward", _SPEEDUP, ">=", 4.0),
@@ -130,8 +143,8 @@ TABLE: tuple[tuple[Mapping[str, Any], str, _Figure, str, float], ...] = (
     ({**_GPU, "N": 1}, "backward", _SPEEDUP, ">=", 5.0),
     ({**_GPU, "N": 16, "kind": ("float16", "bfloat16")}, "forward", _TO_PLAIN, "<=", 2.0),
     ({**_GPU, "N": 16, "kind": "bfloat16"}, "forward", _FLOOR, ">=", 0.4),
-    (_GPU, "forward", _PEER_MEMORY, "<=", 1 / 8),
-    (_GPU, "backward", _PEER_MEMORY, "<=", 1 / 8),
+    (_GPU, "forward", _TO_PEER, "<=", 1 / 8),
+    (_GPU, "backward", _TO_PEER, "<=", 1 / 8),
     ({**_GPU, "kind": "float32"}, "", _error_ratio("output"), "<=", 1.0),
     ({**_GPU, "kind": "float32"}, "", _error_ratio("input"), "<=", 1.0),
     ({**_GPU, "kind": "float32"}, "", _error_ratio("weight"), "<=", 1.0),
@@ -150,14 +163,8 @@ def evaluate(
 ) -> list[Target]:
     """Return the targets that these results contain figures for.
 
-    Parameters
-    ----------
-    rows : sequence of mapping
-        Rows of the report, see `benchmarks.measure`.
-    first_call : mapping
-        Device to state (cold, warm) to step to seconds.
-    floors : mapping, optional
-        Peak throughput of the GPU, see `benchmarks.floors`.
+    `rows` come from `benchmarks.measure`, `first_call` maps device, state and step to seconds, and `floors` are those
+    of the GPU.
     """
     run = _Run(rows, floors or {})
     targets = [target for row in rows for target in _of_row(row, run)]
@@ -171,7 +178,7 @@ def evaluate(
 
 
 def _of_row(row: Row, run: _Run) -> Iterator[Target]:
-    kind = row["dtype"] if row["products"] == "ieee" else f"{row['dtype']}, {row['products']}"
+    kind = _kind(row)
     fields = {**row, "kind": kind}
     name = row["shape"] if row["device"] == "cpu" else f"{row['shape']}, batch {row['N']}, {kind}"
     for conditions, direction, figure, relation, limit in TABLE:

@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks import targets
 from benchmarks.__main__ import OPERATIONS
-from benchmarks.floors import floor_seconds
 from benchmarks.operations import OURS, PEER, PLAIN, load
 
 FLOORS = {"float16": 1e15, "bfloat16": 1e15, "memory": 4e12}
@@ -141,8 +140,8 @@ def test_cost_of_determinism():
 
 def test_the_floor_is_the_slower_of_products_and_memory():
     floors = {"float16": 1e15, "memory": 4e12}
-    assert floor_seconds(gpu_row(work=(1e12, 1e6)), floors, "forward") == pytest.approx(1e-3)
-    assert floor_seconds(gpu_row(work=(1e12, 1e6)), floors, "backward") == pytest.approx(2e-3)
-    assert floor_seconds(gpu_row(work=(1e6, 4e9)), floors, "forward") == pytest.approx(1e-3)
-    assert floor_seconds(gpu_row(work=None), floors, "forward") is None
-    assert floor_seconds(gpu_row(dtype="bfloat16"), floors, "forward") is None
+    assert targets.floor_seconds(gpu_row(work=(1e12, 1e6)), floors, "forward") == pytest.approx(1e-3)
+    assert targets.floor_seconds(gpu_row(work=(1e12, 1e6)), floors, "backward") == pytest.approx(2e-3)
+    assert targets.floor_seconds(gpu_row(work=(1e6, 4e9)), floors, "forward") == pytest.approx(1e-3)
+    assert targets.floor_seconds(gpu_row(work=None), floors, "forward") is None
+    assert targets.floor_seconds(gpu_row(dtype="bfloat16"), floors, "forward") is None
