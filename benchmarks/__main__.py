@@ -172,13 +172,11 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _gpu_is_there() -> bool:
-    if util.find_spec("cupy") is None:
-        return False
     try:
-        from benchmarks import cuda_meter
+        from benchmarks.cuda_meter import is_available
     except ImportError:
         return False
-    return cuda_meter.is_available()
+    return is_available()
 
 
 def _meter(device: str) -> Meter:

@@ -95,9 +95,13 @@ def _prepare_ours(
     nhwc = images if case.layout == "NHWC" else frozenset()
 
     def to_device(name: str, array: np.ndarray) -> Any:
-        # Detectors keep regions in float32, also with 16-bit features.
         array = np.ascontiguousarray(array.transpose(0, 2, 3, 1)) if name in nhwc else array
-        return to_ours(case, array, "float32" if name == "rois" else None)
+        if case.device == "cpu":
+            return array
+        from dcnops.adapters.torch.arrays import as_array
+
+        # Detectors keep regions in float32, also with 16-bit features.
+        return ON_DEVICE[case.device](as_array(to_torch(case, array, "float32" if name == "rois" else None)))
 
     def to_nchw(name: str, array: Any) -> Any:
         return array.transpose(0, 3, 1, 2) if name in nhwc else array
@@ -183,15 +187,6 @@ def to_torch(case: Case, array: np.ndarray, dtype: str | None = None) -> torch.T
 
     device = "cuda" if case.device == "cuda" else "cpu"
     return torch.from_numpy(array).to(device, getattr(torch, dtype or case.dtype))
-
-
-def to_ours(case: Case, array: np.ndarray, dtype: str | None = None) -> Any:
-    """Return a NumPy array on the CPU or a CuPy array on a GPU, in the dtype of the case or in `dtype`."""
-    if case.device == "cpu":
-        return array
-    from dcnops.adapters.torch.arrays import as_array
-
-    return ON_DEVICE[case.device](as_array(to_torch(case, array, dtype)))
 
 
 def to_numpy(result: Any) -> np.ndarray:

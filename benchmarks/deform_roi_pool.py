@@ -127,24 +127,20 @@ def _neighbours(at: torch.Tensor, extent: int) -> tuple[torch.Tensor, torch.Tens
     return pixel.flatten(1), weight.flatten(1)
 
 
-_GPU_VARIANTS = [
-    {"dtype": "float16"},
-    {},
-    {"deterministic": True},
-    {"dtype": "bfloat16"},
-    {"dtype": "float16", "layout": "NHWC"},
-]
-
 OPERATION = Operation(
     name="deform_roi_pool",
     sizes="C x H x W x R x P=Q",
     shapes=((256, 50, 84, 512, 7), (256, 50, 84, 512, 14), (1024, 50, 84, 512, 7), (1024, 50, 84, 512, 14)),
-    variants={"cpu": [{}], **dict.fromkeys(("cuda", "rehearsal"), _GPU_VARIANTS)},
+    gpu_variants=[
+        {"dtype": "float16"},
+        {},
+        {"deterministic": True},
+        {"dtype": "bfloat16"},
+        {"dtype": "float16", "layout": "NHWC"},
+    ],
     per_image=frozenset(),  # the regions of one image take the place of a batch
     inputs=_inputs,
     contenders=pool_contenders,
     expected=expected,
     columns=(OURS, PEER, MODULATED),
-    ratios=((PEER, OURS),),
-    with_memory=(OURS, PEER, MODULATED),
 )

@@ -15,7 +15,6 @@ from benchmarks.operations import Case, Operation
 DIRECTIONS = ("forward", "backward")
 
 _LEAST_ROUNDS = 3
-_MOST_ROUNDS = 100
 _FLOOR_ROUNDS = 7
 
 
@@ -43,7 +42,7 @@ class Meter(Protocol):
 def cases(operation: Operation, device: str, shapes: Iterable[tuple[int, ...]]) -> Iterator[Case]:
     """Yield all shapes in the most important variant, then in the next."""
     shapes = list(shapes)
-    for variant in operation.variants[device]:
+    for variant in [{}] if device == "cpu" else operation.gpu_variants:
         for shape in shapes:
             yield Case(device, shape, **variant)
 
@@ -98,7 +97,10 @@ def measure(
 
 
 def time_in_turn(
-    calls: Mapping[str, Callable[[], object]], clock: Callable[[Callable[[], object]], float], seconds: float
+    calls: Mapping[str, Callable[[], object]],
+    clock: Callable[[Callable[[], object]], float],
+    seconds: float,
+    most_rounds: int = 100,
 ) -> dict[str, dict[str, float]]:
     """Time rounds A B C A B C ... after a warm-up round, at least 3, until `seconds` have passed.
 
@@ -111,7 +113,7 @@ def time_in_turn(
     gc.disable()
     try:
         end = time.monotonic() + seconds
-        for done in range(_MOST_ROUNDS):
+        for done in range(most_rounds):
             if done >= _LEAST_ROUNDS and time.monotonic() >= end:
                 break
             for name, call in calls.items():

@@ -61,71 +61,61 @@ class Case:
 
 @dataclass(frozen=True)
 class Contender:
-    """One implementation.
-
-    Attributes
-    ----------
-    prepare : function of a case, its arrays and a direction
-        Return the call to time. A forward call returns the output. A backward call returns the gradients by argument
-        name without repeating the forward pass. Results are NumPy or CuPy arrays or torch tensors.
-    tolerance : float
-        Largest accepted error, relative to the largest magnitude of the exact result.
-    unchecked : names of results that the contender is known to compute differently
-    sees : function of the arrays
-        Return the arrays that the contender's results are exact for: a plain convolution ignores offsets.
-    coordinates : str
-        Dtype in which the contender computes sampling coordinates.
-    """
+    """One implementation."""
 
     name: str
     prepare: Callable[[Case, Arrays, str], Callable[[], Any]]
+    """Return the call to time for a case, its arrays and a direction.
+
+    A forward call returns the output. A backward call returns the gradients by argument name without repeating the
+    forward pass. Results are NumPy or CuPy arrays or torch tensors.
+    """
     tolerance: float
+    """Largest accepted error, relative to the largest magnitude of the exact result."""
     unchecked: frozenset[str] = frozenset()
+    """Names of results that the contender is known to compute differently."""
     sees: Callable[[Arrays], Arrays] = lambda arrays: arrays
+    """Return the arrays that its results are exact for: a plain convolution ignores offsets."""
     coordinates: str = "float32"
+    """Dtype of its sampling coordinates."""
 
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One benchmarked operation; the module of the same name holds it as `OPERATION`.
-
-    Attributes
-    ----------
-    sizes : str
-        Meaning of the numbers in a shape.
-    shapes : sequence of tuple, smallest first
-    variants : mapping
-        By device, the further fields of a `Case` that every shape is measured with, the most important first.
-    per_image : names of the arguments and results whose first axis is the batch
-    inputs : function of a case
-        Return the arguments and `grad_out`. The result is deterministic, and a batch begins with the image of a batch
-        of one.
-    contenders : function of a case
-    expected : function of the arrays of a batch of one, the dtype of sampling coordinates and a torch device
-        Return the output, as `output`, and the gradients, computed in float64 independently of every contender.
-    columns : names of all contenders, in the order of the table
-    ratios : pairs of contenders to compare
-    with_memory : names of the contenders to measure the peak extra memory of
-    column_bytes : function of a case
-        Return the size of an im2col buffer of one image, if the operation has one.
-    work : function of a case
-        Return the floating-point operations of the forward products and the bytes of arguments and results, if there
-        are products.
-    """
+    """One benchmarked operation; the module of the same name holds it as `OPERATION`."""
 
     name: str
     sizes: str
+    """Meaning of the numbers in a shape."""
     shapes: Sequence[tuple[int, ...]]
-    variants: Mapping[str, Sequence[Mapping[str, Any]]]
+    gpu_variants: Sequence[Mapping[str, Any]]
+    """Further fields of the cases on a GPU, the most important first; the CPU takes the defaults."""
     per_image: frozenset[str]
+    """Names of the arguments and results with one item per image of the batch."""
     inputs: Callable[[Case], Arrays]
+    """Return the arguments and `grad_out`, deterministically; a batch begins with the image of a batch of one."""
     contenders: Callable[[Case], list[Contender]]
     expected: Callable[[Arrays, str, str], Arrays]
+    """Return `output` and the gradients of one image in float64, independently of every contender.
+
+    Takes the arrays, the dtype of sampling coordinates and a torch device.
+    """
     columns: Sequence[str]
-    ratios: Sequence[tuple[str, str]]
-    with_memory: Sequence[str]
+    """Names of all contenders, in the order of the table."""
     column_bytes: Callable[[Case], int | None] = lambda case: None
+    """Return the size of an im2col buffer of one image, if the operation has one."""
     work: Callable[[Case], tuple[float, float] | None] = lambda case: None
+    """Return the floating-point operations of the forward products and the bytes of arguments and results, if any."""
+
+    @property
+    def ratios(self) -> list[tuple[str, str]]:
+        """Pairs of contenders to compare."""
+        return [pair for pair in ((PEER, OURS), (OURS, PLAIN)) if set(pair) <= set(self.columns)]
+
+    @property
+    def with_memory(self) -> list[str]:
+        """Contenders to measure the peak extra memory of."""
+        return [name for name in self.columns if name != PLAIN]
 
 
 def load(name: str) -> Operation:

@@ -54,29 +54,15 @@ def _table_of(row: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _table(operation: Operation, rows: Iterable[Mapping[str, Any]], direction: str) -> str:
-    lines = [
-        [
-            operation.sizes,
-            "data",
-            *operation.columns,
-            *(f"{a} / {b}" for a, b in operation.ratios),
-            *(f"{name} extra" for name in operation.with_memory),
-            "column buffer",
-        ]
-    ]
+    titles = [f"{a} / {b}" for a, b in operation.ratios] + [f"{name} extra" for name in operation.with_memory]
+    lines = [[operation.sizes, "data", *operation.columns, *titles, "column buffer"]]
     for row in rows:
         timings, ratios = row["timings"].get(direction, {}), row["ratios"].get(direction, {})
         extra = row["peak_extra_bytes"].get(direction, {})
-        lines.append(
-            [
-                row["shape"],
-                row["data"],
-                *(_number(timings.get(name, {}).get("median_ms")) for name in operation.columns),
-                *(_number(ratios.get(f"{a}/{b}")) for a, b in operation.ratios),
-                *(_mebibytes(extra.get(name)) for name in operation.with_memory),
-                _mebibytes(row["column_bytes"]),
-            ]
-        )
+        figures = [timings.get(name, {}).get("median_ms") for name in operation.columns]
+        figures += [ratios.get(f"{a}/{b}") for a, b in operation.ratios]
+        sizes = [*(extra.get(name) for name in operation.with_memory), row["column_bytes"]]
+        lines.append([row["shape"], row["data"], *map(_number, figures), *map(_mebibytes, sizes)])
     return markdown(lines)
 
 
