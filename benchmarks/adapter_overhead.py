@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from dcnops.adapters.torch import deform_conv2d
 
 import dcnops
-from benchmarks.measure import time_in_turn
+from benchmarks.measure import Meter, time_in_turn
 
 
 def measure(rounds: int = 1000) -> dict[str, float]:
@@ -46,12 +45,7 @@ def measure(rounds: int = 1000) -> dict[str, float]:
         "adapter, forward and backward": adapter_both,
     }
 
-    def clock(call: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    timings = time_in_turn(calls, clock, seconds=float("inf"), most_rounds=rounds)
+    timings = time_in_turn(calls, Meter().clock, seconds=float("inf"), most_rounds=rounds)
     return {name: 1e3 * timing["median_ms"] for name, timing in timings.items()}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import run_module
+from benchmarks.measure import Meter
 from benchmarks.operations import Case, Operation, load
 
 # Idle OpenMP threads spin for some milliseconds after a call and would disturb the next contender.
@@ -23,21 +24,12 @@ _STATUS = Path("/proc/self/status")
 _TINY = 5
 
 
-class CpuMeter:
+class CpuMeter(Meter):
     """Wall-clock time, and peak memory in a separate process."""
-
-    def start(self, case: Case) -> None: ...
-
-    def host_seconds(self, call: Callable[[], object]) -> float | None:
-        """Return None: the CPU is the device."""
 
     def clock(self, call: Callable[[], object]) -> float:
         time.sleep(_PAUSE)
-        begin = time.perf_counter()
-        result = call()
-        end = time.perf_counter()
-        del result
-        return end - begin
+        return super().clock(call)
 
     def peak_extra_bytes(
         self, operation: Operation, case: Case, contender: str, direction: str, call: Callable[[], Any]

@@ -10,6 +10,7 @@ from typing import Any
 import cupy
 import torch
 
+from benchmarks.measure import Meter
 from benchmarks.operations import Case, Operation
 
 _FLUSH_BYTES = 2**28
@@ -24,7 +25,7 @@ def is_available() -> bool:
     return bool(torch.cuda.is_available() and cupy.cuda.is_available())
 
 
-class CudaMeter:
+class CudaMeter(Meter):
     """Time between two events around a call, and the allocators' high-water marks.
 
     Everything runs on the default stream, because torchvision always launches its deformable convolution there.

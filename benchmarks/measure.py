@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 from benchmarks.correctness import check
 from benchmarks.operations import Case, Operation
@@ -18,25 +18,29 @@ _LEAST_ROUNDS = 3
 _FLOOR_ROUNDS = 7
 
 
-class Meter(Protocol):
-    """Measurement of time and memory on one device."""
+class Meter:
+    """Measurement of time and memory on one device; on its own, a wall clock."""
 
     def start(self, case: Case) -> None:
         """Prepare for a case before anything of it runs."""
 
     def clock(self, call: Callable[[], object]) -> float:
         """Return the seconds that one call takes."""
-        ...
+        begin = time.perf_counter()
+        result = call()
+        end = time.perf_counter()
+        del result
+        return end - begin
 
     def host_seconds(self, call: Callable[[], object]) -> float | None:
         """Return the seconds that a call occupies the CPU, if the device runs asynchronously."""
-        ...
+        return None
 
     def peak_extra_bytes(
         self, operation: Operation, case: Case, contender: str, direction: str, call: Callable[[], Any]
     ) -> int | None:
-        """Return the peak memory of one call beyond its arguments and results."""
-        ...
+        """Return the peak memory of one call beyond its arguments and results, if it can be measured."""
+        return None
 
 
 def cases(operation: Operation, device: str, shapes: Iterable[tuple[int, ...]]) -> Iterator[Case]:
