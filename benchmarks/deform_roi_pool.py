@@ -83,14 +83,17 @@ def expected(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") 
 
     _, C, H, W = arrays["input"].shape
     R, _, P, Q = arrays["grad_out"].shape
-    exact = {name: torch.from_numpy(array).to(device).double() for name, array in arrays.items()}
-    mask = exact.get("mask", torch.ones(R, P, Q, dtype=torch.float64, device=device)).requires_grad_()
+
+    def exact(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device).double()
+
+    mask = exact(arrays.get("mask", np.ones((R, P, Q)))).requires_grad_()
     # Zero: the positions contain the offsets already.
     moved = torch.zeros(R, 2, P, Q, dtype=torch.float64, device=device, requires_grad=True)
     neighbours = []
     for channel, extent, (at, region) in zip((1, 0), (H, W), positions(arrays, coordinates), strict=True):
-        motion = float(np.float32(_GAMMA)) * torch.from_numpy(region).to(device) * moved[:, channel]
-        neighbours.append(_neighbours(torch.from_numpy(at).to(device).double() + motion[..., None], extent))
+        motion = float(np.float32(_GAMMA)) * exact(region) * moved[:, channel]
+        neighbours.append(_neighbours(exact(at) + motion[..., None], extent))
     (rows, weight_y), (columns, weight_x) = neighbours
     pixels = (rows[:, :, None] * W + columns[:, None]).flatten(1)
     weights = (weight_y[:, :, None] * weight_x[:, None]).flatten(1) / _SAMPLES**2
@@ -99,10 +102,10 @@ def expected(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") 
     grad_weights, grad_mask = torch.zeros_like(weights), torch.zeros_like(mask)
     for begin in range(0, C, _CHANNELS_AT_ONCE):
         part = slice(begin, begin + _CHANNELS_AT_ONCE)
-        image = exact["input"][0, part].flatten(1).T.contiguous().requires_grad_()
+        image = exact(arrays["input"][0, part]).flatten(1).T.contiguous().requires_grad_()
         leaf = weights.detach().requires_grad_()
         output = embedding_bag(pixels, image, mode="sum", per_sample_weights=leaf) * mask.reshape(-1, 1)
-        grad_out = exact["grad_out"][:, part].movedim(1, -1).flatten(0, 2)
+        grad_out = exact(arrays["grad_out"][:, part]).movedim(1, -1).flatten(0, 2)
         grad_image, by_weights, by_mask = torch.autograd.grad(output, (image, leaf, mask), grad_out)
         grad_weights += by_weights
         grad_mask += by_mask

@@ -24,15 +24,12 @@ class Target:
     def holds(self) -> bool:
         return self.value >= self.limit if self.relation == ">=" else self.value <= self.limit
 
-    @property
-    def verdict(self) -> str:
-        return "holds" if self.holds else "MISSED"
-
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "holds": self.holds}
 
     def __str__(self) -> str:
-        return f"{self.verdict:6}  {self.name}: {self.value:.3g} (target {self.relation} {self.limit:g})"
+        verdict = "holds" if self.holds else "MISSED"
+        return f"{verdict:6}  {self.name}: {self.value:.3g} (target {self.relation} {self.limit:g})"
 
 
 class _Run(NamedTuple):
