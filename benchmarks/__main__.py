@@ -139,7 +139,7 @@ class _Run:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--device", choices=DEVICES, default="all", help="default: all that are available")
     parser.add_argument("--operations", choices=OPERATIONS, nargs="+", default=OPERATIONS, help="default: all")
     parser.add_argument("--threads", type=int, default=environment.usable_cores(), help="default: all cores")

@@ -1,4 +1,4 @@
-"""Vocabulary of the benchmark: a case, a contender, and an operation with everything that it is measured with."""
+"""Definitions of a case, a contender and a benchmarked operation."""
 
 from __future__ import annotations
 

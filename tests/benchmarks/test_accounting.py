@@ -42,7 +42,7 @@ def test_forward_scratch_memory_is_bounded(name: str):
 
 @pytest.mark.parametrize("name", ["conv4", "conv5, stride 32"])
 def test_backward_of_one_image_takes_seven_launches(name: str):
-    """This holds if the columns of an image fit into one chunk; other layers take six launches per chunk."""
+    """The columns of an image fit into one chunk here; other layers take six launches per chunk."""
     for layout, deterministic in itertools.product(LAYOUTS, (False, True)):
         found = account(LAYERS[name], 1, "float16", "backward", layout, deterministic=deterministic)
         assert found.launches == 7
