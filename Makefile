@@ -1,10 +1,10 @@
-# make test    set up .venv, then run the tests (no GPU needed)
+# make test    set up .venv and run the tests (no GPU needed)
 # make lint    ruff, mypy, clang-format
-# make demo    train a small DCNv2 detector on synthetic images, evaluate it, draw what it finds; out/detector/
-# make bench   time the operations beside their peers; table, and out/benchmark.json
+# make demo    train a small DCNv2 detector on synthetic images, evaluate it and draw its detections; out/detector/
+# make bench   compare the operations with torchvision's; table, and out/benchmark.json
 # make docs    build the documentation; out/site/
-# make gpu     on a machine with a GPU and the packages installed (no .venv is made): GPU tests, sanitizers, benchmarks
-#              in ten minutes, one table, out/gpu/gpu.json; PARTS="tests sanitizers benchmark model" for some of them
+# make gpu     on a machine with a GPU and all packages installed (it creates no .venv): GPU tests, sanitizers and
+#              benchmarks in ten minutes; table, and out/gpu/gpu.json; PARTS="tests sanitizers benchmark model" selects
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -1,1 +1,1 @@
-"""Checked first, then timed: dcnops beside its peers in one run. `python -m benchmarks --help` says how."""
+"""Benchmarks of dcnops against its peers: every result is checked before it is timed. See `python -m benchmarks -h`."""

@@ -1,7 +1,7 @@
-"""Measure dcnops beside torchvision and a plain convolution: `python -m benchmarks`.
+"""Compare dcnops with torchvision and a plain convolution: `python -m benchmarks`.
 
-Every contender's output and gradients are first checked against a float64 evaluation of the same inputs. One that is
-wrong is not timed, and the exit status is 1.
+The output and gradients of every contender are first compared with float64 results for the same inputs. A contender
+with wrong results is not timed, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import util
@@ -21,18 +20,19 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import environment
 
 if TYPE_CHECKING:
-    from benchmarks.contenders import Operation
     from benchmarks.measure import Meter
-    from benchmarks.target import Target
+    from benchmarks.operations import Operation
+    from benchmarks.targets import Target
 
 OPERATIONS = ("deform_conv2d", "deform_roi_pool")
-DEVICES = ("all", "cpu", "cuda", "rehearsal")
+DEVICES = ("all", "cpu", "cuda")
 PARTS = ("forward", "backward", "memory", "first-call")
 _SECONDS = {"cpu": 8.0, "cuda": 0.3, "rehearsal": 0.0}
-_ROOT = Path(__file__).parents[1]
+_FLOOR_SIZE = {"cuda": 8192, "rehearsal": 64}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, rehearsal: Any = None) -> int:
+    """Run the benchmark, on the device `rehearsal` if that meter is given, and return the exit status."""
     options = _parse(arguments)
     environment.limit_threads(options.threads)
     missing = [package for package in ("torch", "torchvision") if util.find_spec(package) is None]
@@ -41,11 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     import torch
 
-    from benchmarks import report
-    from benchmarks.contenders import load
+    from benchmarks.operations import load
 
     torch.set_num_threads(options.threads)
-    gpu_is_there = _gpu_is_there()
+    gpu_is_there = not rehearsal and _gpu_is_there()
     if options.device == "cuda" and not gpu_is_there:
         print("--device cuda needs a CUDA GPU, and CuPy and torch that can use it", file=sys.stderr)
         return 1
@@ -54,38 +53,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not any(len(shape) == len(operation.shapes[0]) for operation in operations):
             print(f"--shapes: no operation has {len(shape)} sizes", file=sys.stderr)
             return 1
-    devices = {"all": ["cpu", "cuda"] if gpu_is_there else ["cpu"]}.get(options.device, [options.device])
+    if rehearsal:
+        devices, options.shapes = ["rehearsal"], options.shapes or rehearsal.shapes
+    else:
+        devices = {"all": ["cpu", "cuda"] if gpu_is_there else ["cpu"]}.get(options.device, [options.device])
     run = _Run(options, devices, environment.describe(options.threads, gpu="cuda" in devices))
     for device in devices:
         try:
-            _measure(run, device, operations)
+            _measure(run, device, rehearsal or _meter(device), operations)
         except Exception:
-            # What was measured before is still reported.
+            # Report what was measured before.
             traceback.print_exc()
             run.failures.append(f"{device}: stopped by an exception")
-
-    print(" ".join(f"{name} {value};" for name, value in run.description.items() if value is not None), end="\n\n")
-    print(report.tables(run.rows, operations))
-    if run.first_call:
-        print(report.first_call_table(run.first_call), end="\n\n")
-    reached = run.targets()
-    for target in reached:
-        print(target)
-    for failure in run.failures:
-        print(f"FAILED  {failure}")
-    if run.not_reached:
-        print(f"{len(run.not_reached)} rows were not reached in {options.minutes:g} minutes: {run.not_reached[0]}, ...")
-    if "rehearsal" in devices:
-        print("REHEARSAL: made without a GPU, no figure is a measurement")
+    run.print_report(operations)
     run.save()
     print(f"\nwritten to {run.path}")
-    missed = options.check_targets and not all(target.holds for target in reached)
+    missed = options.check_targets and not all(target.holds for target in run.targets())
     return 1 if run.failures or missed else 0
 
 
 @dataclass
 class _Run:
-    """What a run has found so far."""
+    """Results of a run so far."""
 
     options: argparse.Namespace
     devices: Sequence[str]
@@ -100,12 +89,12 @@ class _Run:
     @property
     def path(self) -> Path:
         if self.options.save:
-            return _ROOT / "benchmarks" / "results" / f"{'-'.join(self.devices)}-{self.begin:%Y-%m-%d}.json"
-        return self.options.output or _ROOT / "out" / "benchmark.json"
+            name = f"{'-'.join(self.devices)}-{self.begin:%Y-%m-%d}.json"
+            return environment.ROOT / "benchmarks" / "results" / name
+        return self.options.output or environment.ROOT / "out" / "benchmark.json"
 
     @property
-    def is_over(self) -> bool:
-        """Whether no further row is to be begun."""
+    def time_is_up(self) -> bool:
         return (datetime.now(timezone.utc) - self.begin).total_seconds() >= 60 * self.options.minutes
 
     def targets(self) -> list[Target]:
@@ -113,8 +102,25 @@ class _Run:
 
         return targets.evaluate(self.rows, self.first_call, self.floors.get("cuda", {}))
 
+    def print_report(self, operations: Sequence[Operation]) -> None:
+        from benchmarks import report
+
+        print(" ".join(f"{name} {value};" for name, value in self.description.items() if value is not None), end="\n\n")
+        print(report.tables(self.rows, operations))
+        if self.first_call:
+            print(report.first_call_table(self.first_call), end="\n\n")
+        for target in self.targets():
+            print(target)
+        for failure in self.failures:
+            print(f"FAILED  {failure}")
+        if self.not_reached:
+            count, minutes = len(self.not_reached), self.options.minutes
+            print(f"{count} rows were not reached in {minutes:g} minutes: {self.not_reached[0]}, ...")
+        if "rehearsal" in self.devices:
+            print(f"REHEARSAL: {environment.REHEARSAL}")
+
     def save(self) -> None:
-        """Write what there is: a run that is killed leaves the rows before."""
+        """Write all results so far, so that a killed run leaves its completed rows."""
         from benchmarks import report
 
         document = {
@@ -128,33 +134,33 @@ class _Run:
             "not_reached": self.not_reached,
         }
         if "rehearsal" in self.devices:
-            document["rehearsal"] = "made without a GPU: no figure is a measurement"
+            document["rehearsal"] = environment.REHEARSAL
         report.write_json(self.path, document)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--device", choices=DEVICES, default="all", help="default: all that is there")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("--device", choices=DEVICES, default="all", help="default: all that are available")
     parser.add_argument("--operations", choices=OPERATIONS, nargs="+", default=OPERATIONS, help="default: all")
     parser.add_argument("--threads", type=int, default=environment.usable_cores(), help="default: all cores")
     parser.add_argument(
-        "--seconds", type=float, help="time for one row and direction, at least 3 rounds; default: CPU 8, GPU 0.3"
+        "--seconds", type=float, help="time per row and direction, at least 3 rounds; default: CPU 8, GPU 0.3"
     )
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="begin no row after that, the most important come first"
+        "--minutes", type=float, default=float("inf"), help="start no row after that; the most important rows are first"
     )
     parser.add_argument(
         "--shapes",
         type=_shape,
         nargs="+",
         metavar="CxHxW",
-        help="instead of the standard ones, as in the tables: CxHxW for a convolution, CxHxWxRxP for a RoI pooling",
+        help="replace the standard shapes: CxHxW for a convolution, CxHxWxRxP for RoI pooling, as in the tables",
     )
-    parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS, help="what to measure; default: everything")
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS, help="figures to measure; default: all")
     destination = parser.add_mutually_exclusive_group()
     destination.add_argument("--output", type=Path, help="JSON file; default: out/benchmark.json")
-    destination.add_argument("--save", action="store_true", help="keep it as benchmarks/results/<device>-<date>.json")
-    parser.add_argument("--check-targets", action="store_true", help="exit with status 1 when a target is missed")
+    destination.add_argument("--save", action="store_true", help="write benchmarks/results/<device>-<date>.json")
+    parser.add_argument("--check-targets", action="store_true", help="exit with status 1 if a target is missed")
     return parser.parse_args(arguments)
 
 
@@ -166,77 +172,54 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _gpu_is_there() -> bool:
-    if util.find_spec("cupy") is None:
-        return False
     try:
-        from benchmarks import cuda
+        from benchmarks.cuda_meter import is_available
     except ImportError:
         return False
-    return cuda.is_available()
+    return is_available()
 
 
-def _measure(run: _Run, device: str, operations: Sequence[Operation]) -> None:
-    """Measure on one device; what is found is kept as soon as it is known."""
-    from benchmarks import first_call as first
-    from benchmarks.floors import measure_floors
-    from benchmarks.measure import DIRECTIONS, cases, measure
-
-    options = run.options
-    seconds = options.seconds or _SECONDS[device]
-    with ExitStack() as stack:
-        meter = _meter(device, stack)
-        if device != "cpu":
-            size = 8192 if device == "cuda" else 64
-            run.floors[device] = measure_floors("cuda" if device == "cuda" else "cpu", meter.clock, size)
-        planned = []
-        if set(options.parts) & set(DIRECTIONS):
-            for operation in operations:
-                shapes = _shapes(operation, options, device)
-                planned.append([(operation, case) for case in cases(operation, device, shapes)])
-        # In turn, so that each operation's most important rows come before another's least.
-        for operation, case in (row for turn in zip_longest(*planned) for row in turn if row is not None):
-            title = f"{operation.name} {case.title}"
-            if run.is_over:
-                run.not_reached.append(title)
-                continue
-            print(title, file=sys.stderr, flush=True)
-            try:
-                run.rows.append(measure(operation, case, meter, options.parts, seconds, run.failures))
-            except Exception as error:
-                # The other rows are still measured.
-                traceback.print_exc()
-                run.failures.append(f"{title}: {type(error).__name__}: {error}")
-            run.save()
-    if "first-call" in options.parts and first.OPERATION in options.operations and device != "rehearsal":
-        print(f"first calls, {device}", file=sys.stderr)
-        run.first_call[device] = first.first_call_seconds(device)
-
-
-def _meter(device: str, stack: ExitStack) -> Meter:
+def _meter(device: str) -> Meter:
     if device == "cpu":
-        from benchmarks.cpu import CpuMeter
+        from benchmarks.cpu_meter import CpuMeter
 
         return CpuMeter()
-    if device == "rehearsal":
-        from benchmarks.rehearsal import RehearsalMeter, rehearse
+    from benchmarks.cuda_meter import CudaMeter
 
-        stack.enter_context(rehearse())
-        return RehearsalMeter()
-    from benchmarks import cuda
-
-    return cuda.CudaMeter()
+    return CudaMeter()
 
 
-def _shapes(operation: Operation, options: argparse.Namespace, device: str) -> Sequence[tuple[int, ...]]:
-    """The standard ones unless others are asked for, of as many sizes as the operation's."""
-    shapes = options.shapes
-    if shapes is None and device == "rehearsal":
-        from benchmarks.rehearsal import SHAPES
+def _measure(run: _Run, device: str, meter: Meter, operations: Sequence[Operation]) -> None:
+    """Measure on one device and add every result to `run` at once."""
+    from benchmarks import first_call
+    from benchmarks.measure import DIRECTIONS, cases, measure, measure_floors
 
-        shapes = SHAPES
-    if shapes is None:
-        return operation.shapes
-    return [shape for shape in shapes if len(shape) == len(operation.shapes[0])]
+    options = run.options
+    if device != "cpu":
+        run.floors[device] = measure_floors("cuda" if device == "cuda" else "cpu", meter.clock, _FLOOR_SIZE[device])
+    planned = []
+    if set(options.parts) & set(DIRECTIONS):
+        for operation in operations:
+            shapes = [shape for shape in options.shapes or operation.shapes if len(shape) == len(operation.shapes[0])]
+            planned.append([(operation, case) for case in cases(operation, device, shapes)])
+    # Alternate between the operations, so that the important rows of both come first.
+    for operation, case in (row for turn in zip_longest(*planned) for row in turn if row is not None):
+        title = f"{operation.name} {case.title}"
+        if run.time_is_up:
+            run.not_reached.append(title)
+            continue
+        print(title, file=sys.stderr, flush=True)
+        try:
+            seconds = options.seconds or _SECONDS[device]
+            run.rows.append(measure(operation, case, meter, options.parts, seconds, run.failures))
+        except Exception as error:
+            # Continue with the other rows.
+            traceback.print_exc()
+            run.failures.append(f"{title}: {type(error).__name__}: {error}")
+        run.save()
+    if "first-call" in options.parts and first_call.OPERATION in options.operations and device != "rehearsal":
+        print(f"first calls, {device}", file=sys.stderr)
+        run.first_call[device] = first_call.first_call_seconds(device)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Count what a convolution asks of a GPU, without one: `python -m benchmarks.accounting`.
+"""Launches and scratch memory of a convolution, counted without a GPU: `python -m benchmarks.accounting`.
 
-The launch plans run on an engine that executes nothing. It counts kernel launches, matrix products and the most scratch
-memory that is alive at once, for the layers of a ResNet-50 at 800x1333.
+The launch plans run on an engine that executes nothing. It counts kernel launches, matrix products and the peak of
+scratch memory for the layers of a ResNet-50 at 800x1333.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,49 +25,43 @@ LAYERS = {"conv3": (128, 100, 168), "conv4": (256, 50, 84), "conv5": (512, 50, 8
 """Channels, height and width of the deformable layers, 3x3."""
 
 H200 = Device(0, 90, 132, 227 * 1024)
-"""What the plans believe to run on: compute capability, multiprocessors and shared memory of an H100 or H200."""
+"""Device presented to the plans: compute capability, multiprocessors and shared memory of an H100 or H200."""
 
-_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float64": np.dtype(np.float64),
-}
-_NEEDS = frozenset({"input", "offset", "weight", "bias", "mask"})
+_GRADIENTS = frozenset({"input", "offset", "weight", "bias", "mask"})
 
 
 @dataclass(frozen=True)
 class Account:
-    """What one call asks for."""
+    """Resources of one call."""
 
     launches: int
     """Kernel launches and matrix products."""
     scratch_bytes: int
-    """Most memory that is alive at once beside arguments and results."""
+    """Peak memory beyond arguments and results."""
     column_bytes: int
-    """What the columns of the whole batch would take."""
+    """Size of the im2col columns of the whole batch."""
     kernels: tuple[str, ...]
 
 
 class _Ledger:
-    """Stands for an array library and its memory: what it hands out is never touched."""
+    """Array library and engine that record allocations and launches without touching memory."""
 
     def __init__(self) -> None:
         self.kernels: list[str] = []
-        self.alive = self.most = 0
+        self.allocated = self.peak = 0
 
     def empty(self, shape: Any, dtype: Any = float) -> np.ndarray:
         array = np.empty(shape, dtype)
-        self.alive += array.nbytes
-        self.most = max(self.most, self.alive)
-        weakref.finalize(array, self._free, array.nbytes)
+        self.allocated += array.nbytes
+        self.peak = max(self.peak, self.allocated)
+        weakref.finalize(array, self._release, array.nbytes)
         return array
 
     def zeros(self, shape: Any, dtype: Any = float) -> np.ndarray:
-        return self.empty(shape, dtype).view(_Untouched)
+        return self.empty(shape, dtype).view(_Unfilled)
 
-    def _free(self, size: int) -> None:
-        self.alive -= size
+    def _release(self, size: int) -> None:
+        self.allocated -= size
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
@@ -81,8 +76,8 @@ class _Ledger:
         return Engine(self, compile, matmul, lambda: H200, lambda array: int(array.ctypes.data))
 
 
-class _Untouched(np.ndarray):
-    """An array that is not really filled."""
+class _Unfilled(np.ndarray):
+    """Array that ignores `fill`."""
 
     def fill(self, value: Any) -> None: ...
 
@@ -96,46 +91,38 @@ def account(
     precision: str = "ieee",
     deterministic: bool = False,
 ) -> Account:
-    """What a modulated 3x3 convolution of as many outputs as inputs asks for."""
+    """Count the resources of a modulated 3x3 convolution with as many outputs as inputs."""
     C, H, W = layer
+    data = np.dtype(getattr(ml_dtypes, dtype, dtype))
 
     def images(channels: int) -> np.ndarray:
         if layout == "NHWC":
-            return np.empty((N, H, W, channels), _DTYPES[dtype]).transpose(0, 3, 1, 2)
-        return np.empty((N, channels, H, W), _DTYPES[dtype])
+            return np.empty((N, H, W, channels), data).transpose(0, 3, 1, 2)
+        return np.empty((N, channels, H, W), data)
 
     input, offset, mask, grad_out = images(C), images(18), images(9), images(C)
-    weight, bias = np.empty((C, C, 3, 3), _DTYPES[dtype]), np.empty(C, _DTYPES[dtype])
+    weight, bias = np.empty((C, C, 3, 3), data), np.empty(C, data)
     geometry = DeformConvGeometry.of(input, offset, weight, bias, mask, stride=1, padding=1, dilation=1)
     ledger = _Ledger()
     engine = ledger.engine()
     if direction == "forward":
         results = [plans.deform_conv2d(engine, geometry, input, offset, weight, bias, mask, precision)]
     else:
-        arguments = (engine, geometry, grad_out, input, offset, weight, mask, _NEEDS, deterministic, precision)
+        arguments = (engine, geometry, grad_out, input, offset, weight, mask, _GRADIENTS, deterministic, precision)
         results = list(plans.deform_conv2d_backward(*arguments).values())
-    scratch = ledger.most - sum(result.nbytes for result in results)
-    columns = N * H * W * 9 * C * _DTYPES[dtype].itemsize
-    return Account(len(ledger.kernels), scratch, columns, tuple(ledger.kernels))
+    scratch = ledger.peak - sum(result.nbytes for result in results)
+    return Account(len(ledger.kernels), scratch, N * H * W * 9 * C * data.itemsize, tuple(ledger.kernels))
 
 
 def main() -> int:
     for direction in ("forward", "backward"):
-        lines = [["layer", "batch", "data", "order", "launches and products", "scratch, MiB", "columns, MiB"]]
-        for name, N, dtype, layout in _rows():
+        lines = [["layer", "batch", "data", "layout", "launches and products", "scratch, MiB", "columns, MiB"]]
+        for name, N, dtype, layout in itertools.product(LAYERS, (1, 8, 16), ("float16", "float32"), ("NCHW", "NHWC")):
             found = account(LAYERS[name], N, dtype, direction, layout)
             sizes = (f"{size / 2**20:.1f}" for size in (found.scratch_bytes, found.column_bytes))
             lines.append([name, str(N), dtype, layout, str(found.launches), *sizes])
         print(f"{direction}\n\n{markdown(lines)}\n")
     return 0
-
-
-def _rows() -> Iterable[tuple[str, int, str, str]]:
-    for name in LAYERS:
-        for N in (1, 8, 16):
-            for dtype in ("float16", "float32"):
-                for layout in ("NCHW", "NHWC"):
-                    yield name, N, dtype, layout
 
 
 if __name__ == "__main__":

@@ -1,130 +1,200 @@
-"""What every benchmarked operation is made of: cases, contenders, and an evaluation in float64 to hold them against."""
+"""Contenders of both operations, and conversion of a case's arrays to their libraries.
+
+To add a contender, add it to `conv_contenders` or `pool_contenders` and its name to `columns` of the operation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-OURS, PEER = "dcnops", "torchvision"
-"""Names that results are reported under: this library, and the one it competes with."""
+from benchmarks.operations import MODULATED, OURS, PEER, PLAIN, Arrays, Case, Contender
 
-Arrays = Mapping[str, np.ndarray]
-"""Arguments or results by name. Inputs are float32 arrays of values that the dtype of their case can hold."""
+if TYPE_CHECKING:
+    import torch
 
+POOLING = {"spatial_scale": 1 / 16, "sampling_ratio": 2, "gamma": 0.1}
+"""Settings of RoI pooling: a feature map of stride 16, two samples per bin and axis."""
 
-@dataclass(frozen=True)
-class Case:
-    """One row of a table."""
+ON_DEVICE: dict[str, Callable[[Any], Any]] = {"cuda": lambda array: array}
+"""Last step of the conversion for dcnops, by device. A rehearsal adds its own."""
 
-    device: str
-    """cpu, cuda, or rehearsal: what a GPU would run, on a CPU."""
-    shape: tuple[int, ...]
-    """Sizes, of which the operation says what they are."""
-    N: int = 1
-    dtype: str = "float32"
-    products: str = "ieee"
-    """How float32 products are computed: ieee, tf32 or 3xtf32."""
-    layout: str = "NCHW"
-    """Order of the axes of images."""
-    spread: float = 1.0
-    """Standard deviation of offsets, in their unit."""
-    deterministic: bool = False
-    """Whether our gradients are."""
+# Errors are below 1e-5 in float32; those of a wrong implementation are of order 1. In 16 bits, the limits are a few
+# roundings. A plain float32 convolution may use Winograd's algorithm. Torchvision sums in float16.
+_CONV_TOLERANCE = {"float32": 2e-5, "float16": 6e-3, "bfloat16": 2e-2}
+_PLAIN_TOLERANCE = {**_CONV_TOLERANCE, "float32": 2e-4}
+_POOL_TOLERANCE = {**_CONV_TOLERANCE, "float32": 5e-5}
+_PEER_FLOAT16_TOLERANCE = 2e-2
+_TF32_TOLERANCE = 5e-3
 
-    @property
-    def label(self) -> str:
-        return "x".join(map(str, self.shape))
-
-    @property
-    def data(self) -> str:
-        """Everything but shape, batch and device."""
-        parts = [
-            self.dtype,
-            self.products if self.products != "ieee" else "",
-            self.layout if self.layout != "NCHW" else "",
-            f"spread {self.spread:g}" if self.spread != 1 else "",
-            "deterministic" if self.deterministic else "",
-        ]
-        return ", ".join(filter(None, parts))
-
-    @property
-    def title(self) -> str:
-        return f"{self.label}, batch {self.N}, {self.data}, {self.device}"
+_CONV_ARGUMENTS = ("input", "offset", "weight", "bias", "mask")
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One implementation.
+def conv_contenders(case: Case) -> list[Contender]:
+    def tolerance(by_dtype: dict[str, float]) -> float:
+        return _TF32_TOLERANCE if case.products == "tf32" else by_dtype[case.dtype]
 
-    Attributes
-    ----------
-    forward, backward : function of a case and its arrays
-        Prepare one direction; what they return is called to be timed. A backward call does not repeat the forward
-        pass and returns the gradients by argument name. Results are NumPy or CuPy arrays or torch tensors.
-    tolerance : float
-        Largest accepted error, over the largest magnitude of the exact result.
-    unchecked : names of results that the contender is known to compute in another way
-    sees : function of the arrays
-        The arrays that its results are exact for: a plain convolution knows no offsets.
-    coordinates : str
-        Dtype that it computes sampling coordinates in.
-    """
-
-    name: str
-    forward: Callable[[Case, Arrays], Callable[[], Any]]
-    backward: Callable[[Case, Arrays], Callable[[], Mapping[str, Any]]]
-    tolerance: float
-    unchecked: frozenset[str] = frozenset()
-    sees: Callable[[Arrays], Arrays] = lambda arrays: arrays
-    coordinates: str = "float32"
+    images = frozenset({"input", "offset", "mask", "grad_out", "output"})
+    ours = partial(_prepare_ours, "deform_conv2d", images, {"padding": 1, "precision": case.products})
+    half = case.dtype == "float16"
+    peer = Contender(
+        PEER,
+        _prepare_torchvision_conv,
+        tolerance({**_CONV_TOLERANCE, "float16": _PEER_FLOAT16_TOLERANCE}),
+        # Coordinates rounded to float16 are often exactly -1, where torchvision's offset gradient is known to differ.
+        unchecked=frozenset({"offset"}) if half else frozenset(),
+        coordinates="float16" if half else "float32",
+    )
+    return [
+        Contender(OURS, ours, tolerance(_CONV_TOLERANCE)),
+        *([peer] if case.dtype != "bfloat16" else []),  # torchvision has no bfloat16
+        Contender(PLAIN, _prepare_plain_conv, tolerance(_PLAIN_TOLERANCE), sees=_without_deformation),
+    ]
 
 
-@dataclass(frozen=True, eq=False)
-class Operation:
-    """One operation and what it is measured with; the module of the benchmark named like it holds it as `OPERATION`.
-
-    Attributes
-    ----------
-    sizes : str
-        What the numbers of a shape are.
-    shapes : sequence of tuple, smallest first
-    variants : mapping
-        Device to what every shape is measured with, the most important first: further fields of a `Case`.
-    per_image : names of the arguments and results whose first axis is the batch
-    inputs : function of a case
-        Arguments and `grad_out`, always the same for the same case; a batch begins with the image of a batch of one.
-    contenders : function of a case
-    evaluate : function of the arrays of a batch of one, the dtype of sampling coordinates and torch's device
-        The output, as `output`, and the gradients in float64, by other means than any contender's.
-    columns : names of all contenders, in the order of the table
-    ratios : pairs of contenders whose times are compared
-    with_memory : names of the contenders whose peak extra memory is measured
-    column_bytes : function of a case
-        Size of the buffer that explicit columns of one image need, where the operation has columns.
-    work : function of a case
-        Floating-point operations of the forward pass's products and bytes of its arguments and results, where there
-        are products.
-    """
-
-    name: str
-    sizes: str
-    shapes: Sequence[tuple[int, ...]]
-    variants: Mapping[str, Sequence[Mapping[str, Any]]]
-    per_image: frozenset[str]
-    inputs: Callable[[Case], Arrays]
-    contenders: Callable[[Case], list[Contender]]
-    evaluate: Callable[[Arrays, str, str], Arrays]
-    columns: Sequence[str]
-    ratios: Sequence[tuple[str, str]]
-    with_memory: Sequence[str]
-    column_bytes: Callable[[Case], int | None] = lambda case: None
-    work: Callable[[Case], tuple[float, float] | None] = lambda case: None
+def pool_contenders(case: Case) -> list[Contender]:
+    images = frozenset({"input", "grad_out", "output"})
+    ours = partial(_prepare_ours, "deform_roi_pool", images, {"output_size": case.shape[-1], **POOLING})
+    peer = Contender(
+        PEER,
+        _prepare_roi_align,
+        _PEER_FLOAT16_TOLERANCE if case.dtype == "float16" else _POOL_TOLERANCE[case.dtype],
+        sees=_without_offsets,
+        coordinates=case.dtype,
+    )
+    return [
+        Contender(
+            OURS,
+            lambda case, arrays, direction: ours(case, _without_offsets(arrays), direction),
+            _POOL_TOLERANCE[case.dtype],
+            sees=_without_offsets,
+        ),
+        *([peer] if case.dtype != "bfloat16" else []),
+        Contender(MODULATED, ours, _POOL_TOLERANCE[case.dtype]),
+    ]
 
 
-def load(name: str) -> Operation:
-    operation: Operation = import_module(f"benchmarks.{name}").OPERATION
-    return operation
+def _without_deformation(arrays: Arrays) -> Arrays:
+    """Return arrays for which the deformable convolution equals the plain one."""
+    return {**arrays, "offset": np.zeros_like(arrays["offset"]), "mask": np.ones_like(arrays["mask"])}
+
+
+def _without_offsets(arrays: Arrays) -> Arrays:
+    return {name: array for name, array in arrays.items() if name not in ("offset", "mask")}
+
+
+def _prepare_ours(
+    operation: str, images: frozenset[str], options: dict[str, Any], case: Case, arrays: Arrays, direction: str
+) -> Callable[[], Any]:
+    """Prepare a call of dcnops; the arrays named in `images` have the layout of the case."""
+    import dcnops
+
+    nhwc = images if case.layout == "NHWC" else frozenset()
+
+    def to_device(name: str, array: np.ndarray) -> Any:
+        array = np.ascontiguousarray(array.transpose(0, 2, 3, 1)) if name in nhwc else array
+        if case.device == "cpu":
+            return array
+        from dcnops.adapters.torch.arrays import as_array
+
+        # Detectors keep regions in float32, also with 16-bit features.
+        return ON_DEVICE[case.device](as_array(to_torch(case, array, "float32" if name == "rois" else None)))
+
+    def to_nchw(name: str, array: Any) -> Any:
+        return array.transpose(0, 3, 1, 2) if name in nhwc else array
+
+    arguments = {name: to_device(name, array) for name, array in arrays.items()} | options | {"layout": case.layout}
+    if direction == "forward":
+        del arguments["grad_out"]
+        function = getattr(dcnops, operation)
+        return lambda: to_nchw("output", function(**arguments))
+    function = partial(getattr(dcnops, f"{operation}_backward"), deterministic=case.deterministic)
+
+    def backward() -> dict[str, Any]:
+        gradients = function(**arguments)._asdict()
+        return {name: to_nchw(name, gradient) for name, gradient in gradients.items() if gradient is not None}
+
+    return backward
+
+
+def _prepare_torchvision_conv(case: Case, arrays: Arrays, direction: str) -> Callable[[], Any]:
+    from torchvision.ops import deform_conv2d
+
+    tensors = {name: to_torch(case, arrays[name]) for name in _CONV_ARGUMENTS}
+    return _prepare_torch(partial(deform_conv2d, padding=1), tensors, to_torch(case, arrays["grad_out"]), direction)
+
+
+def _prepare_plain_conv(case: Case, arrays: Arrays, direction: str) -> Callable[[], Any]:
+    import torch
+
+    def tensor(name: str) -> torch.Tensor:
+        found = to_torch(case, arrays[name])
+        on_gpu = case.device != "cpu" and found.ndim == 4
+        return found.contiguous(memory_format=torch.channels_last) if on_gpu else found
+
+    tensors = {name: tensor(name) for name in ("input", "weight", "bias")}
+    return _prepare_torch(partial(torch.nn.functional.conv2d, padding=1), tensors, tensor("grad_out"), direction)
+
+
+def _prepare_roi_align(case: Case, arrays: Arrays, direction: str) -> Callable[[], Any]:
+    from torchvision.ops import roi_align
+
+    function = partial(
+        roi_align,
+        boxes=to_torch(case, arrays["rois"]),
+        output_size=case.shape[-1],
+        spatial_scale=POOLING["spatial_scale"],
+        sampling_ratio=POOLING["sampling_ratio"],
+        aligned=True,
+    )
+    tensors = {"input": to_torch(case, arrays["input"])}
+    return _prepare_torch(function, tensors, to_torch(case, arrays["grad_out"]), direction)
+
+
+def _prepare_torch(
+    function: Callable[..., Any], tensors: dict[str, torch.Tensor], grad_out: torch.Tensor, direction: str
+) -> Callable[[], Any]:
+    """Prepare `function` on tensors without gradients, or the gradients alone after one forward pass."""
+    import torch
+
+    if direction == "forward":
+        return lambda: function(**tensors)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    output = function(**leaves)
+
+    def backward() -> dict[str, Any]:
+        gradients = torch.autograd.grad(output, list(leaves.values()), grad_out, retain_graph=True)
+        return dict(zip(leaves, gradients, strict=True))
+
+    return backward
+
+
+def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Return the nearest values that `dtype` can represent, in float32."""
+    if dtype == "float32":
+        return array
+    import torch
+
+    return torch.from_numpy(array).to(getattr(torch, dtype)).float().numpy()
+
+
+def to_torch(case: Case, array: np.ndarray, dtype: str | None = None) -> torch.Tensor:
+    """Return a tensor on the device of the case, in its dtype or in `dtype`."""
+    import torch
+
+    device = "cuda" if case.device == "cuda" else "cpu"
+    return torch.from_numpy(array).to(device, getattr(torch, dtype or case.dtype))
+
+
+def to_numpy(result: Any) -> np.ndarray:
+    """Return a result of any library as a NumPy array, float32 or wider."""
+    if isinstance(result, np.ndarray):
+        return np.asarray(result, np.result_type(result.dtype, np.float32))
+    if not hasattr(result, "detach"):
+        from dcnops.adapters.torch.arrays import as_tensor
+
+        result = as_tensor(result)
+    return np.asarray(result.detach().float().cpu())

@@ -1,4 +1,4 @@
-"""No speed without a green check: results of this very run's inputs against the float64 evaluation."""
+"""Comparison of every contender with results in float64, on the same inputs that are timed."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ from functools import lru_cache
 
 import numpy as np
 
-from benchmarks.contenders import Arrays, Case, Contender, Operation
-from benchmarks.libraries import to_numpy
+from benchmarks.contenders import to_numpy
+from benchmarks.operations import Arrays, Case, Contender, Operation
 
 
 def check(operation: Operation, case: Case, arrays: Arrays, contenders: list[Contender]) -> dict[str, dict[str, float]]:
-    """Errors by contender and result, each relative to the largest magnitude of the exact result.
+    """Return errors by contender and result, relative to the largest magnitude of the exact result.
 
-    The exact evaluation takes the first image. Of a larger batch, the first and the last image are held against the
-    contender's own results for them alone, the first of which is the one that was checked.
+    Float64 results exist for the first image only. In a larger batch, the first and the last image are compared with
+    the contender's own results for each alone; the first of these has been compared with float64.
     """
     errors = {}
     for contender in contenders:
         single = replace(case, N=1, products="ieee", layout="NCHW", deterministic=False)
-        expected = _exact(operation, single, contender.sees, contender.coordinates)
-        errors[contender.name] = _errors(
-            _results(contender, replace(case, N=1), _image(operation, arrays, 0)), expected
-        )
+        exact = _expected(operation, single, contender.sees, contender.coordinates)
+        errors[contender.name] = _errors(_results(operation, contender, case, arrays, 0), exact)
         if case.N > 1:
             batch = _batch_errors(operation, case, arrays, contender)
             errors[contender.name].update({f"{name}, batch": error for name, error in batch.items()})
@@ -32,36 +30,39 @@ def check(operation: Operation, case: Case, arrays: Arrays, contenders: list[Con
 
 
 @lru_cache(maxsize=12)
-def _exact(operation: Operation, case: Case, sees: Callable[[Arrays], Arrays], coordinates: str) -> Arrays:
-    """Kept for the batches of a case: they begin with the same image."""
-    return operation.evaluate(sees(operation.inputs(case)), coordinates, "cuda" if case.device == "cuda" else "cpu")
+def _expected(operation: Operation, case: Case, sees: Callable[[Arrays], Arrays], coordinates: str) -> Arrays:
+    """Return float64 results, cached because all batches of a case begin with the same image."""
+    return operation.expected(sees(operation.inputs(case)), coordinates, "cuda" if case.device == "cuda" else "cpu")
 
 
-def _image(operation: Operation, arrays: Arrays, n: int) -> Arrays:
-    return {name: array[n : n + 1] if name in operation.per_image else array for name, array in arrays.items()}
-
-
-def _results(contender: Contender, case: Case, arrays: Arrays) -> dict[str, np.ndarray]:
-    results = {"output": contender.forward(case, arrays)(), **contender.backward(case, arrays)()}
+def _results(
+    operation: Operation, contender: Contender, case: Case, arrays: Arrays, image: int | None = None
+) -> dict[str, np.ndarray]:
+    """Return the results of the batch, or those of one image alone."""
+    if image is not None:
+        case = replace(case, N=1)
+        arrays = {
+            name: array[image : image + 1] if name in operation.per_image else array for name, array in arrays.items()
+        }
+    results = {
+        "output": contender.prepare(case, arrays, "forward")(),
+        **contender.prepare(case, arrays, "backward")(),
+    }
     return {name: to_numpy(array) for name, array in results.items() if name not in contender.unchecked}
 
 
 def _batch_errors(operation: Operation, case: Case, arrays: Arrays, contender: Contender) -> dict[str, float]:
-    """What belongs to an image is compared for the first and the last; sums over the batch where it is of two."""
-    batch = _results(contender, case, arrays)
-    picked = {n: _results(contender, replace(case, N=1), _image(operation, arrays, n)) for n in (0, case.N - 1)}
-    expected = {
-        name: np.concatenate([image[name] for image in picked.values()])
-        if name in operation.per_image
-        else np.sum([image[name] for image in picked.values()], axis=0, dtype=np.float64)
-        for name in batch
-        if name in operation.per_image or case.N == 2
-    }
-    ends = {
-        name: array[[0, -1]] if name in operation.per_image else array
-        for name, array in batch.items()
-        if name in expected
-    }
+    """Compare the first and the last image; results summed over the batch only if it has two images."""
+    batch = _results(operation, contender, case, arrays)
+    alone = [_results(operation, contender, case, arrays, image) for image in (0, case.N - 1)]
+    ends, expected = {}, {}
+    for name, array in batch.items():
+        if name in operation.per_image:
+            ends[name] = array[[0, -1]]
+            expected[name] = np.concatenate([image[name] for image in alone])
+        elif case.N == 2:
+            ends[name] = array
+            expected[name] = np.sum([image[name] for image in alone], axis=0, dtype=np.float64)
     return _errors(ends, expected)
 
 
@@ -71,9 +72,9 @@ def _errors(results: Arrays, expected: Arrays) -> dict[str, float]:
         error = np.inf
         if array.shape == expected[name].shape:
             exact = expected[name]
-            # One slice after the other: the difference of large arrays takes longer to allocate than to compute.
+            # Slice by slice: allocating the difference of large arrays takes longer than computing it.
             difference = np.max([np.abs(a - b).max() for a, b in zip(array, exact, strict=True)])
             error = difference / max(exact.max(), -exact.min())
-        # NaN is above no limit.
+        # NaN would pass every limit.
         errors[name] = float(np.nan_to_num(error, nan=np.inf, posinf=np.inf))
     return errors

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from benchmarks.contenders import OURS, PEER, Arrays, Case, Contender, Operation
-from benchmarks.deform_conv2d_float64 import evaluate
-from benchmarks.libraries import rounded, to_nhwc, to_ours, to_torch, torch_backward, torch_forward
+from benchmarks.contenders import conv_contenders, rounded
+from benchmarks.operations import OURS, PEER, PLAIN, Arrays, Case, Operation
+from dcnops._dtypes import DTYPES
 
-if TYPE_CHECKING:
-    import torch
-
-PLAIN = "conv2d"
-"""The ordinary convolution that the deformable one is an extension of."""
-
-_ARGUMENTS = ("input", "offset", "weight", "bias", "mask")
-_PLAIN_ARGUMENTS = ("input", "weight", "bias")
 _PER_IMAGE = frozenset({"input", "offset", "mask", "grad_out", "output"})
 _K = 9
-
-# Errors of float32 stay below 1e-5 here, those of a wrong implementation are of order 1. Some roundings of the type
-# for 16 bits. Float32 convolutions may be Winograd's; torchvision adds up float16 in float16.
-_TOLERANCE = {"float32": 2e-5, "float16": 6e-3, "bfloat16": 2e-2}
-_PLAIN_TOLERANCE = {**_TOLERANCE, "float32": 2e-4}
-_PEER_TOLERANCE = {"float32": 2e-5, "float16": 2e-2}
-_TF32_TOLERANCE = 5e-3
 
 
 def _inputs(case: Case) -> Arrays:
@@ -61,137 +45,73 @@ def _random(shape: tuple[int, int, int], N: int) -> Arrays:
     }
 
 
+def expected(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") -> Arrays:
+    """Return the output and gradients of one image in float64, as a sum of deformable 1x1 convolutions.
+
+    One tap at a time bounds the memory. Coordinates are rounded as the contender rounds them, because a bilinear
+    gradient jumps at whole pixels.
+    """
+    import torch
+    from dcnops.adapters.torch.differentiable import deform_conv2d
+
+    exact = {name: torch.from_numpy(array).to(device).double() for name, array in arrays.items()}
+    rounding, grad_out = getattr(torch, coordinates), exact.pop("grad_out")
+    axes = (torch.arange(size, device=device, dtype=torch.float64) for size in grad_out.shape[2:])
+    pixels = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    bias = exact.pop("bias")
+    results = {name: torch.zeros_like(array) for name, array in exact.items()}
+    results |= {"bias": grad_out.sum((0, 2, 3)), "output": bias[:, None, None].expand(grad_out.shape).clone()}
+    for k in range(_K):
+        i, j = divmod(k, 3)
+        parts: dict[str, Any] = {
+            "input": np.s_[:],
+            "offset": np.s_[:, 2 * k : 2 * k + 2],
+            "weight": np.s_[:, :, i : i + 1, j : j + 1],
+            "mask": np.s_[:, k : k + 1],
+        }
+        tap = {name: exact[name][part] for name, part in parts.items()}
+        regular = pixels + torch.tensor([i - 1, j - 1], device=device)[:, None, None]
+        tap["offset"] = (regular.to(rounding) + tap["offset"].to(rounding)).double() - pixels
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tap.items()}
+        output = deform_conv2d(**leaves, bias=None, stride=1, padding=0, dilation=1)
+        results["output"] += output.detach()
+        gradients = torch.autograd.grad(output, [leaves[name] for name in parts], grad_out)
+        for (name, part), gradient in zip(parts.items(), gradients, strict=True):
+            results[name][part] += gradient
+    return {name: tensor.cpu().numpy() for name, tensor in results.items()}
+
+
 def _column_bytes(case: Case) -> int:
     C, H, W = case.shape
-    return C * _K * H * W * {"float32": 4, "float16": 2, "bfloat16": 2}[case.dtype]
+    return C * _K * H * W * DTYPES[case.dtype].itemsize
 
 
 def _work(case: Case) -> tuple[float, float]:
     C, H, W = case.shape
-    pixels, size = case.N * H * W, {"float32": 4, "float16": 2, "bfloat16": 2}[case.dtype]
+    pixels, size = case.N * H * W, DTYPES[case.dtype].itemsize
     return 2.0 * pixels * C * C * _K, float(size * (pixels * (2 * C + 3 * _K) + C * C * _K + C))
 
 
-def _contenders(case: Case) -> list[Contender]:
-    tolerance = _TF32_TOLERANCE if case.products == "tf32" else _TOLERANCE[case.dtype]
-    found = [Contender(OURS, _ours_forward, _ours_backward, tolerance)]
-    # Torchvision has no bfloat16.
-    if case.dtype in _PEER_TOLERANCE:
-        half = case.dtype == "float16"
-        found.append(
-            Contender(
-                PEER,
-                _peer_forward,
-                _peer_backward,
-                _TF32_TOLERANCE if case.products == "tf32" else _PEER_TOLERANCE[case.dtype],
-                # Coordinates rounded to float16 are often exactly -1, where its offset gradient is known to differ.
-                unchecked=frozenset({"offset"}) if half else frozenset(),
-                coordinates="float16" if half else "float32",
-            )
-        )
-    tolerance = _TF32_TOLERANCE if case.products == "tf32" else _PLAIN_TOLERANCE[case.dtype]
-    found.append(Contender(PLAIN, _plain_forward, _plain_backward, tolerance, sees=_without_offsets))
-    return found
-
-
-def _without_offsets(arrays: Arrays) -> Arrays:
-    """The arrays for which a plain convolution computes the same."""
-    return {**arrays, "offset": np.zeros_like(arrays["offset"]), "mask": np.ones_like(arrays["mask"])}
-
-
-def _ours_forward(case: Case, arrays: Arrays) -> Callable[[], Any]:
-    import dcnops
-
-    arguments = {name: _our_array(case, name, arrays) for name in _ARGUMENTS}
-    return lambda: _nchw(case, "output", dcnops.deform_conv2d(**arguments, padding=1, **_our_options(case)))
-
-
-def _ours_backward(case: Case, arrays: Arrays) -> Callable[[], dict[str, Any]]:
-    import dcnops
-
-    arguments = {name: _our_array(case, name, arrays) for name in (*_ARGUMENTS, "grad_out")}
-    options = {**_our_options(case), "padding": 1, "deterministic": case.deterministic}
-
-    def backward() -> dict[str, Any]:
-        gradients = dcnops.deform_conv2d_backward(**arguments, **options)._asdict()
-        return {name: _nchw(case, name, gradient) for name, gradient in gradients.items()}
-
-    return backward
-
-
-def _our_options(case: Case) -> dict[str, Any]:
-    return {"layout": case.layout, "precision": case.products}
-
-
-def _our_array(case: Case, name: str, arrays: Arrays) -> Any:
-    turned = case.layout == "NHWC" and name in _PER_IMAGE
-    return to_ours(case, to_nhwc(arrays[name]) if turned else arrays[name])
-
-
-def _nchw(case: Case, name: str, array: Any) -> Any:
-    """A view."""
-    return array.transpose(0, 3, 1, 2) if case.layout == "NHWC" and name in _PER_IMAGE else array
-
-
-def _peer_forward(case: Case, arrays: Arrays) -> Callable[[], Any]:
-    return torch_forward(_peer_call, {name: to_torch(case, arrays[name]) for name in _ARGUMENTS})
-
-
-def _peer_backward(case: Case, arrays: Arrays) -> Callable[[], dict[str, Any]]:
-    tensors = {name: to_torch(case, arrays[name]) for name in _ARGUMENTS}
-    return torch_backward(_peer_call, tensors, to_torch(case, arrays["grad_out"]))
-
-
-def _peer_call(**tensors: Any) -> Any:
-    from torchvision.ops import deform_conv2d
-
-    return deform_conv2d(**tensors, padding=1)
-
-
-def _plain_forward(case: Case, arrays: Arrays) -> Callable[[], Any]:
-    return torch_forward(_plain_call, {name: _plain_tensor(case, arrays[name]) for name in _PLAIN_ARGUMENTS})
-
-
-def _plain_backward(case: Case, arrays: Arrays) -> Callable[[], dict[str, Any]]:
-    tensors = {name: _plain_tensor(case, arrays[name]) for name in _PLAIN_ARGUMENTS}
-    return torch_backward(_plain_call, tensors, _plain_tensor(case, arrays["grad_out"]))
-
-
-def _plain_tensor(case: Case, array: np.ndarray) -> torch.Tensor:
-    import torch
-
-    tensor = to_torch(case, array)
-    on_gpu = case.device != "cpu" and tensor.ndim == 4
-    return tensor.contiguous(memory_format=torch.channels_last) if on_gpu else tensor
-
-
-def _plain_call(**tensors: Any) -> Any:
-    from torch.nn.functional import conv2d
-
-    return conv2d(**tensors, padding=1)
-
-
 def _gpu_variants() -> list[dict[str, Any]]:
-    """A grid of batches and kinds of data, then one thing at a time; what a reader looks for first comes first."""
+    """Return a grid of batches and kinds of data, then single changes; the most interesting rows come first."""
     kinds: dict[str, dict[str, Any]] = {
         "float16": {"dtype": "float16"},
         "tf32": {"products": "tf32"},
         "ieee": {},
         "bfloat16": {"dtype": "bfloat16"},
-        "3xtf32": {"products": "3xtf32"},
     }
     typical = {"spread": 2.0}
-    half, whole = {**typical, "dtype": "float16"}, {**typical, "products": "ieee"}
+    half, single = {**typical, "dtype": "float16"}, {**typical, "products": "ieee"}
     return [
-        *({**typical, **kinds[kind], "N": N} for N in (16, 1) for kind in ("float16", "tf32", "ieee", "bfloat16")),
+        *({**typical, **kind, "N": N} for N in (16, 1) for kind in kinds.values()),
         {**half, "N": 16, "deterministic": True},
         {**half, "N": 16, "layout": "NHWC"},
-        *({**typical, **kinds[kind], "N": N} for N in (8, 2) for kind in ("float16", "tf32", "ieee", "bfloat16")),
+        *({**typical, **kind, "N": N} for N in (8, 2) for kind in kinds.values()),
         *({**half, "N": 16, "spread": spread} for spread in (0.5, 8.0)),
-        {**whole, "N": 16, "deterministic": True},
-        {**whole, "N": 16, "layout": "NHWC"},
+        {**single, "N": 16, "deterministic": True},
+        {**single, "N": 16, "layout": "NHWC"},
         {**half, "N": 1, "layout": "NHWC"},
-        *({**typical, **kinds["3xtf32"], "N": N} for N in (16, 1)),
+        *({**typical, "products": "3xtf32", "N": N} for N in (16, 1)),
     ]
 
 
@@ -199,14 +119,12 @@ OPERATION = Operation(
     name="deform_conv2d",
     sizes="C=O x H x W",
     shapes=((64, 56, 56), (128, 100, 168), (256, 50, 84), (512, 50, 84)),
-    variants={"cpu": [{}], **dict.fromkeys(("cuda", "rehearsal"), _gpu_variants())},
+    gpu_variants=_gpu_variants(),
     per_image=_PER_IMAGE,
     inputs=_inputs,
-    contenders=_contenders,
-    evaluate=evaluate,
+    contenders=conv_contenders,
+    expected=expected,
     columns=(OURS, PEER, PLAIN),
-    ratios=((PEER, OURS), (OURS, PLAIN)),
-    with_memory=(OURS, PEER),
     column_bytes=_column_bytes,
     work=_work,
 )

@@ -1,15 +1,20 @@
-"""Where and with what a run was made."""
+"""Conditions of a run: threads, versions, hardware and commit."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
+REHEARSAL = "made without a GPU: no figure is a measurement"
+
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 _PACKAGES = ("numpy", "numba", "torch", "torchvision")
 
@@ -19,8 +24,16 @@ def usable_cores() -> int:
 
 
 def limit_threads(threads: int) -> None:
-    """The same number of threads for all libraries, here and in child processes; to be called before their import."""
+    """Set the number of threads of all libraries and child processes; call this before their import."""
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
+
+
+def run_module(module: str, *arguments: str, variables: Mapping[str, str] | None = None) -> Any:
+    """Run a module in a fresh process with additional environment variables and return the JSON that it prints."""
+    command = [sys.executable, "-m", module, *arguments]
+    environment = {**os.environ, **(variables or {})}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
 
 
 def describe(threads: int, gpu: bool) -> dict[str, Any]:
@@ -59,7 +72,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit that is checked out, with a plus sign when files differ from it."""
+    """Return the checked-out commit, with a plus sign if files differ from it."""
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+" if _git("status", "--porcelain") else "")
@@ -68,5 +81,5 @@ def _commit() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=_ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
     return done.stdout.strip()

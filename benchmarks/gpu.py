@@ -1,7 +1,7 @@
-"""Everything a GPU has to show, in one command: `make gpu`, or `python -m benchmarks.gpu [PART ...]`.
+"""Run everything that needs a GPU: `make gpu`, or `python -m benchmarks.gpu [PART ...]`.
 
-Each part runs in a process of its own, for no longer than its share of the time; the next begins when it has failed or
-was ended. The results so far are in the JSON file after each part.
+Each part runs in a separate process with its share of the time. A part that fails or exceeds its share does not affect
+the next. The JSON file is rewritten after each part.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from benchmarks import environment
 from benchmarks.report import markdown, write_json
 
 SHARES = {"tests": 0.4, "sanitizers": 0.15, "benchmark": 0.34, "model": 0.11}
-"""Of the whole time, in the order in which the parts run."""
+"""Share of the time of each part, in the order in which they run."""
 
 _SANITIZERS = ("memcheck", "racecheck", "synccheck")
 _FOUND_ERRORS = 97
-_ROOT = Path(__file__).parents[1]
 _LAST_LINES = 4
 
-# Of the tests without a GPU, one of each kind stands for them in a rehearsal.
+# A rehearsal runs one test of each kind.
 _REHEARSED_TESTS = (
     "tests/arrays/test_deform_conv2d.py::test_tiny_images",
     "tests/arrays/test_precision.py::test_each_precision_has_its_accuracy",
@@ -42,17 +41,7 @@ _REHEARSED_TESTS = (
 
 @dataclass(frozen=True)
 class Part:
-    """One thing to run.
-
-    Attributes
-    ----------
-    name : str
-    commands : sequence of command lines, run one after the other
-    seconds : float
-        After which it is ended, with all processes that it started.
-    results : path, optional
-        JSON that it writes.
-    """
+    """Commands to run one after the other, within `seconds` in total, and the JSON file that they write."""
 
     name: str
     commands: Sequence[Sequence[str]]
@@ -62,11 +51,10 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of a part."""
+    """Result of a part; its status is passed, failed or ended (out of time)."""
 
     name: str
     status: str = "passed"
-    """passed, failed or ended."""
     seconds: float = 0.0
     log: str = ""
     last_lines: list[str] = field(default_factory=list)
@@ -82,11 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").partition("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(SHARES)}; default: all")
-    parser.add_argument("--minutes", type=float, default=10, help="for all of them together; default: 10")
-    parser.add_argument("--out", type=Path, default=_ROOT / "out" / "gpu", help="folder of results; default: out/gpu")
-    parser.add_argument("--rehearse", action="store_true", help="go through the motions without a GPU")
+    parser.add_argument("--minutes", type=float, default=10, help="time for all parts together; default: 10")
+    out = environment.ROOT / "out" / "gpu"
+    parser.add_argument("--out", type=Path, default=out, help="folder for the results; default: out/gpu")
+    parser.add_argument("--rehearse", action="store_true", help="run without a GPU, on emulated kernels")
     options = parser.parse_args(arguments)
     unknown = [part for part in options.parts if part not in SHARES]
     if unknown:
@@ -96,44 +85,39 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def parts_of(names: Sequence[str], seconds: float, out: Path, rehearse: bool, sanitizer: str | None) -> list[Part]:
-    """The named parts, or all, with their shares of the time."""
+    """Return the named parts, or all, with their shares of the time."""
     chosen = [name for name in SHARES if name in (names or SHARES)]
     whole = sum(SHARES[name] for name in chosen)
-    device = "rehearsal" if rehearse else "cuda"
-    found = []
-    for name in chosen:
-        share = seconds * SHARES[name] / whole
-        # What measures stops beginning rows before its process is ended.
-        limits = ("--minutes", f"{0.8 * share / 60:.3f}")
-        commands, results = [], None
-        if name == "tests":
-            pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=brief")
-            # Most of the time goes into compiling, which several processes share. The detector needs no GPU of its own.
-            on_gpu = ("-m", "gpu", "-n", str(min(8, environment.usable_cores())), "--ignore=tests/detector")
-            commands = [[*pytest, *(_REHEARSED_TESTS if rehearse else on_gpu)]]
-        elif name == "sanitizers":
-            cases = (sys.executable, "-m", "benchmarks.sanitizer_cases", *(["--rehearse"] if rehearse else []))
-            commands = [
-                [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", str(_FOUND_ERRORS), *cases]
-                for tool in _SANITIZERS
-            ]
-        elif name == "benchmark":
-            results = out / "benchmark.json"
-            measured = ("--parts", "forward", "backward", "memory", "--output", str(results))
-            commands = [[sys.executable, "-m", "benchmarks", "--device", device, *measured, *limits]]
-        else:
-            results = out / "model.json"
-            measured = ("--device", device, "--output", str(results))
-            commands = [[sys.executable, "-m", "benchmarks.model", *measured, *limits]]
-        found.append(Part(name, commands, share, results))
-    return found
+    return [_part(name, seconds * SHARES[name] / whole, out, rehearse, sanitizer) for name in chosen]
+
+
+def _part(name: str, seconds: float, out: Path, rehearse: bool, sanitizer: str | None) -> Part:
+    module = (sys.executable, "-m")
+    if name == "tests":
+        pytest = (*module, "pytest", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=brief")
+        # Parallel, because compilation dominates. The detector's tests add nothing that is specific to a GPU.
+        on_gpu = ("-m", "gpu", "-n", str(min(8, environment.usable_cores())), "--ignore=tests/detector")
+        return Part(name, [[*pytest, *(_REHEARSED_TESTS if rehearse else on_gpu)]], seconds)
+    if name == "sanitizers":
+        checker = (sanitizer or "compute-sanitizer", "--error-exitcode", str(_FOUND_ERRORS))
+        cases = (*module, "tests.cuda.sanitizer_cases", *(["--rehearse"] if rehearse else []))
+        return Part(name, [[*checker, "--tool", tool, *cases] for tool in _SANITIZERS], seconds)
+    results = out / f"{name}.json"
+    # Measurements stop starting rows before their time is up.
+    limits = ("--minutes", f"{0.8 * seconds / 60:.3f}", "--output", str(results))
+    if name == "benchmark":
+        command = ["tests.benchmarks.rehearse"] if rehearse else ["benchmarks", "--device", "cuda"]
+        command += ["--parts", "forward", "backward", "memory"]
+    else:
+        command = ["benchmarks.model", "--device", "rehearsal" if rehearse else "cuda"]
+    return Part(name, [[*module, *command, *limits]], seconds, results)
 
 
 def run_parts(parts: Sequence[Part], out: Path, rehearse: bool = False) -> int:
-    """Run them, whatever becomes of them; print the table; the exit status."""
+    """Run all parts, print the table and return the exit status."""
     document: dict[str, Any] = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     if rehearse:
-        document["rehearsal"] = "made without a GPU: no figure is a measurement"
+        document["rehearsal"] = environment.REHEARSAL
     document["environment"] = _environment(rehearse)
     outcomes: list[Outcome] = []
     for part in parts:
@@ -143,7 +127,7 @@ def run_parts(parts: Sequence[Part], out: Path, rehearse: bool = False) -> int:
         write_json(out / "gpu.json", document)
     print(_table(outcomes))
     if rehearse:
-        print("REHEARSAL: made without a GPU, no figure is a measurement")
+        print(f"REHEARSAL: {environment.REHEARSAL}")
     print(f"written to {out / 'gpu.json'}")
     return 0 if all(outcome.status == "passed" for outcome in outcomes) else 1
 
@@ -151,7 +135,7 @@ def run_parts(parts: Sequence[Part], out: Path, rehearse: bool = False) -> int:
 def _run(part: Part, out: Path) -> Outcome:
     outcome = Outcome(part.name, log=str(out / f"{part.name}.log"))
     if part.results is not None:
-        # What an earlier run has left is not this one's.
+        # Do not report the results of an earlier run.
         part.results.unlink(missing_ok=True)
     begin = time.monotonic()
     with open(outcome.log, "w") as log:
@@ -174,7 +158,12 @@ def _run_command(command: Sequence[str], seconds: float, log: Any) -> str:
     print("$", *command, file=log, flush=True)
     try:
         process = subprocess.Popen(
-            command, cwd=_ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            cwd=environment.ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
     except OSError as error:
         print(f"cannot run {command[0]}: {error}", file=log, flush=True)
@@ -184,7 +173,7 @@ def _run_command(command: Sequence[str], seconds: float, log: Any) -> str:
     except subprocess.TimeoutExpired:
         return "ended"
     finally:
-        # Whatever it started goes with it.
+        # Also kill the processes that it started.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -195,37 +184,30 @@ def _table(outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         last = outcome.last_lines[-1] if outcome.last_lines else ""
         lines.append([outcome.name, outcome.status, f"{outcome.seconds:.0f}", last[:80]])
-    targets = [
-        [target["name"], f"{target['value']:.3g}", f"{target['relation']} {target['limit']:g}", _verdict(target)]
-        for outcome in outcomes
-        for target in (outcome.results or {}).get("targets", [])
-    ]
-    for target in targets:
-        lines.append(target)
+    for outcome in outcomes:
+        for target in (outcome.results or {}).get("targets", []):
+            limit, verdict = f"{target['relation']} {target['limit']:g}", "holds" if target["holds"] else "MISSED"
+            lines.append([target["name"], f"{target['value']:.3g}", limit, verdict])
     return markdown(lines)
-
-
-def _verdict(target: dict[str, Any]) -> str:
-    return "holds" if target["holds"] else "MISSED"
 
 
 def _environment(rehearse: bool) -> dict[str, Any]:
     try:
         return environment.describe(environment.usable_cores(), gpu=not rehearse)
     except Exception as error:
-        # A device that does not answer is a result, too.
+        # A device that does not respond is a result, too.
         return {"error": f"{type(error).__name__}: {error}"}
 
 
 @contextmanager
 def _sanitizer(rehearse: bool) -> Iterator[str | None]:
-    """compute-sanitizer, or None; in a rehearsal what runs the program that it is given, and nothing else."""
+    """Find compute-sanitizer; a rehearsal uses a script that only runs the given program."""
     if rehearse:
         with tempfile.TemporaryDirectory() as folder:
-            stand_in = Path(folder) / "compute-sanitizer"
-            stand_in.write_text('#!/bin/sh\nshift 4\nexec "$@"\n')
-            stand_in.chmod(0o755)
-            yield str(stand_in)
+            script = Path(folder) / "compute-sanitizer"
+            script.write_text('#!/bin/sh\nshift 4\nexec "$@"\n')
+            script.chmod(0o755)
+            yield str(script)
         return
     found = shutil.which("compute-sanitizer")
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):

@@ -1,43 +1,52 @@
-"""One row after the other: check, then time, then measure memory."""
+"""Measurement of one row: check the contenders, time them in turn, then measure their memory. Peak throughput."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
-from benchmarks.contenders import Case, Operation
 from benchmarks.correctness import check
-from benchmarks.timing import interleave
+from benchmarks.operations import Case, Operation
 
 DIRECTIONS = ("forward", "backward")
 
+_LEAST_ROUNDS = 3
+_FLOOR_ROUNDS = 7
 
-class Meter(Protocol):
-    """How time and memory are measured on a device."""
+
+class Meter:
+    """Measurement of time and memory on one device; on its own, a wall clock."""
 
     def start(self, case: Case) -> None:
-        """Called before anything of a case runs."""
+        """Prepare for a case before anything of it runs."""
 
     def clock(self, call: Callable[[], object]) -> float:
-        """Seconds that one call takes."""
-        ...
+        """Return the seconds that one call takes."""
+        begin = time.perf_counter()
+        result = call()
+        end = time.perf_counter()
+        del result
+        return end - begin
 
     def host_seconds(self, call: Callable[[], object]) -> float | None:
-        """Seconds that a call keeps the CPU, where the device works by itself."""
-        ...
+        """Return the seconds that a call occupies the CPU, if the device runs asynchronously."""
+        return None
 
     def peak_extra_bytes(
         self, operation: Operation, case: Case, contender: str, direction: str, call: Callable[[], Any]
     ) -> int | None:
-        """Most memory that one call needs beside its arguments and results."""
-        ...
+        """Return the peak memory of one call beyond its arguments and results, if it can be measured."""
+        return None
 
 
 def cases(operation: Operation, device: str, shapes: Iterable[tuple[int, ...]]) -> Iterator[Case]:
-    """The most important first: every shape in one way, then in the next."""
+    """Yield all shapes in the most important variant, then in the next."""
     shapes = list(shapes)
-    for variant in operation.variants[device]:
+    for variant in [{}] if device == "cpu" else operation.gpu_variants:
         for shape in shapes:
             yield Case(device, shape, **variant)
 
@@ -45,7 +54,7 @@ def cases(operation: Operation, device: str, shapes: Iterable[tuple[int, ...]]) 
 def measure(
     operation: Operation, case: Case, meter: Meter, parts: Sequence[str], seconds: float, failures: list[str]
 ) -> dict[str, Any]:
-    """A row of results; contenders that are wrong are named in `failures` and not timed."""
+    """Return a row of results. Contenders with wrong results are added to `failures` and not timed."""
     meter.start(case)
     arrays = operation.inputs(case)
     contenders = operation.contenders(case)
@@ -62,15 +71,14 @@ def measure(
             correct.append(contender)
 
     timings, ratios, memory, host = {}, {}, {}, {}
-    for direction in DIRECTIONS:
-        if direction not in parts:
-            continue
-        calls = {contender.name: getattr(contender, direction)(case, arrays) for contender in correct}
+    for direction in [direction for direction in DIRECTIONS if direction in parts]:
+        calls = {contender.name: contender.prepare(case, arrays, direction) for contender in correct}
         host[direction] = {name: meter.host_seconds(call) for name, call in calls.items()}
-        timings[direction] = {
-            name: timing.summary() for name, timing in interleave(calls, meter.clock, seconds).items()
+        timings[direction] = time_in_turn(calls, meter.clock, seconds)
+        medians = {name: timing["median_ms"] for name, timing in timings[direction].items()}
+        ratios[direction] = {
+            f"{a}/{b}": medians[a] / medians[b] for a, b in operation.ratios if a in medians and b in medians
         }
-        ratios[direction] = _ratios(operation, timings[direction])
         if "memory" in parts:
             memory[direction] = {
                 name: meter.peak_extra_bytes(operation, case, name, direction, call)
@@ -92,9 +100,57 @@ def measure(
     }
 
 
-def _ratios(operation: Operation, timings: dict[str, dict[str, float]]) -> dict[str, float]:
+def time_in_turn(
+    calls: Mapping[str, Callable[[], object]],
+    clock: Callable[[Callable[[], object]], float],
+    seconds: float,
+    most_rounds: int = 100,
+) -> dict[str, dict[str, float]]:
+    """Time rounds A B C A B C ... after a warm-up round, at least 3, until `seconds` have passed.
+
+    Background load of the machine then affects all contenders equally.
+    """
+    durations: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        clock(call)
+    gc.collect()
+    gc.disable()
+    try:
+        end = time.monotonic() + seconds
+        for done in range(most_rounds):
+            if done >= _LEAST_ROUNDS and time.monotonic() >= end:
+                break
+            for name, call in calls.items():
+                durations[name].append(clock(call))
+    finally:
+        gc.enable()
     return {
-        f"{a}/{b}": timings[a]["median_ms"] / timings[b]["median_ms"]
-        for a, b in operation.ratios
-        if a in timings and b in timings
+        name: {
+            "median_ms": 1e3 * statistics.median(samples),
+            "min_ms": 1e3 * min(samples),
+            "max_ms": 1e3 * max(samples),
+            "rounds": len(samples),
+        }
+        for name, samples in durations.items()
     }
+
+
+def measure_floors(device: str, clock: Callable[[Callable[[], object]], float], size: int) -> dict[str, float]:
+    """Return operations per second of products of square matrices with `size` rows, and bytes per second of a copy."""
+    import torch
+
+    def best_seconds(call: Callable[[], object]) -> float:
+        call()
+        return min(clock(call) for _ in range(_FLOOR_ROUNDS))
+
+    found = {}
+    for kind in ("float16", "bfloat16", "float32, tf32", "float32"):
+        dtype, _, tf32 = kind.partition(", ")
+        torch.backends.cuda.matmul.allow_tf32 = bool(tf32)
+        # Not zeros, which draw less power and run faster than real data.
+        a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        found[kind] = 2.0 * size**3 / best_seconds(lambda a=a, b=b: a @ b)
+    source = torch.randn(16 * size, size, device=device)
+    target = torch.empty_like(source)
+    found["memory"] = 2.0 * source.nbytes / best_seconds(lambda: target.copy_(source))
+    return found

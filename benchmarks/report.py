@@ -1,4 +1,4 @@
-"""Results as Markdown tables and as JSON."""
+"""Output of results as Markdown tables and as JSON."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import Operation
+from benchmarks.operations import Operation
 
 
 def tables(rows: Sequence[Mapping[str, Any]], operations: Iterable[Operation]) -> str:
-    """One table for each operation, device, batch and direction."""
+    """Return one table for each operation, device, batch and direction."""
     parts = []
     for operation in operations:
         ordered = sorted((row for row in rows if row["operation"] == operation.name), key=_table_of)
@@ -34,11 +34,19 @@ def first_call_table(first_call: Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write one line per key, and one per element of a list of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Whoever reads meanwhile, or after an interruption, finds a whole file.
+    entries = [f"{json.dumps(name)}: {_lines(value)}" for name, value in report.items()]
+    # A rename is atomic: a reader never sees half a file, even after an interruption.
     unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    unfinished.write_text("{\n" + ",\n".join(entries) + "\n}\n")
     unfinished.replace(path)
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, list) and any(isinstance(element, Mapping) for element in value):
+        return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+    return json.dumps(value)
 
 
 def _table_of(row: Mapping[str, Any]) -> tuple[str, int]:
@@ -46,29 +54,15 @@ def _table_of(row: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _table(operation: Operation, rows: Iterable[Mapping[str, Any]], direction: str) -> str:
-    lines = [
-        [
-            operation.sizes,
-            "data",
-            *operation.columns,
-            *(f"{a} / {b}" for a, b in operation.ratios),
-            *(f"{name} extra" for name in operation.with_memory),
-            "column buffer",
-        ]
-    ]
+    titles = [f"{a} / {b}" for a, b in operation.ratios] + [f"{name} extra" for name in operation.with_memory]
+    lines = [[operation.sizes, "data", *operation.columns, *titles, "column buffer"]]
     for row in rows:
         timings, ratios = row["timings"].get(direction, {}), row["ratios"].get(direction, {})
         extra = row["peak_extra_bytes"].get(direction, {})
-        lines.append(
-            [
-                row["shape"],
-                row["data"],
-                *(_number(timings.get(name, {}).get("median_ms")) for name in operation.columns),
-                *(_number(ratios.get(f"{a}/{b}")) for a, b in operation.ratios),
-                *(_mebibytes(extra.get(name)) for name in operation.with_memory),
-                _mebibytes(row["column_bytes"]),
-            ]
-        )
+        figures = [timings.get(name, {}).get("median_ms") for name in operation.columns]
+        figures += [ratios.get(f"{a}/{b}") for a, b in operation.ratios]
+        sizes = [*(extra.get(name) for name in operation.with_memory), row["column_bytes"]]
+        lines.append([row["shape"], row["data"], *map(_number, figures), *map(_mebibytes, sizes)])
     return markdown(lines)
 
 
@@ -83,7 +77,7 @@ def _mebibytes(size: int | None) -> str:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """The lines as a Markdown table, the first one as its head."""
+    """Return the lines as a Markdown table; the first one is the header."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     padded = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     rule = [f"{'-' * (width - 1)}:" for width in widths]

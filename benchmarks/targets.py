@@ -1,56 +1,171 @@
-"""What the library has set itself to reach, and whether a run reached it."""
+"""Targets: the figures that the library should reach, in one table, and their evaluation for the rows of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
-from benchmarks.contenders import OURS, PEER
-from benchmarks.deform_conv2d import PLAIN
-from benchmarks.gpu_targets import gpu_targets
-from benchmarks.target import Target
+from benchmarks.operations import OURS, PEER, PLAIN
 
-Results = Sequence[Mapping[str, Any]]
+Row = Mapping[str, Any]
 
-# By operation and shape: least torchvision / dcnops, forward and backward; most dcnops / conv2d, forward and backward;
-# most extra memory / column buffer, forward.
-_FASTER = {
-    "deform_conv2d": {
-        "64x56x56": (2.5, 7.0),
-        "128x100x168": (6.0, 7.0),
-        "256x50x84": (2.5, 7.0),
-        "512x50x84": (2.5, 7.0),
-    },
-    "deform_roi_pool": {
-        "256x50x84x512x7": (1.0, 2.0),
-        "256x50x84x512x14": (1.0, 2.0),
-        "1024x50x84x512x7": (1.0, 2.0),
-        "1024x50x84x512x14": (1.0, 2.0),
-    },
+
+@dataclass(frozen=True)
+class Target:
+    """One figure and its limit."""
+
+    name: str
+    value: float
+    relation: str
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        return self.value >= self.limit if self.relation == ">=" else self.value <= self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "holds": self.holds}
+
+    def __str__(self) -> str:
+        verdict = "holds" if self.holds else "MISSED"
+        return f"{verdict:6}  {self.name}: {self.value:.3g} (target {self.relation} {self.limit:g})"
+
+
+class _Run(NamedTuple):
+    rows: Sequence[Row]
+    floors: Mapping[str, float]
+
+
+class _Figure(NamedTuple):
+    """A figure of a row in one direction; its value is None if it was not measured."""
+
+    name: str
+    value: Callable[[Row, str, _Run], float | None]
+
+
+def _ratio(a: str, b: str) -> _Figure:
+    return _Figure(f"{a} / {b}", lambda row, direction, run: row["ratios"].get(direction, {}).get(f"{a}/{b}"))
+
+
+def _error_ratio(result: str) -> _Figure:
+    def value(row: Row, direction: str, run: _Run) -> float | None:
+        return _quotient(*(row["errors"].get(name, {}).get(result) for name in (OURS, PEER)))
+
+    return _Figure(f"error of {result} / torchvision's", value)
+
+
+def _extra_memory(row: Row, direction: str) -> Mapping[str, int | None]:
+    extra: Mapping[str, int | None] = row["peak_extra_bytes"].get(direction, {})
+    return extra
+
+
+def _share_of_floor(row: Row, direction: str, run: _Run) -> float | None:
+    milliseconds, floor = _median(row, direction), floor_seconds(row, run.floors, direction)
+    return floor / (1e-3 * milliseconds) if milliseconds and floor is not None else None
+
+
+def _cost_of_determinism(row: Row, direction: str, run: _Run) -> float | None:
+    fields = ("operation", "device", "shape", "N", "dtype", "products", "layout", "spread")
+    for other in run.rows:
+        if not other["deterministic"] and all(other[field] == row[field] for field in fields):
+            return _quotient(_median(row, direction), _median(other, direction))
+    return None
+
+
+def _median(row: Row, direction: str) -> float | None:
+    median: float | None = row["timings"].get(direction, {}).get(OURS, {}).get("median_ms")
+    return median
+
+
+def _quotient(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def _kind(row: Row) -> str:
+    """Return the dtype, with the precision of products if that is not the dtype's own."""
+    return str(row["dtype"] if row["products"] == "ieee" else f"{row['dtype']}, {row['products']}")
+
+
+def floor_seconds(row: Row, floors: Mapping[str, float], direction: str) -> float | None:
+    """Return the least time that the products and memory traffic of a row can take; backward has two products."""
+    if row["work"] is None or _kind(row) not in floors:
+        return None
+    operations, size = row["work"]
+    factor = 1 if direction == "forward" else 2
+    return float(max(factor * operations / floors[_kind(row)], factor * size / floors["memory"]))
+
+
+_SPEEDUP, _TO_PLAIN = _ratio(PEER, OURS), _ratio(OURS, PLAIN)
+_TO_COLUMNS = _Figure(
+    "extra memory / column buffer",
+    lambda row, way, run: _quotient(_extra_memory(row, way).get(OURS), row["column_bytes"]),
+)
+_TO_PEER = _Figure(
+    "extra memory / torchvision's", lambda row, way, run: _quotient(*map(_extra_memory(row, way).get, (OURS, PEER)))
+)
+_FLOOR = _Figure("share of the floor", _share_of_floor)
+_DETERMINISM = _Figure("deterministic / default", _cost_of_determinism)
+
+_TF32 = "float32, tf32"
+_CPU = {"device": "cpu", "kind": "float32", "N": 1}
+_CPU_CONV = {**_CPU, "operation": "deform_conv2d"}
+_CPU_POOL = {
+    **_CPU,
+    "operation": "deform_roi_pool",
+    "shape": ("256x50x84x512x7", "256x50x84x512x14", "1024x50x84x512x7", "1024x50x84x512x14"),
 }
-_BESIDE_PLAIN = {"deform_conv2d": dict.fromkeys(("128x100x168", "256x50x84", "512x50x84"), (2.0, 2.5))}
-_MEMORY = {"deform_conv2d": dict.fromkeys(_FASTER["deform_conv2d"], 1 / 8)}
+_CPU_LARGE = {**_CPU_CONV, "shape": ("128x100x168", "256x50x84", "512x50x84")}
+_CPU_ALL = {**_CPU_CONV, "shape": ("64x56x56", "128x100x168", "256x50x84", "512x50x84")}
+_GPU_POOL = {"device": "cuda", "operation": "deform_roi_pool", "layout": "NCHW", "deterministic": False}
+_GPU_ANY = {"device": "cuda", "operation": "deform_conv2d", "layout": "NCHW", "spread": 2.0}
+_GPU = {**_GPU_ANY, "deterministic": False, "kind": ("float16", "bfloat16", _TF32, "float32")}
+_GPU_LARGE = {**_GPU, "N": (8, 16)}
+
+TABLE: tuple[tuple[Mapping[str, Any], str, _Figure, str, float], ...] = (
+    # Fields of the row (a tuple lists alternatives), direction, figure, relation, limit.
+    ({**_CPU_CONV, "shape": "128x100x168"}, "forward", _SPEEDUP, ">=", 6.0),
+    ({**_CPU_CONV, "shape": ("64x56x56", "256x50x84", "512x50x84")}, "forward", _SPEEDUP, ">=", 2.5),
+    (_CPU_LARGE, "forward", _TO_PLAIN, "<=", 2.0),
+    (_CPU_ALL, "backward", _SPEEDUP, ">=", 7.0),
+    (_CPU_LARGE, "backward", _TO_PLAIN, "<=", 2.5),
+    (_CPU_ALL, "forward", _TO_COLUMNS, "<=", 1 / 8),
+    (_CPU_POOL, "forward", _SPEEDUP, ">=", 1.0),
+    (_CPU_POOL, "backward", _SPEEDUP, ">=", 2.0),
+    ({**_GPU_LARGE, "kind": "float16"}, "forward", _SPEEDUP, ">=", 4.0),
+    ({**_GPU_LARGE, "kind": _TF32}, "forward", _SPEEDUP, ">=", 2.5),
+    ({**_GPU_LARGE, "kind": "float32"}, "forward", _SPEEDUP, ">=", 1.3),
+    ({**_GPU, "N": 1, "kind": "float16"}, "forward", _SPEEDUP, ">=", 2.0),
+    (_GPU_LARGE, "backward", _SPEEDUP, ">=", 8.0),
+    ({**_GPU, "N": 1}, "backward", _SPEEDUP, ">=", 5.0),
+    ({**_GPU, "N": 16, "kind": ("float16", "bfloat16")}, "forward", _TO_PLAIN, "<=", 2.0),
+    ({**_GPU, "N": 16, "kind": "bfloat16"}, "forward", _FLOOR, ">=", 0.4),
+    (_GPU, "forward", _TO_PEER, "<=", 1 / 8),
+    (_GPU, "backward", _TO_PEER, "<=", 1 / 8),
+    ({**_GPU, "kind": "float32"}, "", _error_ratio("output"), "<=", 1.0),
+    ({**_GPU, "kind": "float32"}, "", _error_ratio("input"), "<=", 1.0),
+    ({**_GPU, "kind": "float32"}, "", _error_ratio("weight"), "<=", 1.0),
+    ({**_GPU_ANY, "deterministic": True}, "backward", _DETERMINISM, "<=", 1.3),
+    (_GPU_POOL, "forward", _SPEEDUP, ">=", 1.0),
+    (_GPU_POOL, "backward", _SPEEDUP, ">=", 3.0),
+)
+
+_FIRST_CALL_SECONDS = {"cold": 15.0, "warm": 1.0}
 
 
 def evaluate(
-    results: Results,
+    rows: Sequence[Row],
     first_call: Mapping[str, Mapping[str, Mapping[str, float]]],
     floors: Mapping[str, float] | None = None,
 ) -> list[Target]:
-    """The targets that these results say something about.
+    """Return the targets that these results contain figures for.
 
-    Parameters
-    ----------
-    results : sequence of mapping
-        Rows of the report, see `benchmarks.measure`.
-    first_call : mapping
-        Device to state (cold, warm) to step to seconds.
-    floors : mapping, optional
-        What the GPU can do at best, see `benchmarks.floors`.
+    `rows` come from `benchmarks.measure`, `first_call` maps device, state and step to seconds, and `floors` are those
+    of the GPU.
     """
-    targets = [target for row in results for target in _of_row(row)]
-    targets += gpu_targets(results, floors or {})
-    for state, limit in (("cold", 15.0), ("warm", 1.0)):
+    run = _Run(rows, floors or {})
+    targets = [target for row in rows for target in _of_row(row, run)]
+    for state, limit in _FIRST_CALL_SECONDS.items():
         if state in first_call.get("cpu", {}):
             steps = first_call["cpu"][state]
             seconds = steps["import"] + steps["forward"]
@@ -59,17 +174,16 @@ def evaluate(
     return targets
 
 
-def _of_row(row: Mapping[str, Any]) -> Iterator[Target]:
-    if (row["device"], row["dtype"], row["N"]) != ("cpu", "float32", 1):
-        return
-    operation, shape = row["operation"], row["shape"]
-    for i, direction in enumerate(("forward", "backward")):
-        ratios = row["ratios"].get(direction, {})
-        for a, b, relation, limits in ((PEER, OURS, ">=", _FASTER), (OURS, PLAIN, "<=", _BESIDE_PLAIN)):
-            limit = limits.get(operation, {}).get(shape)
-            if limit and f"{a}/{b}" in ratios:
-                yield Target(f"{shape} {direction}, {a} / {b}", ratios[f"{a}/{b}"], relation, limit[i])
-    most = _MEMORY.get(operation, {}).get(shape)
-    extra = row["peak_extra_bytes"].get("forward", {}).get(OURS)
-    if most and extra is not None:
-        yield Target(f"{shape} forward, extra memory / column buffer", extra / row["column_bytes"], "<=", most)
+def _of_row(row: Row, run: _Run) -> Iterator[Target]:
+    kind = _kind(row)
+    fields = {**row, "kind": kind}
+    name = row["shape"] if row["device"] == "cpu" else f"{row['shape']}, batch {row['N']}, {kind}"
+    for conditions, direction, figure, relation, limit in TABLE:
+        if all(_matches(fields[field], wanted) for field, wanted in conditions.items()):
+            value = figure.value(row, direction, run)
+            if value is not None:
+                yield Target(f"{name} {direction}".rstrip() + f", {figure.name}", value, relation, limit)
+
+
+def _matches(value: object, wanted: object) -> bool:
+    return value in wanted if isinstance(wanted, tuple) else value == wanted

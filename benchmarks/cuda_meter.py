@@ -1,4 +1,4 @@
-"""Clock and memory meter on a GPU. Importing this module needs torch and CuPy; nothing of the CPU part imports it."""
+"""Measurement of time and memory on a GPU. Import it only on demand: it needs CuPy and torch."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Any
 import cupy
 import torch
 
-from benchmarks.contenders import Case, Operation
+from benchmarks.measure import Meter
+from benchmarks.operations import Case, Operation
 
 _FLUSH_BYTES = 2**28
 _HOST_CALLS = 7
 
 _LEAST_HEAD_START = 2e-3
 _CYCLES_PER_SECOND = 2e9
-"""Not less than a GPU's clock: a head start is that long or longer."""
+"""Upper bound of a GPU's clock rate, so that a head start is never too short."""
 
 
 def is_available() -> bool:
     return bool(torch.cuda.is_available() and cupy.cuda.is_available())
 
 
-class CudaMeter:
+class CudaMeter(Meter):
     """Time between two events around a call, and the allocators' high-water marks.
 
-    All is on the default stream: torchvision launches its deformable convolution there, whatever the current one is.
+    Everything runs on the default stream, because torchvision always launches its deformable convolution there.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class CudaMeter:
         torch.backends.cudnn.benchmark = True
 
     def host_seconds(self, call: Callable[[], object]) -> float | None:
-        """The median of some calls, each with an idle GPU before it."""
+        """Return the median of several calls, each of which starts with an idle GPU."""
         seconds = []
         for _ in range(_HOST_CALLS):
             torch.cuda.synchronize()
@@ -55,9 +56,10 @@ class CudaMeter:
         return statistics.median(seconds)
 
     def clock(self, call: Callable[[], object]) -> float:
-        """The L2 cache holds nothing of the inputs, and the CPU is ahead: its share is `host_seconds`.
+        """Return the GPU's seconds with a cold L2 cache and without waiting for the CPU.
 
-        While the GPU sleeps, the call's kernels line up behind the first event.
+        The GPU sleeps until the kernels of the call are queued behind the first event. For the CPU's share, see
+        `host_seconds`.
         """
         head_start = max(_LEAST_HEAD_START, self._head_starts.get(call, 0.0))
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -73,7 +75,7 @@ class CudaMeter:
     def peak_extra_bytes(
         self, operation: Operation, case: Case, contender: str, direction: str, call: Callable[[], Any]
     ) -> int | None:
-        """What the allocators of torch and CuPy give out at most, beside the results; the call is not the first."""
+        """Return the peak of the allocators of torch and CuPy beyond the results; the call is not the first."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

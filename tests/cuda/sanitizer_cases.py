@@ -1,6 +1,6 @@
-"""Small calls of every kernel for compute-sanitizer to watch: `compute-sanitizer python -m benchmarks.sanitizer_cases`.
+"""Small calls of every kernel for compute-sanitizer: `compute-sanitizer python -m tests.cuda.sanitizer_cases`.
 
-Memory is not pooled meanwhile: each array has an end that is known.
+Memory is not pooled, so that the sanitizer knows the end of every array.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def main() -> int:
         runners = {"default": GpuRunner(), "deterministic": GpuRunner(deterministic=True)}
     for name, case in _cases():
         expected, expected_gradients = case.expected(), case.expected_gradients()
-        for way, runner in runners.items():
+        for mode, runner in runners.items():
             assert_close(runner.forward(case), expected, case.dtype)
             gradients = runner.backward(case)
-            for which in case.needs:
-                assert_close(gradients[which], expected_gradients[which], case.dtype, which)
-            print(f"{name}, {way}: right", flush=True)
+            for argument in case.needs:
+                assert_close(gradients[argument], expected_gradients[argument], case.dtype, argument)
+            print(f"{name}, {mode}: correct", flush=True)
     return 0
 
 

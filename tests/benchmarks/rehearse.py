@@ -1,0 +1,35 @@
+"""Rehearsal of the GPU benchmark on a CPU, with emulated kernels: `python -m tests.benchmarks.rehearse`.
+
+It takes the options of `python -m benchmarks` and shows that the cases, contenders and checks work. Its times mean
+nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from unittest import mock
+
+from benchmarks import contenders
+from benchmarks.__main__ import main as benchmark
+from benchmarks.measure import Meter
+from tests.cuda.emulated_cupy import emulated_cupy
+
+
+class RehearsalMeter(Meter):
+    """Wall clock in place of a GPU's meter."""
+
+    shapes = ((32, 6, 5), (16, 6, 5, 8, 3))
+    """Shapes of a convolution and of RoI pooling, in place of the standard ones."""
+
+    def host_seconds(self, call: Callable[[], object]) -> float | None:
+        return self.clock(call)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    with emulated_cupy() as stand_in, mock.patch.dict(contenders.ON_DEVICE, rehearsal=stand_in.asarray):
+        return benchmark(arguments, rehearsal=RehearsalMeter())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
