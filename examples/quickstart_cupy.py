@@ -31,9 +31,7 @@ for name, gradient in gradients._asdict().items():
 
 offset -= 1000 * gradients.offset
 better = cupy.mean(dcnops.deform_conv2d(image, offset, weight, padding=1, mask=mask) ** 2)
-print(
-    f"mean square of the output {float(loss):.4f}, after a gradient step on the offsets {float(better):.4f}"
-)
+print(f"mean square of the output {float(loss):.4f}, after a gradient step on the offsets {float(better):.4f}")
 
 half = dcnops.deform_conv2d(*(array.astype(cupy.float16) for array in (image, offset, weight)), padding=1)
 print(f"output in {half.dtype} without a mask: {half.shape}")

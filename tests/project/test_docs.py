@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import dcnops
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
@@ -27,7 +29,9 @@ def test_site_builds_without_warnings(tmp_path: Path) -> None:
     assert result.returncode == 0 and "WARNING" not in result.stderr, result.stderr
     reference = (tmp_path / "reference" / "dcnops" / "index.html").read_text(encoding="utf-8")
     # Docstring sections are rendered as tables, and no raw markup is left.
-    assert "deform_roi_pool_backward" in reference and reference.count("<table") > 8
+    for name in dcnops.__all__:
+        assert re.search(rf'<h2 id="dcnops\.([a-z_0-9]+\.)?{name}"', reference), name
+    assert reference.count("<table") > 8
     assert "----" not in re.sub(r"<[^>]*>", "", reference) and "math::" not in reference
     for page in PAGES:
         name = page.relative_to(ROOT / "docs").with_suffix("")
