@@ -47,7 +47,7 @@ def draw_flowers(count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def build_network(deformable: bool) -> nn.Sequential:
-    """Return a network whose last two 3x3 convolutions are regular or deformable ones.
+    """Return a network that ends in two regular or two deformable 3x3 convolutions and a classifier for each pixel.
 
     The regular network has more channels, to make up for the parameters of the offset branches.
     """
