@@ -1,10 +1,12 @@
-# make test    set up .venv and run the tests (no GPU needed)
-# make lint    ruff, mypy, clang-format
-# make demo    train a small DCNv2 detector on synthetic images, evaluate it and draw its detections; out/detector/
-# make bench   compare the operations with torchvision's; table, and out/benchmark.json
+# make test    create .venv, then run the tests (no GPU needed)
+# make lint    run ruff, mypy and clang-format
+# make format  fix what ruff and clang-format can fix
+# make demo    train a small DCNv2 detector on synthetic images, evaluate it, draw its detections; out/detector/
+# make bench   time the operations and their competitors; prints a table, writes out/benchmark.json
 # make docs    build the documentation; out/site/
-# make gpu     on a machine with a GPU and all packages installed (it creates no .venv): GPU tests, sanitizers and
-#              benchmarks in ten minutes; table, and out/gpu/gpu.json; PARTS="tests sanitizers benchmark model" selects
+# make gpu     on a machine with a GPU and the packages installed (creates no .venv): GPU tests, sanitizers and benchmarks
+#              in ten minutes; prints one table, writes out/gpu/gpu.json; PARTS="tests sanitizers benchmark model" selects
+# make clean   delete .venv, build outputs and caches
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -1,4 +1,4 @@
-"""For the reference: what docstrings write as ``text::`` is ``text:`` in Markdown."""
+"""Convert the literal-block markers of docstrings (``text::``) to Markdown (``text:``) in the API reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import griffe
 
 
 class LiteralBlocks(griffe.Extension):
-    """Makes the colons of literal blocks single."""
+    """Griffe extension that replaces the double colon before a literal block by a single one."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:

@@ -1,4 +1,4 @@
-"""Deformable convolution and its gradients on a GPU, on CuPy arrays: `python examples/quickstart_cupy.py`."""
+"""Deformable convolution and its gradients on CuPy arrays on a GPU: `python examples/quickstart_cupy.py`."""
 
 import sys
 
@@ -16,8 +16,8 @@ random = cupy.random.default_rng(0)
 image = random.standard_normal((N, C, H, W), cupy.float32)
 weight = random.standard_normal((O, C, 3, 3), cupy.float32) / (K * C) ** 0.5
 
-# Channels 2k and 2k + 1 of offset move tap k of the kernel: dy, pixels down, then dx, pixels to the right.
-# Taps are counted row by row: channels 8 and 9 belong to the middle of a 3x3 kernel. Channel k of mask weights tap k.
+# Channels 2k and 2k + 1 of offset move tap k of the kernel: first dy (pixels down), then dx (pixels to the right).
+# Taps are in row-major order: channels 8 and 9 belong to the centre of a 3x3 kernel. Channel k of mask weights tap k.
 offset = random.standard_normal((N, 2 * K, H, W), cupy.float32)
 mask = random.random((N, K, H, W), cupy.float32)
 
@@ -31,7 +31,7 @@ for name, gradient in gradients._asdict().items():
 
 offset -= 1000 * gradients.offset
 better = cupy.mean(dcnops.deform_conv2d(image, offset, weight, padding=1, mask=mask) ** 2)
-print(f"mean square of the output {float(loss):.4f}, after a step against the gradient of offset {float(better):.4f}")
+print(f"mean square of the output {float(loss):.4f}, after a gradient step on the offsets {float(better):.4f}")
 
 half = dcnops.deform_conv2d(*(array.astype(cupy.float16) for array in (image, offset, weight)), padding=1)
-print(f"the same in {half.dtype}, without a mask: {half.shape}")
+print(f"output in {half.dtype} without a mask: {half.shape}")

@@ -9,18 +9,18 @@ random = np.random.default_rng(0)
 image = random.standard_normal((N, C, H, W), np.float32)
 weight = random.standard_normal((O, C, 3, 3), np.float32) / np.float32(np.sqrt(K * C))
 
-# Channels 2k and 2k + 1 of offset move tap k of the kernel: dy, pixels down, then dx, pixels to the right.
-# Taps are counted row by row: channels 8 and 9 belong to the middle of a 3x3 kernel. Channel k of mask weights tap k.
+# Channels 2k and 2k + 1 of offset move tap k of the kernel: first dy (pixels down), then dx (pixels to the right).
+# Taps are in row-major order: channels 8 and 9 belong to the centre of a 3x3 kernel. Channel k of mask weights tap k.
 offset = np.zeros((N, 2 * K, H, W), np.float32)
 mask = np.ones((N, K, H, W), np.float32)
 
 plain = dcnops.deform_conv2d(image, offset, weight, padding=1, mask=mask)
-print(f"output {plain.shape}: with offsets of zero and a mask of one, an ordinary convolution")
+print(f"output {plain.shape}: zero offsets and a mask of ones make a regular convolution")
 
 offset[:, 1::2] = 2
 moved = dcnops.deform_conv2d(image, offset, weight, padding=1, mask=mask)
 same = np.allclose(moved[..., 1:-3], plain[..., 3:-1], atol=1e-5)
-print(f"every tap two pixels to the right: the same output two pixels further left is {same}")
+print(f"every tap two pixels to the right gives the same output two pixels further left: {same}")
 
 offset = random.standard_normal(offset.shape, np.float32)
 mask = random.random(mask.shape, np.float32)
@@ -32,4 +32,4 @@ for name, gradient in gradients._asdict().items():
 
 offset -= 100 * gradients.offset
 better = np.mean(dcnops.deform_conv2d(image, offset, weight, padding=1, mask=mask) ** 2)
-print(f"mean square of the output {loss:.4f}, after a step against the gradient of offset {better:.4f}")
+print(f"mean square of the output {loss:.4f}, after a gradient step on the offsets {better:.4f}")

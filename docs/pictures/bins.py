@@ -1,4 +1,4 @@
-"""Draws bins.png: the bins of a region, and where offsets move three of them."""
+"""Draw bins.png: the bins of a region, three of them moved by offsets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws fused.svg and lists.svg: the way of the data through the forward and the backward kernels."""
+"""Draw fused.svg and lists.svg: the data flow of the forward and the backward kernels."""
 
 from __future__ import annotations
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import dcnops
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
-def test_it_builds(tmp_path: Path) -> None:
+def test_site_builds_without_warnings(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     result = subprocess.run(
         command,
@@ -26,8 +28,10 @@ def test_it_builds(tmp_path: Path) -> None:
     )
     assert result.returncode == 0 and "WARNING" not in result.stderr, result.stderr
     reference = (tmp_path / "reference" / "dcnops" / "index.html").read_text(encoding="utf-8")
-    # Sections of docstrings have become tables, and no markup has been left over.
-    assert "deform_roi_pool_backward" in reference and reference.count("<table") > 8
+    # Docstring sections are rendered as tables, and no raw markup is left.
+    for name in dcnops.__all__:
+        assert re.search(rf'<h2 id="dcnops\.([a-z_0-9]+\.)?{name}"', reference), name
+    assert reference.count("<table") > 8
     assert "----" not in re.sub(r"<[^>]*>", "", reference) and "math::" not in reference
     for page in PAGES:
         name = page.relative_to(ROOT / "docs").with_suffix("")
@@ -35,14 +39,14 @@ def test_it_builds(tmp_path: Path) -> None:
         assert (folder / "index.html").exists(), name
 
 
-def test_nothing_is_left_to_be_filled_in() -> None:
+def test_no_placeholders_are_left() -> None:
     for page in (*PAGES, *ROOT.glob("*.md")):
         assert not re.findall(r"@[A-Z]+@|TODO|FIXME|XXX", page.read_text(encoding="utf-8")), page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT / "docs").as_posix())
 def test_python_blocks_run(page: Path) -> None:
-    """One after another in one namespace; those that need a GPU are only compiled."""
+    """Run the blocks of a page in one namespace; blocks that need a GPU are only compiled."""
     namespace: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         code = compile(block, str(page), "exec")

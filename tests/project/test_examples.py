@@ -1,4 +1,4 @@
-"""The examples run as a user runs them and leave what they promise."""
+"""The examples, run as a user runs them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-PICTURES = ("1_channels", "2_sampling_points", "3_edges", "4_smoothing", "5_swirl")
 
 
 def run_example(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -24,7 +22,7 @@ def run_example(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_quickstart_numpy() -> None:
     done = run_example("quickstart_numpy.py")
     assert done.returncode == 0, done.stderr
-    assert "two pixels further left is True" in done.stdout
+    assert "two pixels further left: True" in done.stdout
     assert "gradient of offset: (1, 18, 32, 48)" in done.stdout
     before, after = re.findall(r"\d\.\d{4}", done.stdout)
     assert float(after) < float(before)
@@ -46,7 +44,7 @@ def test_quickstart_jax() -> None:
     assert "pooled regions: (2, 8, 7, 7)" in done.stdout
 
 
-def test_quickstart_cupy_runs_or_says_what_is_missing() -> None:
+def test_quickstart_cupy_runs_or_names_the_missing_requirement() -> None:
     import cupy
 
     done = run_example("quickstart_cupy.py")
@@ -58,33 +56,11 @@ def test_quickstart_cupy_runs_or_says_what_is_missing() -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.fixture(scope="module")
-def photograph(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folder and printed text of one run of the example."""
-    out = tmp_path_factory.mktemp("photograph") / "pictures"
-    done = run_example("photograph.py", "--out", str(out))
+def test_train_small() -> None:
+    """A shortened run: the gain shows only after more steps."""
+    done = run_example("train_small.py", "--steps", "3")
     assert done.returncode == 0, done.stderr
-    return out, done.stdout
-
-
-@pytest.mark.parametrize("name", PICTURES)
-def test_pictures_of_the_photograph(photograph: tuple[Path, str], name: str) -> None:
-    from PIL import Image
-
-    out, text = photograph
-    path = out / f"{name}.png"
-    assert str(path) in text
-    assert path.stat().st_size < 600_000
-    pixels = np.asarray(Image.open(path).convert("RGB"), np.float64)
-    height, width, _ = pixels.shape
-    assert width > 1000
-    assert height > 250
-    # Neither blank nor half empty: no band of a quarter of the width is of one colour.
-    for band in np.array_split(pixels, 4, axis=1):
-        assert band.std() > 20
-
-
-def test_the_swirl_is_found(photograph: tuple[Path, str]) -> None:
-    _, text = photograph
-    found = float(text.split("found ")[1].split(";")[0])
-    assert found == pytest.approx(2.5, abs=0.02)
+    regular, deformable, gain = (float(line.split()[-2]) for line in done.stdout.splitlines())
+    assert 0 <= regular <= 100
+    assert 0 <= deformable <= 100
+    assert gain == pytest.approx(deformable - regular, abs=0.11)
