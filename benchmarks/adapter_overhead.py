@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from dcnops.adapters.torch import deform_conv2d
 
 import dcnops
 from benchmarks.measure import Meter, time_in_turn
+from dcnops.adapters.torch import deform_conv2d
 
 
 def measure(rounds: int = 1000) -> dict[str, float]:

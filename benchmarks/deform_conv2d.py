@@ -52,6 +52,7 @@ def expected(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") 
     gradient jumps at whole pixels.
     """
     import torch
+
     from dcnops.adapters.torch.differentiable import deform_conv2d
 
     exact = {name: torch.from_numpy(array).to(device).double() for name, array in arrays.items()}

@@ -19,11 +19,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from dcnops.adapters.torch import ModulatedDeformConv2dPack
 from torch import Tensor, nn
 
 from benchmarks import environment, report
 from benchmarks.operations import OURS, PEER
+from dcnops.adapters.torch import ModulatedDeformConv2dPack
 from examples.detector.config import NetworkConfig
 from examples.detector.model import build_detector
 

@@ -10,8 +10,9 @@ try:
 except ImportError:
     sys.exit("This example needs PyTorch: pip install 'dcnops[torch]'.")
 
-from dcnops.adapters.torch import ModulatedDeformConv2dPack, deform_conv2d
 from torch.nn.functional import avg_pool2d, mse_loss
+
+from dcnops.adapters.torch import ModulatedDeformConv2dPack, deform_conv2d
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"

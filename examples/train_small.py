@@ -15,9 +15,10 @@ try:
 except ImportError:
     sys.exit("This example needs PyTorch: pip install 'dcnops[torch]'.")
 
-from dcnops.adapters.torch import ModulatedDeformConv2dPack
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+from dcnops.adapters.torch import ModulatedDeformConv2dPack
 
 SIZE = 48  # pixels of an image along each side
 STRIDE = 4  # of the network, which predicts one label for 4x4 pixels

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dcnops.adapters import jax as adapter
-from dcnops.adapters.jax import deform_conv2d, deform_roi_pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 import dcnops
 from dcnops import ArgumentError, DeviceError, DtypeError
+from dcnops.adapters import jax as adapter
+from dcnops.adapters.jax import deform_conv2d, deform_roi_pool
 from tests.arrays import test_errors
 from tests.cases import (
     DTYPES,

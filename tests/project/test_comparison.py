@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from dcnops.adapters import torch as ours
 from torch import Tensor, nn
+
+from dcnops.adapters import torch as ours
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

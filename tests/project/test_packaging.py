@@ -51,7 +51,8 @@ assert len(sampling_locations(layer, torch.rand(3, 8, 8), ("", 4, 4)).positions)
     "plots": """
 import torch
 from dcnops.adapters.torch.spatial_support.plots import plot_spatial_support
-plot_spatial_support({"": torch.nn.Conv2d(3, 4, 3)}, torch.rand(3, 8, 8), {"": ("", 2, 2)}, torch.rand(3, 8, 8), budget=20)
+image = torch.rand(3, 8, 8)
+plot_spatial_support({"": torch.nn.Conv2d(3, 4, 3)}, image, {"": ("", 2, 2)}, image, budget=20)
 """,
     "onnx": """
 import torch

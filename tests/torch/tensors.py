@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from dcnops.adapters.torch import deform_conv2d, deform_roi_pool
 
+from dcnops.adapters.torch import deform_conv2d, deform_roi_pool
 from tests.cases import Case
 
 OPERATIONS = {"deform_conv2d": deform_conv2d, "deform_roi_pool": deform_roi_pool}

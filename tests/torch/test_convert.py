@@ -8,6 +8,9 @@ from collections import OrderedDict
 import pytest
 import torch
 import torchvision
+from torch import nn
+
+from dcnops import ArgumentError
 from dcnops.adapters.torch import (
     DeformConv2d,
     DeformConv2dPack,
@@ -19,9 +22,6 @@ from dcnops.adapters.torch import (
     param_groups,
     rename_state_dict,
 )
-from torch import nn
-
-from dcnops import ArgumentError
 
 RESNET = ["layer2.*.conv2", "layer3.*.conv2", "layer4.*.conv2"]
 

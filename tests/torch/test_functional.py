@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dcnops.adapters.torch import deform_conv2d, deform_roi_pool, differentiable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dcnops
 from dcnops import ArgumentError, DeviceError, DtypeError, ShapeError
+from dcnops.adapters.torch import deform_conv2d, deform_roi_pool, differentiable
 from tests.arrays.test_errors import FORWARD_ERRORS, ROI_ERRORS, roi_arguments
 from tests.arrays.test_errors import arguments as array_arguments
 from tests.cases import (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from dcnops import ArgumentError, DeviceError
 from dcnops.adapters.torch import DeformConv2dPack, ModulatedDeformConv2dPack, deform_conv2d, deform_roi_pool
 from dcnops.adapters.torch.spatial_support import (
     effective_receptive_field,
@@ -12,8 +14,6 @@ from dcnops.adapters.torch.spatial_support import (
     offset_statistics,
     sampling_locations,
 )
-
-from dcnops import ArgumentError, DeviceError
 from tests.cases import Case, assert_close, make_conv, make_roi_pool
 from tests.torch.tensors import call, tensors_of, to_numpy, to_tensor
 

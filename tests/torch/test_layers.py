@@ -12,6 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torch import nn
+from torch.nn.functional import conv2d
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from dcnops import ArgumentError, DcnError, DtypeError, ShapeError
 from dcnops.adapters.torch import (
     DeformConv2d,
     DeformConv2dPack,
@@ -30,11 +35,6 @@ from dcnops.adapters.torch import (
     mmcv_ops,
     onnx,
 )
-from torch import nn
-from torch.nn.functional import conv2d
-from torchvision.models.feature_extraction import create_feature_extractor
-
-from dcnops import ArgumentError, DcnError, DtypeError, ShapeError
 
 ROIS = torch.tensor([[0, 1.5, 2.0, 9.0, 7.5], [1, 0.0, 0.0, 12.0, 10.0], [0, -3.0, 4.0, 5.0, 30.0]])
 GEOMETRIES = {

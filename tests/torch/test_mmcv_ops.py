@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 
-import dcnops.adapters.torch as ours
 import pytest
 import torch
-from dcnops.adapters.torch import mmcv_ops
 from torch import nn
 
+import dcnops.adapters.torch as ours
 from dcnops import ArgumentError, DtypeError, ShapeError
+from dcnops.adapters.torch import mmcv_ops
 
 NUMBERS = "stride=1 padding=0 dilation=1 groups=1 deform_groups=1"
 CONV = f"in_channels out_channels kernel_size {NUMBERS}"

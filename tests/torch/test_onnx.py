@@ -10,10 +10,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from dcnops.adapters.torch import ModulatedDeformConv2dPack, ModulatedDeformRoIPoolPack, convert_to_deformable, onnx
 from onnx.reference import ReferenceEvaluator
 
 from dcnops import ArgumentError
+from dcnops.adapters.torch import ModulatedDeformConv2dPack, ModulatedDeformRoIPoolPack, convert_to_deformable, onnx
 from tests.cases import Case, assert_close, make_conv, make_roi_pool
 from tests.torch.tensors import call, tensors_of, to_numpy, to_tensor
 

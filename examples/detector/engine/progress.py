@@ -11,8 +11,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from dcnops.adapters.torch.spatial_support import LayerStatistics
 from tqdm import tqdm
+
+from dcnops.adapters.torch.spatial_support import LayerStatistics
 
 from ..errors import UserError
 

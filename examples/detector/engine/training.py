@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from dcnops.adapters.torch import param_groups
-from dcnops.adapters.torch.spatial_support import OffsetObserver
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from dcnops.adapters.torch import param_groups
+from dcnops.adapters.torch.spatial_support import OffsetObserver
 
 from ..config import Config, TrainingConfig
 from ..data import AspectRatioBatches, Batch, CocoDataset, check_categories, load_batches

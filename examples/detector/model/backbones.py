@@ -6,12 +6,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from dcnops.adapters.torch import convert_to_deformable
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from dcnops.adapters.torch import convert_to_deformable
 
 from ..config import NetworkConfig
 from ..presets import PRESETS

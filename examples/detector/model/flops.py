@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from dcnops.adapters.torch import DeformConv2dPack, ModulatedDeformConv2dPack
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from dcnops.adapters.torch import DeformConv2dPack, ModulatedDeformConv2dPack
 
 from ..config import NetworkConfig
 from ..presets import PRESETS, Cost

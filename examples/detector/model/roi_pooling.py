@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torchvision.ops import roi_pool
+
 from dcnops.adapters.torch import (
     DeformRoIPool,
     DeformRoIPoolPack,
     ModulatedDeformRoIPoolPack,
     MultiScaleDeformRoIPool,
 )
-from torch import Tensor, nn
-from torchvision.ops import roi_pool
 
 from ..config import NetworkConfig
 from ..presets import PRESETS

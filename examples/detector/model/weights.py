@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dcnops.adapters.torch import rename_state_dict
 from torch import Tensor
 from torchvision.models import get_model_weights
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from dcnops.adapters.torch import rename_state_dict
 
 from ..errors import UserError
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from dcnops.adapters.torch.spatial_support import LayerNode, RoINode, offset_statistics
 from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from dcnops import ArgumentError
+from dcnops.adapters.torch.spatial_support import LayerNode, RoINode, offset_statistics
 
 from ..command_options import SpatialSupportView
 from ..data import Category, check_categories, pad_elongated, read_image

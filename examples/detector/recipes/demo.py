@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from dcnops.adapters.torch.spatial_support import offset_statistics
 from PIL import Image
+
+from dcnops.adapters.torch.spatial_support import offset_statistics
 
 from ..command_options import SpatialSupportView
 from ..config import Config, NetworkConfig, TrainingConfig

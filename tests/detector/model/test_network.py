@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dcnops.adapters.torch import DeformConv2dPack, ModulatedDeformConv2dPack, param_groups
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d, roi_pool
 
+from dcnops.adapters.torch import DeformConv2dPack, ModulatedDeformConv2dPack, param_groups
 from examples.detector.config import Config
 from examples.detector.model import build_detector
 from examples.detector.model.backbones import FrozenNorm

@@ -8,6 +8,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor, nn
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
 from dcnops.adapters.torch.spatial_support import (
     effective_receptive_field,
     effective_sampling_locations,
@@ -15,9 +19,6 @@ from dcnops.adapters.torch.spatial_support import (
     offset_statistics,
     sampling_locations,
 )
-from torch import Tensor, nn
-from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 Points = dict[tuple[float, float], float]
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from torch import Tensor, nn
+
 from dcnops.adapters.torch import (
     DeformConv2dPack,
     DeformRoIPool,
@@ -27,8 +29,6 @@ from dcnops.adapters.torch.spatial_support import (
     effective_sampling_locations,
     sampling_locations,
 )
-from torch import Tensor, nn
-
 from tests.torch.spatial_support.networks import as_dict, randomise_branches, small_detector
 
 

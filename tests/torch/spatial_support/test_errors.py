@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from dcnops import ArgumentError, ShapeError
 from dcnops.adapters.torch.spatial_support import (
     LayerNode,
     effective_bin_locations,
@@ -17,9 +20,6 @@ from dcnops.adapters.torch.spatial_support import (
     offset_statistics,
     sampling_locations,
 )
-from torch import Tensor, nn
-
-from dcnops import ArgumentError, ShapeError
 from tests.torch.spatial_support.networks import VIEWS, Function, small_detector
 
 

@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 import torchvision
-from dcnops.adapters.torch import DeformRoIPool, MultiScaleDeformRoIPool
-from dcnops.adapters.torch.spatial_support import LayerNode, effective_sampling_locations, sampling_locations
-from dcnops.adapters.torch.spatial_support.recording import Recorder
 from torch import Tensor, nn
 
 from dcnops import ArgumentError
+from dcnops.adapters.torch import DeformRoIPool, MultiScaleDeformRoIPool
+from dcnops.adapters.torch.spatial_support import LayerNode, effective_sampling_locations, sampling_locations
+from dcnops.adapters.torch.spatial_support.recording import Recorder
 from tests.torch.spatial_support.networks import Function, Network, as_dict
 
 NETWORKS: tuple[tuple[nn.Module, ...], ...] = (

@@ -7,6 +7,9 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from dcnops import ArgumentError
 from dcnops.adapters.torch import DeformConv2dPack, ModulatedDeformConv2dPack
 from dcnops.adapters.torch.spatial_support import (
     LayerNode,
@@ -14,9 +17,6 @@ from dcnops.adapters.torch.spatial_support import (
     effective_receptive_field,
     error_bounded_saliency_region,
 )
-from torch import Tensor, nn
-
-from dcnops import ArgumentError
 from tests.torch.spatial_support.networks import randomise_branches, small_detector
 
 

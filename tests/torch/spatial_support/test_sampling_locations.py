@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from dcnops.adapters.torch import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
-from dcnops.adapters.torch.spatial_support import OffsetObserver, effective_sampling_locations, sampling_locations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dcnops import ArgumentError
+from dcnops.adapters.torch import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
+from dcnops.adapters.torch.spatial_support import OffsetObserver, effective_sampling_locations, sampling_locations
 from tests.torch.spatial_support.networks import (
     VIEWS,
     Function,

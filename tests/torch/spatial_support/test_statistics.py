@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from dcnops.adapters.torch import (
     DeformConv2dPack,
     DeformRoIPoolPack,
@@ -14,8 +16,6 @@ from dcnops.adapters.torch import (
     MultiScaleDeformRoIPool,
 )
 from dcnops.adapters.torch.spatial_support import OffsetObserver, offset_statistics
-from torch import nn
-
 from tests.torch.spatial_support.networks import Network, randomise_branches, small_detector
 
 

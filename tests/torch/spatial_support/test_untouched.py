@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from dcnops.adapters.torch import DeformConv2dPack, ModulatedDeformConv2dPack
 from dcnops.adapters.torch.spatial_support import (
     LayerNode,
@@ -15,8 +17,6 @@ from dcnops.adapters.torch.spatial_support import (
     effective_sampling_locations,
     offset_statistics,
 )
-from torch import Tensor, nn
-
 from tests.torch.spatial_support.networks import VIEWS, Function, randomise_branches
 
 
