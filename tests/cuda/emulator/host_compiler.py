@@ -53,7 +53,7 @@ class _LaunchConfig(ctypes.Structure):
 
 
 class HostCompiler:
-    """The `compile` of an `Engine` whose kernels run on the CPU.
+    """Compiler that makes the kernels of an `Engine` run on the CPU.
 
     Parameters
     ----------
