@@ -143,8 +143,9 @@ def sampling_locations(
         raise ArgumentError(f"node must be (layer, y, x): regions have effective_bin_locations, got {node!r}")
     with inspection(model):
         response = _run(model, as_image(image), node)
+        root = node_grid(response.root, node.layer)
         stack = _select_stack(response, depth, layers)
-        samples = _trace(stack, node_grid(response.root, node.layer), node)
+        samples = _trace(stack, root, node)
     by_name: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for number in sorted(samples, reverse=True):
         by_name[stack.calls[number].name] += samples[number]

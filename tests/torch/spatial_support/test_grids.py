@@ -105,7 +105,7 @@ def test_a_map_that_cannot_be_located_is_an_error(lose) -> None:
     for run in (
         lambda: LayerNode("lost", 1, 1).position(network, image),
         lambda: LayerNode.at(network, image, "lost", 1, 1),
-        lambda: sampling_locations(network, image, ("lost", 1, 1), layers=["first"]),
+        lambda: sampling_locations(network, image, ("lost", 1, 1)),
     ):
         with pytest.raises(ArgumentError, match="node must have a place in the image, the map of 'lost' cannot be"):
             run()
