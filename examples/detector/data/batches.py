@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,54 +31,35 @@ class Batch(NamedTuple):
     targets: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
 class AspectRatioBatches:
     """Batch sampler that separates wide and tall images and divides the batches among the processes.
 
     Every image is in at least one batch of an epoch. All images of an iteration, over all processes, are wide (or
     square) or all are tall, except in at most two iterations per epoch with the remaining images. To fill the last
     batch, the first images of the epoch are repeated.
-
-    Parameters
-    ----------
-    sizes : sequence of (width, height)
-        Sizes of the images.
-    batch_size : int
-        Images per process and iteration.
-    seed : int
-    group : bool
-        Separate wide and tall images.
-    rank, world_size : int
-        Index of this process, and number of processes.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[tuple[int, int]],
-        batch_size: int,
-        *,
-        seed: int,
-        group: bool,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.wide = np.array([width >= height for width, height in sizes])
-        self.batch_size = batch_size
-        self.seed = seed
-        self.group = group
-        self.rank = rank
-        self.world_size = world_size
+    sizes: Sequence[tuple[int, int]]  # width and height of each image
+    batch_size: int  # images per process and iteration
+    _: KW_ONLY
+    seed: int
+    group: bool  # separate wide and tall images
+    rank: int = 0
+    world_size: int = 1
 
     def __len__(self) -> int:
         """Return the number of iterations per epoch, equal in all processes."""
-        return -(-len(self.wide) // (self.batch_size * self.world_size))
+        return -(-len(self.sizes) // (self.batch_size * self.world_size))
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """Return the image indices of each batch of this process; they depend on the seed and `epoch` only."""
         random = np.random.default_rng((self.seed, epoch))
-        order = random.permutation(len(self.wide))
+        order = random.permutation(len(self.sizes))
         together = self.batch_size * self.world_size
         if self.group:
-            wide, tall = order[self.wide[order]], order[~self.wide[order]]
+            is_wide = np.array([width >= height for width, height in self.sizes])[order]
+            wide, tall = order[is_wide], order[~is_wide]
             whole_wide, rest_wide = np.split(wide, [len(wide) // together * together])
             whole_tall, rest_tall = np.split(tall, [len(tall) // together * together])
             # Wide images last, because the first ones, which fill the last batch, are wide.
@@ -87,6 +69,7 @@ class AspectRatioBatches:
         return chosen
 
 
+@dataclass(frozen=True, eq=False)
 class MirroredImages(Dataset[tuple[int, Tensor, dict[str, Any]] | UserError]):
     """Samples (index, image, target) of a data set, flipped horizontally at random.
 
@@ -94,10 +77,10 @@ class MirroredImages(Dataset[tuple[int, Tensor, dict[str, Any]] | UserError]):
     the sample is the `UserError`, as a DataLoader would turn a raised one into the text of a traceback.
     """
 
-    def __init__(self, dataset: CocoDataset, *, flip: float, seed: int) -> None:
-        self.dataset = dataset
-        self.flip = flip
-        self.seed = seed
+    dataset: CocoDataset
+    _: KW_ONLY
+    flip: float  # probability
+    seed: int
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor, dict[str, Any]] | UserError:
         epoch, index = key

@@ -67,28 +67,15 @@ class CocoDataset(Dataset[Sample]):
         Add masks to the targets.
     keep_empty : bool
         Keep images without targets, as an evaluation must count false positives in them.
-
-    Attributes
-    ----------
-    coco : COCO
-        The ground truth for the evaluation: the usable part of the JSON file with missing ``iscrowd``, ``bbox`` and
-        ``area`` filled in. To save memory, segmentations are compressed run-length codes, and absent without `masks`.
-        Pickled copies, such as those in data-loading processes, lack this attribute.
-    categories : list of Category
-        In order of id.
-    image_ids : list of int
-        By index, in increasing order.
-    sizes : list of (int, int)
-        Width and height by index.
-    report : list of str
-        One line for each kind of invalid input, with a count and an example.
     """
 
+    # Ground truth for the evaluation: the usable part of the JSON file with missing iscrowd, bbox and area filled in.
+    # To save memory, segmentations are compressed run-length codes, and absent without `masks`. Pickled copies lack it.
     coco: COCO
-    categories: list[Category]
-    image_ids: list[int]
-    sizes: list[tuple[int, int]]
-    report: list[str]
+    categories: list[Category]  # in order of id
+    image_ids: list[int]  # by index, in increasing order
+    sizes: list[tuple[int, int]]  # width and height by index
+    report: list[str]  # a line for each kind of invalid input, with a count and an example
 
     def __init__(self, annotations: Path, images: Path | None, *, masks: bool, keep_empty: bool) -> None:
         data = _read_instances(annotations)

@@ -94,12 +94,12 @@ def compared(network: NetworkConfig) -> tuple[Kind, ...]:
     return ("bbox", "segm") if network.detector == "mask" else ("bbox",)
 
 
+@dataclass(frozen=True, eq=False)
 class _Share(Dataset[Sample | UserError]):
     """Part of a data set; an unreadable sample is its `UserError`, which a DataLoader would turn into a traceback."""
 
-    def __init__(self, dataset: CocoDataset, indices: Sequence[int]) -> None:
-        self.dataset = dataset
-        self.indices = indices
+    dataset: CocoDataset
+    indices: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.indices)
