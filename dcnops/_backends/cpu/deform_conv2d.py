@@ -26,7 +26,7 @@ from dcnops._backends.cpu.arrays import (
 )
 from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, parallel, serial_if_small
 from dcnops._explain import LOGGER
-from dcnops._geometry import DeformConvGeometry
+from dcnops._shapes import DeformConvGeometry
 
 _CHANNELS_PER_THREAD = 16
 

@@ -12,16 +12,10 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import NamedTuple
 
-from dcnops._backends.cuda.constants import FUSED_STEP_BYTES, FUSED_TILE_ROWS, VECTOR_BYTES, ceil_div
 from dcnops._backends.cuda.engine import Device
+from dcnops._backends.cuda.kernel_constants import FUSED_STEP_BYTES, FUSED_TILE_ROWS, VECTOR_BYTES, ceil_div
 from dcnops._dtypes import DTYPES
-from dcnops._geometry import DeformConvGeometry
-
-WORKSPACE_BYTES = 32 * 2**20
-"""Scratch memory that a call of any operation keeps within, in bytes: it then stays in the L2 cache of a large GPU.
-
-One image, or one bin of a region, is the least that is processed at a time and may need more.
-"""
+from dcnops._shapes import DeformConvGeometry
 
 LISTED_CHANNELS = 32
 """Channels per deformable group from which on the input's gradient is gathered by lists instead of scattered.
