@@ -1,4 +1,4 @@
-"""Launch plans and emulated CUDA kernels: chunks, grids, schedules, sanitizers, kernels with planted bugs."""
+"""Plans and emulated CUDA kernels: chunks, grids, schedules, sanitizers, kernels with planted bugs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 
 from dcnops._backends.cuda.kernel_source import kernel_source
 from dcnops._backends.cuda.plans.array_jobs import ArrayJobsParams, ArrayTask, is_channels_last
-from tests.cases import DTYPES, Case, RoIPoolCase, assert_close, conv_cases, make_conv, make_roi_pool, roi_pool_cases
+from tests.cases import DTYPES, Case, RoIPoolCase, assert_correct, conv_cases, make_conv, make_roi_pool, roi_pool_cases
 from tests.conftest import EmulatedRunner
 from tests.cuda.emulator import run_sanitized
 from tests.cuda.kernel_matrix import specialisations
-
-
-def assert_correct(runner: EmulatedRunner, case: Case) -> None:
-    assert_close(runner.forward(case), case.expected(), case.dtype)
-    gradients, expected = runner.backward(case), case.expected_gradients()
-    for name in case.needs:
-        assert_close(gradients[name], expected[name], case.dtype, name)
 
 
 @given(
@@ -57,23 +50,6 @@ def test_grids_and_schedules_do_not_change_results(options: dict[str, Any], dtyp
 )
 def test_the_deterministic_path_equals_the_reference(case: Case, chunk_bytes: int):
     assert_correct(EmulatedRunner(chunk_bytes=chunk_bytes, deterministic=True), case)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_deterministic_roi_pooling_gives_the_same_bits_under_any_schedule(dtype: str):
-    case = make_roi_pool(C=8, R=20, dtype=dtype, seed=6)
-
-    def runs(deterministic: bool) -> list[np.ndarray]:
-        runners = [EmulatedRunner(deterministic=deterministic, schedule="random", seed=seed) for seed in range(4)]
-        return [runner.backward(case, ("input",))["input"] for runner in runners]
-
-    first, *others = runs(True)
-    for other in others:
-        np.testing.assert_array_equal(other, first)
-    if dtype == "float32":
-        # Atomic additions do not.
-        first, *others = runs(False)
-        assert any((other != first).any() for other in others)
 
 
 def channels_last_of(images: np.ndarray) -> np.ndarray:
@@ -147,7 +123,7 @@ def test_launches_stay_within_the_limits_and_the_compiled_specialisations(case: 
 def test_an_empty_batch_launches_no_sampling():
     runner = Recorder()
     runner.forward(make_conv(N=0))
-    assert {(unit, grid > 0) for unit, _, _, grid, _, _ in runner.launches if unit != "array_jobs"} == set()
+    assert {unit for unit, *_ in runner.launches} <= {"array_jobs"}
 
 
 def test_scratch_memory_is_bounded():
@@ -228,7 +204,7 @@ def test_scratch_memory_of_roi_pooling_is_bounded(channels_last: bool, dtype: st
     assert parts == transpose + bounds if channels_last else parts <= transpose + bounds + sums + chunk_bytes
 
 
-# Kernels with planted bugs. The emulator must catch each: otherwise the tests above would miss such bugs, too.
+# Kernels with planted bugs. The emulator must catch each bug: otherwise the tests above would miss such bugs too.
 
 
 def broken(old: str, new: str, **options: Any) -> EmulatedRunner:
@@ -315,7 +291,7 @@ BROKEN_BOUNDS = {
 
 @pytest.mark.parametrize("name", BROKEN_BOUNDS)
 def test_broken_bounds_are_caught_by_the_sanitizers(name: str):
-    result = run_sanitized(["-m", "tests.cuda.test_launch_plans", name], timeout=300)
+    result = run_sanitized(["-m", "tests.cuda.test_plans", name], timeout=300)
     assert result.returncode != 0
     report = result.stderr + result.stdout
     assert ("AddressSanitizer" in report or "runtime error" in report) and ".cu" in report, report[-3000:]
@@ -342,9 +318,9 @@ def test_the_kernels_are_clean_under_the_sanitizers():
         "tests/cuda/test_deform_conv2d_lists.py::test_equals_the_reference",
         "tests/cuda/test_deform_conv2d_lists.py::test_all_samples_on_one_pixel",
         "tests/cuda/test_deform_conv2d_lists.py::test_memory_orders",
-        "tests/cuda/test_launch_plans.py::test_the_chunk_size_does_not_change_results",
-        "tests/cuda/test_launch_plans.py::test_the_deterministic_path_equals_the_reference",
-        "tests/cuda/test_launch_plans.py::test_channels_last_images_keep_their_memory_order",
+        "tests/cuda/test_plans.py::test_the_chunk_size_does_not_change_results",
+        "tests/cuda/test_plans.py::test_the_deterministic_path_equals_the_reference",
+        "tests/cuda/test_plans.py::test_channels_last_images_keep_their_memory_order",
     ]
     arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not cpu and not gpu"]
     result = run_sanitized([*arguments, "--hypothesis-profile=brief", *selection], timeout=900)
