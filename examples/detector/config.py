@@ -48,8 +48,8 @@ class NetworkConfig:
     sampling_ratio: int = option(2, "sampling points of a RoI bin along each axis; 0: adaptive", 0)
     neck_channels: int = option(0, "channels of the maps that RoIs are pooled from; 0: 256, or 64 for small", 0)
     head_channels: int = option(0, "width of the fully connected layers; 0: 1024, or 256 for small", 0)
-    min_size: int = option(800, "shorter side of the resized image, pixels", 1)
-    max_size: int = option(1333, "maximum longer side of the resized image, pixels", 1)
+    min_size: int = option(800, "length of the shorter side of the resized image, pixels", 1)
+    max_size: int = option(1333, "maximum length of the longer side, pixels", 1)
     anchor_sizes: tuple[float, ...] = option(
         (32, 64, 128, 256, 512), "sides of the anchors, pixels; with FPN five, one per level", 1
     )
@@ -89,16 +89,12 @@ class TrainingConfig:
 
     epochs: int = option(16, "passes over the data", 1)
     batch_size: int = option(2, "images per process and iteration", 1)
-    lr: float = option(
-        0.02, "learning rate for iterations of lr_batch images, scaled to the actual number over all processes", 0
-    )
-    lr_batch: int = option(16, "images per iteration that lr refers to", 1)
+    lr: float = option(0.02, "learning rate for lr_batch images per iteration, scaled to the actual number", 0)
+    lr_batch: int = option(16, "images per iteration, over all processes, that lr refers to", 1)
     lr_steps: tuple[float, ...] = option((10, 14), "epochs after which the learning rate is divided by 10", 0)
     warmup_iterations: int = option(500, "iterations of linear warm-up", 0)
     warmup_factor: float = option(1 / 3, "factor of the learning rate at the start of the warm-up", 0, 1)
-    optimizer: Literal["sgd", "adamw"] = option(
-        "sgd", "adamw learns faster from scratch, with a lower lr such as 0.001"
-    )
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "adamw learns faster from scratch; use it with lr=0.001")
     momentum: float = option(0.9, "momentum of SGD, beta1 of AdamW", 0, 1)
     weight_decay: float = option(1e-4, "weight decay of all parameters", 0)
     offset_lr_mult: float = option(0.1, "learning rate factor of the offset convolutions", 0)

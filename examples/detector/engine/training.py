@@ -41,10 +41,9 @@ CHECKPOINT, MODEL = "checkpoint.pth", "model.pth"
 HINT = "the same command with --resume goes on from there"
 # Largest number of consecutive float16 iterations without a step; each halves the loss scale, initially 65536.
 MOST_SKIPPED = 30
-# torch 2.15 renamed the argument of DistributedDataParallel.
-_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
-_NAME = "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers"
-NO_BUFFERS: dict[str, Any] = {_NAME: False}
+# torch 2.15 renamed broadcast_buffers.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 # Options that a resumed run may change, as they do not affect finished iterations.
 CHANGEABLE = [("training", name) for name in ("epochs", "workers", "save_every", "evaluate_every", "log_offsets_every")]
 
