@@ -140,23 +140,14 @@ class _Run:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition(":")[0])
-    parser.add_argument(
-        "--device", choices=DEVICES, default="all", help="devices to measure; default: all that are available"
-    )
-    parser.add_argument(
-        "--operations", choices=OPERATIONS, nargs="+", default=OPERATIONS, help="operations to measure; default: all"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=environment.usable_cores(), help="threads of the CPU; default: all cores"
-    )
+    parser.add_argument("--device", choices=DEVICES, default="all", help="default: all that are available")
+    parser.add_argument("--operations", choices=OPERATIONS, nargs="+", default=OPERATIONS, help="default: all")
+    parser.add_argument("--threads", type=int, default=environment.usable_cores(), help="default: all cores")
     parser.add_argument(
         "--seconds", type=float, help="time per row and direction, with at least 3 rounds; default: 8 (CPU), 0.3 (GPU)"
     )
     parser.add_argument(
-        "--minutes",
-        type=float,
-        default=float("inf"),
-        help="start no row after this time; the most important rows come first",
+        "--minutes", type=float, default=float("inf"), help="start no row after this time; important rows come first"
     )
     parser.add_argument(
         "--shapes",
