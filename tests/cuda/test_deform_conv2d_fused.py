@@ -25,7 +25,7 @@ from tests.arrays.test_deform_conv2d import FAR
 from tests.cases import ConvCase, assert_close, conv_cases, make_conv
 from tests.conftest import EmulatedRunner
 from tests.cuda.emulator import HOPPER, KernelFault
-from tests.cuda.test_plans import broken, channels_last_of
+from tests.cuda.runners import broken, channels_last_of
 
 PRECISIONS = {
     "float16": ("ieee",),

@@ -17,7 +17,7 @@ from dcnops._backends.cuda.plans.deform_conv2d_backward import Divisor, ListLimi
 from tests.cases import DTYPES, ConvCase, assert_close, conv_cases, make_conv
 from tests.conftest import EmulatedRunner
 from tests.cuda.emulator import HostCompiler, HostKernel, KernelFault, is_sanitized
-from tests.cuda.test_plans import Recorder, allocations, broken, channels_last_of
+from tests.cuda.runners import Recorder, allocations, broken, channels_last_of
 
 SHORT = ListLimits(part_entries=7, sorted_entries=5)
 """Limits that turn lists of a few entries into long lists."""

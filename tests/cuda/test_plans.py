@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +15,7 @@ from tests.cases import DTYPES, Case, RoIPoolCase, assert_correct, conv_cases, m
 from tests.conftest import EmulatedRunner
 from tests.cuda.emulator import run_sanitized
 from tests.cuda.kernel_matrix import specialisations
+from tests.cuda.runners import Recorder, allocations, broken, channels_last_of
 
 
 @given(
@@ -52,10 +52,6 @@ def test_the_deterministic_path_equals_the_reference(case: Case, chunk_bytes: in
     assert_correct(EmulatedRunner(chunk_bytes=chunk_bytes, deterministic=True), case)
 
 
-def channels_last_of(images: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
-
-
 @given(
     case=st.one_of(conv_cases(dtypes=tuple(DTYPES), max_batch=3), roi_pool_cases(dtypes=tuple(DTYPES))),
     which=st.sampled_from([("input",), ("grad_out",), ("input", "grad_out")]),
@@ -86,26 +82,6 @@ def test_channels_last_images_are_not_transposed():
     # Only the weights are transposed. Results are rounded as images of one pixel.
     assert {job.P for job in jobs if job.task == ArrayTask.PIXELS_TO_ROWS} == {K}
     assert {job.P for job in jobs if job.task == ArrayTask.ROWS_TO_PIXELS} == {1}
-
-
-class Recorder(EmulatedRunner):
-    """Record every launch."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.launches: list[tuple[Any, ...]] = []
-        self.params: list[Any] = []
-        compiled = self.engine.kernel
-
-        def recorded(unit, kernel, macros):
-            def launch(grid, block, shared_bytes, params):
-                self.launches.append((unit, kernel, dict(macros), grid, block, shared_bytes))
-                self.params.append(type(params).from_buffer_copy(params))
-                compiled(unit, kernel, macros)(grid, block, shared_bytes, params)
-
-            return launch
-
-        self.engine.kernel = recorded
 
 
 @given(case=st.one_of(conv_cases(dtypes=tuple(DTYPES)), roi_pool_cases(dtypes=tuple(DTYPES))))
@@ -163,20 +139,6 @@ def test_roi_pooling_launches_only_what_it_needs(channels_last: bool):
     assert launched(True, ("input",)) == [*(collected[:1]), *transposes, *collected[1:]]
 
 
-def allocations(runner: EmulatedRunner) -> list[int]:
-    """Return a list that receives the bytes of each allocation of the runner's engine."""
-    sizes: list[int] = []
-    empty = runner.engine.xp.empty
-
-    def record(shape: Any, dtype: Any = float) -> np.ndarray:
-        array = empty(shape, dtype)
-        sizes.append(array.nbytes)
-        return array
-
-    runner.engine.xp.empty = record
-    return sizes
-
-
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_scratch_memory_of_roi_pooling_is_bounded(channels_last: bool, dtype: str):
@@ -205,17 +167,6 @@ def test_scratch_memory_of_roi_pooling_is_bounded(channels_last: bool, dtype: st
 
 
 # Kernels with planted bugs. The emulator must catch each bug: otherwise the tests above would miss such bugs too.
-
-
-def broken(old: str, new: str, **options: Any) -> EmulatedRunner:
-    runner = EmulatedRunner(**options)
-    compile = runner.engine._compile
-
-    def compile_broken(source: str, kernel: str, compile_options: tuple[str, ...]) -> Any:
-        return compile(source.replace(old, new), kernel, compile_options)
-
-    runner.engine._compile = compile_broken
-    return runner
 
 
 ROI_BARRIERS = {
