@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None, rehearsal: Any = None) -> int:
     from benchmarks.operations import load
 
     torch.set_num_threads(options.threads)
-    gpu_is_there = not rehearsal and _gpu_is_there()
-    if options.device == "cuda" and not gpu_is_there:
+    has_gpu = not rehearsal and _has_gpu()
+    if options.device == "cuda" and not has_gpu:
         print("--device cuda needs a CUDA GPU, and CuPy and torch that can use it", file=sys.stderr)
         return 1
     operations = [load(name) for name in options.operations]
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None, rehearsal: Any = None) -> int:
     if rehearsal:
         devices, options.shapes = ["rehearsal"], options.shapes or rehearsal.shapes
     else:
-        devices = {"all": ["cpu", "cuda"] if gpu_is_there else ["cpu"]}.get(options.device, [options.device])
+        devices = {"all": ["cpu", "cuda"] if has_gpu else ["cpu"]}.get(options.device, [options.device])
     run = _Run(options, devices, environment.describe(options.threads, gpu="cuda" in devices))
     for device in devices:
         try:
@@ -144,10 +144,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--operations", choices=OPERATIONS, nargs="+", default=OPERATIONS, help="default: all")
     parser.add_argument("--threads", type=int, default=environment.usable_cores(), help="default: all cores")
     parser.add_argument(
-        "--seconds", type=float, help="time per row and direction, at least 3 rounds; default: CPU 8, GPU 0.3"
+        "--seconds", type=float, help="time per row and direction, with at least 3 rounds; default: 8 (CPU), 0.3 (GPU)"
     )
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="start no row after that; the most important rows are first"
+        "--minutes", type=float, default=float("inf"), help="start no row after this time; important rows come first"
     )
     parser.add_argument(
         "--shapes",
@@ -171,7 +171,7 @@ def _shape(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _gpu_is_there() -> bool:
+def _has_gpu() -> bool:
     try:
         from benchmarks.cuda_meter import is_available
     except ImportError:
@@ -190,7 +190,7 @@ def _meter(device: str) -> Meter:
 
 
 def _measure(run: _Run, device: str, meter: Meter, operations: Sequence[Operation]) -> None:
-    """Measure on one device and add every result to `run` at once."""
+    """Measure on one device and add each result to `run` immediately."""
     from benchmarks import first_call
     from benchmarks.measure import DIRECTIONS, cases, measure, measure_floors
 

@@ -51,7 +51,7 @@ def conv_contenders(case: Case) -> list[Contender]:
     return [
         Contender(OURS, ours, tolerance(_CONV_TOLERANCE)),
         *([peer] if case.dtype != "bfloat16" else []),  # torchvision has no bfloat16
-        Contender(PLAIN, _prepare_plain_conv, tolerance(_PLAIN_TOLERANCE), sees=_without_deformation),
+        Contender(PLAIN, _prepare_plain_conv, tolerance(_PLAIN_TOLERANCE), effective_inputs=_without_deformation),
     ]
 
 
@@ -62,7 +62,7 @@ def pool_contenders(case: Case) -> list[Contender]:
         PEER,
         _prepare_roi_align,
         _PEER_FLOAT16_TOLERANCE if case.dtype == "float16" else _POOL_TOLERANCE[case.dtype],
-        sees=_without_offsets,
+        effective_inputs=_without_offsets,
         coordinates=case.dtype,
     )
     return [
@@ -70,7 +70,7 @@ def pool_contenders(case: Case) -> list[Contender]:
             OURS,
             lambda case, arrays, direction: ours(case, _without_offsets(arrays), direction),
             _POOL_TOLERANCE[case.dtype],
-            sees=_without_offsets,
+            effective_inputs=_without_offsets,
         ),
         *([peer] if case.dtype != "bfloat16" else []),
         Contender(MODULATED, ours, _POOL_TOLERANCE[case.dtype]),

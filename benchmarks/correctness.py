@@ -16,12 +16,12 @@ def check(operation: Operation, case: Case, arrays: Arrays, contenders: list[Con
     """Return errors by contender and result, relative to the largest magnitude of the exact result.
 
     Float64 results exist for the first image only. In a larger batch, the first and the last image are compared with
-    the contender's own results for each alone; the first of these has been compared with float64.
+    the contender's results for that image alone, of which those for the first have been compared with float64.
     """
     errors = {}
     for contender in contenders:
         single = replace(case, N=1, products="ieee", layout="NCHW", deterministic=False)
-        exact = _expected(operation, single, contender.sees, contender.coordinates)
+        exact = _expected(operation, single, contender.effective_inputs, contender.coordinates)
         errors[contender.name] = _errors(_results(operation, contender, case, arrays, 0), exact)
         if case.N > 1:
             batch = _batch_errors(operation, case, arrays, contender)
@@ -30,9 +30,12 @@ def check(operation: Operation, case: Case, arrays: Arrays, contenders: list[Con
 
 
 @lru_cache(maxsize=12)
-def _expected(operation: Operation, case: Case, sees: Callable[[Arrays], Arrays], coordinates: str) -> Arrays:
+def _expected(
+    operation: Operation, case: Case, effective_inputs: Callable[[Arrays], Arrays], coordinates: str
+) -> Arrays:
     """Return float64 results, cached because all batches of a case begin with the same image."""
-    return operation.expected(sees(operation.inputs(case)), coordinates, "cuda" if case.device == "cuda" else "cpu")
+    device = "cuda" if case.device == "cuda" else "cpu"
+    return operation.expected(effective_inputs(operation.inputs(case)), coordinates, device)
 
 
 def _results(

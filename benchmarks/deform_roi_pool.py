@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _SCALE, _SAMPLES, _GAMMA = POOLING["spatial_scale"], int(POOLING["sampling_ratio"]), POOLING["gamma"]
 _LEAST_DISTANCE = 1e-3
-"""Of a sample from a whole pixel, in pixels."""
+"""Minimum distance of a sample from a whole pixel, in pixels."""
 _CHANNELS_AT_ONCE = 128
 
 

@@ -51,7 +51,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """Result of a part; its status is passed, failed or ended (out of time)."""
+    """Result of a part; `status` is passed, failed or ended (out of time)."""
 
     name: str
     status: str = "passed"
@@ -173,7 +173,7 @@ def _run_command(command: Sequence[str], seconds: float, log: Any) -> str:
     except subprocess.TimeoutExpired:
         return "ended"
     finally:
-        # Also kill the processes that it started.
+        # This also kills the processes that the command started.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -1,4 +1,4 @@
-"""Measurement of one row: check the contenders, time them in turn, then measure their memory. Peak throughput."""
+"""Measurement of one row (check the contenders, time them in turn, measure their memory) and of peak throughput."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FLOOR_ROUNDS = 7
 
 
 class Meter:
-    """Measurement of time and memory on one device; on its own, a wall clock."""
+    """Measurement of time and memory on one device. The base class is a wall clock."""
 
     def start(self, case: Case) -> None:
-        """Prepare for a case before anything of it runs."""
+        """Prepare for a case before any part of it runs."""
 
     def clock(self, call: Callable[[], object]) -> float:
         """Return the seconds that one call takes."""

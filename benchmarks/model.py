@@ -87,9 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("--device", choices=("cuda", "rehearsal"), default="cuda")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after that")
-    parser.add_argument("--output", type=Path, default=Path("out/model.json"))
+    parser.add_argument("--device", choices=("cuda", "rehearsal"), default="cuda", help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after this time")
+    parser.add_argument("--output", type=Path, default=Path("out/model.json"), help="JSON file; default: %(default)s")
     return parser.parse_args(arguments)
 
 

@@ -74,10 +74,10 @@ class Contender:
     """Largest accepted error, relative to the largest magnitude of the exact result."""
     unchecked: frozenset[str] = frozenset()
     """Names of results that the contender is known to compute differently."""
-    sees: Callable[[Arrays], Arrays] = lambda arrays: arrays
-    """Return the arrays that its results are exact for: a plain convolution ignores offsets."""
+    effective_inputs: Callable[[Arrays], Arrays] = lambda arrays: arrays
+    """Return the arrays that the results belong to: a plain convolution ignores offsets."""
     coordinates: str = "float32"
-    """Dtype of its sampling coordinates."""
+    """Dtype of the sampling coordinates."""
 
 
 @dataclass(frozen=True, eq=False)

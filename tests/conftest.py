@@ -74,7 +74,7 @@ class GpuRunner(CpuRunner):
 
 
 class EmulatedRunner:
-    """The launch plans and kernels of the CUDA backend, emulated on the CPU."""
+    """The plans and kernels of the CUDA backend, emulated on the CPU."""
 
     def __init__(
         self,

@@ -61,7 +61,7 @@ def expand_pair(value: object) -> tuple[int, int]:
 
 
 class DeformConv2d:
-    """One call."""
+    """One call of deformable convolution."""
 
     def __init__(self, input, offset, weight, bias=None, stride=1, padding=0, dilation=1, mask=None):
         self.coordinate = np.float64 if input.dtype == np.float64 else np.float32
@@ -157,7 +157,7 @@ def deform_conv2d_backward(grad_out, *args, **kwargs) -> dict[str, np.ndarray]:
 
 
 class DeformRoIPool:
-    """One call."""
+    """One call of deformable RoI pooling."""
 
     def __init__(self, input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma):
         self.coordinate = np.float64 if input.dtype == np.float64 else np.float32

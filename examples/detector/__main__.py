@@ -28,8 +28,8 @@ from .engine import (
     Kind,
     build_and_train,
     coco_metrics,
-    compared,
     detect,
+    evaluated_kinds,
     is_main,
     load_results,
     metrics_table,
@@ -46,8 +46,8 @@ from .recipes import run_ablation, run_demo
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code.
 
-    It is 2 after a mistake of the user, which is printed in one line on stderr, and 128 + the number of the signal that
-    ended a training.
+    The code is 2 after a mistake of the user, which is printed as one line on stderr. After a signal that ended a
+    training run, it is 128 + the number of the signal.
     """
     epilogs = {"train": f"options for --set, with their defaults:\n{describe_options()}"}
     try:
@@ -119,7 +119,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
             amp_dtype=AMP_TYPES[options.amp],
         )
         if is_main():
-            _report(dataset, results, compared(config.network), options.out)
+            _report(dataset, results, evaluated_kinds(config.network), options.out)
 
 
 def run_predict(options: PredictOptions) -> None:
@@ -162,7 +162,16 @@ def run_synth(options: SynthOptions) -> None:
 
 
 def run_ablate(options: AblateOptions) -> None:
-    run_ablation(options)
+    run_ablation(
+        options.out,
+        options.data,
+        variants=options.variants,
+        seeds=options.seeds,
+        scale=options.scale,
+        weights=options.weights,
+        assignments=options.set,
+        device_name=options.device,
+    )
     print(f"{options.out}: table.md, results.json, plot.png")
 
 

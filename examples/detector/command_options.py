@@ -1,4 +1,4 @@
-"""Options of the commands: one dataclass per command, which the parser in `command_line` is generated from."""
+"""Options of the commands: one dataclass per command, from which `command_line` generates the parser."""
 
 # ruff: noqa: RUF009 -- `option` and `required` are `dataclasses.field`
 
@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config import option
+from .predict import SpatialSupportView
 from .presets import PRESETS
-
-ABLATION_IMAGES = (400, 200)  # synthetic images to train on and to evaluate on
-ABLATION_VARIANTS = ("regular", "dcnv1", "dcnv2", "dcnv2-mimic")  # in the paper's order of accuracy
+from .recipes import ABLATION_IMAGES, ABLATION_VARIANTS
 
 
 def required(help: str, **metadata: Any) -> Any:
@@ -31,14 +30,16 @@ class DeviceOption:
 class SetOption:
     """Changes of the configuration."""
 
-    set: tuple[str, ...] = option((), "such as network.gamma=1", metavar="OPTION=VALUE")
+    set: tuple[str, ...] = option(
+        (), "options of the configuration, such as network.gamma=1; train --help lists all", metavar="OPTION=VALUE"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutocastOption:
     """Precision of inference."""
 
-    amp: Literal["none", "float16", "bfloat16"] = option("none", "autocast type")
+    amp: Literal["none", "float16", "bfloat16"] = option("none", "data type of autocast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class DataOption:
     """Data set in one folder."""
 
     data: Path | None = option(
-        None, "folder with annotations/instances_train.json, instances_val.json and images/, or in COCO's own layout"
+        None, "folder with annotations/instances_train.json, instances_val.json and images/, or with COCO's own names"
     )
 
 
@@ -59,12 +60,12 @@ class TrainOptions(DataOption, SetOption, DeviceOption):
 
     out: Path = required("folder for checkpoints, metrics and TensorBoard files")
     train_annotations: Path | None = option(None, "COCO JSON file to train on, instead of --data")
-    train_images: Path | None = option(None, "folder of its images")
+    train_images: Path | None = option(None, "folder of the images of --train-annotations")
     val_annotations: Path | None = option(None, "COCO JSON file to evaluate on, instead of --data")
-    val_images: Path | None = option(None, "folder of its images")
-    preset: str | None = option(None, f"network.preset: {', '.join(PRESETS)}")
-    detector: str | None = option(None, "network.detector: faster or mask", metavar="KIND")
-    backbone: str | None = option(None, "network.backbone, such as resnet50 or small", metavar="NAME")
+    val_images: Path | None = option(None, "folder of the images of --val-annotations")
+    preset: str | None = option(None, f"sets network.preset: {', '.join(PRESETS)}")
+    detector: str | None = option(None, "sets network.detector: faster or mask", metavar="KIND")
+    backbone: str | None = option(None, "sets network.backbone, such as resnet50 or small", metavar="NAME")
     weights: str | None = option(
         None,
         "weights of the backbone: imagenet, the name of torchvision weights, a .pth, .safetensors or .npz file with "
@@ -73,9 +74,9 @@ class TrainOptions(DataOption, SetOption, DeviceOption):
     )
     mimic: str | None = option(
         None,
-        "mimicking.regions: fg, bg, all or none. R-CNN feature mimicking, which the preset dcnv2-mimic trains with "
-        "(fg). On an H200, an iteration with 2 images of 800x1333 and 32 crops each takes 3 times as long, or 1.9 "
-        "times with training.amp=bfloat16; prediction costs nothing more",
+        "sets mimicking.regions, the regions for R-CNN feature mimicking: fg (the default of dcnv2-mimic), bg, all or "
+        "none. On an H200, a training iteration with 2 images of 800x1333 and 32 crops each takes 3 times as long, "
+        "or 1.9 times with training.amp=bfloat16; prediction is not slower",
         metavar="REGIONS",
     )
     resume: bool = option(False, "continue from the checkpoint in --out")
@@ -88,9 +89,9 @@ class EvaluateOptions(DataOption, SetOption, AutocastOption, DeviceOption):
     checkpoint: Path | None = option(None, "checkpoint written by `train`", exclusive=True)
     results: Path | None = option(None, "detections in COCO's results format", exclusive=True)
     annotations: Path | None = option(None, "COCO JSON file, instead of --data")
-    images: Path | None = option(None, "folder of its images")
-    split: Literal["train", "val"] = option("val", "part of --data")
-    out: Path | None = option(None, "folder for metrics.json and the detections")
+    images: Path | None = option(None, "folder of the images of --annotations")
+    split: Literal["train", "val"] = option("val", "split of --data to evaluate on")
+    out: Path | None = option(None, "folder for metrics.json and the detections; default: only print the metrics")
     batch_size: int = option(1, "images per forward pass", 1)
 
 
@@ -101,35 +102,16 @@ class PredictOptions(SetOption, AutocastOption, DeviceOption):
     images: tuple[str, ...] = required("files, folders or glob patterns", positional=True)
     checkpoint: Path = required("checkpoint written by `train`")
     out: Path = required("folder for the pictures and predictions.json")
-    threshold: float = option(0.5, "least score of a detection", 0, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpatialSupportView:
-    """Nodes of a figure of spatial support, and how to draw them.
-
-    `layer` and `depth`, `bound`, `budget` are those of `dcnops.adapters.torch.spatial_support.plots`.
-    """
-
-    figure: Literal[1, 2] = option(1, "figure of the paper: 1 for pixels of a layer, 2 for regions")
-    node: tuple[tuple[float, float], ...] = option((), "pixel of the image; repeatable", metavar="X,Y", numbers=2)
-    roi: tuple[tuple[float, float, float, float], ...] = option(
-        (), "region of the image; repeatable", metavar="X1,Y1,X2,Y2", numbers=4
-    )
-    category: str | None = option(None, "category of the score of a region; default: the best")
-    layer: str = option("backbone.body.layer4", "layer of the pixels in figure 1")
-    depth: int = option(3, "number of stacked layers to draw sampling points of", 1)
-    bound: float = option(0.1, "largest relative error of the response to the saliency region", 0, 1)
-    budget: int = option(4000, "number of masked images for the search of a saliency region", 1)
+    threshold: float = option(0.5, "minimum score of a detection", 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpatialSupportOptions(SpatialSupportView, SetOption, DeviceOption):
     """Draw the spatial support of trained detectors: figures 1 and 2 of the paper for an image.
 
-    For each checkpoint: effective sampling points or bins, receptive field and saliency region of three nodes, and
-    histograms of the offsets and masks. Without --node and --roi, the nodes are the smallest and the largest object
-    that the last network detects, and the background.
+    For each checkpoint, the figure shows the effective sampling points or bins, the receptive field and the saliency
+    region of each node. Histograms show the offsets and masks. Without --node and --roi, the nodes are the smallest
+    and the largest object that the last network detects, and the background.
     """
 
     checkpoint: tuple[Path, ...] = required("checkpoints written by `train`, drawn side by side")
@@ -141,39 +123,39 @@ class SpatialSupportOptions(SpatialSupportView, SetOption, DeviceOption):
 class FlopsOptions(SetOption):
     """Count the parameters and multiply-adds of all presets and compare them with the paper's."""
 
-    backbone: str | None = option(None, "network.backbone; default: resnet50, the paper's", metavar="NAME")
+    backbone: str | None = option(None, "sets network.backbone; default: resnet50, the paper's", metavar="NAME")
     json: bool = option(False, "print exact numbers as JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SynthOptions:
-    """Write a COCO data set of deformed shapes."""
+    """Write a synthetic COCO data set of deformed shapes."""
 
     folder: Path = required("folder to create", positional=True)
     train: int = option(1000, "number of training images")
     val: int = option(200, "number of validation images")
-    size: int = option(160, "sides of an image, pixels")
-    deformation: float = option(1.0, "strength of the deformation; 0: all shapes upright")
+    size: int = option(160, "width and height of the images, pixels")
+    deformation: float = option(1.0, "strength of the deformation, 0 to 2; 0: all shapes upright")
     seed: int = option(0, "seed of all random numbers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AblateOptions(DataOption, SetOption, DeviceOption):
-    """Train presets and kinds of mimicking with several seeds; write a table and a plot.
+    """Train several presets with several seeds; write a table and a plot.
 
     Each variant is trained with each seed on one data set. The same command continues where it was interrupted, and
-    adds variants and seeds to existing results. reduced: Mask R-CNN on the small backbone with the demo's recipe, 12
-    epochs and 8 mimicking crops of 56x56 per image. full: ResNet-50 with the paper's recipe.
+    adds variants and seeds to existing results. Scale reduced is Mask R-CNN on the small backbone with the demo's
+    recipe, 12 epochs and 8 mimicking crops of 56x56 per image; full is ResNet-50 with the paper's recipe.
     """
 
     out: Path = option(Path("out/ablation"), "folder of the experiment")
     variants: tuple[str, ...] = option(
-        ABLATION_VARIANTS, "presets; MIMIC is fg, bg, all or none", metavar="PRESET[:MIMIC]"
+        ABLATION_VARIANTS, "presets; MIMIC sets the regions to mimic: fg, bg, all or none", metavar="PRESET[:MIMIC]"
     )
     seeds: int = option(3, "runs per variant", 1)
     data: Path | None = option(
         None,
-        f"COCO data set as for train; default: {' + '.join(map(str, ABLATION_IMAGES))} synthetic images as from synth",
+        f"COCO data set, as for train; default: {' + '.join(map(str, ABLATION_IMAGES))} synthetic images",
     )
     scale: Literal["auto", "reduced", "full"] = option("auto", "auto: full on a GPU, reduced on a CPU")
     weights: str | None = option(None, "weights of the backbone, as for train")
@@ -181,6 +163,6 @@ class AblateOptions(DataOption, SetOption, DeviceOption):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(DeviceOption):
-    """Synthesise data, train, evaluate and predict, in minutes on a CPU."""
+    """Write synthetic data, then train, evaluate and predict; takes minutes on a CPU."""
 
     out: Path = option(Path("out/detector"), "folder of the demo")

@@ -37,7 +37,7 @@ class NetworkConfig:
     )
     frozen_stages: int = option(-1, "number of frozen stages: 2 is conv1 and conv2; -1: 2, or 0 for small", -1, 5)
     mask_scale: float = option(
-        1.0, "masks are mask_scale * sigmoid: 1 in the paper; 2 makes the initial network equal the regular one", 0
+        1.0, "masks are mask_scale * sigmoid: 1 in the paper; 2 makes the initial network equal to the regular one", 0
     )
     gamma: float = option(0.1, "factor of the offsets in RoI pooling")
     deform_groups: int = option(1, "deformable groups of a convolution", 1)
@@ -45,30 +45,30 @@ class NetworkConfig:
     deform_mask_pool: bool = option(
         False, "make the 14x14 pooling of the mask head deformable too, with a separate branch"
     )
-    sampling_ratio: int = option(2, "sampling points of a RoI bin along each axis", 0)
+    sampling_ratio: int = option(2, "sampling points of a RoI bin along each axis; 0: adaptive", 0)
     neck_channels: int = option(0, "channels of the maps that RoIs are pooled from; 0: 256, or 64 for small", 0)
     head_channels: int = option(0, "width of the fully connected layers; 0: 1024, or 256 for small", 0)
-    min_size: int = option(800, "shorter side of the resized image, pixels", 1)
-    max_size: int = option(1333, "largest longer side of the resized image, pixels", 1)
+    min_size: int = option(800, "length of the shorter side of the resized image, pixels", 1)
+    max_size: int = option(1333, "maximum length of the longer side, pixels", 1)
     anchor_sizes: tuple[float, ...] = option(
         (32, 64, 128, 256, 512), "sides of the anchors, pixels; with FPN five, one per level", 1
     )
     anchor_ratios: tuple[float, ...] = option((0.5, 1, 2), "height / width of the anchors", 0.01)
     rpn_batch: int = option(256, "anchors per image in the RPN loss", 1)
-    rpn_positive_fraction: float = option(0.5, "largest fraction of positives among them", 0, 1)
-    rpn_positive_iou: float = option(0.7, "least IoU of a positive anchor", 0, 1)
+    rpn_positive_fraction: float = option(0.5, "maximum fraction of positive anchors in rpn_batch", 0, 1)
+    rpn_positive_iou: float = option(0.7, "minimum IoU of a positive anchor", 0, 1)
     rpn_negative_iou: float = option(0.3, "anchors with a lower IoU are negative", 0, 1)
     rpn_nms: float = option(0.7, "IoU threshold of NMS of the proposals", 0, 1)
-    rpn_candidates_train: int = option(0, "proposals before NMS; 0: 12000, or 2000 per level with FPN", 0)
-    rpn_candidates_test: int = option(0, "the same in testing; 0: 6000, or 1000 per level with FPN", 0)
-    proposals_train: int = option(2000, "proposals after NMS", 1)
-    proposals_test: int = option(1000, "the same in testing", 1)
+    rpn_candidates_train: int = option(0, "proposals before NMS in training; 0: 12000, or 2000 per level with FPN", 0)
+    rpn_candidates_test: int = option(0, "proposals before NMS in testing; 0: 6000, or 1000 per level with FPN", 0)
+    proposals_train: int = option(2000, "proposals after NMS in training", 1)
+    proposals_test: int = option(1000, "proposals after NMS in testing", 1)
     roi_batch: int = option(512, "RoIs per image in the loss of the head", 1)
-    roi_positive_fraction: float = option(0.25, "largest fraction of positives among them", 0, 1)
-    roi_positive_iou: float = option(0.5, "least IoU of a positive RoI; others are background", 0, 1)
+    roi_positive_fraction: float = option(0.25, "maximum fraction of positive RoIs in roi_batch", 0, 1)
+    roi_positive_iou: float = option(0.5, "minimum IoU of a positive RoI; other RoIs are background", 0, 1)
     score_threshold: float = option(0.05, "drop detections with a lower score", 0, 1)
     detection_nms: float = option(0.5, "IoU threshold of NMS of the detections of a class", 0, 1)
-    max_detections: int = option(100, "detections per image", 1)
+    max_detections: int = option(100, "maximum number of detections per image", 1)
 
     def resolve(self) -> NetworkConfig:
         """Return a copy with the values 0 and -1 replaced by the numbers for this backbone and detector."""
@@ -89,17 +89,17 @@ class TrainingConfig:
 
     epochs: int = option(16, "passes over the data", 1)
     batch_size: int = option(2, "images per process and iteration", 1)
-    lr: float = option(0.02, "learning rate for lr_batch images in all processes; scaled to the actual number", 0)
-    lr_batch: int = option(16, "number of images per iteration that lr refers to", 1)
+    lr: float = option(0.02, "learning rate for lr_batch images per iteration, scaled to the actual number", 0)
+    lr_batch: int = option(16, "images per iteration, over all processes, that lr refers to", 1)
     lr_steps: tuple[float, ...] = option((10, 14), "epochs after which the learning rate is divided by 10", 0)
     warmup_iterations: int = option(500, "iterations of linear warm-up", 0)
     warmup_factor: float = option(1 / 3, "factor of the learning rate at the start of the warm-up", 0, 1)
-    optimizer: Literal["sgd", "adamw"] = option("sgd", "adamw learns faster from scratch, at a lower rate (0.001)")
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "adamw learns faster from scratch; use it with lr=0.001")
     momentum: float = option(0.9, "momentum of SGD, beta1 of AdamW", 0, 1)
     weight_decay: float = option(1e-4, "weight decay of all parameters", 0)
     offset_lr_mult: float = option(0.1, "learning rate factor of the offset convolutions", 0)
     roi_offset_lr_mult: float = option(1.0, "learning rate factor of the offset branches of RoI pooling", 0)
-    clip_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping", 0)
+    clip_norm: float = option(0.0, "maximum norm of the gradient; 0: no clipping", 0)
     flip: float = option(0.5, "probability of a horizontal flip", 0, 1)
     amp: Literal["none", "float16", "bfloat16"] = option("none", "autocast to a 16-bit type")
     group_aspect_ratios: bool = option(True, "do not mix wide and tall images in a batch")
@@ -117,10 +117,10 @@ class MimickingConfig:
     """R-CNN feature mimicking, section 3.3 of the paper; affects training only."""
 
     regions: Literal["auto", "fg", "bg", "all", "none"] = option(
-        "auto", "RoIs to mimic: foreground, background, all or none; auto: fg for dcnv2-mimic, else none"
+        "auto", "RoIs to mimic: foreground, background, all or none; auto: the preset's choice, fg or none"
     )
-    boxes: int = option(32, "largest number of such RoIs per image", 1)
-    crop: int = option(224, "sides of the crops, pixels; 224 gives features of 14x14", 32)
+    boxes: int = option(32, "maximum number of RoIs to mimic per image", 1)
+    crop: int = option(224, "width and height of the crops, pixels; 224 gives features of 14x14", 32)
     weight: float = option(0.1, "weight of the loss of equation 3", 0)
     classifier_weight: float = option(0.1, "weight of the cross-entropy loss of the crops", 0)
     reduction: Literal["sum", "mean"] = option("sum", "reduction of the loss over the RoIs of an image")
@@ -207,7 +207,7 @@ def describe_options() -> str:
             name, choices = f"{section}.{item.name}", _types(kind)[item.name]
             default = _text(item.default)
             if typing.get_origin(choices) is Literal:
-                default += " of " + "|".join(typing.get_args(choices))
+                default += f" ({'|'.join(typing.get_args(choices))})"
             lines.append(f"  {name}={default}\n      {item.metadata['help']}")
     return "\n".join(lines)
 

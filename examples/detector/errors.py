@@ -6,5 +6,5 @@ from __future__ import annotations
 class UserError(Exception):
     """A mistake in the user's arguments, files or data.
 
-    Every function of the detector raises it; the message is one sentence with what is needed and what was given.
+    Any function of the detector may raise it. The message says in one sentence what is needed and what was given.
     """

@@ -256,7 +256,7 @@ def test_the_input_gradient_is_deterministic_on_the_cpu():
             np.testing.assert_array_equal(a, b)
 
 
-# Tests of the emulated kernels: every path of the launch plans, every memory order and schedule.
+# Tests of the emulated kernels: every path of the plans, every memory order and schedule.
 
 SCHEDULES: list[dict[str, Any]] = [
     {},
@@ -343,7 +343,7 @@ def test_the_output_may_be_channels_last(case: RoIPoolCase, channels_last_input:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_deterministic_input_gradient_does_not_depend_on_the_schedule(dtype: str):
-    """The memory order has no influence either, but the size of the chunks has."""
+    """The memory order does not matter either, but the size of the chunks does."""
     case = make_roi_pool(N=2, C=12, H=6, W=11, R=40, dtype=dtype, spread=2.0, sampling_ratio=0, seed=4)
     for chunk_bytes in (2**20, 1500):
         gradients = [
@@ -354,6 +354,12 @@ def test_the_deterministic_input_gradient_does_not_depend_on_the_schedule(dtype:
         ]
         for other in gradients[1:]:
             np.testing.assert_array_equal(other, gradients[0])
+
+
+def test_the_default_input_gradient_depends_on_the_schedule():
+    case = make_roi_pool(C=8, R=20, seed=6)
+    runs = [EmulatedRunner(schedule="random", seed=seed).backward(case, ("input",)) for seed in range(4)]
+    assert any((run["input"] != runs[0]["input"]).any() for run in runs[1:])
 
 
 def test_output_offset_and_mask_gradients_do_not_depend_on_the_schedule():

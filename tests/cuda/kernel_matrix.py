@@ -1,4 +1,4 @@
-"""All specialisations of the kernels that launch plans can ask for, and the facts that Python and CUDA share."""
+"""All specialisations of the kernels that plans can launch, and the facts that Python and CUDA share."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {
     ),
 }
 
-# C++ expressions and the values that the launch plans take them for.
+# C++ expressions and the values that the plans assume for them.
 SHARED_CONSTANTS: dict[str, dict[str, int]] = {
     "array_jobs": {
         "kThreads": constants.THREADS,
@@ -142,7 +142,7 @@ def fused_tiles() -> Iterator[tuple[str, str, FusedTiles]]:
 
 
 def constant_assertions(specialisation: Specialisation) -> str:
-    """Return C++ that compiles only if each shared constant has the value that the launch plans take it for."""
+    """Return C++ that compiles only if each shared constant has the value that the plans assume."""
     values = dict(SHARED_CONSTANTS.get(specialisation.unit, {}))
     if specialisation.unit == "deform_conv2d_fused":
         values |= {f"{tiles.product}<Scalar, {tiles.outputs}>::kThreads": tiles.threads for *_, tiles in fused_tiles()}

@@ -25,7 +25,7 @@ from tests.arrays.test_deform_conv2d import FAR
 from tests.cases import ConvCase, assert_close, conv_cases, make_conv
 from tests.conftest import EmulatedRunner
 from tests.cuda.emulator import HOPPER, KernelFault
-from tests.cuda.test_launch_plans import broken, channels_last_of
+from tests.cuda.runners import broken, channels_last_of
 
 PRECISIONS = {
     "float16": ("ieee",),
@@ -42,7 +42,7 @@ SINGLE = Device(0, 90, 1, 227 * 1024)
 """A device that a few blocks fill."""
 
 MANY = Device(0, 90, 132, 227 * 1024)
-"""A device with so many multiprocessors that sums are split."""
+"""A device with enough multiprocessors for sums to be split."""
 
 AMPERE = Device(0, 80, 4, 163 * 1024)
 """A device without the instructions of warpgroups."""

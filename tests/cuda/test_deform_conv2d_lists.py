@@ -17,16 +17,16 @@ from dcnops._backends.cuda.plans.deform_conv2d_backward import Divisor, ListLimi
 from tests.cases import DTYPES, ConvCase, assert_close, conv_cases, make_conv
 from tests.conftest import EmulatedRunner
 from tests.cuda.emulator import HostCompiler, HostKernel, KernelFault, is_sanitized
-from tests.cuda.test_launch_plans import Recorder, allocations, broken, channels_last_of
+from tests.cuda.runners import Recorder, allocations, broken, channels_last_of
 
 SHORT = ListLimits(part_entries=7, sorted_entries=5)
-"""Limits that make lists of a few entries long ones."""
+"""Limits that turn lists of a few entries into long lists."""
 
-WAYS = {"default": False, "deterministic": True}
+MODES = {"default": False, "deterministic": True}
 
 
-def runner_of(way: str, limits: ListLimits = SHORT, **options: Any) -> EmulatedRunner:
-    return EmulatedRunner(deterministic=WAYS[way], backward={"limits": limits}, **options)
+def runner_of(mode: str, limits: ListLimits = SHORT, **options: Any) -> EmulatedRunner:
+    return EmulatedRunner(deterministic=MODES[mode], backward={"limits": limits}, **options)
 
 
 def assert_gradients(runner: EmulatedRunner, case: ConvCase) -> None:
@@ -46,28 +46,28 @@ def on_one_pixel(case: ConvCase, y: float = 3.25, x: float = 2.5) -> ConvCase:
     return case.with_arrays(offset=offset.astype(case.offset.dtype))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", MODES)
 @given(
     case=conv_cases(dtypes=tuple(DTYPES), max_batch=3, C=64),
     limits=st.builds(ListLimits, st.sampled_from([1, 3, 40, 1024]), st.sampled_from([1, 6, 33, 256])),
     chunk_bytes=st.sampled_from([1, 20_000, 2**20]),
 )
-def test_equals_the_reference(way: str, case: ConvCase, limits: ListLimits, chunk_bytes: int):
-    assert_gradients(runner_of(way, limits, chunk_bytes=chunk_bytes), case)
+def test_equals_the_reference(mode: str, case: ConvCase, limits: ListLimits, chunk_bytes: int):
+    assert_gradients(runner_of(mode, limits, chunk_bytes=chunk_bytes), case)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("limits", [SHORT, ListLimits()], ids=["short limits", "default limits"])
 @pytest.mark.parametrize("D, dtype", [(1, "float32"), (2, "float16"), (1, "float64")])
-def test_all_samples_on_one_pixel(way: str, limits: ListLimits, D: int, dtype: str):
+def test_all_samples_on_one_pixel(mode: str, limits: ListLimits, D: int, dtype: str):
     # 16 x 10 pixels and 9 taps make four lists of 1440 entries, above both default limits.
     case = on_one_pixel(make_conv(C=64, O=3, H=16, W=10, D=D, dtype=dtype, offset_dtype=dtype, seed=2))
-    assert_gradients(runner_of(way, limits), case)
+    assert_gradients(runner_of(mode, limits), case)
 
 
 @pytest.mark.parametrize("limits", [SHORT, ListLimits()], ids=["short limits", "default limits"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_deterministic_way_gives_the_same_bits_under_any_schedule(dtype: str, limits: ListLimits):
+def test_the_deterministic_mode_gives_the_same_bits_under_any_schedule(dtype: str, limits: ListLimits):
     crowded = make_conv(N=2, C=64, O=3, H=8, W=6, D=2, dtype=dtype, spread=3.0, seed=6)
     for case in (crowded, on_one_pixel(crowded)):
         runs = [
@@ -79,23 +79,23 @@ def test_the_deterministic_way_gives_the_same_bits_under_any_schedule(dtype: str
                 np.testing.assert_array_equal(gradient, runs[0][name], err_msg=name)
 
 
-def test_the_default_way_does_not_give_the_same_bits():
+def test_the_default_mode_does_not_give_the_same_bits():
     case = on_one_pixel(make_conv(C=64, O=3, H=8, W=6, seed=6))
     runs = [runner_of("default", schedule="random", seed=seed).backward(case, ("input",)) for seed in range(6)]
     assert any((run["input"] != runs[0]["input"]).any() for run in runs[1:])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", MODES)
 @given(
     case=conv_cases(dtypes=("float32", "float16"), max_batch=2, C=32),
     which=st.sets(st.sampled_from(["input", "grad_out", "offset", "mask"]), min_size=1),
 )
-def test_memory_orders(way: str, case: ConvCase, which: set[str]):
+def test_memory_orders(mode: str, case: ConvCase, which: set[str]):
     given_arrays = {name: getattr(case, name) for name in which}
     case = case.with_arrays(
         **{name: channels_last_of(array) for name, array in given_arrays.items() if array is not None}
     )
-    runner = runner_of(way)
+    runner = runner_of(mode)
     assert_gradients(runner, case)
     for name, gradient in runner.backward(case).items():
         if gradient.size and is_channels_last(getattr(case, name)):
@@ -121,15 +121,15 @@ def kernels_and_products(runner: Recorder, case: ConvCase, needs: tuple[str, ...
 PREPARE = ["deform_conv2d_prepare", "deform_conv2d_fill_lists"]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_seven_launches_at_most(dtype: str, order: str, way: str):
+def test_seven_launches_at_most(dtype: str, order: str, mode: str):
     # For columns that fit in one chunk. The matrix products count.
     case = in_order(make_conv(C=32, O=8, H=8, W=8, dtype=dtype), order)
-    gather = "deform_conv2d_gather_input" + ("_in_order" if WAYS[way] else "")
+    gather = "deform_conv2d_gather_input" + ("_in_order" if MODES[mode] else "")
     expected = [*PREPARE, gather, "deform_conv2d_grad_samples", "run_array_jobs"], 2
-    assert kernels_and_products(Recorder(deterministic=WAYS[way]), case) == expected
+    assert kernels_and_products(Recorder(deterministic=MODES[mode]), case) == expected
 
 
 @pytest.mark.parametrize(
@@ -145,13 +145,13 @@ def test_only_what_is_needed_is_launched(needs: str, kernels: list[str], product
     assert kernels_and_products(Recorder(), make_conv(C=32), (needs,)) == (kernels, products)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("chunk_bytes", [2**15, 2**17, 2**22])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_scratch_memory_keeps_to_the_documented_bound(way: str, order: str, chunk_bytes: int, dtype: str):
+def test_scratch_memory_keeps_to_the_documented_bound(mode: str, order: str, chunk_bytes: int, dtype: str):
     case = in_order(make_conv(N=3, C=32, O=8, H=16, W=16, D=1, dtype=dtype), order)
-    runner = runner_of(way, ListLimits(), chunk_bytes=chunk_bytes)
+    runner = runner_of(mode, ListLimits(), chunk_bytes=chunk_bytes)
     sizes = allocations(runner)
     gradients = runner.backward(case)
     scratch = sum(sizes) - sum(gradient.nbytes for gradient in gradients.values())

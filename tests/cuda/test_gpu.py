@@ -1,4 +1,4 @@
-"""Tests that need a GPU: streams, devices, arrays beyond 32-bit indices, real sizes. Other tests run there, too."""
+"""Tests that need a GPU: streams, devices, arrays beyond 32-bit indices, real sizes. Other tests run there too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One thread per process: parallel tests would wait for each other's cores, and results depend on the threads."""
+"""One thread per process: parallel tests would compete for cores, and results depend on the number of threads."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from examples.detector.__main__ import main
+from examples.detector.__main__ import COMMANDS, main
 from examples.detector.config import Config
 from examples.detector.data import Category
 from examples.detector.model import build_detector, load_checkpoint, save_checkpoint
@@ -108,21 +109,14 @@ def test_flops(capsys):
 
 
 def test_help_names_every_command_and_option(capsys):
-    for command in (
-        [],
-        ["train"],
-        ["evaluate"],
-        ["predict"],
-        ["flops"],
-        ["synth"],
-        ["demo"],
-        ["ablate"],
-        ["spatial-support"],
-    ):
+    expected = {name: [item.name for item in dataclasses.fields(kind)] for name, (_, kind) in COMMANDS.items()}
+    for command, names in (([], COMMANDS), *(([name], names) for name, names in expected.items())):
         with pytest.raises(SystemExit) as caught:
             main([*command, "--help"])
         assert caught.value.code == 0
-    assert "training.offset_lr_mult=0.1" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert all(name.replace("_", "-") in printed for name in names)
+        assert ("training.offset_lr_mult=0.1" in printed) == (command == ["train"])
 
 
 def test_wrong_commands(fails, data, tmp_path):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 DETECTOR = Path(__file__).parents[2] / "examples" / "detector"
-TOP = ["__init__", "errors", "presets", "config", "command_options", "command_line"]
-ORDER = [*TOP, "data", "model", "predict", "engine", "recipes", "__main__"]
+PACKAGES = ["data", "model", "predict", "engine", "recipes"]
+ORDER = ["__init__", "errors", "presets", "config", *PACKAGES, "command_line", "command_options", "__main__"]
 FILES = [path.relative_to(DETECTOR) for path in sorted(DETECTOR.rglob("*.py"))]
 
 

@@ -1,4 +1,4 @@
-"""Docstrings are complete, their examples and those of the README run, and the prose follows the style guide."""
+"""Docstrings are complete, their examples run, and the prose follows the style guide."""
 
 from __future__ import annotations
 
@@ -37,16 +37,6 @@ def test_every_public_function_documents_its_parameters_errors_and_an_example():
             assert f"\n{section}\n---" in text, f"{function.__name__} has no section {section}"
         for parameter in inspect.signature(function).parameters:
             assert re.search(rf"\b{parameter}\b", text), f"{function.__name__} does not document {parameter}"
-
-
-def test_readme_examples():
-    """Blocks run one after another in one namespace, except those that need a GPU."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    runnable = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "cupy" not in block]
-    assert runnable
-    namespace: dict[str, object] = {}
-    for block in runnable:
-        exec(compile(block, "README.md", "exec"), namespace)
 
 
 def files(folder: str, *suffixes: str) -> Iterator[Path]:

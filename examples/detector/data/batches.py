@@ -73,8 +73,8 @@ class AspectRatioBatches:
 class MirroredImages(Dataset[tuple[int, Tensor, dict[str, Any]] | UserError]):
     """Samples (index, image, target) of a data set, flipped horizontally at random.
 
-    The key of a sample is (epoch, index); together with the seed it determines the flip. If an image cannot be read,
-    the sample is the `UserError`, as a DataLoader would turn a raised one into the text of a traceback.
+    The key of a sample is (epoch, index); together with the seed it determines the flip. The sample of an unreadable
+    image is its `UserError`, because a DataLoader would turn a raised error into the text of a traceback.
     """
 
     dataset: CocoDataset

@@ -50,9 +50,9 @@ class CocoDataset(Dataset[Sample]):
       turns out to be damaged when it is decoded.
     - As in COCO, annotations refer to the stored pixels: EXIF orientation is ignored. Images of any mode become RGB,
       see `read_image`.
-    - Left out are annotations of unknown images or categories, those without a box of four finite numbers and without
-      a segmentation to derive one, and those with less than 0.01 pixels on a side of the box inside the image. Boxes
-      are clipped to the image.
+    - An annotation is left out if its image or category is unknown, if its box is not four finite numbers, if it has
+      neither a box nor a segmentation to derive one from, or if a side of the box inside the image is shorter than
+      0.01 pixels. Boxes are clipped to the image.
     - With `masks`, annotations without a usable segmentation are left out. It must consist of polygons (parts with
       fewer than three points are ignored) or of a run-length code, plain or compressed, of exactly the image's size,
       and cover at least one pixel.
@@ -195,8 +195,8 @@ def check_categories(expected: Sequence[Category], found: Sequence[Category], wh
 def find_data(root: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
     """Find the JSON file and the image folder of a data set.
 
-    Recognised are ``annotations/instances_{split}.json`` with ``images/``, and COCO's own
-    ``annotations/instances_{split}2017.json`` with ``{split}2017/``.
+    Their names are ``annotations/instances_{split}.json`` and ``images/``, or COCO's own
+    ``annotations/instances_{split}2017.json`` and ``{split}2017/``.
     """
     candidates = [
         (root / "annotations" / f"instances_{split}.json", root / "images"),

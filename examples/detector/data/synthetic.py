@@ -19,7 +19,7 @@ Array = npt.NDArray[np.float64]
 
 
 class Parts(NamedTuple):
-    """Parts of a category: arms from its centre or else a ring, and balls on the tips of the first arms."""
+    """Parts of a category: arms from its centre, or a ring, and balls on the tips of the first arms."""
 
     arms: int
     balls: int
@@ -201,9 +201,9 @@ class _Scene:
         ball = Stroke(np.zeros((1, 2)), np.zeros(1), 0.45)
         sprite = _draw([ball if rng.random() < 0.4 else arm], np.eye(2) * scale, *self._paint())
         y, x = (int(rng.integers(-4, n)) for n in (self._height, self._width))
-        paper, patch = _overlap(self._canvas.shape, sprite.cover.shape, y, x)
+        target, patch = _overlap(self._canvas.shape, sprite.cover.shape, y, x)
         cover = 0.45 * sprite.cover[patch][..., None]
-        self._canvas[paper] += 0.45 * sprite.colour[patch] - cover * self._canvas[paper]
+        self._canvas[target] += 0.45 * sprite.colour[patch] - cover * self._canvas[target]
 
     def _paint(self) -> tuple[Array, Array, int]:
         """Choose two colours and a texture: plain, bands, or a gradient between the colours."""
@@ -241,13 +241,13 @@ class _Scene:
         height, width = sprite.cover.shape
         # The centre keeps a distance from the border, so that even the longest object fits.
         y, x = (int(rng.uniform(0.1, 0.9) * n - k / 2) for n, k in ((self._height, height), (self._width, width)))
-        paper, patch = _overlap(self._canvas.shape, sprite.cover.shape, y, x)
+        target, patch = _overlap(self._canvas.shape, sprite.cover.shape, y, x)
         solid = sprite.cover >= 0.5
         inside = solid[patch]
         if inside.sum() < max(MIN_INSIDE * solid.sum(), MIN_PIXELS):
             return False
         owner = self._owner.copy()
-        owner[paper][inside] = len(self._labels)
+        owner[target][inside] = len(self._labels)
         visible = np.bincount(owner[owner >= 0], minlength=len(self._labels) + 1)
         areas = [*self._areas, int(solid.sum())]
         if (visible < MIN_VISIBLE * np.array(areas)).any():
@@ -255,7 +255,7 @@ class _Scene:
         self._owner, self._areas = owner, areas
         self._labels.append(label)
         self._shade(sprite.cover, y, x)
-        self._canvas[paper] += sprite.colour[patch] - sprite.cover[patch][..., None] * self._canvas[paper]
+        self._canvas[target] += sprite.colour[patch] - sprite.cover[patch][..., None] * self._canvas[target]
         return True
 
     def _shade(self, cover: Array, y: int, x: int) -> None:
@@ -264,8 +264,8 @@ class _Scene:
         margin = math.ceil(3 * blur)
         dark = Image.fromarray((np.pad(cover, margin) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(blur))
         shift = round(0.025 * self._side)
-        paper, patch = _overlap(self._canvas.shape, dark.size[::-1], y - margin + shift, x - margin + shift)
-        self._canvas[paper] *= 1 - 0.5 / 255 * np.asarray(dark, np.float64)[patch][..., None]
+        target, patch = _overlap(self._canvas.shape, dark.size[::-1], y - margin + shift, x - margin + shift)
+        self._canvas[target] *= 1 - 0.5 / 255 * np.asarray(dark, np.float64)[patch][..., None]
 
 
 def _arm(angle: float, length: float, bend: float, radius: float) -> Stroke:
@@ -299,7 +299,7 @@ def _draw(strokes: list[Stroke], matrix: Array, first: Array, second: Array, tex
     column, row = np.arange(shape[1]) + 0.5 + origin[0], np.arange(shape[0])[:, None] + 0.5 + origin[1]
     x, y = ((inverse[i, 0] * column + inverse[i, 1] * row).astype(np.float32) for i in (0, 1))
 
-    rise = np.zeros(shape, np.float32)  # squared height of the solid above the paper
+    rise = np.zeros(shape, np.float32)  # squared height of the solid above the canvas
     along = np.zeros(shape, np.float32)
     for stroke in strokes:
         points, position = stroke.points.astype(np.float32), stroke.along.astype(np.float32)
@@ -333,12 +333,12 @@ def _draw(strokes: list[Stroke], matrix: Array, first: Array, second: Array, tex
 
 
 def _overlap(
-    paper: tuple[int, ...], patch: tuple[int, ...], y: int, x: int
+    canvas: tuple[int, ...], patch: tuple[int, ...], y: int, x: int
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Return the overlap of the paper and of a patch with its corner at (y, x), in coordinates of both."""
-    onto, of = [], []
-    for start, large, small in ((y, paper[0], patch[0]), (x, paper[1], patch[1])):
+    """Return the overlap of a canvas and a patch with its corner at (y, x), in the coordinates of each."""
+    on_canvas, on_patch = [], []
+    for start, large, small in ((y, canvas[0], patch[0]), (x, canvas[1], patch[1])):
         first, last = max(start, 0), max(min(start + small, large), max(start, 0))
-        onto.append(slice(first, last))
-        of.append(slice(first - start, last - start))
-    return (onto[0], onto[1]), (of[0], of[1])
+        on_canvas.append(slice(first, last))
+        on_patch.append(slice(first - start, last - start))
+    return (on_canvas[0], on_canvas[1]), (on_patch[0], on_patch[1])

@@ -89,7 +89,7 @@ def detect(
     return sorted(gather_lists(results), key=lambda result: position[result["image_id"]])
 
 
-def compared(network: NetworkConfig) -> tuple[Kind, ...]:
+def evaluated_kinds(network: NetworkConfig) -> tuple[Kind, ...]:
     """Return the kinds of results that a detector is evaluated on."""
     return ("bbox", "segm") if network.detector == "mask" else ("bbox",)
 
@@ -124,11 +124,11 @@ def coco_metrics(
     Parameters
     ----------
     coco
-        Ground truth from `CocoDataset`, with masks if they are compared; it is not modified.
+        Ground truth from `CocoDataset`, with masks if `kinds` contains them; it is not modified.
     results
         Entries of a COCO results file; those in other images than `image_ids` are ignored.
     kinds
-        Compare boxes, masks or both. The area of a detection is that of its box or of its mask accordingly.
+        Evaluate boxes, masks or both. The area of a detection is the area of its box or its mask accordingly.
     package
         ``auto`` uses faster-coco-eval if it is installed. Both packages give the same numbers.
     """
@@ -158,8 +158,8 @@ def write_results(
 ) -> None:
     """Write ``metrics.json`` and, for each evaluated kind, ``detections_bbox.json`` or ``detections_segm.json``.
 
-    The latter are COCO results files for other programs and `load_results`. NaN becomes null. A file is replaced only
-    after the new one has been written completely.
+    The detections are COCO results files for other programs and `load_results`. NaN becomes null. A file is replaced
+    only after the new one has been written completely.
     """
     values: dict[str, Any] = {}
     for kind, scores in metrics.items():
@@ -185,7 +185,9 @@ def load_results(path: Path, coco: pycocotools.coco.COCO) -> tuple[list[dict[str
     """
     results = read_json(path)
     if not isinstance(results, list):
-        raise UserError(f"{path}: must hold a list of detections, as COCO's results files do, got {_name(results)}")
+        raise UserError(
+            f"{path}: must hold a list of detections, as COCO's results files do, got {_json_type(results)}"
+        )
     fields: set[str] = set(FIELDS.values())
     for index, result in enumerate(results):
         if problem := _problem(result, coco):
@@ -263,7 +265,7 @@ def _of_kind(results: Iterable[dict[str, Any]], kind: Kind) -> list[dict[str, An
 def _problem(result: Any, coco: pycocotools.coco.COCO) -> str | None:
     """Return the problem with an entry of a results file, or None."""
     if not isinstance(result, dict):
-        return f"must be an object, got {_name(result)}"
+        return f"must be an object, got {_json_type(result)}"
     for key in ("image_id", "category_id", "score"):
         if key not in result:
             return f"has no {key}"
@@ -291,7 +293,7 @@ def _short(value: object) -> str:
     return repr(value)[:60]
 
 
-def _name(value: object) -> str:
+def _json_type(value: object) -> str:
     return {dict: "an object", str: "a string", type(None): "null"}.get(type(value), "something else")
 
 

@@ -23,8 +23,8 @@ LOG_EVERY = 20  # iterations averaged in a line of text and a point in TensorBoa
 class Progress:
     """Progress bar on a terminal, else regular lines of text, on stderr; scalars and histograms for TensorBoard.
 
-    `first` iterations of `total` are finished; TensorBoard's entries of an earlier run after them are purged. The
-    reported memory is the peak of the GPU's allocations, or of the process on the CPU.
+    `first` of `total` iterations are finished; later entries of an earlier run in TensorBoard are purged. The reported
+    memory is the peak of the GPU's allocations, or of the process on the CPU.
     """
 
     def __init__(self, folder: Path, device: torch.device, *, first: int, total: int, per_epoch: int) -> None:

@@ -33,7 +33,7 @@ from ..model import (
 )
 from ..predict import AMP_TYPES
 from .distributed import gather_lists, is_main, rank, world_size
-from .evaluation import SUMMARY, Metrics, coco_metrics, compared, detect, metrics_table, write_results
+from .evaluation import SUMMARY, Metrics, coco_metrics, detect, evaluated_kinds, metrics_table, write_results
 from .interruption import Interrupted, StopRequests
 from .progress import Progress
 
@@ -41,9 +41,9 @@ CHECKPOINT, MODEL = "checkpoint.pth", "model.pth"
 HINT = "the same command with --resume goes on from there"
 # Largest number of consecutive float16 iterations without a step; each halves the loss scale, initially 65536.
 MOST_SKIPPED = 30
-# torch 2.15 renamed the argument.
-KNOWN = inspect.signature(DistributedDataParallel).parameters
-NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in KNOWN else "broadcast_buffers": False}
+# torch 2.15 renamed broadcast_buffers.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 # Options that a resumed run may change, as they do not affect finished iterations.
 CHANGEABLE = [("training", name) for name in ("epochs", "workers", "save_every", "evaluate_every", "log_offsets_every")]
 
@@ -113,7 +113,7 @@ def train(
                 f"{out / CHECKPOINT} is of iteration {first}, beyond the {total} of training.epochs={options.epochs}"
             )
     else:
-        _start(out)
+        _create_folder(out)
 
     def save(name: str, done: int, extra: dict[str, Any] | None = None) -> None:
         if is_main():
@@ -205,7 +205,7 @@ class Step(NamedTuple):
     losses: dict[str, float]  # means over the processes; of this process if not finite
     gradient_norm: float
     lr: float
-    not_finite: bool  # then the iteration has changed nothing
+    not_finite: bool  # if so, the iteration has changed nothing
     stop: int  # signal that any process has received, or 0
 
 
@@ -304,7 +304,7 @@ def _optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.op
     return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
-def _start(out: Path) -> None:
+def _create_folder(out: Path) -> None:
     """Create the folder of a new run."""
     for name in (CHECKPOINT, MODEL):
         if (out / name).exists():
@@ -378,7 +378,7 @@ def _evaluate(
     )
     if progress is None:
         return None
-    metrics = coco_metrics(val_set.coco, results, val_set.image_ids, compared(config.network))
+    metrics = coco_metrics(val_set.coco, results, val_set.image_ids, evaluated_kinds(config.network))
     write_results(out, results, metrics, val_set.categories)
     progress.say(f"\n{metrics_table(metrics, val_set.categories)}\n")
     for kind, scores in metrics.items():

@@ -35,8 +35,8 @@ def build_detector(network: NetworkConfig, num_categories: int) -> GeneralizedRC
 
     Notes
     -----
-    Mask targets and pasting are torchvision's: their 28x28 grid is half of its pixel off the convention of everything
-    else (``aligned=True``).
+    Mask targets and pasting are torchvision's. Their 28x28 grid is shifted by half of its pixels from the convention of
+    all other parts (``aligned=True``).
     """
     network = network.resolve()
     try:
@@ -52,7 +52,7 @@ def build_detector(network: NetworkConfig, num_categories: int) -> GeneralizedRC
 class DetectorTransform(GeneralizedRCNNTransform):
     """Transform that resizes and normalises images, scales boxes back, and does not paste masks.
 
-    Torchvision's pastes every mask into a float image of full size: 432 MB per mask at 12000x9000.
+    Torchvision's transform pastes each mask into a float image of full size: 432 MB per mask at 12000x9000.
     """
 
     def postprocess(

@@ -53,13 +53,13 @@ def _pool(network: NetworkConfig, pooling: str, output_size: int) -> nn.Module:
     """Build the pooling of one feature map."""
     if pooling == "quantised":
         return QuantisedRoIPool(output_size)
-    numbers: dict[str, Any] = {"sampling_ratio": network.sampling_ratio, "gamma": network.gamma}
+    options: dict[str, Any] = {"sampling_ratio": network.sampling_ratio, "gamma": network.gamma}
     if pooling == "aligned":
-        return DeformRoIPool(output_size, **numbers)
+        return DeformRoIPool(output_size, **options)
     widths = (output_size, network.neck_channels, network.head_channels)
     if pooling == "deformable":
-        return DeformRoIPoolPack(*widths, **numbers)
-    return ModulatedDeformRoIPoolPack(*widths, **numbers, mask_scale=network.mask_scale)
+        return DeformRoIPoolPack(*widths, **options)
+    return ModulatedDeformRoIPoolPack(*widths, **options, mask_scale=network.mask_scale)
 
 
 def _multi_scale(pool: nn.Module, network: NetworkConfig, maps: Sequence[str]) -> MultiScaleDeformRoIPool:

@@ -1,4 +1,4 @@
-"""Ablation: presets and kinds of mimicking with several seeds, the paper's Tables 1 and 2 at a smaller scale."""
+"""Ablation: presets and mimicked regions with several seeds, as in the paper's Tables 1 and 2 at a smaller scale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ..command_options import ABLATION_IMAGES, AblateOptions
 from ..config import Config
 from ..data import (
     AspectRatioBatches,
@@ -29,6 +28,8 @@ from ..model import Count, count, load_checkpoint, load_detector
 from ..presets import PRESETS
 from .demo import demo_config
 
+ABLATION_IMAGES = (400, 200)  # synthetic images to train on and to evaluate on
+ABLATION_VARIANTS = ("regular", "dcnv1", "dcnv2", "dcnv2-mimic")  # in the paper's order of accuracy
 SIZE = 128  # sides of the synthetic images
 TIMED_ITERATIONS = 5
 TITLES = {"bbox": "box AP", "segm": "mask AP"}
@@ -36,10 +37,10 @@ BLUE, ORANGE = "#0072b2", "#e69f00"
 
 
 class Variant(NamedTuple):
-    """Row of the table: a preset with a kind of mimicking (fg, bg, all, none), or None for the preset's own."""
+    """Preset with the regions to mimic, one row of the table."""
 
     preset: str
-    mimic: str | None
+    mimic: str | None  # fg, bg, all or none; None for the preset's default
 
     @property
     def name(self) -> str:
@@ -109,47 +110,56 @@ def ablation_config(scale: Literal["reduced", "full"]) -> Config:
             "training.epochs=12",
             "training.lr_steps=9,11",
             "training.save_every=100",
-            # The crops take 1.5 times the work of the image, as the paper's 32 crops of 224x224 for 800x1333, and are
-            # pooled from the pyramid level that detects these objects.
+            # The crops take 1.5 times as much work as the image, like the paper's 32 crops of 224x224 for 800x1333.
+            # They are pooled from the pyramid level that detects these objects.
             "mimicking.crop=56",
             "mimicking.boxes=8",
-            # Summed, equation 3 makes all features alike before the classifiers have separated the categories.
+            # With the sum, equation 3 makes all features alike before the classifiers separate the categories.
             "mimicking.reduction=mean",
         ]
     )
 
 
-def run_ablation(options: AblateOptions) -> list[Row]:
-    """Train and evaluate each variant with each seed 0, 1, ..., all variants with one seed before the next.
+def run_ablation(
+    out: Path,
+    data: Path | None,
+    *,
+    variants: Sequence[str],
+    seeds: int,
+    scale: Literal["auto", "reduced", "full"],
+    weights: str | None,
+    assignments: Sequence[str],
+    device_name: str,
+) -> list[Row]:
+    """Train and evaluate each variant with the seeds 0, 1, ...; all variants with one seed before the next seed.
 
     The table and the plot are updated after each run. Finished runs are kept, and an interrupted run continues from
     its checkpoint. The output folder holds ``table.md``, ``results.json``, ``plot.png``, ``runs/`` and the synthetic
     ``data/``.
     """
-    chosen = [Variant.parse(text) for text in options.variants]
+    chosen = [Variant.parse(text) for text in variants]
     if len(set(chosen)) < len(chosen):
-        raise UserError(f"each variant can be there once, got {' '.join(options.variants)}")
-    out, data = options.out, options.data or options.out / "data"
-    with session(options.device) as device:
+        raise UserError(f"each variant can be there once, got {' '.join(variants)}")
+    with session(device_name) as device:
         if world_size() > 1:
             raise UserError("ablate runs in one process, not under torchrun")
-        scale = options.scale
         if scale == "auto":
             scale = "full" if device.type == "cuda" else "reduced"
-        config = ablation_config(scale).set(options.set)
-        weights = options.weights or ("none" if config.network.backbone == "small" else "imagenet")
-        experiment = Experiment(config, data, weights)
+        config = ablation_config(scale).set(assignments)
+        weights = weights or ("none" if config.network.backbone == "small" else "imagenet")
+        folder = data or out / "data"
+        experiment = Experiment(config, folder, weights)
         _open_folder(out, experiment)
-        if options.data is None and not (data / ".complete").exists():
+        if data is None and not (folder / ".complete").exists():
             train_images, val_images = ABLATION_IMAGES
-            write_synthetic(data, train=train_images, val=val_images, size=SIZE, deformation=1, seed=0)
-            (data / ".complete").touch()
-        train_set, val_set = load_train_and_val(data, masks=config.network.detector == "mask")
+            write_synthetic(folder, train=train_images, val=val_images, size=SIZE, deformation=1, seed=0)
+            (folder / ".complete").touch()
+        train_set, val_set = load_train_and_val(folder, masks=config.network.detector == "mask")
 
         costs = {variant: count(variant.configure(config).network) for variant in chosen}
         seconds: dict[Variant, float] = {}
         rows: list[Row] = []
-        for seed in range(options.seeds):
+        for seed in range(seeds):
             for variant in chosen:
                 runs = out / "runs" / variant.folder
                 if not (runs / f"seed{seed}" / "metrics.json").exists():
@@ -158,9 +168,7 @@ def run_ablation(options: AblateOptions) -> list[Row]:
                     _train(run_config, weights, train_set, val_set, runs / f"seed{seed}", device)
                 if variant not in seconds:
                     seconds[variant] = _seconds_per_iteration(runs, train_set, device)
-                rows = [
-                    _row(out, item, options.seeds, costs[item], seconds[item]) for item in chosen if item in seconds
-                ]
+                rows = [_row(out, item, seeds, costs[item], seconds[item]) for item in chosen if item in seconds]
                 _write(out, rows, experiment, device)
     return rows
 

@@ -11,7 +11,6 @@ from PIL import Image
 
 from dcnops.adapters.torch.spatial_support import offset_statistics
 
-from ..command_options import SpatialSupportView
 from ..config import Config, NetworkConfig, TrainingConfig
 from ..data import CocoDataset, load_train_and_val, to_picture, write_synthetic
 from ..engine import MODEL, build_and_train, session
@@ -19,6 +18,7 @@ from ..errors import UserError
 from ..model import load_detector
 from ..predict import (
     Prediction,
+    SpatialSupportView,
     contact_sheet,
     draw_detections,
     draw_spatial_support,
@@ -60,7 +60,7 @@ def demo_config() -> Config:
         lr_steps=(6, 7.5),
         warmup_iterations=50,
         # AdamW moves every weight by its learning rate. At the paper's factor of 1, the single layer of a v1 branch
-        # moves its bins by hundreds of regions before the classifier has learnt anything.
+        # moves its bins by hundreds of region widths before the classifier has learnt anything.
         roi_offset_lr_mult=0.1,
         clip_norm=10,
         evaluate_every=0,
@@ -70,7 +70,7 @@ def demo_config() -> Config:
 
 
 def run_demo(out: Path, device_name: str) -> None:
-    """Synthesise data, train, evaluate and predict in the folder `out`, replacing an earlier demo."""
+    """Write synthetic data, train, evaluate and predict in the folder `out`, replacing an earlier demo."""
     from dcnops.adapters.torch.spatial_support.plots import plot_statistics
 
     begin = time.perf_counter()

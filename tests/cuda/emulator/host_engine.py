@@ -65,7 +65,7 @@ class HostArrays:
         return self.zeros(array.shape, array.dtype if dtype is None else dtype)
 
     def asarray(self, array: Any, dtype: Any = None) -> np.ndarray:
-        """Copy `array` to such memory, like `cupy.asarray`; return it unchanged if it is there."""
+        """Copy `array` to such memory, like `cupy.asarray`; return it unchanged if it is already there."""
         given = np.asarray(array, dtype=dtype)
         if _is_owned(given):
             return given
@@ -95,7 +95,7 @@ def host_engine(
 ) -> Engine:
     """Return an engine that runs kernels on the CPU. See `HostCompiler` for the parameters.
 
-    `device` is the device that the launch plans see. `sanitize=None` sanitizes if `run_sanitized` started this process.
+    `device` is the device that the plans see. `sanitize=None` sanitizes if `run_sanitized` started this process.
     """
     compiler = HostCompiler(
         schedule=schedule,

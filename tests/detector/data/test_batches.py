@@ -1,3 +1,5 @@
+"""Training batches: order, grouping, flips, loading."""
+
 from __future__ import annotations
 
 import os

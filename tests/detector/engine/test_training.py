@@ -1,3 +1,5 @@
+"""Training: learning rates, exact steps, whole runs, interruptions, several processes."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Checkpoints: round trips, invalid files, interrupted saves."""
+
 from __future__ import annotations
 
 import os

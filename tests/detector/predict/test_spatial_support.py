@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from examples.detector.__main__ import main
-from examples.detector.command_options import SpatialSupportView
 from examples.detector.config import Config
 from examples.detector.data import Category, write_synthetic
 from examples.detector.model import build_detector, save_checkpoint
-from examples.detector.predict import draw_spatial_support
+from examples.detector.predict import SpatialSupportView, draw_spatial_support
 from tests.detector.configurations import assignments
 
 SMALL = assignments(network="backbone=small detector=mask min_size=64 max_size=64")

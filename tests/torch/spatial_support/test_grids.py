@@ -79,7 +79,7 @@ def test_a_pixel_lies_in_the_middle_of_its_receptive_field(layers: tuple[nn.Modu
     assert [sum(c) / 4 for c in zip(*centres)] == pytest.approx(expected, abs=tolerance)
 
 
-LOSSES = [
+WITHOUT_LOCATION = [
     lambda x: x.flip(-1),
     lambda x: torch.roll(x, 1, dims=2),
     lambda x: x.rot90(2, (2, 3)),
@@ -91,12 +91,11 @@ LOSSES = [
 ]
 
 
-@pytest.mark.parametrize("lose", LOSSES)
-def test_a_map_that_cannot_be_located_is_an_error(lose) -> None:
-    """Both for a node in the map and for a convolution on it in the stack of a node that can be located."""
-
+@pytest.mark.parametrize("operation", WITHOUT_LOCATION)
+def test_a_map_that_cannot_be_located_is_an_error(operation) -> None:
+    """Use a node in the map, and a node that can be located with a convolution on the map in its stack."""
     network = Network(
-        lambda net, x: net.end((x := net.first(x)) + net.lost(lose(x)).mean()),
+        lambda net, x: net.end((x := net.first(x)) + net.lost(operation(x)).mean()),
         first=nn.Conv2d(1, 1, 3, padding=1),
         lost=nn.Conv2d(1, 1, 3),
         end=nn.Identity(),
@@ -163,7 +162,7 @@ def test_shuffled_channels_keep_their_location() -> None:
 
 @pytest.mark.parametrize("pool", [None, torchvision.ops.RoIPool(7, 0.25)])
 def test_pooled_regions_have_no_location(pool: nn.Module | None) -> None:
-    """Unless it is asked for, convolutions on them are ignored."""
+    """Convolutions on them are ignored unless `layers` names them."""
     detector = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
     heads = detector.roi_heads
     heads.box_roi_pool = MultiScaleDeformRoIPool(["0", "1"], DeformRoIPool(7))

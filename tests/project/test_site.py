@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, and its Python blocks run."""
+"""The documentation site builds without a warning, and its Python blocks and those of the README run."""
 
 from __future__ import annotations
 
@@ -44,11 +44,13 @@ def test_no_placeholders_are_left() -> None:
         assert not re.findall(r"@[A-Z]+@|TODO|FIXME|XXX", page.read_text(encoding="utf-8")), page
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT / "docs").as_posix())
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_python_blocks_run(page: Path) -> None:
     """Run the blocks of a page in one namespace; blocks that need a GPU are only compiled."""
     namespace: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks or page.name != "README.md"
+    for block in blocks:
         code = compile(block, str(page), "exec")
         if "cupy" not in block:
             exec(code, namespace)
