@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dcnops._backends.cpu.transpose_loops import STRIP
+from dcnops._dtypes import DTYPES
 
 Array = npt.NDArray[Any]
 
@@ -17,7 +18,7 @@ _CACHE_LINE = 64
 
 def compute_dtype(array: Array) -> np.dtype[Any]:
     """Return the dtype of coordinates and sums for data of the dtype of `array`."""
-    return np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
+    return np.dtype(DTYPES[array.dtype.name].sum_dtype)
 
 
 def contiguous(array: Array) -> Array:
