@@ -62,7 +62,7 @@ SHARED_CONSTANTS: dict[str, dict[str, int]] = {
         "kRowBytes": constants.FUSED_STEP_BYTES,
     },
     "deform_conv2d_backward": {
-        "kBand": constants.BAND_ROWS,
+        "kBandRows": constants.BAND_ROWS,
         "kListsPerThread": constants.LISTS_PER_THREAD,
         "sizeof(ListPart)": constants.LIST_PART_BYTES,
         "sizeof(ListEntry) / sizeof(Sum)": 2,

@@ -33,7 +33,7 @@ class DeformRoIPoolBackwardParams(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("input", "grad_out", "grad_offset", "grad_mask", "grad_input")),
         ("bins", DeformRoIPoolBins),
-        *((name, ctypes.c_int) for name in ("lane_bits", "tile_rows", "channels_last")),
+        *((name, ctypes.c_int) for name in ("lane_bits", "tile_bins", "channels_last")),
     ]
 
 
@@ -85,7 +85,7 @@ def deform_roi_pool_backward(
             grad_input=engine.pointer(sums),
             bins=bins,
             lane_bits=kernels.lane_bits,
-            tile_rows=tile_bins,
+            tile_bins=tile_bins,
             channels_last=grad_rows is not None,
         )
         shared_bytes = (WARPS * ROI_WARP_PIXELS + tile_bins * ROI_BIN_DOTS) * kernels.sum_bytes
