@@ -73,7 +73,7 @@ def _blocks(geometry: DeformConvGeometry, limit: int) -> Iterator[_Block]:
             yield _Block(g * channels, Gb * channels, g, Gb, 0, channels, g * og)
 
 
-def _tile(pixels: int, bytes_per_pixel: int) -> int:
+def _choose_tile(pixels: int, bytes_per_pixel: int) -> int:
     """Return the pixels per tile: a multiple of ROWS that fits the cache and leaves work for every thread."""
     share = -(-pixels // (THREADS * PIECES_PER_THREAD))
     return max(1, min(_TILE_PIXELS, _TILE_BYTES // bytes_per_pixel, share) // loops.ROWS) * loops.ROWS
@@ -181,7 +181,7 @@ def _add_block_output(chunk: _Chunk, block: _Block, bias: Array, out: Array) -> 
     image = _channels_last(chunk, block)
     packed = aligned_empty((block.Gb, panels, length, lanes), dtype)
     parallel(loops.pack_weight, block.Gb * panels, chunk.weight, packed, block.g0, block.group_c0, block.cw, og)
-    tile = _tile(chunk.pixels, block.Gb * (length + panels * lanes) * dtype.itemsize)
+    tile = _choose_tile(chunk.pixels, block.Gb * (length + panels * lanes) * dtype.itemsize)
     LOGGER.debug("%d channels, %d pixels in tiles of %d, %d threads", block.width, chunk.pixels, tile, THREADS)
 
     def scratch() -> tuple[Any, ...]:
@@ -294,7 +294,7 @@ def _add_block_gradients(
     padded = round_up(g.K * block.cw, lanes)
     panels = padded // lanes
     row_bytes = block.Gb * padded * dtype.itemsize
-    tile = _tile(chunk.pixels, row_bytes)
+    tile = _choose_tile(chunk.pixels, row_bytes)
     span = min(round_up(chunk.pixels, tile), max(1, _SPAN_BYTES // row_bytes // tile) * tile)
     LOGGER.debug(
         "%d channels, %d pixels in spans of %d and tiles of %d, %d threads",

@@ -150,7 +150,7 @@ FUSED_PAYS = (
 )
 
 
-def failed(requirements: tuple[Requirement, ...], problem: ForwardProblem) -> list[str]:
+def reasons_against(requirements: tuple[Requirement, ...], problem: ForwardProblem) -> list[str]:
     """Return the reasons of the requirements that a problem does not meet."""
     return [requirement.reason for requirement in requirements if not requirement.holds(problem)]
 
@@ -158,7 +158,7 @@ def failed(requirements: tuple[Requirement, ...], problem: ForwardProblem) -> li
 @functools.lru_cache(maxsize=256)
 def choose_path(problem: ForwardProblem) -> str:
     """Return ``fused`` or ``columns``."""
-    return "columns" if failed(FUSED_NEEDS + FUSED_PAYS, problem) else "fused"
+    return "columns" if reasons_against(FUSED_NEEDS + FUSED_PAYS, problem) else "fused"
 
 
 def gathers_input(geometry: DeformConvGeometry, deterministic: bool) -> bool:
@@ -198,7 +198,7 @@ def choose_splits(problem: ForwardProblem, tiles: FusedTiles, partial_bytes: int
     return splits if splits > 1 else 1
 
 
-def choose_images(problem: ForwardProblem, tiles: FusedTiles, most: int) -> int:
+def choose_group_size(problem: ForwardProblem, tiles: FusedTiles, most: int) -> int:
     """Choose the images of a group, up to `most`, so that the blocks of all groups run in the fewest waves."""
     g = problem.geometry
     if most >= g.N:

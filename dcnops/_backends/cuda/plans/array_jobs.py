@@ -24,7 +24,7 @@ from dcnops._backends.cuda.constants import (
     WARP,
     ceil_div,
 )
-from dcnops._backends.cuda.engine import Engine
+from dcnops._backends.cuda.engine import Engine, dtype_name
 from dcnops._dtypes import DTYPES
 
 _PART_ROWS = 1024
@@ -78,7 +78,7 @@ def data_macros(dtype: str) -> dict[str, str | int]:
 
 def sum_dtype(engine: Engine, dtype: Any) -> Any:
     """Return the dtype of coordinates and sums for data of `dtype`."""
-    return engine.xp.dtype("float64" if dtype.name == "float64" else "float32")
+    return engine.xp.dtype(DTYPES[dtype_name(dtype)].sum_dtype)
 
 
 def channel_lanes(vectors: int) -> int:
@@ -146,14 +146,14 @@ def pixels_to_rows_job(
     task = ArrayTask.PIXELS_TO_ROUNDED_ROWS if round_to_tf32 else ArrayTask.PIXELS_TO_ROWS
     if is_channels_last(images):
         # A row of channels-last images is an image of one pixel.
-        images, P, rows = _flat(images, C)[_first(rows, P) :], 1, RowRange(0, 0, rows.rows)
+        images, P, rows = rows_view(images, C)[first_row(rows, P) :], 1, RowRange(0, 0, rows.rows)
     return _transpose_job(engine, task, images, target, C, P, rows, target.dtype.itemsize)
 
 
 def rows_to_pixels_job(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange) -> ArrayJob:
     """Return the transpose job from `sums`, which start with `rows`, to images [N, C, P]. It rounds them."""
     if is_channels_last(images):
-        images, P, rows = _flat(images, C)[_first(rows, P) :], 1, RowRange(0, 0, rows.rows)
+        images, P, rows = rows_view(images, C)[first_row(rows, P) :], 1, RowRange(0, 0, rows.rows)
     return _transpose_job(engine, ArrayTask.ROWS_TO_PIXELS, sums, images, C, P, rows, images.dtype.itemsize)
 
 
@@ -187,10 +187,10 @@ def fill_job(engine: Engine, bias: Any, images: Any, N: int, C: int, P: int) -> 
 def as_rows(engine: Engine, images: Any, N: int, C: int, P: int) -> Any:
     """Return images [N, C, P] as rows [N*P, C]: a view if they are rows, otherwise a transpose."""
     if are_rows(engine, images):
-        return _flat(images, C)
+        return rows_view(images, C)
     rows_array = engine.empty((N * P, C), images.dtype)
     for rows in row_ranges(N, P, MAX_ROWS):
-        pixels_to_rows(engine, images, C, P, rows, rows_array[_first(rows, P) :])
+        pixels_to_rows(engine, images, C, P, rows, rows_array[first_row(rows, P) :])
     return rows_array
 
 
@@ -198,7 +198,7 @@ def images_from_rows(engine: Engine, sums: Any, like: Any, N: int, C: int, P: in
     """Return sums [N*P, C] as new images with the shape, dtype and memory order of `like`."""
     images = empty_images(engine, like.shape, like.dtype, like)
     for rows in row_ranges(N, P, MAX_ROWS):
-        job = rows_to_pixels_job(engine, sums.reshape(N * P, C)[_first(rows, P) :], images, C, P, rows)
+        job = rows_to_pixels_job(engine, sums.reshape(N * P, C)[first_row(rows, P) :], images, C, P, rows)
         run_array_jobs(engine, str(images.dtype.name), [job])
     return images
 
@@ -208,11 +208,13 @@ def pixels_to_rows(engine: Engine, images: Any, C: int, P: int, rows: RowRange, 
     run_array_jobs(engine, str(images.dtype.name), [pixels_to_rows_job(engine, images, C, P, rows, target)])
 
 
-def _flat(images: Any, C: int) -> Any:
+def rows_view(images: Any, C: int) -> Any:
+    """Return a view of channels-last images as rows."""
     return images.transpose(0, 2, 3, 1).reshape(-1, C)
 
 
-def _first(rows: RowRange, P: int) -> int:
+def first_row(rows: RowRange, P: int) -> int:
+    """Return the number of the first row of a range."""
     return int(rows.first_image * P + rows.first_pixel)
 
 

@@ -33,10 +33,12 @@ from dcnops._backends.cuda.plans.array_jobs import (
     array_jobs_params,
     channel_sums_jobs,
     empty_images,
+    first_row,
     is_channels_last,
     pixels_to_rows_job,
     row_ranges,
     rows_to_pixels_job,
+    rows_view,
     run_array_jobs,
 )
 from dcnops._backends.cuda.plans.deform_conv2d_columns import DeformConvColumnsParams
@@ -129,7 +131,7 @@ class BackwardKey(NamedTuple):
 
     @property
     def sum_dtype(self) -> str:
-        return "float64" if self.dtype == "float64" else "float32"
+        return DTYPES[self.dtype].sum_dtype
 
     @property
     def entry_bytes(self) -> int:
@@ -285,7 +287,7 @@ def deform_conv2d_backward(
         limits=limits,
     )
     arrays = grad_out, input, offset, mask, *map(gradients.get, ("input", "offset", "mask"))
-    _run(engine, engine.recall(_make_plan, key), arrays, weight, gradients.get("weight"), opening, closing)
+    _run_plan(engine, engine.recall(_make_plan, key), arrays, weight, gradients.get("weight"), opening, closing)
     return gradients
 
 
@@ -394,7 +396,7 @@ def _scratch_arrays(key: BackwardKey, images: int, rows: int) -> dict[str, Scrat
     return arrays
 
 
-def _run(
+def _run_plan(
     engine: Engine,
     plan: BackwardPlan,
     arrays: tuple[Any, ...],
@@ -418,12 +420,12 @@ def _run(
     if filters is not None:
         opening = [*opening, filters_job(engine, g, weight, filters)]
     elif key.propagates:
-        filters = _rows(weight, g.C // g.G).reshape(shape)
+        filters = rows_view(weight, g.C // g.G).reshape(shape)
     if grad_filters is not None:
         taps = RowRange(0, 0, g.O * g.K)
         closing = [*closing, rows_to_pixels_job(engine, grad_filters, grad_weight, g.C // g.G, g.K, taps)]
     elif grad_weight is not None:
-        grad_filters = _rows(grad_weight, g.C // g.G).reshape(shape)
+        grad_filters = rows_view(grad_weight, g.C // g.G).reshape(shape)
         grad_filters.fill(0)
     if not plan.groups:
         run_array_jobs(engine, key.dtype, opening)
@@ -433,7 +435,7 @@ def _run(
     for name in ("columns", *_LISTS):
         setattr(params, name, engine.pointer(scratch.get(name)))
     with engine.products() as multiply:
-        run = _Run(engine, plan, params, scratch, filters, grad_filters, multiply)
+        run = _PlanRun(engine, plan, params, scratch, filters, grad_filters, multiply)
         for index, (images, chunks) in enumerate(plan.groups):
             part = [None if array is None else array[images] for array in arrays]
             before = opening if index == 0 else []
@@ -441,7 +443,7 @@ def _run(
             run.compute_group(chunks, part, before, after)
 
 
-class _Run(NamedTuple):
+class _PlanRun(NamedTuple):
     """One run of a plan."""
 
     engine: Engine
@@ -467,12 +469,12 @@ class _Run(NamedTuple):
             images, grad_out = grad_out, self.scratch["grad_out_rows"]
             opening = [*opening, pixels_to_rows_job(engine, images, g.O, g.pixels, rows, grad_out)]
         elif key.grad_out_last:
-            grad_out = _rows(grad_out, g.O)
+            grad_out = rows_view(grad_out, g.O)
         if "grad_input_rows" in self.scratch:
             images, grad_input = grad_input, self.scratch["grad_input_rows"]
             closing = [rows_to_pixels_job(engine, grad_input, images, g.C, HW, pixels), *closing]
         elif grad_input is not None:
-            grad_input = _rows(grad_input, g.C)
+            grad_input = rows_view(grad_input, g.C)
         if grad_input is not None:
             grad_input.fill(0)
 
@@ -487,7 +489,7 @@ class _Run(NamedTuple):
             else:
                 run_array_jobs(engine, key.dtype, opening)
             opening = []
-            self.compute_chunk(chunk, _factors(g, grad_out, chunk.rows))
+            self.compute_chunk(chunk, _grad_out_by_group(g, grad_out, chunk.rows))
         run_array_jobs(engine, key.dtype, closing)
 
     def make_lists(self, chunk: Chunk, jobs: list[ArrayJob]) -> None:
@@ -525,15 +527,10 @@ class _Run(NamedTuple):
         kernels.launch_blocks(kernel, ceil_div(params.lists, warps), kernels.block, params, shared_bytes)
 
 
-def _factors(geometry: DeformConvGeometry, grad_out: Any, rows: RowRange) -> Any:
+def _grad_out_by_group(geometry: DeformConvGeometry, grad_out: Any, rows: RowRange) -> Any:
     """Return the gradient of the output at `rows`, [G, rows, O/G]; `grad_out` is one image [1, O, oh, ow] or rows."""
     g = geometry
-    first = rows.first_image * g.pixels + rows.first_pixel
+    first = first_row(rows, g.pixels)
     if grad_out.ndim == 4:
         return grad_out.reshape(g.G, g.O // g.G, g.pixels)[:, :, first : first + rows.rows].transpose(0, 2, 1)
     return grad_out[first : first + rows.rows].reshape(rows.rows, g.G, g.O // g.G).transpose(1, 0, 2)
-
-
-def _rows(images: Any, C: int) -> Any:
-    """Return a view of channels-last images as rows."""
-    return images.transpose(0, 2, 3, 1).reshape(-1, C)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dcnops._backends.cuda.engine import Device, Engine
-from dcnops._backends.cuda.plans.array_jobs import ArrayJob, RowRange, fill_job, run_array_jobs
+from dcnops._backends.cuda.plans.array_jobs import ArrayJob, RowRange, fill_job, first_row, row_ranges, run_array_jobs
 from dcnops._backends.cuda.plans.deform_conv2d_common import (
     ForwardKey,
     column_kernels,
@@ -80,7 +80,7 @@ class ColumnsPlan:
         g, precision = self._key.geometry, self._key.precision
         _, outputs, inner = filters.shape
         if self._key.output_last:
-            first = rows.first_image * g.pixels + rows.first_pixel
+            first = first_row(rows, g.pixels)
             target = output.transpose(0, 2, 3, 1).reshape(-1, g.G, outputs)[first : first + rows.rows]
             matmul(
                 columns.transpose(1, 0, 2), filters.transpose(0, 2, 1), target.transpose(1, 0, 2), accumulate, precision
@@ -104,8 +104,7 @@ def _chunks(geometry: DeformConvGeometry, max_rows: int, channels_last: bool) ->
     g = geometry
     P = g.pixels
     if channels_last:
-        for first in range(0, g.N * P, max_rows):
-            yield RowRange(first // P, first % P, min(max_rows, g.N * P - first))
+        yield from row_ranges(g.N, P, max_rows)
     elif max_rows >= P:
         images = max_rows // P
         for image in range(0, g.N, images):

@@ -13,10 +13,10 @@ from dcnops._backends.cuda.heuristics import (
     FUSED_PAYS,
     WORKSPACE_BYTES,
     ForwardProblem,
-    choose_images,
+    choose_group_size,
     choose_path,
     choose_tiles,
-    failed,
+    reasons_against,
 )
 from dcnops._backends.cuda.plans.array_jobs import are_rows, empty_images, is_channels_last
 from dcnops._backends.cuda.plans.deform_conv2d_columns import ColumnsPlan
@@ -82,14 +82,14 @@ def _plan_groups(engine: Engine, device: Device, key: ForwardKey) -> list[tuple[
     g = key.geometry
     problem = ForwardProblem(g, key.dtype, key.precision, device)
     path = key.path or choose_path(problem)
-    if path == "fused" and (reasons := failed(FUSED_NEEDS, problem)):
+    if path == "fused" and (reasons := reasons_against(FUSED_NEEDS, problem)):
         raise ValueError(f"the fused kernel cannot do this: {'; '.join(reasons)}")
     # Copies of the input must fit the workspace.
     image = g.H * g.W * g.C
     image_bytes = image * DTYPES[key.dtype].itemsize
     most = g.N if key.input_is_rows else max(1, key.workspace_bytes // image_bytes)
     if path == "fused":
-        size = choose_images(problem, choose_tiles(problem), min(most, max(1, (2**31 - 1) // max(image, g.pixels))))
+        size = choose_group_size(problem, choose_tiles(problem), min(most, max(1, (2**31 - 1) // max(image, g.pixels))))
     else:
         # Columns need their share of it, too.
         most = min(most, max(1, key.workspace_bytes // (2 * image_bytes)))
@@ -103,7 +103,7 @@ def _plan_groups(engine: Engine, device: Device, key: ForwardKey) -> list[tuple[
 def _explain(key: ForwardKey, device: Device, groups: list[tuple[slice, FusedPlan | ColumnsPlan]]) -> None:
     problem = ForwardProblem(key.geometry, key.dtype, key.precision, device)
     is_fused = isinstance(groups[0][1], FusedPlan)
-    reasons = failed(FUSED_NEEDS + FUSED_PAYS, problem) or ["the fused kernel can be used and pays"]
+    reasons = reasons_against(FUSED_NEEDS + FUSED_PAYS, problem) or ["the fused kernel can be used and pays"]
     why = "it was asked for" if key.path else "; ".join(reasons)
     path, limit = "fused" if is_fused else "columns", mebibytes(key.workspace_bytes)
     LOGGER.debug("deform_conv2d on %s: %s path, because %s; scratch limit %s", device, path, why, limit)

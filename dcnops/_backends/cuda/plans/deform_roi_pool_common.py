@@ -17,7 +17,7 @@ WARPS = THREADS // WARP
 _MAX_TILE_BINS = 56
 """Bins of a tile: with their channels and the memory of the warps they fit 48 KiB of shared memory."""
 
-_FEW_BLOCKS = 512
+_ENOUGH_BLOCKS = 512
 """About four blocks for each multiprocessor of a large GPU: with fewer, tiles are made smaller."""
 
 
@@ -71,7 +71,7 @@ def choose_tile_bins(geometry: DeformRoIPoolGeometry, slices: int) -> int:
     g = geometry
     parts = ceil_div(g.bins, _MAX_TILE_BINS)
     bins = _MAX_TILE_BINS // g.bins * g.bins if parts == 1 else ceil_div(g.bins, parts)
-    while bins > WARPS and ceil_div(g.R * g.bins, bins) * slices < _FEW_BLOCKS:
+    while bins > WARPS and ceil_div(g.R * g.bins, bins) * slices < _ENOUGH_BLOCKS:
         bins = max(WARPS, ceil_div(bins, 2))
     return bins
 
