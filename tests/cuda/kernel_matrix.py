@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dcnops._backends.cpu.deform_roi_pool_loops import MAX_SAMPLES
 from dcnops._backends.cuda import constants
 from dcnops._backends.cuda.heuristics import FusedTiles
 from dcnops._backends.cuda.kernel_source import Macros
@@ -42,7 +43,7 @@ UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {
     ),
 }
 
-# C++ expressions and the values that the launch plans take them for.
+# C++ expressions and the values that Python takes them for.
 SHARED_CONSTANTS: dict[str, dict[str, int]] = {
     "array_jobs": {
         "kThreads": constants.THREADS,
@@ -68,7 +69,10 @@ SHARED_CONSTANTS: dict[str, dict[str, int]] = {
         "sizeof(ListEntry) / sizeof(Sum)": 2,
         "sizeof(ListCounters) / sizeof(int)": 2,
     },
-    "deform_roi_pool_forward": {"sizeof(WarpPixels) / sizeof(Sum)": constants.ROI_WARP_PIXELS},
+    "deform_roi_pool_forward": {
+        "kMaxSamples": MAX_SAMPLES,
+        "sizeof(WarpPixels) / sizeof(Sum)": constants.ROI_WARP_PIXELS,
+    },
     "deform_roi_pool_backward": {"sizeof(BinDots) / sizeof(Sum)": constants.ROI_BIN_DOTS},
     "deform_roi_pool_grad_input": {
         "kStripPadding": constants.ROI_STRIP_PADDING,

@@ -13,6 +13,9 @@ from dcnops._dtypes import DTYPES
 
 Array = npt.NDArray[Any]
 
+CHANNELS_PER_THREAD = 16
+"""Minimum number of channels for a thread that owns channels: a cache line of float32."""
+
 _CACHE_LINE = 64
 
 
@@ -38,7 +41,7 @@ def rounded(array: Array, dtype: np.dtype[Any]) -> Array:
 
 
 class StagedResult:
-    """Slice of a result as an `array` in the dtype of computation, which `store` rounds into the result if needed."""
+    """Slice of a result in the dtype of computation: a view, or a copy that `store` rounds into the result."""
 
     def __init__(self, result: Array, dtype: np.dtype[Any]) -> None:
         self._slice = result
@@ -46,7 +49,7 @@ class StagedResult:
         self.array = result.astype(dtype, copy=False).reshape(count, channels, math.prod(extents))
 
     def store(self) -> None:
-        """Write `array` to the result."""
+        """Round `array` into the result, unless it is a view of it."""
         if self.array.dtype != self._slice.dtype:
             self._slice[...] = rounded(self.array, self._slice.dtype).reshape(self._slice.shape)
 

@@ -15,6 +15,7 @@ import numpy as np
 from dcnops._backends.cpu import deform_conv2d_loops as loops
 from dcnops._backends.cpu import transpose_loops
 from dcnops._backends.cpu.arrays import (
+    CHANNELS_PER_THREAD,
     Array,
     StagedResult,
     aligned_empty,
@@ -27,8 +28,6 @@ from dcnops._backends.cpu.arrays import (
 from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, parallel, serial_if_small
 from dcnops._explain import LOGGER
 from dcnops._geometry import DeformConvGeometry
-
-_CHANNELS_PER_THREAD = 16
 
 # Tuned for 2 MB of L2 cache per core. Halving or doubling a value changes little.
 _BLOCK_CHANNELS = 128
@@ -61,7 +60,7 @@ def _blocks(geometry: DeformConvGeometry, limit: int) -> Iterator[_Block]:
     og = geometry.O // geometry.G
     if channels > limit:
         parts = -(-channels // limit)
-        cw = round_up(-(-channels // parts), _CHANNELS_PER_THREAD)
+        cw = round_up(-(-channels // parts), CHANNELS_PER_THREAD)
         for g in range(geometry.G):
             for c in range(0, channels, cw):
                 width = min(cw, channels - c)
@@ -327,7 +326,7 @@ def _add_block_gradients(
             parallel(
                 loops.scatter_columns, block.width,
                 sizes, chunk.offset, chunk.mask, gradients, grad_image, block.c0, block.cw, first, last,
-                scratch=lambda: (_sample_scratch(chunk),), pieces_per_thread=1, least=_CHANNELS_PER_THREAD,
+                scratch=lambda: (_sample_scratch(chunk),), pieces_per_thread=1, least=CHANNELS_PER_THREAD,
             )  # fmt: skip
     if grad_weight is not None:
         # An even number would map the rows of the columns to few sets of the first-level cache.
