@@ -47,7 +47,7 @@ def deform_conv2d(
     layout: str = "NCHW",
     precision: str | None = None,
 ) -> jax.Array:
-    """Deformable convolution on JAX arrays; modulated (v2) when `mask` is given.
+    """Compute a deformable convolution of JAX arrays, modulated (v2) if `mask` is given.
 
     See `dcnops.deform_conv2d` for the parameters, the formula and the errors. Here arrays are JAX or NumPy arrays, and
     `stride`, `padding` and `dilation` must be Python integers under `jax.jit` too, because shapes depend on them.
@@ -110,7 +110,7 @@ def deform_roi_pool(
     gamma: float = 0.1,
     layout: str = "NCHW",
 ) -> jax.Array:
-    """Deformable RoI pooling on JAX arrays; modulated (v2) with `mask`, RoIAlign without `offset` and `mask`.
+    """Compute deformable RoI pooling, modulated (v2) if `mask` is given, or RoIAlign without `offset` and `mask`.
 
     See `dcnops.deform_roi_pool` for the parameters, the formula and the errors. Here arrays are JAX or NumPy arrays,
     and the keyword arguments must be Python numbers under `jax.jit` too. The gradient of `rois` is 0.

@@ -7,7 +7,7 @@
 //   fill_lists              writes the entries
 //   gather_input            sums over each list
 //   gather_input_in_order   the same in a fixed order
-//   scatter_input           atomic additions instead of lists, if there are too few channels for lists to pay
+//   scatter_input           atomic additions instead of lists, if there are too few channels to justify lists
 // Then grad_samples computes the gradients of offsets and masks, and replaces the gradient of the columns by the
 // columns.
 
@@ -76,8 +76,8 @@ struct alignas(16) PreparedSample {
 
 constexpr int kAnyPixel = 15, kIsNaN = 1 << 4, kHasRight = 1 << 5, kHasLower = 1 << 6;
 
-// Dot products of the column's gradient with the channels of the neighbours. Entries of neighbours outside the image
-// are those of other neighbours.
+// Dot products of the column's gradient with the channels of the neighbours. The entry of a neighbour outside the image
+// is meaningless.
 struct alignas(16) SampleDots {
   Sum at[4];
 };
@@ -144,7 +144,7 @@ __device__ __forceinline__ Sample sample_number(const DeformConvBackwardParams& 
           static_cast<int>(group_tap.remainder)};
 }
 
-// Returns true in the last of `count` blocks to arrive. It then sees all writes of the others.
+// Returns true in the last of `count` blocks to arrive. That block sees all writes of the others.
 __device__ __forceinline__ bool arrives_last(unsigned* blocks, unsigned count, unsigned char* shared) {
   int* is_last = reinterpret_cast<int*>(shared);
   __threadfence();

@@ -15,7 +15,7 @@ struct DeformRoIPoolBackwardParams {
   int channels_last;
 };
 
-// Dot products of a bin's gradient with its value before the mask and with the derivatives of that by the position.
+// Dot products of a bin's gradient with its value before the mask and with the derivatives of that value along y and x.
 struct alignas(16) BinDots {
   Sum value, slope_y, slope_x;
 };

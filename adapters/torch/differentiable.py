@@ -1,6 +1,6 @@
-"""The operations in plain torch operations, differentiable any number of times.
+"""Implementation in plain torch operations, differentiable any number of times.
 
-Double backward uses them. They are much slower than the kernels and need memory of the size of the im2col matrix.
+Double backward uses it. It is much slower than the kernels and needs memory of the size of the im2col matrix.
 """
 
 from __future__ import annotations
@@ -100,13 +100,13 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _adaptive_samples(length: Tensor) -> int:
-    """Return one sample for each pixel of a bin, or a single one (its value is NaN) if the region is not finite."""
+    """Return the number of samples: one per pixel of a bin, or one NaN sample if the region is not finite."""
     return max(int(length.ceil()), 0) if bool(torch.isfinite(length)) else 1
 
 
 def _interpolate(image: Tensor, y: Tensor, x: Tensor, inside: Tensor, H: int, W: int) -> Tensor:
     """Sample images [B, C, H*W] bilinearly at positions [B, points], giving [B, C, points]; 0 where not `inside`."""
-    # 0 for numbers and NaN for NaN, so that a sample at a NaN position becomes NaN.
+    # Zero, or NaN at a NaN position: its sample must become NaN.
     taint = (0 * torch.where(torch.isnan(y + x), y + x, 0.0))[:, None]
     y, x = torch.where(inside, y, y.new_zeros(())), torch.where(inside, x, x.new_zeros(()))
     y0, x0 = y.detach().floor(), x.detach().floor()

@@ -70,7 +70,7 @@ class Location(NamedTuple):
 
     grid: Grid
     size: tuple[int, int]  # of the map
-    axes: tuple[int, int] | None = (2, 3)  # rows and columns among the dimensions; None if they are one, as in tokens
+    axes: tuple[int, int] | None = (2, 3)  # dimensions of the rows and columns; None if they share one, as in tokens
     stretches: int = 0  # number of times that the map was resized by a function without an exact rule
 
     def move(self, result: Tensor, grid: Grid) -> Location:
@@ -170,7 +170,7 @@ class FunctionCall(NamedTuple):
     number: int
 
     def apply_to(self, tensor: Tensor) -> Tensor:
-        """Call the function with a tensor in place of the first source and return the same one of its results."""
+        """Call the function with a tensor in place of the first source and return result `number`."""
         args = [tensor if each is self.sources[0] else each for each in self.args]
         kwargs = {name: tensor if each is self.sources[0] else each for name, each in self.kwargs.items()}
         result = self.function(*args, **kwargs)
@@ -229,9 +229,10 @@ def _permuted(call: FunctionCall) -> Location | None:
 
 
 def _selected(call: FunctionCall) -> Location | None:
-    """Locate what a slice, split, flip, shift, repetition or index takes of a map, by taking it of the positions.
+    """Locate the part of a map that a slice, split, flip, shift, repetition or index selects.
 
-    The result is lost unless its rows and columns are equally spaced in the order of the map.
+    The function is applied to the positions of the map. The result is lost unless its rows and columns are equally
+    spaced in the order of the map.
     """
     location, source = call.locations[0], call.sources[0]
     if call.argument(0, "input") is not source:
@@ -284,7 +285,7 @@ def _concatenated(call: FunctionCall) -> Location | None:
 
 
 def _pooled(first: int = 1, padded: bool = True, dilated: bool = False) -> Rule:
-    """Return the rule of a pooling that takes the size of its windows as argument number `first`."""
+    """Return the rule for a pooling function that takes the window size as argument number `first`."""
 
     def rule(call: FunctionCall) -> Location | None:
         location = call.locations[0]

@@ -28,7 +28,7 @@ from .nodes import (
 from .recording import ConvCall, PoolCall, Recorder, inspection
 
 MERGE_DISTANCE = 1e-3  # pixels of the image: nearer points are merged
-COARSER = 1.4  # ratio of scales from which a map counts as coarser; sizes that do not divide make small differences
+COARSER = 1.4  # minimum ratio of scales for a coarser map; sizes that do not divide cause small differences
 
 
 class SamplingPoints(NamedTuple):
@@ -83,7 +83,7 @@ def sampling_locations(
     """Find the points of the image that a pixel of a map samples through a stack of convolutions.
 
     The last convolution of the stack samples its input at kh*kw points for each deformable group. A point lies between
-    pixels, and each of them was in turn sampled by the convolution below. Three 3x3 layers have 9*9*9 points; those of
+    pixels, each of which was in turn sampled by the convolution below. Three 3x3 layers have 9*9*9 points; those of
     regular convolutions form a grid. The masks of v2 reduce the strength of points.
 
     Parameters
@@ -285,7 +285,7 @@ class _Response(NamedTuple):
         return [call for call in self.graph.calls.values() if isinstance(call, PoolCall)]
 
     def gradients(self, calls: Sequence[ConvCall | PoolCall]) -> tuple[Tensor, ...]:
-        """Return the gradients with respect to the offsets of calls."""
+        """Return the gradients with respect to the offsets of `calls`."""
         return torch.autograd.grad(self.value, [call.delta for call in calls if call.delta is not None])
 
 

@@ -209,7 +209,7 @@ class _Search:
                 step = max(step // 2, side)
 
     def remove_cells(self, side: int) -> bool:
-        """Remove cells, the least important ones first, until none can go; return False if the budget is used up."""
+        """Remove cells, the least important first, as long as possible; return False if the budget is used up."""
         height, width = self.mask.shape
         while True:
             cells = [
@@ -277,7 +277,7 @@ class _Search:
 
 
 def _progress_bar(progress: bool | None, budget: int) -> Any:
-    """Return a tqdm bar, or None if none is to be shown."""
+    """Return a tqdm bar, or None if no bar is shown."""
     if progress is False or (progress is None and not sys.stderr.isatty()):
         return None
     try:

@@ -18,15 +18,15 @@ from dcnops._dtypes import DTYPES
 from dcnops._geometry import DeformConvGeometry
 
 WORKSPACE_BYTES = 32 * 2**20
-"""Scratch memory that a call of any operation keeps within, in bytes: it then stays in the L2 cache of a large GPU.
+"""Limit of the scratch memory of a call, in bytes, for all operations: it then stays in the L2 cache of a large GPU.
 
-One image, or one bin of a region, is the least that is processed at a time and may need more.
+The smallest unit of work, one image or one bin of a region, may need more.
 """
 
 LISTED_CHANNELS = 32
-"""Channels per deformable group from which on the input's gradient is gathered by lists instead of scattered.
+"""Minimum channels per deformable group for gathering the gradient of the input by lists instead of scattering it.
 
-With fewer channels, a list entry weighs about as much as the channels that it refers to.
+With fewer channels, a list entry costs about as much as the channels that it refers to.
 """
 
 _MAX_INDEX = 2**31
@@ -71,7 +71,7 @@ class ForwardProblem:
 
 
 class Requirement(NamedTuple):
-    """Condition that the fused kernel is chosen on."""
+    """Condition for choosing the fused kernel."""
 
     reason: str
     holds: Callable[[ForwardProblem], bool]
@@ -151,7 +151,7 @@ FUSED_PAYS = (
 
 
 def reasons_against(requirements: tuple[Requirement, ...], problem: ForwardProblem) -> list[str]:
-    """Return the reasons of the requirements that a problem does not meet."""
+    """Return the reasons behind the requirements that a problem does not meet."""
     return [requirement.reason for requirement in requirements if not requirement.holds(problem)]
 
 
@@ -162,7 +162,7 @@ def choose_path(problem: ForwardProblem) -> str:
 
 
 def gathers_input(geometry: DeformConvGeometry, deterministic: bool) -> bool:
-    """Return whether the gradient of the input is gathered by lists; if not, it is scattered by atomic additions."""
+    """Return True if the gradient of the input is gathered by lists, False if it is scattered by atomic additions."""
     return deterministic or geometry.C // geometry.D >= LISTED_CHANNELS
 
 
@@ -170,7 +170,7 @@ def gathers_input(geometry: DeformConvGeometry, deterministic: bool) -> bool:
 def choose_tiles(problem: ForwardProblem) -> FusedTiles:
     """Choose tiles as wide as the outputs.
 
-    A wider block samples each pixel fewer times. Where blocks are too few, `choose_splits` makes more of them.
+    Wider blocks sample each pixel fewer times. If that leaves too few blocks, `choose_splits` makes more of them.
     """
     outputs = problem.geometry.O // problem.geometry.G
     if problem.dtype == "float32" and problem.precision == "ieee":
@@ -199,7 +199,7 @@ def choose_splits(problem: ForwardProblem, tiles: FusedTiles, partial_bytes: int
 
 
 def choose_group_size(problem: ForwardProblem, tiles: FusedTiles, most: int) -> int:
-    """Choose the images of a group, up to `most`, so that the blocks of all groups run in the fewest waves."""
+    """Choose the number of images per group, up to `most`, so that the blocks of all groups run in the fewest waves."""
     g = problem.geometry
     if most >= g.N:
         return g.N

@@ -82,7 +82,7 @@ def sum_dtype(engine: Engine, dtype: Any) -> Any:
 
 
 def channel_lanes(vectors: int) -> int:
-    """Return the threads of a warp, a power of two, that `vectors` channel vectors can occupy."""
+    """Return the number of threads of a warp, a power of two, that `vectors` channel vectors can occupy."""
     return min(WARP, 1 << (vectors - 1).bit_length())
 
 
@@ -93,7 +93,7 @@ def row_ranges(images: int, pixels: int, chunk: int) -> Iterator[RowRange]:
 
 
 def is_channels_last(images: Any) -> bool:
-    """Return True if images [N, C, H, W] are stored as [N, H, W, C], and not as both."""
+    """Return True if images [N, C, H, W] are stored as [N, H, W, C] and are not C-contiguous as well."""
     return not images.flags.c_contiguous and bool(images.transpose(0, 2, 3, 1).flags.c_contiguous)
 
 
@@ -110,15 +110,8 @@ def run_array_jobs(engine: Engine, dtype: str, jobs: Sequence[ArrayJob]) -> None
     tiles = array_job_tiles(jobs)
     if tiles == 0:
         return
-    engine.launch(
-        "array_jobs",
-        "run_array_jobs",
-        data_macros(dtype),
-        min(tiles, MAX_BLOCKS),
-        (THREADS, 1),
-        array_jobs_params(jobs),
-        ARRAY_JOBS_SHARED_BYTES,
-    )
+    launch = min(tiles, MAX_BLOCKS), (THREADS, 1), array_jobs_params(jobs), ARRAY_JOBS_SHARED_BYTES
+    engine.launch("array_jobs", "run_array_jobs", data_macros(dtype), *launch)
 
 
 def array_jobs_params(jobs: Sequence[ArrayJob]) -> ArrayJobsParams:
@@ -151,14 +144,14 @@ def pixels_to_rows_job(
 
 
 def rows_to_pixels_job(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange) -> ArrayJob:
-    """Return the transpose job from `sums`, which start with `rows`, to images [N, C, P]. It rounds them."""
+    """Return the job that transposes and rounds `sums`, which start with `rows`, to images [N, C, P]."""
     if is_channels_last(images):
         images, P, rows = rows_view(images, C)[first_row(rows, P) :], 1, RowRange(0, 0, rows.rows)
     return _transpose_job(engine, ArrayTask.ROWS_TO_PIXELS, sums, images, C, P, rows, images.dtype.itemsize)
 
 
 def channel_sums_jobs(engine: Engine, images: Any, N: int, C: int, P: int, result: Any) -> tuple[Any, Any, Any]:
-    """Return two jobs that sum images [N, C, P] to [C], and their intermediate array. Run them in two launches."""
+    """Return two jobs, for consecutive launches, that sum images [N, C, P] to [C], and their intermediate array."""
     sums = sum_dtype(engine, images.dtype)
     if is_channels_last(images):
         parts = ceil_div(N * P, _PART_ROWS)
@@ -219,15 +212,9 @@ def first_row(rows: RowRange, P: int) -> int:
 
 
 def _transpose_job(
-    engine: Engine,
-    task: ArrayTask,
-    source: Any,
-    target: Any,
-    C: int,
-    P: int,
-    rows: RowRange,
-    itemsize: int,
+    engine: Engine, task: ArrayTask, source: Any, target: Any, C: int, P: int, rows: RowRange, itemsize: int
 ) -> ArrayJob:
+    """Return a transpose job; `itemsize` is that of the images, which decides the tiles."""
     job = ArrayJob(engine.pointer(source), engine.pointer(target), task, 0, C, P, rows)
     side = TRANSPOSE_TILE_SIDE[itemsize]
     if P == 1:

@@ -1,6 +1,6 @@
 """Backward pass of deformable convolution: groups of images, processed in chunks of columns [rows, G, K, C/G].
 
-A chunk has one array of columns. It first holds their gradient, which the gradient of the input is summed from. The
+A chunk has one array of columns. It first holds their gradient, from which the gradient of the input is summed. The
 kernel that computes the gradients of offsets and masks then overwrites it with the columns, for the weight gradient.
 """
 
@@ -71,7 +71,7 @@ class ListLimits:
     """Lengths above which a list is too long for one warp. They affect speed only."""
 
     part_entries: int = 1024
-    """Entries that one warp sums. Other warps sum the remaining parts of a list, and all of them add atomically."""
+    """Entries that one warp sums. Other warps sum the rest of a long list, and all of them add atomically."""
 
     sorted_entries: int = 256
     """Longest list that the deterministic mode sorts, at most 65535. It sums longer ones by repeated searches."""
@@ -84,7 +84,7 @@ class Divisor(ctypes.Structure):
 
 
 def divisor(value: int) -> Divisor:
-    """Return the divisor of that value."""
+    """Prepare the division by a value."""
     assert 1 <= value < 2**31
     shift = (value - 1).bit_length()
     return Divisor(value, 2**32 * (2**shift - value) // value + 1, shift)
@@ -109,7 +109,7 @@ class DeformConvBackwardParams(ctypes.Structure):
 class BackwardKey(NamedTuple):
     """Everything that the plan of a backward pass depends on: all but the addresses.
 
-    `..._last` is true where an array [N, C, H, W] is stored as [N, H, W, C], `..._is_rows` where the kernels can also
+    `..._last` is True for an array [N, C, H, W] that is stored as [N, H, W, C], `..._is_rows` if the kernels can also
     read it in place.
     """
 
@@ -174,7 +174,7 @@ class BackwardKey(NamedTuple):
 
 
 class ScratchArray(NamedTuple):
-    """Temporary array of a plan; `dtype` None is that of the data."""
+    """Temporary array of a plan; `dtype` None means the dtype of the data."""
 
     shape: tuple[int, ...]
     dtype: str | None = None
@@ -232,8 +232,8 @@ def deform_conv2d_backward(
 ) -> dict[str, Any]:
     """Return the gradients named in `needs`, each in the dtype and memory order of its argument.
 
-    All arrays are contiguous or channels-last. `precision` is that of the matrix products of float32 data, `limits`
-    those of the lists that the gradient of the input is gathered by.
+    All arrays are contiguous or channels-last. `precision` applies to the matrix products of float32 data, `limits` to
+    the lists by which the gradient of the input is gathered.
 
     Scratch memory consists of the following parts, each only where it is needed, with s bytes per element of the data
     and S per sum (4, or 8 for float64):
@@ -257,7 +257,7 @@ def deform_conv2d_backward(
         for name, array in (("input", input), ("offset", offset), ("weight", weight), ("mask", mask))
         if name in needs and array is not None
     }
-    # Array jobs that share a launch with those of the first group, and of the last one.
+    # Array jobs that share a launch with those of the first and of the last group.
     opening: list[ArrayJob] = []
     closing: list[ArrayJob] = []
     if "bias" in needs:
@@ -342,7 +342,7 @@ def _chunk(geometry: DeformConvGeometry, rows: RowRange, kernels: SampleKernels,
 
 
 def _sizes_of_group_and_chunk(key: BackwardKey) -> tuple[int, int]:
-    """Return the images of a group and the rows of a chunk, cut evenly: whole images, or rows of a single one."""
+    """Return the images per group and the rows per chunk: whole images, or about equal parts of a single image."""
     g, budget, itemsize = key.geometry, key.workspace_bytes, DTYPES[key.dtype].itemsize
     entries = 4 * g.D * g.K
     image_bytes = g.H * g.W * g.C * (key.copies_input * itemsize + key.sums_input * DTYPES[key.sum_dtype].itemsize)
@@ -363,13 +363,13 @@ def _sizes_of_group_and_chunk(key: BackwardKey) -> tuple[int, int]:
     if rows == g.pixels:
         return 1, rows
     even = ceil_div(g.pixels, ceil_div(g.pixels, rows))
-    # Chunks that begin in the middle of an image begin with a whole line of memory.
+    # A chunk that begins in the middle of an image should begin at a cache line.
     aligned = ceil_div(even, _ALIGNED_ROWS) * _ALIGNED_ROWS
     return 1, aligned if aligned <= rows else min(rows, max(1, rows // _ALIGNED_ROWS) * _ALIGNED_ROWS)
 
 
 def _scratch_arrays(key: BackwardKey, images: int, rows: int) -> dict[str, ScratchArray]:
-    """Return the temporary arrays by name; those of the columns and lists are named like their parameter."""
+    """Return the temporary arrays by name; the columns and the arrays of lists are named like their parameters."""
     g, sums = key.geometry, key.sum_dtype
     pixels, filters = images * g.H * g.W, (g.G, g.O // g.G, g.K * g.C // g.G)
     arrays = {"columns": ScratchArray((rows, g.G, g.K * g.C // g.G))}
@@ -386,7 +386,7 @@ def _scratch_arrays(key: BackwardKey, images: int, rows: int) -> dict[str, Scrat
     if key.gathers:
         entries = 4 * rows * g.D * g.K
         assert entries <= _MAX_ENTRIES
-        # One list more, and whole pieces of what a thread takes at a time.
+        # One more than there are lists, rounded up to what a thread takes at a time.
         lists = (pixels * g.D // LISTS_PER_THREAD + 1) * LISTS_PER_THREAD
         arrays["lengths"] = ScratchArray((lists,), "int32", is_zeroed=True)
         arrays["starts"] = ScratchArray((lists,), "int32")
@@ -444,7 +444,7 @@ def _run_plan(
 
 
 class _PlanRun(NamedTuple):
-    """One run of a plan."""
+    """Run of a plan on the arrays of one call."""
 
     engine: Engine
     plan: BackwardPlan
@@ -458,6 +458,7 @@ class _PlanRun(NamedTuple):
     def compute_group(
         self, chunks: tuple[Chunk, ...], arrays: list[Any], opening: list[ArrayJob], closing: list[ArrayJob]
     ) -> None:
+        """Compute the gradients of a group of images; array jobs share the first and the last launch."""
         grad_out, input, offset, mask, grad_input, grad_offset, grad_mask = arrays
         engine, params, key, g = self.engine, self.params, self.plan.key, self.plan.key.geometry
         N, HW = len(input), g.H * g.W
@@ -501,6 +502,7 @@ class _PlanRun(NamedTuple):
         kernels.launch_blocks("deform_conv2d_fill_lists", chunk.list_blocks, (THREADS, 1), params)
 
     def compute_chunk(self, chunk: Chunk, grad_out: Any) -> None:
+        """Compute the gradients of a chunk from `grad_out` [G, rows, O/G]."""
         plan, key, params, rows = self.plan, self.plan.key, self.params, chunk.rows.rows
         columns = self.scratch["columns"][:rows].transpose(1, 0, 2)
         if key.propagates:

@@ -76,7 +76,7 @@ class ColumnsPlan:
     def _multiply(
         self, matmul: Callable[..., None], columns: Any, filters: Any, output: Any, rows: RowRange, accumulate: bool
     ) -> None:
-        """Compute output of `rows` (+)= columns [rows, G, K*C/G] times filters, each product straight into place."""
+        """Compute the output of `rows` (+)= columns [rows, G, K*C/G] times filters, in place."""
         g, precision = self._key.geometry, self._key.precision
         _, outputs, inner = filters.shape
         if self._key.output_last:
@@ -100,7 +100,7 @@ class ColumnsPlan:
 
 
 def _chunks(geometry: DeformConvGeometry, max_rows: int, channels_last: bool) -> Iterator[RowRange]:
-    """Cut all rows into ranges that few products turn into output: whole images, or a part of one."""
+    """Cut all rows into ranges that need few products: whole images, or a part of one image."""
     g = geometry
     P = g.pixels
     if channels_last:

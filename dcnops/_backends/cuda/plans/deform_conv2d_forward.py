@@ -42,7 +42,7 @@ def deform_conv2d(
     """Return the output [N, O, oh, ow], in the memory order of `input`.
 
     Each of `input`, `offset` and `mask` is contiguous or channels-last. The batch is processed in groups of images
-    that need at most `workspace_bytes` of scratch memory: for the channels-last copy of an input that is not, and for
+    that need at most `workspace_bytes` of scratch memory for a channels-last copy of the input, if needed, and for
     columns or the partial sums of split-K. A single image may need more. The rearranged weights are not counted.
 
     `path` is "fused" or "columns"; None leaves it to `choose_path`.
@@ -91,7 +91,7 @@ def _plan_groups(engine: Engine, device: Device, key: ForwardKey) -> list[tuple[
     if path == "fused":
         size = choose_group_size(problem, choose_tiles(problem), min(most, max(1, (2**31 - 1) // max(image, g.pixels))))
     else:
-        # Columns need their share of it, too.
+        # Columns need part of the workspace, too.
         most = min(most, max(1, key.workspace_bytes // (2 * image_bytes)))
         size = ceil_div(g.N, ceil_div(g.N, most))
     make: Callable[..., FusedPlan | ColumnsPlan] = FusedPlan if path == "fused" else ColumnsPlan
