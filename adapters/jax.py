@@ -47,7 +47,7 @@ def deform_conv2d(
     layout: str = "NCHW",
     precision: str | None = None,
 ) -> jax.Array:
-    """Deformable convolution on JAX arrays; modulated (v2) when `mask` is given.
+    """Compute a deformable convolution of JAX arrays, modulated (v2) if `mask` is given.
 
     See `dcnops.deform_conv2d` for the parameters, the formula and the errors. Here arrays are JAX or NumPy arrays, and
     `stride`, `padding` and `dilation` must be Python integers under `jax.jit` too, because shapes depend on them.
@@ -110,7 +110,7 @@ def deform_roi_pool(
     gamma: float = 0.1,
     layout: str = "NCHW",
 ) -> jax.Array:
-    """Deformable RoI pooling on JAX arrays; modulated (v2) with `mask`, RoIAlign without `offset` and `mask`.
+    """Compute deformable RoI pooling, modulated (v2) if `mask` is given, or RoIAlign without `offset` and `mask`.
 
     See `dcnops.deform_roi_pool` for the parameters, the formula and the errors. Here arrays are JAX or NumPy arrays,
     and the keyword arguments must be Python numbers under `jax.jit` too. The gradient of `rois` is 0.
@@ -243,7 +243,7 @@ def _shape_struct(shape: tuple[int, ...], dtype: np.dtype[Any]) -> jax.ShapeDtyp
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(signature: _Signature, arrays: _Arrays) -> jax.Array:
+def _run_operation(signature: _Signature, arrays: _Arrays) -> jax.Array:
     results = {"output": _shape_struct(signature.output_shape, arrays["input"].dtype)}
     return _call_back(_Callback(signature), results, arrays)["output"]
 
@@ -253,7 +253,7 @@ def _forward(signature: _Signature, primals: _Arrays) -> tuple[jax.Array, tuple[
     perturbed = {name for name, primal in primals.items() if primal is not None and primal.perturbed}
     # Dictionary keys are part of the structure, not values, so the backward pass knows them while it is traced.
     needs = dict.fromkeys(sorted(perturbed - {"rois"}))
-    return _run(signature, arrays), (arrays, needs)
+    return _run_operation(signature, arrays), (arrays, needs)
 
 
 def _backward(
@@ -268,10 +268,10 @@ def _backward(
     return ({name: gradients.get(name) for name in arrays},)
 
 
-_run.defvjp(_forward, _backward, symbolic_zeros=True)
+_run_operation.defvjp(_forward, _backward, symbolic_zeros=True)
 
 # Eager calls use the compiled function too: JAX takes far longer to interpret a function with a custom derivative.
-_run_compiled: Callable[[_Signature, _Arrays], jax.Array] = jax.jit(_run, static_argnums=0)
+_run_compiled: Callable[[_Signature, _Arrays], jax.Array] = jax.jit(_run_operation, static_argnums=0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))

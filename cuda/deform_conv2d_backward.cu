@@ -7,7 +7,7 @@
 //   fill_lists              writes the entries
 //   gather_input            sums over each list
 //   gather_input_in_order   the same in a fixed order
-//   scatter_input           atomic additions instead of lists, if there are too few channels for lists to pay
+//   scatter_input           atomic additions instead of lists, if there are too few channels to justify lists
 // Then grad_samples computes the gradients of offsets and masks, and replaces the gradient of the columns by the
 // columns.
 
@@ -66,7 +66,7 @@ using SumVector = Vector<Sum, (DCN_VEC < 16 / sizeof(Sum) ? DCN_VEC : 16 / sizeo
 constexpr int kSumVector = sizeof(SumVector) / sizeof(Sum);
 
 // A sampling point for all its channels.
-struct alignas(16) SamplePlan {
+struct alignas(16) PreparedSample {
   long long first;   // index of channel 0 of the first neighbour inside the image, in the input
   long long column;  // index of the tap's channel 0 in the columns; -1 beyond the last row
   Sum weight[4];     // modulated bilinear weights
@@ -76,13 +76,13 @@ struct alignas(16) SamplePlan {
 
 constexpr int kAnyPixel = 15, kIsNaN = 1 << 4, kHasRight = 1 << 5, kHasLower = 1 << 6;
 
-// Dot products of the column's gradient with the channels of the neighbours. Entries of neighbours outside the image
-// are those of other neighbours.
+// Dot products of the column's gradient with the channels of the neighbours. The entry of a neighbour outside the image
+// is meaningless.
 struct alignas(16) SampleDots {
   Sum at[4];
 };
 
-static_assert(sizeof(SamplePlan) + sizeof(SampleDots) <= DCN_SAMPLE_BYTES, "shared memory per sampling point");
+static_assert(sizeof(PreparedSample) + sizeof(SampleDots) <= DCN_SAMPLE_BYTES, "shared memory per sampling point");
 
 __device__ __forceinline__ Tap find_tap(const DeformConvBackwardParams& p, int row, int group_tap) {
   const Division at = divide(static_cast<unsigned>(p.range.first_pixel + row), p.by_pixels);
@@ -144,7 +144,7 @@ __device__ __forceinline__ Sample sample_number(const DeformConvBackwardParams& 
           static_cast<int>(group_tap.remainder)};
 }
 
-// Returns true in the last of `count` blocks to arrive. It then sees all writes of the others.
+// Returns true in the last of `count` blocks to arrive. That block sees all writes of the others.
 __device__ __forceinline__ bool arrives_last(unsigned* blocks, unsigned count, unsigned char* shared) {
   int* is_last = reinterpret_cast<int*>(shared);
   __threadfence();
@@ -491,8 +491,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- sampling points
 
-// Sampling points are numbered in bands of kBand rows, tap by tap, so that those of a block share most neighbours.
-constexpr int kBand = 8;
+// Sampling points are numbered in bands of kBandRows rows, tap by tap, so that those of a block share most neighbours.
+constexpr int kBandRows = 8;
 
 // Consecutive sampling points of a deformable group.
 struct BandTile {
@@ -513,29 +513,29 @@ __device__ __forceinline__ BandTile band_tile(const DeformConvBackwardParams& p,
 // Sampling point number s of a tile. Its row may be beyond the last.
 __device__ __forceinline__ Sample sample_of_tile(const DeformConvBackwardParams& p, const BandTile& tile, int s) {
   const unsigned q = tile.first + s;
-  const Division at = divide(q / kBand, p.by_taps);
-  return {static_cast<int>(at.quotient * kBand + q % kBand), tile.d, static_cast<int>(at.remainder)};
+  const Division at = divide(q / kBandRows, p.by_taps);
+  return {static_cast<int>(at.quotient * kBandRows + q % kBandRows), tile.d, static_cast<int>(at.remainder)};
 }
 
-__device__ __forceinline__ SamplePlan plan_sample(const DeformConvBackwardParams& p, const Sample& sample) {
-  SamplePlan plan = {};
-  plan.column = -1;
-  if (sample.row >= p.range.rows) return plan;
+__device__ __forceinline__ PreparedSample prepare_sample(const DeformConvBackwardParams& p, const Sample& sample) {
+  PreparedSample prepared = {};
+  prepared.column = -1;
+  if (sample.row >= p.range.rows) return prepared;
   const int K = p.size.kh * p.size.kw;
   const Tap tap = find_tap(p, sample.row, sample.d * K + sample.k);
-  plan.modulation = modulation_of(p, tap);
+  prepared.modulation = modulation_of(p, tap);
   const SamplePoint<Sum> point = locate_tap(p, tap, sample.k);
-  plan.column = static_cast<long long>(sample.row) * K * p.size.C +
-                static_cast<long long>(sample.k) * static_cast<int>(p.by_group_channels.value);
+  prepared.column = static_cast<long long>(sample.row) * K * p.size.C +
+                    static_cast<long long>(sample.k) * static_cast<int>(p.by_group_channels.value);
   // The neighbour inside the image replaces the one outside.
   const int right = point.x0 >= 0 && point.x0 + 1 < p.size.W, lower = point.y0 >= 0 && point.y0 + 1 < p.size.H;
-  plan.first = first_neighbour(p.size, tap.image, max(point.y0, 0), max(point.x0, 0)) * p.size.C;
+  prepared.first = first_neighbour(p.size, tap.image, max(point.y0, 0), max(point.x0, 0)) * p.size.C;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) plan.weight[i] = weighted(bilinear_weight(point, i), plan.modulation);
-  plan.ly = point.ly;
-  plan.lx = point.lx;
-  plan.flags = point.inside | (point.is_nan ? kIsNaN : 0) | (right ? kHasRight : 0) | (lower ? kHasLower : 0);
-  return plan;
+  for (int i = 0; i < 4; ++i) prepared.weight[i] = weighted(bilinear_weight(point, i), prepared.modulation);
+  prepared.ly = point.ly;
+  prepared.lx = point.lx;
+  prepared.flags = point.inside | (point.is_nan ? kIsNaN : 0) | (right ? kHasRight : 0) | (lower ? kHasLower : 0);
+  return prepared;
 }
 
 // Steps from a sampling point's first neighbour to the others, in elements of the input or its gradient.
@@ -561,29 +561,29 @@ __device__ __forceinline__ long long channel_of_column(const DeformConvBackwardP
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     DCN_KERNEL(deform_conv2d_scatter_input)(const DeformConvBackwardParams p) {
   DCN_SHARED_MEMORY(shared);
-  SamplePlan* plans = reinterpret_cast<SamplePlan*>(shared);
+  PreparedSample* prepared = reinterpret_cast<PreparedSample*>(shared);
   for (unsigned t = blockIdx.x; t < p.tiles; t += gridDim.x) {
     const BandTile tile = band_tile(p, t);
     for (int s = thread_of_block(); s < p.tile_samples; s += threads_of_block()) {
-      plans[s] = plan_sample(p, sample_of_tile(p, tile, s));
+      prepared[s] = prepare_sample(p, sample_of_tile(p, tile, s));
     }
     __syncthreads();
 
     for (int s = threadIdx.y; s < p.tile_samples; s += blockDim.y) {
-      const SamplePlan& plan = plans[s];
-      if (!(plan.flags & kAnyPixel)) continue;
-      const NeighbourSteps steps(p.size, plan.flags);
+      const PreparedSample& sample = prepared[s];
+      if (!(sample.flags & kAnyPixel)) continue;
+      const NeighbourSteps steps(p.size, sample.flags);
       for (int v = threadIdx.x * DCN_VEC; v < p.channels; v += blockDim.x * DCN_VEC) {
         const int c = tile.first_channel + v;
-        const ScalarVector grad = load_vector(p.columns + plan.column + channel_of_column(p, c));
+        const ScalarVector grad = load_vector(p.columns + sample.column + channel_of_column(p, c));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const Sum weight = plan.weight[i];
+          const Sum weight = sample.weight[i];
           if (weight != Sum(0)) {
             Sum value[DCN_VEC];
 #pragma unroll
             for (int e = 0; e < DCN_VEC; ++e) value[e] = weight * widen(grad.at[e]);
-            add_vector(p.grad_input + plan.first + steps.to(i) + c, value);
+            add_vector(p.grad_input + sample.first + steps.to(i) + c, value);
           }
         }
       }
@@ -622,19 +622,19 @@ struct SampleGradient {
   Sum y, x, modulation;
 };
 
-__device__ __forceinline__ SampleGradient differentiate(const SamplePlan& plan, const SampleDots& dots) {
+__device__ __forceinline__ SampleGradient differentiate(const PreparedSample& sample, const SampleDots& dots) {
   Sum dot[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) dot[i] = plan.flags >> i & 1 ? dots.at[i] : Sum(0);
-  const Sum ly = plan.ly, lx = plan.lx;
+  for (int i = 0; i < 4; ++i) dot[i] = sample.flags >> i & 1 ? dots.at[i] : Sum(0);
+  const Sum ly = sample.ly, lx = sample.lx;
   SampleGradient gradient;
-  gradient.y = weighted(plan.modulation, weighted(Sum(1) - lx, dot[2] - dot[0]) + weighted(lx, dot[3] - dot[1]));
-  gradient.x = weighted(plan.modulation, weighted(Sum(1) - ly, dot[1] - dot[0]) + weighted(ly, dot[3] - dot[2]));
-  const SamplePoint<Sum> point = {0, 0, ly, lx, plan.flags, false};
+  gradient.y = weighted(sample.modulation, weighted(Sum(1) - lx, dot[2] - dot[0]) + weighted(lx, dot[3] - dot[1]));
+  gradient.x = weighted(sample.modulation, weighted(Sum(1) - ly, dot[1] - dot[0]) + weighted(ly, dot[3] - dot[2]));
+  const SamplePoint<Sum> point = {0, 0, ly, lx, sample.flags, false};
   gradient.modulation = Sum(0);
 #pragma unroll
   for (int i = 0; i < 4; ++i) gradient.modulation += weighted(bilinear_weight(point, i), dot[i]);
-  if (plan.flags & kIsNaN) gradient.y = gradient.x = gradient.modulation = not_a_number<Sum>();
+  if (sample.flags & kIsNaN) gradient.y = gradient.x = gradient.modulation = not_a_number<Sum>();
   return gradient;
 }
 
@@ -674,24 +674,24 @@ __device__ __forceinline__ Vector<T, DCN_VEC> narrow_vector(const Accumulator<T>
 extern "C" __global__ void __launch_bounds__(kThreads, kManyBlocks)
     DCN_KERNEL(deform_conv2d_grad_samples)(const DeformConvBackwardParams p) {
   DCN_SHARED_MEMORY(shared);
-  SamplePlan* plans = reinterpret_cast<SamplePlan*>(shared);
-  SampleDots* dots = reinterpret_cast<SampleDots*>(plans + p.tile_samples);
+  PreparedSample* prepared = reinterpret_cast<PreparedSample*>(shared);
+  SampleDots* dots = reinterpret_cast<SampleDots*>(prepared + p.tile_samples);
   for (unsigned t = blockIdx.x; t < p.tiles; t += gridDim.x) {
     const BandTile tile = band_tile(p, t);
     for (int s = thread_of_block(); s < p.tile_samples; s += threads_of_block()) {
-      plans[s] = plan_sample(p, sample_of_tile(p, tile, s));
+      prepared[s] = prepare_sample(p, sample_of_tile(p, tile, s));
     }
     __syncthreads();
 
     for (int s = threadIdx.y; s < p.tile_samples; s += blockDim.y) {
       Sum dot[4] = {};
-      const long long column = plans[s].column, first = plans[s].first;
+      const long long column = prepared[s].column, first = prepared[s].first;
       if (column >= 0) {
-        const int flags = plans[s].flags;
+        const int flags = prepared[s].flags;
         const NeighbourSteps steps(p.size, flags);
         Sum weight[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) weight[i] = plans[s].weight[i];
+        for (int i = 0; i < 4; ++i) weight[i] = prepared[s].weight[i];
         for (int v = threadIdx.x * DCN_VEC; v < p.channels; v += blockDim.x * DCN_VEC) {
           const int c = tile.first_channel + v;
           Scalar* const at = p.columns + column + channel_of_column(p, c);
@@ -725,7 +725,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kManyBlocks)
     for (int s = thread_of_block(); s < p.tile_samples; s += threads_of_block()) {
       const Sample sample = sample_of_tile(p, tile, s);
       if (sample.row >= p.range.rows) continue;
-      const SampleGradient gradient = differentiate(plans[s], dots[s]);
+      const SampleGradient gradient = differentiate(prepared[s], dots[s]);
       const Tap tap = find_tap(p, sample.row, sample.d * (p.size.kh * p.size.kw) + sample.k);
       if (p.grad_offset) {
         p.grad_offset[tap.offset_at] = narrow<OffsetScalar>(gradient.y);

@@ -11,11 +11,11 @@ struct DeformRoIPoolBackwardParams {
   Sum* grad_input;            // [N, H, W, C], added to, or null
   DeformRoIPoolBins bins;
   int lane_bits;  // 2^lane_bits lanes cover the channel vectors of a pixel; the other lanes take other pixels
-  int tile_rows;  // bins of a tile
+  int tile_bins;
   int channels_last;
 };
 
-// Dot products of a bin's gradient with its value before the mask and with the derivatives of that by the position.
+// Dot products of a bin's gradient with its value before the mask and with the derivatives of that value along y and x.
 struct alignas(16) BinDots {
   Sum value, slope_y, slope_x;
 };
@@ -46,13 +46,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, __CUDA_ARCH__ < 900 ? 2 :
   DCN_SHARED_MEMORY(shared);
   WarpPixels& pixels_of_warp = reinterpret_cast<WarpPixels*>(shared)[threadIdx.y];
   BinDots* const dots_of_row = reinterpret_cast<BinDots*>(shared + blockDim.y * sizeof(WarpPixels));
-  ScalarVector* const tile = reinterpret_cast<ScalarVector*>(dots_of_row + p.tile_rows);
+  ScalarVector* const tile = reinterpret_cast<ScalarVector*>(dots_of_row + p.tile_bins);
   const DeformRoIPoolSizes& size = p.bins.size;
   const bool is_sampled = p.grad_offset || p.grad_mask;
   const int lane = threadIdx.x, lanes = 1 << p.lane_bits, slice = lanes * DCN_VEC;
-  const long long tiles = row_tiles(size, p.tile_rows), channel_stride = static_cast<long long>(size.P) * size.Q;
+  const long long tiles = row_tiles(size, p.tile_bins), channel_stride = static_cast<long long>(size.P) * size.Q;
   for (long long t = blockIdx.x; t < tiles; t += gridDim.x) {
-    const RowRange range = row_tile(size, p.tile_rows, t);
+    const RowRange range = row_tile(size, p.tile_bins, t);
     for (int first_channel = 0; first_channel < size.C; first_channel += slice) {
       if (!p.channels_last) {
         for_vectors_of_tile(size, range, first_channel, lanes, tile, [&](ScalarVector& grad, long long index) {

@@ -8,7 +8,7 @@ struct DeformRoIPoolForwardParams {
   Scalar* output;       // [R, C, P, Q], or [R, P, Q, C] if channels_last
   DeformRoIPoolBins bins;
   int lane_bits;  // 2^lane_bits lanes cover the channel vectors of a pixel; the other lanes take other pixels
-  int tile_rows;  // bins of a tile
+  int tile_bins;
   int channels_last;
 };
 
@@ -22,9 +22,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
   const DeformRoIPoolSizes& size = p.bins.size;
   const int lane = threadIdx.x, lanes = 1 << p.lane_bits, slice = lanes * DCN_VEC,
             slices = (size.C + slice - 1) / slice;
-  const long long tiles = row_tiles(size, p.tile_rows) * slices;
+  const long long tiles = row_tiles(size, p.tile_bins) * slices;
   for (long long t = blockIdx.x; t < tiles; t += gridDim.x) {
-    const RowRange range = row_tile(size, p.tile_rows, t / slices);
+    const RowRange range = row_tile(size, p.tile_bins, t / slices);
     const int first_channel = static_cast<int>(t % slices) * slice, c = first_channel + (lane & (lanes - 1)) * DCN_VEC;
     const bool has_channels = c < size.C;
     for (int row = threadIdx.y; row < range.rows; row += blockDim.y) {

@@ -20,11 +20,11 @@ Padding: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]]
 PRECISIONS = ("ieee", "tf32", "3xtf32")
 
 MAX_EXTENT = 2**24
-"""Largest padded extent: float32 coordinates hold every pixel position up to here exactly."""
+"""Largest padded extent: float32 coordinates represent every integer up to here exactly."""
 
 
 def expand_pair(name: str, value: Pair, minimum: int = 1) -> tuple[int, int]:
-    """Return (vertical, horizontal) of an integer or a pair of integers, each at least `minimum`."""
+    """Expand an integer or a pair of integers, each at least `minimum`, to (vertical, horizontal)."""
     # Fast path for plain integers and pairs of them; everything else goes through the slower conversions below.
     plain: Any = (value, value) if type(value) is int else value
     if type(plain) in (tuple, list) and len(plain) == 2:
@@ -49,7 +49,7 @@ def expand_pair(name: str, value: Pair, minimum: int = 1) -> tuple[int, int]:
 
 
 def expand_padding(value: Padding) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return ((top, bottom), (left, right)), the only form used inside the library, of any form of padding."""
+    """Convert any form of padding to ((top, bottom), (left, right)), the only form used inside the library."""
     items = None if type(value) is int else _sequence(value)
     try:
         if items is not None and len(items) == 2 and all(_sequence(item) is not None for item in items):

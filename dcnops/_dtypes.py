@@ -16,8 +16,13 @@ class DType(NamedTuple):
 
     @property
     def is_16_bit(self) -> bool:
-        """True for the types that compute coordinates and sums in float32."""
+        """True for float16 and bfloat16."""
         return self.itemsize == 2
+
+    @property
+    def sum_dtype(self) -> str:
+        """Name of the type of coordinates and sums."""
+        return "float64" if self.name == "float64" else "float32"
 
 
 DTYPES = {

@@ -10,7 +10,7 @@ LOGGER = logging.getLogger("dcnops")
 
 
 def is_explaining() -> bool:
-    """Return whether calls are to be explained."""
+    """Return True if the logger records explanations."""
     return LOGGER.isEnabledFor(logging.DEBUG)
 
 

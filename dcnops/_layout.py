@@ -30,11 +30,11 @@ class Layout:
         return shape[n], shape[c], shape[h], shape[w]
 
     def shape(self, *sizes: _T) -> tuple[_T, ...]:
-        """Return the shape in this layout of the sizes N, C, H, W."""
+        """Arrange the sizes N, C, H, W in the order of this layout."""
         return tuple([sizes[i] for i in self.order])
 
     def text(self, *sizes: str) -> str:
-        """Return the same as `shape`, formatted for an error message."""
+        """Format the result of `shape` for an error message."""
         return ", ".join(self.shape(*sizes))
 
     def to_nchw(self, array: Any) -> Any:

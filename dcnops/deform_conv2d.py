@@ -39,9 +39,8 @@ def deform_conv2d(
 ) -> ArrayT:
     """Compute a deformable convolution, modulated (v2) if `mask` is given.
 
-    The arguments have the order of ``torchvision.ops.deform_conv2d``. NumPy arrays are
-    processed on the CPU, CuPy arrays on their GPU in the current stream. All arrays of a call must belong to the same
-    library and device.
+    The arguments have the order of ``torchvision.ops.deform_conv2d``. NumPy arrays are processed on the CPU, CuPy
+    arrays on their GPU in the current stream. All arrays of a call must belong to the same library and device.
 
     Parameters
     ----------
@@ -78,7 +77,7 @@ def deform_conv2d(
     ShapeError
         An array has the wrong rank or size.
     ArgumentError
-        `stride`, `padding`, `dilation`, `layout` or `precision` has no legal value.
+        `stride`, `padding`, `dilation`, `layout` or `precision` is invalid.
     DtypeError
         An argument is not a NumPy or CuPy array, or has the wrong dtype.
     DeviceError

@@ -71,7 +71,7 @@ def deform_roi_pool(
     ShapeError
         An array has the wrong rank or size.
     ArgumentError
-        A parameter has no legal value, or NumPy `rois` refer to a feature map that `input` does not have.
+        A parameter is invalid, or NumPy `rois` refer to a feature map that `input` does not have.
     DtypeError
         An argument is not a NumPy or CuPy array, or has the wrong dtype.
     DeviceError
@@ -91,7 +91,7 @@ def deform_roi_pool(
     `offset` and `mask` this is ``torchvision.ops.roi_align(..., aligned=True)``. A pixel with interpolation weight 0
     does not contribute, even if it is infinite or NaN. The formula also applies to inverted and empty regions, and to
     regions outside the image. A non-finite region or a NaN offset makes the bin NaN, an infinite offset makes it 0.
-    On a GPU the values of `rois` are not checked, and a region of a nonexistent feature map makes NaN. With
+    On a GPU the values of `rois` are not checked, and the bins of a region of a nonexistent feature map are NaN. With
     `sampling_ratio` 0 a bin has at most 2**24 samples along an axis.
 
     Examples

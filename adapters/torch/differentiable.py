@@ -1,6 +1,6 @@
-"""The operations in plain torch operations, differentiable any number of times.
+"""Implementation in plain torch operations, differentiable any number of times.
 
-Double backward uses them. They are much slower than the kernels and need memory of the size of the im2col matrix.
+Double backward uses it. It is much slower than the kernels and needs memory of the size of the im2col matrix.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def deform_conv2d(
     shift = offset.to(compute_dtype).reshape(g.N, g.D, g.K, 2, g.oh, g.ow)
     taps_y = torch.arange(g.kh, device=input.device).repeat_interleave(g.kw) * g.dh - g.pad_top
     taps_x = torch.arange(g.kw, device=input.device).repeat(g.kh) * g.dw - g.pad_left
-    rows = torch.arange(g.oh, device=input.device) * g.sh
-    columns = torch.arange(g.ow, device=input.device) * g.sw
-    y = (taps_y[:, None, None] + rows[:, None]).to(compute_dtype) + shift[:, :, :, 0]
-    x = (taps_x[:, None, None] + columns).to(compute_dtype) + shift[:, :, :, 1]
+    output_y = torch.arange(g.oh, device=input.device) * g.sh
+    output_x = torch.arange(g.ow, device=input.device) * g.sw
+    y = (taps_y[:, None, None] + output_y[:, None]).to(compute_dtype) + shift[:, :, :, 0]
+    x = (taps_x[:, None, None] + output_x).to(compute_dtype) + shift[:, :, :, 1]
 
     image = input.to(compute_dtype).reshape(g.N * g.D, g.C // g.D, g.H * g.W)
     points = (g.N * g.D, g.K * g.oh * g.ow)
@@ -41,9 +41,9 @@ def deform_conv2d(
     samples = samples.reshape(g.N, g.D, g.C // g.D, g.K, g.oh, g.ow)
     if mask is not None:
         samples = samples * mask.to(compute_dtype).reshape(g.N, g.D, 1, g.K, g.oh, g.ow)
-    columns_by_group = samples.reshape(g.N, g.G, g.C // g.G, g.K, g.oh, g.ow)
+    columns = samples.reshape(g.N, g.G, g.C // g.G, g.K, g.oh, g.ow)
     filters = weight.to(compute_dtype).reshape(g.G, g.O // g.G, g.C // g.G, g.K)
-    output = torch.einsum("ngckab,gock->ngoab", columns_by_group, filters).reshape(g.output_shape)
+    output = torch.einsum("ngckab,gock->ngoab", columns, filters).reshape(g.output_shape)
     if bias is not None:
         output = output + bias.to(compute_dtype)[:, None, None]
     return output.to(input.dtype)
@@ -73,22 +73,22 @@ def deform_roi_pool(
         start = g.spatial_scale * regions[r, 1:] - 0.5
         width, height = start[2] - start[0], start[3] - start[1]
         bin_height, bin_width = height / g.P, width / g.Q
-        rows = g.sampling_ratio or _adaptive_samples(bin_height)
-        columns = g.sampling_ratio or _adaptive_samples(bin_width)
+        samples_y = g.sampling_ratio or _adaptive_samples(bin_height)
+        samples_x = g.sampling_ratio or _adaptive_samples(bin_width)
         p = torch.arange(g.P, device=input.device)[:, None]
         q = torch.arange(g.Q, device=input.device)
         top = start[1] + p * bin_height + g.gamma * height * shift[r, 1]
         left = start[0] + q * bin_width + g.gamma * width * shift[r, 0]
-        i = (torch.arange(rows, device=input.device).to(compute_dtype) + 0.5) * bin_height / max(rows, 1)
-        j = (torch.arange(columns, device=input.device).to(compute_dtype) + 0.5) * bin_width / max(columns, 1)
-        y = (top[:, :, None, None] + i[:, None]).expand(g.P, g.Q, rows, columns)
-        x = (left[:, :, None, None] + j).expand(g.P, g.Q, rows, columns)
+        i = (torch.arange(samples_y, device=input.device).to(compute_dtype) + 0.5) * bin_height / max(samples_y, 1)
+        j = (torch.arange(samples_x, device=input.device).to(compute_dtype) + 0.5) * bin_width / max(samples_x, 1)
+        y = (top[:, :, None, None] + i[:, None]).expand(g.P, g.Q, samples_y, samples_x)
+        x = (left[:, :, None, None] + j).expand(g.P, g.Q, samples_y, samples_x)
         inside = (y >= -1) & (y <= g.H) & (x >= -1) & (x <= g.W)
         # Clamp like RoIAlign: a clamped sample has no derivative with respect to its position.
         y, x = y.clamp(0, g.H - 1), x.clamp(0, g.W - 1)
         image = input.index_select(0, rois[r, :1].long()).to(compute_dtype).reshape(1, g.C, g.H * g.W)
         samples = _interpolate(image, y.reshape(1, -1), x.reshape(1, -1), inside.reshape(1, -1), g.H, g.W)
-        outputs.append(samples.reshape(g.C, g.P, g.Q, rows * columns).sum(-1) / max(rows * columns, 1))
+        outputs.append(samples.reshape(g.C, g.P, g.Q, samples_y * samples_x).sum(-1) / max(samples_y * samples_x, 1))
     output = torch.stack(outputs) if outputs else input.new_zeros(g.output_shape, dtype=compute_dtype)
     if mask is not None:
         output = output * mask.to(compute_dtype)[:, None]
@@ -100,13 +100,13 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _adaptive_samples(length: Tensor) -> int:
-    """Return one sample for each pixel of a bin, or a single one (its value is NaN) if the region is not finite."""
+    """Return the number of samples: one per pixel of a bin, or one NaN sample if the region is not finite."""
     return max(int(length.ceil()), 0) if bool(torch.isfinite(length)) else 1
 
 
 def _interpolate(image: Tensor, y: Tensor, x: Tensor, inside: Tensor, H: int, W: int) -> Tensor:
     """Sample images [B, C, H*W] bilinearly at positions [B, points], giving [B, C, points]; 0 where not `inside`."""
-    # 0 for numbers and NaN for NaN, so that a sample at a NaN position becomes NaN.
+    # Zero, or NaN at a NaN position: its sample must become NaN.
     taint = (0 * torch.where(torch.isnan(y + x), y + x, 0.0))[:, None]
     y, x = torch.where(inside, y, y.new_zeros(())), torch.where(inside, x, x.new_zeros(()))
     y0, x0 = y.detach().floor(), x.detach().floor()

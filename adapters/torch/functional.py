@@ -33,7 +33,7 @@ def deform_conv2d(
     *,
     precision: str | None = None,
 ) -> Tensor:
-    """Deformable convolution on tensors; modulated (v2) when `mask` is given.
+    """Compute a deformable convolution of tensors, modulated (v2) if `mask` is given.
 
     See `dcnops.deform_conv2d` for the formula. CPU tensors are passed to the CPU backend, CUDA tensors to the kernels,
     without a copy, on torch's current stream and with torch's memory. First and second gradients, compilation and
@@ -62,7 +62,7 @@ def deform_conv2d(
     ShapeError
         A tensor has the wrong rank or size.
     ArgumentError
-        `stride`, `padding`, `dilation` or `precision` is not legal.
+        `stride`, `padding`, `dilation` or `precision` is invalid.
     DtypeError
         An argument is not a tensor, or its dtype is not a supported floating-point type.
     DeviceError
@@ -115,7 +115,7 @@ def deform_roi_pool(
     sampling_ratio: int = 2,
     gamma: float = 0.1,
 ) -> Tensor:
-    """Deformable RoI pooling on tensors; modulated (v2) when `mask` is given, RoIAlign without `offset` and `mask`.
+    """Compute deformable RoI pooling, modulated (v2) if `mask` is given, or RoIAlign without `offset` and `mask`.
 
     See `dcnops.deform_roi_pool` for the formula, and `deform_conv2d` for memory, gradients and mixed dtypes.
 
@@ -146,7 +146,7 @@ def deform_roi_pool(
     ShapeError
         A tensor has the wrong rank or size.
     ArgumentError
-        A parameter is not legal; or, on a CPU, `rois` refer to a feature map that `input` does not have.
+        A parameter is invalid; or, on a CPU, `rois` refer to a feature map that `input` does not have.
     DtypeError, DeviceError
         See `deform_conv2d`.
 
@@ -200,7 +200,7 @@ def _call_operator(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 
 def is_tensor_proxy(value: object) -> bool:
-    """Check for an object that replaces a tensor in calls of torch functions, such as a proxy of ``torch.fx``."""
+    """Return True for an object that replaces a tensor in calls of torch functions, such as a ``torch.fx`` proxy."""
     return not isinstance(value, Tensor) and hasattr(type(value), "__torch_function__")
 
 

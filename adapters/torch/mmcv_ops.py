@@ -66,7 +66,7 @@ def deform_conv2d(
     Raises
     ------
     ArgumentError
-        `bias` is True, or another parameter is not legal.
+        `bias` is True, or another parameter is invalid.
     """
     if bias:
         raise ArgumentError("bias must be False, as in mmcv; dcnops.adapters.torch.deform_conv2d takes a bias")

@@ -58,7 +58,7 @@ def _needed_names(needs: Sequence[bool], *names: str) -> list[str]:
 
 
 def _gradient_tensors(gradients: Sequence[Any], arguments: Sequence[Tensor | None]) -> list[Tensor]:
-    """Convert gradient arrays to tensors, each in the memory format of its argument. Most already have it."""
+    """Convert gradient arrays to tensors, each in the memory format of its argument."""
     return [
         _empty_gradient(arguments) if array is None else _match_memory_format(argument, as_tensor(array))
         for array, argument in zip(gradients, arguments)

@@ -1,4 +1,4 @@
-// One job on an array, a part of a launch that runs several.
+// A job on an array; one launch runs several.
 //
 // Images are [N, C, P]: P pixels, each channel contiguous. Rows are [N * P, C]: one per pixel, channels contiguous.
 

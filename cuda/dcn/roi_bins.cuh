@@ -127,7 +127,7 @@ __device__ __forceinline__ WarpBin find_bin(const DeformRoIPoolBins& bins, const
   return bin;
 }
 
-// A row or a column of the image, its factor of the weights, and the derivative of the factor by the bin's position.
+// A row or a column of the image, its factor of the weights, and the derivative of that factor along the axis.
 struct AxisPixel {
   int at;
   Sum weight, slope;

@@ -1,4 +1,4 @@
-// Element types of arrays and of sums, vectors of elements, and what else all units share.
+// Element types of arrays and of sums, vectors of elements, and everything else that all units share.
 //
 // A unit is specialised by macros:
 //   DCN_SUFFIX          f16 | bf16 | f32 | f64, the end of each kernel's name

@@ -293,7 +293,7 @@ def make_unusual(case: RoIPoolCase, part: str) -> None:
     channels_last=st.tuples(st.booleans(), st.booleans()),
     deterministic=st.booleans(),
     chunk_bytes=st.sampled_from([1, 300, 2**20]),
-    few_blocks=st.sampled_from([0, 512]),
+    enough_blocks=st.sampled_from([0, 512]),
     schedule=st.sampled_from(SCHEDULES),
 )
 def test_every_path_of_the_kernels(
@@ -303,7 +303,7 @@ def test_every_path_of_the_kernels(
     channels_last: tuple[bool, bool],
     deterministic: bool,
     chunk_bytes: int,
-    few_blocks: int,
+    enough_blocks: int,
     schedule: dict[str, Any],
 ):
     make_unusual(case, unusual)
@@ -312,7 +312,7 @@ def test_every_path_of_the_kernels(
         grad_out=in_memory_order(case.grad_out, channels_last[1]),
         sampling_ratio=sampling_ratio,
     )
-    with mock.patch.object(deform_roi_pool_common, "_FEW_BLOCKS", few_blocks):  # 0: whole tiles even for few bins
+    with mock.patch.object(deform_roi_pool_common, "_ENOUGH_BLOCKS", enough_blocks):  # 0: whole tiles even for few bins
         assert_correct(EmulatedRunner(chunk_bytes=chunk_bytes, deterministic=deterministic, **schedule), case)
 
 
@@ -326,7 +326,7 @@ def test_more_channels_than_a_warp_and_more_bins_than_a_tile(
     dtype: str, C: int, output_size: Any, schedule: dict[str, Any], deterministic: bool
 ):
     case = make_roi_pool(N=1, C=C, H=5, W=13, R=3, output_size=output_size, dtype=dtype, seed=C)
-    with mock.patch.object(deform_roi_pool_common, "_FEW_BLOCKS", 0):
+    with mock.patch.object(deform_roi_pool_common, "_ENOUGH_BLOCKS", 0):
         assert_correct(EmulatedRunner(deterministic=deterministic, **schedule), case)
 
 

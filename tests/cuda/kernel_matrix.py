@@ -6,7 +6,8 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dcnops._backends.cuda import constants
+from dcnops._backends.cpu.deform_roi_pool_loops import MAX_SAMPLES
+from dcnops._backends.cuda import kernel_constants
 from dcnops._backends.cuda.heuristics import FusedTiles
 from dcnops._backends.cuda.kernel_source import Macros
 from dcnops._backends.cuda.plans.array_jobs import ArrayJobsParams, ArrayTask
@@ -42,37 +43,40 @@ UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {
     ),
 }
 
-# C++ expressions and the values that the plans assume for them.
+# C++ expressions and the values that Python takes them for.
 SHARED_CONSTANTS: dict[str, dict[str, int]] = {
     "array_jobs": {
-        "kThreads": constants.THREADS,
-        "kWarp": constants.WARP,
-        "kMaxArrayJobs": constants.MAX_ARRAY_JOBS,
-        "kSumTileChannels": constants.SUM_TILE_CHANNELS,
-        "kFillTileElements": constants.FILL_TILE_ELEMENTS,
-        "TransposeTile<Half>::kSide": constants.TRANSPOSE_TILE_SIDE[2],
-        "TransposeTile<float>::kSide": constants.TRANSPOSE_TILE_SIDE[4],
-        "TransposeTile<double>::kSide": constants.TRANSPOSE_TILE_SIDE[8],
-        "TransposeTile<float>::kSide * TransposeTile<float>::kPitch * 4": constants.ARRAY_JOBS_SHARED_BYTES,
+        "kThreads": kernel_constants.THREADS,
+        "kWarp": kernel_constants.WARP,
+        "kMaxArrayJobs": kernel_constants.MAX_ARRAY_JOBS,
+        "kSumTileChannels": kernel_constants.SUM_TILE_CHANNELS,
+        "kFillTileElements": kernel_constants.FILL_TILE_ELEMENTS,
+        "TransposeTile<Half>::kSide": kernel_constants.TRANSPOSE_TILE_SIDE[2],
+        "TransposeTile<float>::kSide": kernel_constants.TRANSPOSE_TILE_SIDE[4],
+        "TransposeTile<double>::kSide": kernel_constants.TRANSPOSE_TILE_SIDE[8],
+        "TransposeTile<float>::kSide * TransposeTile<float>::kPitch * 4": kernel_constants.ARRAY_JOBS_SHARED_BYTES,
         **{f"k{task.name.title().replace('_', '')}": task for task in ArrayTask},
     },
     "deform_conv2d_fused": {
-        "kTileRows": constants.FUSED_TILE_ROWS,
-        "kSlice": constants.FUSED_SLICE_OUTPUTS,
-        "kRowBytes": constants.FUSED_STEP_BYTES,
+        "kTileRows": kernel_constants.FUSED_TILE_ROWS,
+        "kSlice": kernel_constants.FUSED_SLICE_OUTPUTS,
+        "kRowBytes": kernel_constants.FUSED_STEP_BYTES,
     },
     "deform_conv2d_backward": {
-        "kBand": constants.BAND_ROWS,
-        "kListsPerThread": constants.LISTS_PER_THREAD,
-        "sizeof(ListPart)": constants.LIST_PART_BYTES,
+        "kBandRows": kernel_constants.BAND_ROWS,
+        "kListsPerThread": kernel_constants.LISTS_PER_THREAD,
+        "sizeof(ListPart)": kernel_constants.LIST_PART_BYTES,
         "sizeof(ListEntry) / sizeof(Sum)": 2,
         "sizeof(ListCounters) / sizeof(int)": 2,
     },
-    "deform_roi_pool_forward": {"sizeof(WarpPixels) / sizeof(Sum)": constants.ROI_WARP_PIXELS},
-    "deform_roi_pool_backward": {"sizeof(BinDots) / sizeof(Sum)": constants.ROI_BIN_DOTS},
+    "deform_roi_pool_forward": {
+        "kMaxSamples": MAX_SAMPLES,
+        "sizeof(WarpPixels) / sizeof(Sum)": kernel_constants.ROI_WARP_PIXELS,
+    },
+    "deform_roi_pool_backward": {"sizeof(BinDots) / sizeof(Sum)": kernel_constants.ROI_BIN_DOTS},
     "deform_roi_pool_grad_input": {
-        "kStripPadding": constants.ROI_STRIP_PADDING,
-        "sizeof(RegionBounds) / sizeof(int)": constants.ROI_BOUNDS_INTS,
+        "kStripPadding": kernel_constants.ROI_STRIP_PADDING,
+        "sizeof(RegionBounds) / sizeof(int)": kernel_constants.ROI_BOUNDS_INTS,
     },
 }
 
@@ -109,7 +113,7 @@ def specialisations() -> Iterator[Specialisation]:
         common: dict[str, str | int] = {"DCN_SUFFIX": suffix, "DCN_SCALAR": scalar}
         yield Specialisation("array_jobs", tuple(common.items()))
         for offset_scalar in dict.fromkeys((scalar, scalar if dtype == "float64" else "float")):
-            vector = constants.VECTOR_BYTES // itemsize
+            vector = kernel_constants.VECTOR_BYTES // itemsize
             while vector:
                 macros = {**common, "DCN_OFFSET_SCALAR": offset_scalar, "DCN_VEC": vector}
                 for part in ("forward", "backward", "grad_input"):
@@ -148,7 +152,7 @@ def constant_assertions(specialisation: Specialisation) -> str:
         values |= {f"{tiles.product}<Scalar, {tiles.outputs}>::kThreads": tiles.threads for *_, tiles in fused_tiles()}
     if specialisation.unit == "deform_roi_pool_grad_input":
         sum_bytes, vector = 8 if specialisation.macros["DCN_SUFFIX"] == "f64" else 4, specialisation.macros["DCN_VEC"]
-        values["kStrip"] = constants.roi_strip_pixels(sum_bytes, int(vector))
+        values["kStrip"] = kernel_constants.roi_strip_pixels(sum_bytes, int(vector))
     return "".join(f'static_assert({name} == {value}, "{name}");\n' for name, value in values.items())
 
 

@@ -206,7 +206,7 @@ def problem_of(dtype: str = "float16", precision: str = "ieee", device: Device =
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_reasons_for_columns(problem: ForwardProblem, reason: str):
-    reasons = heuristics.failed(FUSED_NEEDS, problem) + heuristics.failed(FUSED_PAYS, problem)
+    reasons = heuristics.reasons_against(FUSED_NEEDS, problem) + heuristics.reasons_against(FUSED_PAYS, problem)
     assert len(reasons) == 1 and reason in reasons[0]
     assert choose_path(problem) == "columns"
 

@@ -25,13 +25,13 @@ def explained(caplog: pytest.LogCaptureFixture, case: Case, **backward: Any) -> 
 def test_convolution_through_columns(caplog: pytest.LogCaptureFixture):
     messages = explained(caplog, make_conv(N=2, C=8, O=4, H=5, W=6))
     assert messages[0].startswith("deform_conv2d_backward of cupy arrays: grad_out=float32[2, 4, 5, 6]")
-    assert "gradient of the input scattered by atomic additions; 2 images in 1 groups and 1 chunks" in messages[1]
+    assert "gradient of the input scattered by atomic additions; 2 images, groups: 1, chunks: 1" in messages[1]
     assert "scratch memory" in messages[1]
     first = next(message for message in messages if message.startswith("launch"))
     assert messages.index(first) == 2 and "run_array_jobs_f32: grid" in first and "block 256x1" in first
     forward = messages[next(i for i, message in enumerate(messages) if message.startswith("deform_conv2d of cupy")) :]
     assert "columns path, because a step covers 128 bytes" in forward[1] and "architecture=90" in forward[1]
-    assert "1 groups of 2 images in 1 chunks of at most 60 rows of columns" in forward[2]
+    assert "groups: 1, each of 2 images, chunks: 1 of at most 60 rows of columns" in forward[2]
     kinds = [message.split()[:2] for message in forward[3:]]
     assert kinds == [["launch", "run_array_jobs_f32:"], ["launch", "deform_conv2d_columns_f32:"], ["product", "(2,"]]
 

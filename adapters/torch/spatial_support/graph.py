@@ -11,10 +11,10 @@ from torch.autograd.graph import Node as GradFn
 from .recording import ConvCall, PoolCall
 
 NODE = -1
-"""Number that represents the node among the numbers of the calls."""
+"""Key of the node among the numbers of the calls."""
 
 Inputs: TypeAlias = dict[int, list[int]]
-"""Numbers of the calls that feed each call, and the node, without another call between."""
+"""For each call and for the node: the numbers of the calls that feed it directly."""
 
 
 class CallGraph:
@@ -49,7 +49,7 @@ class CallGraph:
         A call that is reached both directly and through another call, as around a skip connection, counts as reached
         through the other call only. Calls in `detours` count only if there is no other path.
         """
-        direct: dict[int, set[int]] = {}  # chosen calls without another chosen one between
+        direct: dict[int, set[int]] = {}  # chosen calls without another chosen call in between
         all_before: dict[int, set[int]] = {}
         for number in (*self.calls, NODE):  # inputs have smaller numbers
             direct[number], all_before[number] = set(), set()
@@ -65,7 +65,7 @@ class CallGraph:
 
 
 def _nearest_calls(start: GradFn | None, results: dict[GradFn | None, int]) -> set[int]:
-    """Return the calls with results that an autograd node depends on without another call between."""
+    """Return the numbers of the calls that an autograd node depends on without another call in between."""
     found: set[int] = set()
     seen: set[GradFn] = set()
     waiting = [start]

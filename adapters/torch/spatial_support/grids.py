@@ -70,7 +70,7 @@ class Location(NamedTuple):
 
     grid: Grid
     size: tuple[int, int]  # of the map
-    axes: tuple[int, int] | None = (2, 3)  # rows and columns among the dimensions; None if they are one, as in tokens
+    axes: tuple[int, int] | None = (2, 3)  # dimensions of the rows and columns; None if they share one, as in tokens
     stretches: int = 0  # number of times that the map was resized by a function without an exact rule
 
     def move(self, result: Tensor, grid: Grid) -> Location:
@@ -151,7 +151,7 @@ class Grids:
             if sources:
                 locations = [self._locations[source] for source in sources]
                 call = FunctionCall(function, args, kwargs, sources, locations, item, number)
-                location = RULES.get(name, _other)(call)
+                location = RULES.get(name, _default_rule)(call)
             # Integers are indices and sizes: a value that they select does not come from the image.
             floating = item.is_floating_point() and any(source.is_floating_point() for source in arguments)
             if location is not None or floating:
@@ -169,8 +169,8 @@ class FunctionCall(NamedTuple):
     result: Tensor
     number: int
 
-    def on(self, tensor: Tensor) -> Tensor:
-        """Call the function with a tensor in place of the first source and return the same one of its results."""
+    def apply_to(self, tensor: Tensor) -> Tensor:
+        """Call the function with a tensor in place of the first source and return result `number`."""
         args = [tensor if each is self.sources[0] else each for each in self.args]
         kwargs = {name: tensor if each is self.sources[0] else each for name, each in self.kwargs.items()}
         result = self.function(*args, **kwargs)
@@ -192,7 +192,7 @@ Rule: TypeAlias = Callable[[FunctionCall], Location | None]
 """Location of a result; None if it is lost."""
 
 
-def _other(call: FunctionCall, stretches: bool = True) -> Location | None:
+def _default_rule(call: FunctionCall, stretches: bool = True) -> Location | None:
     """Locate the result of a function that keeps, reshapes or resizes one of its maps."""
     result = call.result
     maps = [each for each, source in zip(call.locations, call.sources) if each.axes and source.ndim == result.ndim]
@@ -212,7 +212,7 @@ def _other(call: FunctionCall, stretches: bool = True) -> Location | None:
 
 
 def _reshaped(call: FunctionCall) -> Location | None:
-    return _other(call, stretches=False)
+    return _default_rule(call, stretches=False)
 
 
 def _lost(call: FunctionCall) -> Location | None:
@@ -222,27 +222,28 @@ def _lost(call: FunctionCall) -> Location | None:
 def _permuted(call: FunctionCall) -> Location | None:
     location, source = call.locations[0], call.sources[0]
     if location.axes is None or call.argument(0, "input") is not source:
-        return _other(call)
+        return _default_rule(call)
     # A tensor with a different size in each dimension shows the order.
-    order = [size - 1 for size in call.on(torch.empty(tuple(range(1, source.ndim + 1)), device="meta")).shape]
+    order = [size - 1 for size in call.apply_to(torch.empty(tuple(range(1, source.ndim + 1)), device="meta")).shape]
     return location._replace(axes=(order.index(location.axes[0]), order.index(location.axes[1])))
 
 
 def _selected(call: FunctionCall) -> Location | None:
-    """Locate what a slice, split, flip, shift, repetition or index takes of a map, by taking it of the positions.
+    """Locate the part of a map that a slice, split, flip, shift, repetition or index selects.
 
-    The result is lost unless its rows and columns are equally spaced in the order of the map.
+    The function is applied to the positions of the map. The result is lost unless its rows and columns are equally
+    spaced in the order of the map.
     """
     location, source = call.locations[0], call.sources[0]
     if call.argument(0, "input") is not source:
         return None
     if location.axes is None:
-        return _other(call)
+        return _default_rule(call)
     axes, firsts, steps = [], [], []
     for axis in location.axes:
         shape = [-1 if each == axis else 1 for each in range(source.ndim)]
         positions = torch.arange(source.shape[axis], device=source.device).reshape(shape)
-        taken = call.on(positions.expand(source.shape))
+        taken = call.apply_to(positions.expand(source.shape))
         varying = [each for each in range(taken.ndim) if (taken.narrow(each, 0, 1) != taken).any()]
         if len(varying) > 1 or (not varying and taken.ndim != source.ndim):
             return None
@@ -268,7 +269,7 @@ def _concatenated(call: FunctionCall) -> Location | None:
     axis, parts = int(call.argument(1, "dim", 0)) % call.sources[0].ndim, call.argument(0, "tensors", ())
     location = min(call.locations, key=lambda each: each.stretches)
     if location.axes is None or any(other.axes != location.axes for other in call.locations):
-        return _other(call)
+        return _default_rule(call)
     if axis in location.axes:
         # The largest part decides: in circular padding, it is the map itself.
         source, location = max(zip(call.sources, call.locations), key=lambda pair: pair[0].shape[axis])
@@ -284,7 +285,7 @@ def _concatenated(call: FunctionCall) -> Location | None:
 
 
 def _pooled(first: int = 1, padded: bool = True, dilated: bool = False) -> Rule:
-    """Return the rule of a pooling that takes the size of its windows as argument number `first`."""
+    """Return the rule for a pooling function that takes the window size as argument number `first`."""
 
     def rule(call: FunctionCall) -> Location | None:
         location = call.locations[0]
@@ -342,7 +343,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split", "dsplit", "hsplit", "vsplit"), _selected),
     **dict.fromkeys(("flip", "fliplr", "flipud", "repeat", "roll", "tile"), _selected),
 }
-"""Rules by the names of functions; every other function follows `_other`."""
+"""Rules by the names of functions; every other function follows `_default_rule`."""
 
 
 def _size(tensor: Tensor, axes: tuple[int, int]) -> tuple[int, int]:

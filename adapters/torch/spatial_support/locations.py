@@ -28,7 +28,7 @@ from .nodes import (
 from .recording import ConvCall, PoolCall, Recorder, inspection
 
 MERGE_DISTANCE = 1e-3  # pixels of the image: nearer points are merged
-COARSER = 1.4  # ratio of scales from which a map counts as coarser; sizes that do not divide make small differences
+COARSER = 1.4  # minimum ratio of scales for a coarser map; sizes that do not divide cause small differences
 
 
 class SamplingPoints(NamedTuple):
@@ -83,7 +83,7 @@ def sampling_locations(
     """Find the points of the image that a pixel of a map samples through a stack of convolutions.
 
     The last convolution of the stack samples its input at kh*kw points for each deformable group. A point lies between
-    pixels, and each of them was in turn sampled by the convolution below. Three 3x3 layers have 9*9*9 points; those of
+    pixels, each of which was in turn sampled by the convolution below. Three 3x3 layers have 9*9*9 points; those of
     regular convolutions form a grid. The masks of v2 reduce the strength of points.
 
     Parameters
@@ -142,10 +142,10 @@ def sampling_locations(
     if not isinstance(node, LayerNode):
         raise ArgumentError(f"node must be (layer, y, x): regions have effective_bin_locations, got {node!r}")
     with inspection(model):
-        response = _run(model, as_image(image), node)
+        response = _record_response(model, as_image(image), node)
         root = node_grid(response.root, node.layer)
         stack = _select_stack(response, depth, layers)
-        samples = _trace(stack, root, node)
+        samples = _trace_stack(stack, root, node)
     by_name: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for number in sorted(samples, reverse=True):
         by_name[stack.calls[number].name] += samples[number]
@@ -199,7 +199,7 @@ def effective_sampling_locations(
     _check_counts(depth, max_points)
     node = as_node(node)
     with inspection(model):
-        response = _run(model, as_image(image), node)
+        response = _record_response(model, as_image(image), node)
         calls = list(_select_stack(response, depth, layers).calls.values())
         gradients = response.gradients(calls)
     points = []
@@ -251,7 +251,7 @@ def effective_bin_locations(model: nn.Module, image: Tensor, node: Node) -> Bins
     """
     node = as_node(node)
     with inspection(model):
-        response = _run(model, as_image(image), node)
+        response = _record_response(model, as_image(image), node)
         if not response.poolings:
             raise ArgumentError("node must depend on a deformable RoI pooling or RoIAlign, there is none before it")
         call = response.poolings[-1]
@@ -285,11 +285,11 @@ class _Response(NamedTuple):
         return [call for call in self.graph.calls.values() if isinstance(call, PoolCall)]
 
     def gradients(self, calls: Sequence[ConvCall | PoolCall]) -> tuple[Tensor, ...]:
-        """Return the gradients with respect to the offsets of calls."""
+        """Return the gradients with respect to the offsets of `calls`."""
         return torch.autograd.grad(self.value, [call.delta for call in calls if call.delta is not None])
 
 
-def _run(model: nn.Module, image: Tensor, node: NodeFunction) -> _Response:
+def _record_response(model: nn.Module, image: Tensor, node: NodeFunction) -> _Response:
     with Recorder(model, image, probe=True) as recorder:
         if isinstance(node, LayerNode):
             feature_map = layer_map(model, image, node.layer)
@@ -345,7 +345,7 @@ def _is_coarser(grid: Grid | None, root: Grid | None) -> bool:
     return grid is not None and root is not None and max(a / b for a, b in zip(grid.scale, root.scale)) > COARSER
 
 
-def _trace(stack: _Stack, root: Grid, node: LayerNode) -> dict[int, list[tuple[Tensor, Tensor]]]:
+def _trace_stack(stack: _Stack, root: Grid, node: LayerNode) -> dict[int, list[tuple[Tensor, Tensor]]]:
     """Return the samples at the far ends of the stack: positions in the image and strengths, by number of the call.
 
     Each step goes from points in the input of a call to pixels in the results of the calls that feed it, and on to the
@@ -366,7 +366,7 @@ def _trace(stack: _Stack, root: Grid, node: LayerNode) -> dict[int, list[tuple[T
         front = {}
         for number, weight in weights.items():
             call = stack.calls[number]
-            points, strength = _sample(call, weight)
+            points, strength = _sampled_points(call, weight)
             grid = _known_grid(call, call.input_grid)
             if step + 1 < stack.depth and stack.inputs[number]:
                 front[number] = grid, points, strength
@@ -375,7 +375,7 @@ def _trace(stack: _Stack, root: Grid, node: LayerNode) -> dict[int, list[tuple[T
     return found
 
 
-def _sample(call: ConvCall, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _sampled_points(call: ConvCall, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the points that the weighted pixels [H, W] of a call's result sample, with their strengths."""
     rows, columns = torch.nonzero(weights, as_tuple=True)
     points = call.positions()[0][:, :, rows, columns]

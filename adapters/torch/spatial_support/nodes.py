@@ -65,7 +65,7 @@ class LayerNode(NamedTuple):
         return LayerNode(layer, int(min(max(row, 0), height - 1)), int(min(max(column, 0), width - 1)))
 
     def position(self, model: nn.Module, image: Tensor) -> tuple[float, float]:
-        """Return the position (y, x) of the node in the image [C, H, W], in pixels. It raises the errors of `at`."""
+        """Return the position (y, x) of the node in the image [C, H, W], in pixels, or raise the errors of `at`."""
         feature_map, grid = _located_map(model, image, self.layer)
         self.of(feature_map)
         y, x = grid.to_image(torch.tensor([self.y, self.x], dtype=torch.float64)).tolist()
@@ -186,7 +186,7 @@ def is_detector(model: nn.Module) -> bool:
 
 
 class _LayerReached(Exception):
-    """Ends a forward pass after the layer of interest."""
+    """Signal to end a forward pass after the layer of interest."""
 
 
 def layer_map(model: nn.Module, images: Tensor, layer: str) -> Tensor:

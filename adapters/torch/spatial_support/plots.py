@@ -28,7 +28,7 @@ from .statistics import LayerStatistics
 
 Picture = NDArray[np.floating[Any]]
 
-NODE = "#39ff6a"  # colour of the node's mark, visible on the colour map and on photographs
+NODE_COLOUR = "#39ff6a"  # colour of the node's mark, visible on the colour map and on photographs
 COLOUR_MAP = "inferno"
 BLUE, ORANGE = "#0072b2", "#e69f00"
 QUANTILE = 0.99  # quantile of the strengths that has the brightest colour
@@ -177,7 +177,7 @@ def plot_statistics(statistics: Mapping[str, LayerStatistics]) -> Figure:
         limit = np.quantile(lengths, 0.995) if regions and len(lengths) else shared_limit
         mean = f"mean {lengths.mean() if len(lengths) else 0:.2f} {'of the region' if regions else 'px'}"
         _histogram(left, lengths, float(limit) or 1.0, BLUE, f"{mean}, {row.outside:.1%} off the map")
-        left.set_ylabel(_short(row.name), rotation=0, ha="right", va="center", fontsize=7)
+        left.set_ylabel(_shorten(row.name), rotation=0, ha="right", va="center", fontsize=7)
         if row.masks is None:
             right.axis("off")
         else:
@@ -341,11 +341,11 @@ def _mark(axes: Axes, place: Sequence[float] | None, pixels: Picture) -> None:
     if len(place) == 4:
         x1, y1, x2, y2 = place
         corner = (x1 - 0.5, y1 - 0.5)
-        axes.add_patch(Rectangle(corner, x2 - x1, y2 - y1, fill=False, edgecolor=NODE, linewidth=1.4))
+        axes.add_patch(Rectangle(corner, x2 - x1, y2 - y1, fill=False, edgecolor=NODE_COLOUR, linewidth=1.4))
         return
     y, x = place
     side = max(pixels.shape) / 22  # in pixels of the image, so that it does not depend on the size of the axes
-    for colour, long, thick in (("black", 1.25 * side, 0.42 * side), (NODE, side, 0.2 * side)):
+    for colour, long, thick in (("black", 1.25 * side, 0.42 * side), (NODE_COLOUR, side, 0.2 * side)):
         for wide, high in ((long, thick), (thick, long)):
             axes.add_patch(Rectangle((x - wide / 2, y - high / 2), wide, high, color=colour, linewidth=0))
 
@@ -358,7 +358,7 @@ def _histogram(axes: Axes, values: Any, limit: float, colour: str, text: str) ->
     axes.text(0.99, 0.93, text, transform=axes.transAxes, ha="right", va="top", fontsize=7)
 
 
-def _short(name: str) -> str:
+def _shorten(name: str) -> str:
     """Return the last parts of a long name."""
     parts = name.split(".")
     while len(parts) > 1 and len(".".join(parts)) > 24:

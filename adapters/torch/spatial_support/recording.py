@@ -20,8 +20,8 @@ from .grids import Grid, Grids
 
 _inspections: ContextVar[int] = ContextVar("inspections", default=0)  # nesting depth
 
-Pair = tuple[int, int]
-Sides = tuple[Pair, Pair]
+IntPair = tuple[int, int]
+Sides = tuple[IntPair, IntPair]
 """Padding ((top, bottom), (left, right))."""
 
 
@@ -30,7 +30,7 @@ class SamplingCall:
     """Recorded call of an operation that samples a map."""
 
     regular: bool  # an operation without offsets, recorded as a deformable one with offsets of zero
-    input_size: Pair
+    input_size: IntPair
     offset: Tensor
     mask: Tensor | None
     name: str = ""  # of the innermost running module, as in `model.named_modules()`
@@ -46,10 +46,10 @@ class SamplingCall:
 class ConvCall(SamplingCall):
     """Recorded convolution: `offset` is [N, 2*D*kh*kw, oh, ow], `mask` [N, D*kh*kw, oh, ow]."""
 
-    kernel: Pair
-    stride: Pair
-    padding: Pair  # at the top and left
-    dilation: Pair
+    kernel: IntPair
+    stride: IntPair
+    padding: IntPair  # at the top and left
+    dilation: IntPair
     output_grid: Grid | None = None
 
     def positions(self) -> Tensor:
@@ -76,7 +76,7 @@ class ConvCall(SamplingCall):
 class PoolCall(SamplingCall):
     """Recorded RoI pooling: `offset` is [R, 2, P, Q], in sides of the region with gamma applied, `mask` [R, P, Q]."""
 
-    bins: Pair  # (P, Q)
+    bins: IntPair  # (P, Q)
     rois: Tensor  # [R, 5]: index of the map, x1, y1, x2, y2 in pixels of the map; the corner of the map is 0
 
     def boxes(self) -> Tensor:
@@ -233,9 +233,9 @@ def _convolution(
     weight: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    stride: Pair,
+    stride: IntPair,
     sides: Sides,
-    dilation: Pair,
+    dilation: IntPair,
     precision: str | None = None,
     regular: bool = False,
 ) -> Operation:
@@ -274,7 +274,7 @@ def _read_torchvision_roi_align(
 
 
 def _pooling(
-    input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, bins: Pair, ratio: int
+    input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, bins: IntPair, ratio: int
 ) -> Operation:
     given = input.new_zeros(len(rois), 2, *bins) if offset is None else offset
 
@@ -338,11 +338,11 @@ def _range(count: int, like: Tensor) -> Tensor:
     return torch.arange(count, dtype=like.dtype, device=like.device)
 
 
-def _pair(value: Any) -> Pair:
+def _pair(value: Any) -> IntPair:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
-def _padding_sides(padding: Any, kernel: Pair, dilation: Pair) -> Sides:
+def _padding_sides(padding: Any, kernel: IntPair, dilation: IntPair) -> Sides:
     """Return the padding on each side; PyTorch's "same" adds an odd pixel at the end."""
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel)]

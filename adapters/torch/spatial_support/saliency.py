@@ -196,7 +196,7 @@ class _Search:
                     candidates.append(shrunk)
                     masks.append(torch.zeros_like(self.mask))
                     masks[-1][top:bottom, left:right] = True
-            if len(masks) > self._left():
+            if len(masks) > self._remaining_budget():
                 return False
             errors = self._errors(masks)
             best = min(range(len(masks)), key=errors.__getitem__, default=None)
@@ -209,7 +209,7 @@ class _Search:
                 step = max(step // 2, side)
 
     def remove_cells(self, side: int) -> bool:
-        """Remove cells, the least important ones first, until none can go; return False if the budget is used up."""
+        """Remove cells, the least important first, as long as possible; return False if the budget is used up."""
         height, width = self.mask.shape
         while True:
             cells = [
@@ -218,7 +218,7 @@ class _Search:
                 for left in range(0, width, side)
                 if self.mask[top : top + side, left : left + side].any()
             ]
-            if len(cells) > self._left():
+            if len(cells) > self._remaining_budget():
                 return False
             errors = self._errors([self._without([cell]) for cell in cells])
             order = sorted(range(len(cells)), key=errors.__getitem__)
@@ -236,7 +236,7 @@ class _Search:
         while begin < len(cells):
             numbers = [number >> halvings for halvings in range(number.bit_length())]
             masks = [self._without(cells[begin : begin + count]) for count in numbers]
-            if len(masks) > self._left():
+            if len(masks) > self._remaining_budget():
                 return False
             errors = self._errors(masks)
             chosen = next((index for index, error in enumerate(errors) if error <= self.bound), None)
@@ -247,7 +247,7 @@ class _Search:
             number = min(2 * numbers[chosen], len(cells) - begin)
         return True
 
-    def _left(self) -> int:
+    def _remaining_budget(self) -> int:
         return self.budget - self.forwards
 
     def _errors(self, masks: Sequence[Tensor]) -> list[float]:
@@ -277,7 +277,7 @@ class _Search:
 
 
 def _progress_bar(progress: bool | None, budget: int) -> Any:
-    """Return a tqdm bar, or None if none is to be shown."""
+    """Return a tqdm bar, or None if no bar is shown."""
     if progress is False or (progress is None and not sys.stderr.isatty()):
         return None
     try:

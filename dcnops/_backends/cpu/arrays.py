@@ -9,15 +9,19 @@ import numpy as np
 import numpy.typing as npt
 
 from dcnops._backends.cpu.transpose_loops import STRIP
+from dcnops._dtypes import DTYPES
 
 Array = npt.NDArray[Any]
+
+CHANNELS_PER_THREAD = 16
+"""Minimum number of channels for a thread that owns channels: a cache line of float32."""
 
 _CACHE_LINE = 64
 
 
 def compute_dtype(array: Array) -> np.dtype[Any]:
     """Return the dtype of coordinates and sums for data of the dtype of `array`."""
-    return np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
+    return np.dtype(DTYPES[array.dtype.name].sum_dtype)
 
 
 def contiguous(array: Array) -> Array:
@@ -37,7 +41,7 @@ def rounded(array: Array, dtype: np.dtype[Any]) -> Array:
 
 
 class StagedResult:
-    """Slice of a result as an `array` in the dtype of computation, which `store` rounds into the result if needed."""
+    """Slice of a result in the dtype of computation: a view, or a copy that `store` rounds into the result."""
 
     def __init__(self, result: Array, dtype: np.dtype[Any]) -> None:
         self._slice = result
@@ -45,7 +49,7 @@ class StagedResult:
         self.array = result.astype(dtype, copy=False).reshape(count, channels, math.prod(extents))
 
     def store(self) -> None:
-        """Write `array` to the result."""
+        """Round `array` into the result, unless it is a view of it."""
         if self.array.dtype != self._slice.dtype:
             self._slice[...] = rounded(self.array, self._slice.dtype).reshape(self._slice.shape)
 

@@ -20,9 +20,9 @@ def _options(fastmath: set[str]) -> dict[str, Any]:
 
 
 def kernel(function: Function) -> Function:
-    """Compile a function that Python calls, on its first call and once per user and machine.
+    """Compile a function that Python calls, at its first call, and cache the code on disk.
 
-    Numba recompiles a cached function if its own file changes, but not if the file of a function that it calls does.
+    Numba recompiles a cached function if its own file changes, but not if the file of a function that it calls changes.
     """
     dispatcher = numba.njit(**_options({"contract"}))(function)
     try:
@@ -61,7 +61,7 @@ def _warn(reason: str) -> None:
 
 
 def inner(*fastmath: str) -> Callable[[Function], Function]:
-    """Return a decorator for functions that kernels of the same file call; adds LLVM `fastmath` flags to contract."""
+    """Return a decorator for functions that kernels of the same file call, with `fastmath` flags beyond "contract"."""
     return cast(Callable[[Function], Function], numba.njit(**_options({"contract", *fastmath})))
 
 

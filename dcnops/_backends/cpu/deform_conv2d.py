@@ -15,6 +15,7 @@ import numpy as np
 from dcnops._backends.cpu import deform_conv2d_loops as loops
 from dcnops._backends.cpu import transpose_loops
 from dcnops._backends.cpu.arrays import (
+    CHANNELS_PER_THREAD,
     Array,
     StagedResult,
     aligned_empty,
@@ -27,8 +28,6 @@ from dcnops._backends.cpu.arrays import (
 from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, parallel, serial_if_small
 from dcnops._explain import LOGGER
 from dcnops._shapes import DeformConvGeometry
-
-_CHANNELS_PER_THREAD = 16
 
 # Tuned for 2 MB of L2 cache per core. Halving or doubling a value changes little.
 _BLOCK_CHANNELS = 128
@@ -61,7 +60,7 @@ def _blocks(geometry: DeformConvGeometry, limit: int) -> Iterator[_Block]:
     og = geometry.O // geometry.G
     if channels > limit:
         parts = -(-channels // limit)
-        cw = round_up(-(-channels // parts), _CHANNELS_PER_THREAD)
+        cw = round_up(-(-channels // parts), CHANNELS_PER_THREAD)
         for g in range(geometry.G):
             for c in range(0, channels, cw):
                 width = min(cw, channels - c)
@@ -73,7 +72,7 @@ def _blocks(geometry: DeformConvGeometry, limit: int) -> Iterator[_Block]:
             yield _Block(g * channels, Gb * channels, g, Gb, 0, channels, g * og)
 
 
-def _tile(pixels: int, bytes_per_pixel: int) -> int:
+def _choose_tile(pixels: int, bytes_per_pixel: int) -> int:
     """Return the pixels per tile: a multiple of ROWS that fits the cache and leaves work for every thread."""
     share = -(-pixels // (THREADS * PIECES_PER_THREAD))
     return max(1, min(_TILE_PIXELS, _TILE_BYTES // bytes_per_pixel, share) // loops.ROWS) * loops.ROWS
@@ -181,7 +180,7 @@ def _add_block_output(chunk: _Chunk, block: _Block, bias: Array, out: Array) -> 
     image = _channels_last(chunk, block)
     packed = aligned_empty((block.Gb, panels, length, lanes), dtype)
     parallel(loops.pack_weight, block.Gb * panels, chunk.weight, packed, block.g0, block.group_c0, block.cw, og)
-    tile = _tile(chunk.pixels, block.Gb * (length + panels * lanes) * dtype.itemsize)
+    tile = _choose_tile(chunk.pixels, block.Gb * (length + panels * lanes) * dtype.itemsize)
     LOGGER.debug("%d channels, %d pixels in tiles of %d, %d threads", block.width, chunk.pixels, tile, THREADS)
 
     def scratch() -> tuple[Any, ...]:
@@ -294,7 +293,7 @@ def _add_block_gradients(
     padded = round_up(g.K * block.cw, lanes)
     panels = padded // lanes
     row_bytes = block.Gb * padded * dtype.itemsize
-    tile = _tile(chunk.pixels, row_bytes)
+    tile = _choose_tile(chunk.pixels, row_bytes)
     span = min(round_up(chunk.pixels, tile), max(1, _SPAN_BYTES // row_bytes // tile) * tile)
     LOGGER.debug(
         "%d channels, %d pixels in spans of %d and tiles of %d, %d threads",
@@ -327,7 +326,7 @@ def _add_block_gradients(
             parallel(
                 loops.scatter_columns, block.width,
                 sizes, chunk.offset, chunk.mask, gradients, grad_image, block.c0, block.cw, first, last,
-                scratch=lambda: (_sample_scratch(chunk),), pieces_per_thread=1, least=_CHANNELS_PER_THREAD,
+                scratch=lambda: (_sample_scratch(chunk),), pieces_per_thread=1, least=CHANNELS_PER_THREAD,
             )  # fmt: skip
     if grad_weight is not None:
         # An even number would map the rows of the columns to few sets of the first-level cache.

@@ -569,8 +569,7 @@ def scatter_columns(
     """Scatter the column gradients of the output pixels ``first <= q < last`` to the image gradient.
 
     A work item is a channel of the block, so that no two threads write the same element. The terms of each element are
-    added in the order of q.
-    `grad_image` has the shape of `image`; its last pixel is undefined.
+    added in the order of q. `grad_image` has the shape of `image`; its last pixel is undefined.
     """
     corners, weights = samples
     pixels = offset.shape[2]

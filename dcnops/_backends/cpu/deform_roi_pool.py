@@ -14,6 +14,7 @@ import numpy as np
 from dcnops._backends.cpu import deform_roi_pool_loops as loops
 from dcnops._backends.cpu import transpose_loops
 from dcnops._backends.cpu.arrays import (
+    CHANNELS_PER_THREAD,
     Array,
     StagedResult,
     aligned_empty,
@@ -27,7 +28,6 @@ from dcnops._errors import ArgumentError
 from dcnops._explain import LOGGER
 from dcnops._shapes import DeformRoIPoolGeometry
 
-_CHANNELS_PER_THREAD = 16
 _SPAN_BYTES = 2**23
 
 
@@ -65,7 +65,7 @@ def deform_roi_pool(
     mask: Array | None,
     channels_last: bool = False,
 ) -> Array:
-    """Compute deformable RoI pooling. See `dcnops.deform_roi_pool`; only the values of `rois` are unchecked.
+    """Compute deformable RoI pooling, and check the values of `rois`. See `dcnops.deform_roi_pool`.
 
     With `channels_last` the result [R, C, P, Q] has the memory order [R, P, Q, C].
     """
@@ -120,7 +120,7 @@ def deform_roi_pool_backward(
             parallel(
                 loops.scatter_bins, g.C,
                 *arguments.shared, first, gradient, grad_image,
-                scratch=arguments.list_scratch, pieces_per_thread=1, least=_CHANNELS_PER_THREAD,
+                scratch=arguments.list_scratch, pieces_per_thread=1, least=CHANNELS_PER_THREAD,
             )  # fmt: skip
 
     results = {}

@@ -3,9 +3,9 @@
 As in `deform_conv2d_loops`, kernels process the work items ``begin <= item < end``, release the GIL, and write no
 element that another item writes. Arrays are C-contiguous and of one dtype.
 
-The samples of a bin form a grid, so the weight of a pixel is the product of a row weight and a column weight. A bin is
-therefore a list of pixels, each listed once even if several samples touch it. The list holds the weight of each pixel
-and its derivatives with respect to the position of the bin.
+The samples of a bin form a grid, so the weight of a pixel is the product of a vertical and a horizontal weight. A bin
+is therefore a list of pixels, each listed once even if several samples touch it. The list holds the weight of each
+pixel and its derivatives with respect to the position of the bin.
 
 Arguments that the kernels share:
 
@@ -19,7 +19,7 @@ rois : array [R, 5]
 offset : array [R, 2, P*Q], or empty
 mask : array [R, P*Q], or empty
 axes : array [4, max(H, W)]
-    Scratch memory of the thread, all zero: row weights, row slopes, column weights and column slopes.
+    Scratch memory of the thread, all zero: vertical weights and slopes, horizontal weights and slopes.
 pixels : array of int [H*W + 3], weights : array [3, H*W + 3]
     Scratch memory of the thread: the pixel list of a bin, padded to a multiple of four.
 """
@@ -33,7 +33,7 @@ import numpy as np
 
 from dcnops._backends.cpu.compiled import exact, inner, kernel
 
-_MOST_SAMPLES = 2**24
+MAX_SAMPLES = 2**24
 """Limit of the adaptive number of samples of a bin along an axis."""
 
 
@@ -44,7 +44,7 @@ def _sample_count(length: Any, sampling_ratio: int) -> int:
         return sampling_ratio
     pixels = np.ceil(length)
     if pixels > 0:
-        return int(pixels) if pixels < _MOST_SAMPLES else _MOST_SAMPLES
+        return int(pixels) if pixels < MAX_SAMPLES else MAX_SAMPLES
     return 0
 
 
@@ -112,10 +112,10 @@ def _list_pixels(
     real = type(scale)
     dx = offset[r, 0, bin] if offset.size else real(0)
     dy = offset[r, 1, bin] if offset.size else real(0)
-    top, bottom, rows, height, nan_y = _add_axis_weights(
+    top, bottom, samples_y, height, nan_y = _add_axis_weights(
         rois[r, 2], rois[r, 4], scale, gamma, dy, bin // Q, P, ratio, H, axes[0], axes[1]
     )
-    left, right, columns, width, nan_x = _add_axis_weights(
+    left, right, samples_x, width, nan_x = _add_axis_weights(
         rois[r, 1], rois[r, 3], scale, gamma, dx, bin % Q, Q, ratio, W, axes[2], axes[3]
     )
     length = 0
@@ -130,7 +130,7 @@ def _list_pixels(
                     length += 1
     axes[0:2, top:bottom] = 0
     axes[2:4, left:right] = 0
-    share = real(1) / max(real(rows) * real(columns), real(1))
+    share = real(1) / max(real(samples_y) * real(samples_x), real(1))
     return length, share, height, width, nan_y or nan_x
 
 

@@ -23,7 +23,7 @@ PIECES_PER_THREAD = 4
 
 
 class _Pool:
-    """Helper threads, started on first use and again in a forked child process, which inherits none."""
+    """Helper threads, started on first use, and again after a fork because a child process inherits no threads."""
 
     def __init__(self) -> None:
         self.reset()

@@ -22,7 +22,7 @@ _Matrices: TypeAlias = tuple[Any, tuple[int, ...], tuple[int, ...]]
 
 _DISALLOW_REDUCED_PRECISION_REDUCTION = 16
 _MATH_MODE = cublas.CUBLAS_DEFAULT_MATH | _DISALLOW_REDUCED_PRECISION_REDUCTION
-"""TF32 only by the compute type, and partial sums of 16-bit products in float32, whatever is set on CuPy's handle."""
+"""Mode of all products: TF32 only if the compute type asks for it, and 16-bit products summed in float32."""
 
 
 class CublasSession:
@@ -79,7 +79,7 @@ def _compute_types(dtype: str, precision: str) -> tuple[Any, int]:
 
 
 def _gemm_operand(matrices: _Matrices) -> tuple[int, tuple[Any, ...]]:
-    """Return cuBLAS's operation for the transposes of a stack; and their type, leading dimension and distance."""
+    """Return cuBLAS's operation for a stack of transposed matrices, and their type, leading dimension and stride."""
     dtype, (_, rows, columns), strides = matrices
     distance, row_stride, column_stride = (stride // dtype.itemsize for stride in strides)
     kind, step = DTYPES[dtype_name(dtype)].cublas_type, ctypes.c_longlong(distance)

@@ -1,6 +1,6 @@
-"""Engine: the seam between the launch plans and what executes them.
+"""Interface between the launch plans and the libraries that execute them.
 
-That is CuPy and a GPU in the library, NumPy and a host compiler in the tests.
+The library runs plans with CuPy on a GPU, the tests run them with NumPy and a host compiler.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Device(NamedTuple):
     """Compute capability, 90 for 9.0."""
     multiprocessors: int
     shared_bytes: int
-    """Most shared memory of a block."""
+    """Maximum shared memory of a block."""
 
 
 class Launcher(Protocol):
-    """Compiled kernel: runs on `grid` blocks of `block` threads with the parameter struct `params`."""
+    """Compiled kernel that runs on `grid` blocks of `block` threads with the parameter struct `params`."""
 
     def __call__(self, grid: int, block: tuple[int, int], shared_bytes: int, params: ctypes.Structure) -> None: ...
 
@@ -104,7 +104,7 @@ class Engine:
         return None if array is None else self._pointer(array)
 
     def recall(self, make: Callable[..., _T], *key: Any) -> _T:
-        """Return ``make(self, device, *key)`` for the current device, from a cache after the first time.
+        """Return ``make(self, device, *key)`` for the current device, cached after the first call.
 
         The hashable `key` must determine the result, which must not be modified.
         """

@@ -18,9 +18,9 @@ from dcnops._dtypes import DTYPES
 from dcnops._shapes import DeformConvGeometry
 
 LISTED_CHANNELS = 32
-"""Channels per deformable group from which on the input's gradient is gathered by lists instead of scattered.
+"""Minimum channels per deformable group for gathering the gradient of the input by lists instead of scattering it.
 
-With fewer channels, a list entry weighs about as much as the channels that it refers to.
+With fewer channels, a list entry costs about as much as the channels that it refers to.
 """
 
 _MAX_INDEX = 2**31
@@ -65,7 +65,7 @@ class ForwardProblem:
 
 
 class Requirement(NamedTuple):
-    """Condition that the fused kernel is chosen on."""
+    """Condition for choosing the fused kernel."""
 
     reason: str
     holds: Callable[[ForwardProblem], bool]
@@ -144,19 +144,19 @@ FUSED_PAYS = (
 )
 
 
-def failed(requirements: tuple[Requirement, ...], problem: ForwardProblem) -> list[str]:
-    """Return the reasons of the requirements that a problem does not meet."""
+def reasons_against(requirements: tuple[Requirement, ...], problem: ForwardProblem) -> list[str]:
+    """Return the reasons behind the requirements that a problem does not meet."""
     return [requirement.reason for requirement in requirements if not requirement.holds(problem)]
 
 
 @functools.lru_cache(maxsize=256)
 def choose_path(problem: ForwardProblem) -> str:
     """Return ``fused`` or ``columns``."""
-    return "columns" if failed(FUSED_NEEDS + FUSED_PAYS, problem) else "fused"
+    return "columns" if reasons_against(FUSED_NEEDS + FUSED_PAYS, problem) else "fused"
 
 
 def gathers_input(geometry: DeformConvGeometry, deterministic: bool) -> bool:
-    """Return whether the gradient of the input is gathered by lists; if not, it is scattered by atomic additions."""
+    """Return True if the gradient of the input is gathered by lists, False if it is scattered by atomic additions."""
     return deterministic or geometry.C // geometry.D >= LISTED_CHANNELS
 
 
@@ -164,7 +164,7 @@ def gathers_input(geometry: DeformConvGeometry, deterministic: bool) -> bool:
 def choose_tiles(problem: ForwardProblem) -> FusedTiles:
     """Choose tiles as wide as the outputs.
 
-    A wider block samples each pixel fewer times. Where blocks are too few, `choose_splits` makes more of them.
+    Wider blocks sample each pixel fewer times. If that leaves too few blocks, `choose_splits` makes more of them.
     """
     outputs = problem.geometry.O // problem.geometry.G
     if problem.dtype == "float32" and problem.precision == "ieee":
@@ -192,8 +192,8 @@ def choose_splits(problem: ForwardProblem, tiles: FusedTiles, partial_bytes: int
     return splits if splits > 1 else 1
 
 
-def choose_images(problem: ForwardProblem, tiles: FusedTiles, most: int) -> int:
-    """Choose the images of a group, up to `most`, so that the blocks of all groups run in the fewest waves."""
+def choose_group_size(problem: ForwardProblem, tiles: FusedTiles, most: int) -> int:
+    """Choose the number of images per group, up to `most`, so that the blocks of all groups run in the fewest waves."""
     g = problem.geometry
     if most >= g.N:
         return g.N

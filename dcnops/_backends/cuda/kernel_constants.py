@@ -38,10 +38,10 @@ FUSED_TILE_ROWS = 128
 """Output pixels of a block."""
 
 FUSED_SLICE_OUTPUTS = 64
-"""Outputs that a block writes at once: the outputs of a block are a multiple."""
+"""Outputs that a block writes at once; the outputs of a block are a multiple of it."""
 
 FUSED_STEP_BYTES = 128
-"""Bytes of a group's channels that a step of the products takes from each pixel."""
+"""Bytes of channels of one group that a step of the products reads from each pixel."""
 
 # The backward convolution.
 
@@ -54,7 +54,7 @@ LISTS_PER_THREAD = 16
 LIST_PART_BYTES = 16
 """Bytes of the description of a part of a long list."""
 
-# RoI pooling, in numbers of the type of sums.
+# RoI pooling. Shared memory is counted in elements of the type of sums.
 
 ROI_WARP_PIXELS = 224
 """Shared memory of a warp for the pixels of its bin."""

@@ -34,7 +34,7 @@ def compile_options(macros: Macros) -> tuple[str, ...]:
 
 @functools.cache
 def kernel_source(unit: str) -> str:
-    """Return the text of ``cuda/<unit>.cu`` with each of its own headers pasted in once.
+    """Return the text of ``cuda/<unit>.cu`` with every header of this library pasted in once.
 
     CuPy's cache on disk identifies a kernel by its source text, so the text must change when a header does. `#line`
     directives keep the compiler's messages at the original file and line.

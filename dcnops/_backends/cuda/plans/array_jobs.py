@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any
 
-from dcnops._backends.cuda.engine import Engine
+from dcnops._backends.cuda.engine import Engine, dtype_name
 from dcnops._backends.cuda.kernel_constants import (
     ARRAY_JOBS_SHARED_BYTES,
     FILL_TILE_ELEMENTS,
@@ -78,11 +78,11 @@ def data_macros(dtype: str) -> dict[str, str | int]:
 
 def sum_dtype(engine: Engine, dtype: Any) -> Any:
     """Return the dtype of coordinates and sums for data of `dtype`."""
-    return engine.xp.dtype("float64" if dtype.name == "float64" else "float32")
+    return engine.xp.dtype(DTYPES[dtype_name(dtype)].sum_dtype)
 
 
 def channel_lanes(vectors: int) -> int:
-    """Return the threads of a warp, a power of two, that `vectors` channel vectors can occupy."""
+    """Return the number of threads of a warp, a power of two, that `vectors` channel vectors can occupy."""
     return min(WARP, 1 << (vectors - 1).bit_length())
 
 
@@ -93,7 +93,7 @@ def row_ranges(images: int, pixels: int, chunk: int) -> Iterator[RowRange]:
 
 
 def is_channels_last(images: Any) -> bool:
-    """Return True if images [N, C, H, W] are stored as [N, H, W, C], and not as both."""
+    """Return True if images [N, C, H, W] are stored as [N, H, W, C] and are not C-contiguous as well."""
     return not images.flags.c_contiguous and bool(images.transpose(0, 2, 3, 1).flags.c_contiguous)
 
 
@@ -110,15 +110,8 @@ def run_array_jobs(engine: Engine, dtype: str, jobs: Sequence[ArrayJob]) -> None
     tiles = array_job_tiles(jobs)
     if tiles == 0:
         return
-    engine.launch(
-        "array_jobs",
-        "run_array_jobs",
-        data_macros(dtype),
-        min(tiles, MAX_BLOCKS),
-        (THREADS, 1),
-        array_jobs_params(jobs),
-        ARRAY_JOBS_SHARED_BYTES,
-    )
+    launch = min(tiles, MAX_BLOCKS), (THREADS, 1), array_jobs_params(jobs), ARRAY_JOBS_SHARED_BYTES
+    engine.launch("array_jobs", "run_array_jobs", data_macros(dtype), *launch)
 
 
 def array_jobs_params(jobs: Sequence[ArrayJob]) -> ArrayJobsParams:
@@ -146,19 +139,19 @@ def pixels_to_rows_job(
     task = ArrayTask.PIXELS_TO_ROUNDED_ROWS if round_to_tf32 else ArrayTask.PIXELS_TO_ROWS
     if is_channels_last(images):
         # A row of channels-last images is an image of one pixel.
-        images, P, rows = _flat(images, C)[_first(rows, P) :], 1, RowRange(0, 0, rows.rows)
+        images, P, rows = rows_view(images, C)[first_row(rows, P) :], 1, RowRange(0, 0, rows.rows)
     return _transpose_job(engine, task, images, target, C, P, rows, target.dtype.itemsize)
 
 
 def rows_to_pixels_job(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange) -> ArrayJob:
-    """Return the transpose job from `sums`, which start with `rows`, to images [N, C, P]. It rounds them."""
+    """Return the job that transposes and rounds `sums`, which start with `rows`, to images [N, C, P]."""
     if is_channels_last(images):
-        images, P, rows = _flat(images, C)[_first(rows, P) :], 1, RowRange(0, 0, rows.rows)
+        images, P, rows = rows_view(images, C)[first_row(rows, P) :], 1, RowRange(0, 0, rows.rows)
     return _transpose_job(engine, ArrayTask.ROWS_TO_PIXELS, sums, images, C, P, rows, images.dtype.itemsize)
 
 
 def channel_sums_jobs(engine: Engine, images: Any, N: int, C: int, P: int, result: Any) -> tuple[Any, Any, Any]:
-    """Return two jobs that sum images [N, C, P] to [C], and their intermediate array. Run them in two launches."""
+    """Return two jobs, for consecutive launches, that sum images [N, C, P] to [C], and their intermediate array."""
     sums = sum_dtype(engine, images.dtype)
     if is_channels_last(images):
         parts = ceil_div(N * P, _PART_ROWS)
@@ -187,10 +180,10 @@ def fill_job(engine: Engine, bias: Any, images: Any, N: int, C: int, P: int) -> 
 def as_rows(engine: Engine, images: Any, N: int, C: int, P: int) -> Any:
     """Return images [N, C, P] as rows [N*P, C]: a view if they are rows, otherwise a transpose."""
     if are_rows(engine, images):
-        return _flat(images, C)
+        return rows_view(images, C)
     rows_array = engine.empty((N * P, C), images.dtype)
     for rows in row_ranges(N, P, MAX_ROWS):
-        pixels_to_rows(engine, images, C, P, rows, rows_array[_first(rows, P) :])
+        pixels_to_rows(engine, images, C, P, rows, rows_array[first_row(rows, P) :])
     return rows_array
 
 
@@ -198,7 +191,7 @@ def images_from_rows(engine: Engine, sums: Any, like: Any, N: int, C: int, P: in
     """Return sums [N*P, C] as new images with the shape, dtype and memory order of `like`."""
     images = empty_images(engine, like.shape, like.dtype, like)
     for rows in row_ranges(N, P, MAX_ROWS):
-        job = rows_to_pixels_job(engine, sums.reshape(N * P, C)[_first(rows, P) :], images, C, P, rows)
+        job = rows_to_pixels_job(engine, sums.reshape(N * P, C)[first_row(rows, P) :], images, C, P, rows)
         run_array_jobs(engine, str(images.dtype.name), [job])
     return images
 
@@ -208,24 +201,20 @@ def pixels_to_rows(engine: Engine, images: Any, C: int, P: int, rows: RowRange, 
     run_array_jobs(engine, str(images.dtype.name), [pixels_to_rows_job(engine, images, C, P, rows, target)])
 
 
-def _flat(images: Any, C: int) -> Any:
+def rows_view(images: Any, C: int) -> Any:
+    """Return a view of channels-last images as rows."""
     return images.transpose(0, 2, 3, 1).reshape(-1, C)
 
 
-def _first(rows: RowRange, P: int) -> int:
+def first_row(rows: RowRange, P: int) -> int:
+    """Return the number of the first row of a range."""
     return int(rows.first_image * P + rows.first_pixel)
 
 
 def _transpose_job(
-    engine: Engine,
-    task: ArrayTask,
-    source: Any,
-    target: Any,
-    C: int,
-    P: int,
-    rows: RowRange,
-    itemsize: int,
+    engine: Engine, task: ArrayTask, source: Any, target: Any, C: int, P: int, rows: RowRange, itemsize: int
 ) -> ArrayJob:
+    """Return a transpose job; `itemsize` is that of the images, which decides the tiles."""
     job = ArrayJob(engine.pointer(source), engine.pointer(target), task, 0, C, P, rows)
     side = TRANSPOSE_TILE_SIDE[itemsize]
     if P == 1:

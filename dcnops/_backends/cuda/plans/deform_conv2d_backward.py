@@ -1,6 +1,6 @@
 """Backward pass of deformable convolution: groups of images, processed in chunks of columns [rows, G, K, C/G].
 
-A chunk has one array of columns. It first holds their gradient, which the gradient of the input is summed from. The
+A chunk has one array of columns. It first holds their gradient, from which the gradient of the input is summed. The
 kernel that computes the gradients of offsets and masks then overwrites it with the columns, for the weight gradient.
 """
 
@@ -33,10 +33,12 @@ from dcnops._backends.cuda.plans.array_jobs import (
     array_jobs_params,
     channel_sums_jobs,
     empty_images,
+    first_row,
     is_channels_last,
     pixels_to_rows_job,
     row_ranges,
     rows_to_pixels_job,
+    rows_view,
     run_array_jobs,
 )
 from dcnops._backends.cuda.plans.deform_conv2d_columns import DeformConvColumnsParams
@@ -70,7 +72,7 @@ class ListLimits:
     """Lengths above which a list is too long for one warp. They affect speed only."""
 
     part_entries: int = 1024
-    """Entries that one warp sums. Other warps sum the remaining parts of a list, and all of them add atomically."""
+    """Entries that one warp sums. Other warps sum the rest of a long list, and all of them add atomically."""
 
     sorted_entries: int = 256
     """Longest list that the deterministic mode sorts, at most 65535. It sums longer ones by repeated searches."""
@@ -83,7 +85,7 @@ class Divisor(ctypes.Structure):
 
 
 def divisor(value: int) -> Divisor:
-    """Return the divisor of that value."""
+    """Prepare the division by a value."""
     assert 1 <= value < 2**31
     shift = (value - 1).bit_length()
     return Divisor(value, 2**32 * (2**shift - value) // value + 1, shift)
@@ -108,7 +110,7 @@ class DeformConvBackwardParams(ctypes.Structure):
 class BackwardKey(NamedTuple):
     """Everything that the plan of a backward pass depends on: all but the addresses.
 
-    `..._last` is true where an array [N, C, H, W] is stored as [N, H, W, C], `..._is_rows` where the kernels can also
+    `..._last` is True for an array [N, C, H, W] that is stored as [N, H, W, C], `..._is_rows` if the kernels can also
     read it in place.
     """
 
@@ -130,7 +132,7 @@ class BackwardKey(NamedTuple):
 
     @property
     def sum_dtype(self) -> str:
-        return "float64" if self.dtype == "float64" else "float32"
+        return DTYPES[self.dtype].sum_dtype
 
     @property
     def entry_bytes(self) -> int:
@@ -173,7 +175,7 @@ class BackwardKey(NamedTuple):
 
 
 class ScratchArray(NamedTuple):
-    """Temporary array of a plan; `dtype` None is that of the data."""
+    """Temporary array of a plan; `dtype` None means the dtype of the data."""
 
     shape: tuple[int, ...]
     dtype: str | None = None
@@ -210,7 +212,7 @@ class BackwardPlan(NamedTuple):
         how = how if "input" in key.needs else "not needed"
         rows = self.scratch["columns"].shape[0]
         return (
-            f"gradient of the input {how}; {key.geometry.N} images in {len(self.groups)} groups and {chunks} chunks "
+            f"gradient of the input {how}; {key.geometry.N} images, groups: {len(self.groups)}, chunks: {chunks} "
             f"of at most {rows} rows of columns"
         )
 
@@ -231,8 +233,8 @@ def deform_conv2d_backward(
 ) -> dict[str, Any]:
     """Return the gradients named in `needs`, each in the dtype and memory order of its argument.
 
-    All arrays are contiguous or channels-last. `precision` is that of the matrix products of float32 data, `limits`
-    those of the lists that the gradient of the input is gathered by.
+    All arrays are contiguous or channels-last. `precision` applies to the matrix products of float32 data, `limits` to
+    the lists by which the gradient of the input is gathered.
 
     Scratch memory consists of the following parts, each only where it is needed, with s bytes per element of the data
     and S per sum (4, or 8 for float64):
@@ -256,7 +258,7 @@ def deform_conv2d_backward(
         for name, array in (("input", input), ("offset", offset), ("weight", weight), ("mask", mask))
         if name in needs and array is not None
     }
-    # Array jobs that share a launch with those of the first group, and of the last one.
+    # Array jobs that share a launch with those of the first and of the last group.
     opening: list[ArrayJob] = []
     closing: list[ArrayJob] = []
     if "bias" in needs:
@@ -286,7 +288,7 @@ def deform_conv2d_backward(
         limits=limits,
     )
     arrays = grad_out, input, offset, mask, *map(gradients.get, ("input", "offset", "mask"))
-    _run(engine, engine.recall(_make_plan, key), arrays, weight, gradients.get("weight"), opening, closing)
+    _run_plan(engine, engine.recall(_make_plan, key), arrays, weight, gradients.get("weight"), opening, closing)
     return gradients
 
 
@@ -341,7 +343,7 @@ def _chunk(geometry: DeformConvGeometry, rows: RowRange, kernels: SampleKernels,
 
 
 def _sizes_of_group_and_chunk(key: BackwardKey) -> tuple[int, int]:
-    """Return the images of a group and the rows of a chunk, cut evenly: whole images, or rows of a single one."""
+    """Return the images per group and the rows per chunk: whole images, or about equal parts of a single image."""
     g, budget, itemsize = key.geometry, key.workspace_bytes, DTYPES[key.dtype].itemsize
     entries = 4 * g.D * g.K
     image_bytes = g.H * g.W * g.C * (key.copies_input * itemsize + key.sums_input * DTYPES[key.sum_dtype].itemsize)
@@ -362,13 +364,13 @@ def _sizes_of_group_and_chunk(key: BackwardKey) -> tuple[int, int]:
     if rows == g.pixels:
         return 1, rows
     even = ceil_div(g.pixels, ceil_div(g.pixels, rows))
-    # Chunks that begin in the middle of an image begin with a whole line of memory.
+    # A chunk that begins in the middle of an image should begin at a cache line.
     aligned = ceil_div(even, _ALIGNED_ROWS) * _ALIGNED_ROWS
     return 1, aligned if aligned <= rows else min(rows, max(1, rows // _ALIGNED_ROWS) * _ALIGNED_ROWS)
 
 
 def _scratch_arrays(key: BackwardKey, images: int, rows: int) -> dict[str, ScratchArray]:
-    """Return the temporary arrays by name; those of the columns and lists are named like their parameter."""
+    """Return the temporary arrays by name; the columns and the arrays of lists are named like their parameters."""
     g, sums = key.geometry, key.sum_dtype
     pixels, filters = images * g.H * g.W, (g.G, g.O // g.G, g.K * g.C // g.G)
     arrays = {"columns": ScratchArray((rows, g.G, g.K * g.C // g.G))}
@@ -385,7 +387,7 @@ def _scratch_arrays(key: BackwardKey, images: int, rows: int) -> dict[str, Scrat
     if key.gathers:
         entries = 4 * rows * g.D * g.K
         assert entries <= _MAX_ENTRIES
-        # One list more, and whole pieces of what a thread takes at a time.
+        # One more than there are lists, rounded up to what a thread takes at a time.
         lists = (pixels * g.D // LISTS_PER_THREAD + 1) * LISTS_PER_THREAD
         arrays["lengths"] = ScratchArray((lists,), "int32", is_zeroed=True)
         arrays["starts"] = ScratchArray((lists,), "int32")
@@ -395,7 +397,7 @@ def _scratch_arrays(key: BackwardKey, images: int, rows: int) -> dict[str, Scrat
     return arrays
 
 
-def _run(
+def _run_plan(
     engine: Engine,
     plan: BackwardPlan,
     arrays: tuple[Any, ...],
@@ -419,12 +421,12 @@ def _run(
     if filters is not None:
         opening = [*opening, filters_job(engine, g, weight, filters)]
     elif key.propagates:
-        filters = _rows(weight, g.C // g.G).reshape(shape)
+        filters = rows_view(weight, g.C // g.G).reshape(shape)
     if grad_filters is not None:
         taps = RowRange(0, 0, g.O * g.K)
         closing = [*closing, rows_to_pixels_job(engine, grad_filters, grad_weight, g.C // g.G, g.K, taps)]
     elif grad_weight is not None:
-        grad_filters = _rows(grad_weight, g.C // g.G).reshape(shape)
+        grad_filters = rows_view(grad_weight, g.C // g.G).reshape(shape)
         grad_filters.fill(0)
     if not plan.groups:
         run_array_jobs(engine, key.dtype, opening)
@@ -434,7 +436,7 @@ def _run(
     for name in ("columns", *_LISTS):
         setattr(params, name, engine.pointer(scratch.get(name)))
     with engine.products() as multiply:
-        run = _Run(engine, plan, params, scratch, filters, grad_filters, multiply)
+        run = _PlanRun(engine, plan, params, scratch, filters, grad_filters, multiply)
         for index, (images, chunks) in enumerate(plan.groups):
             part = [None if array is None else array[images] for array in arrays]
             before = opening if index == 0 else []
@@ -442,8 +444,8 @@ def _run(
             run.compute_group(chunks, part, before, after)
 
 
-class _Run(NamedTuple):
-    """One run of a plan."""
+class _PlanRun(NamedTuple):
+    """Run of a plan on the arrays of one call."""
 
     engine: Engine
     plan: BackwardPlan
@@ -457,6 +459,7 @@ class _Run(NamedTuple):
     def compute_group(
         self, chunks: tuple[Chunk, ...], arrays: list[Any], opening: list[ArrayJob], closing: list[ArrayJob]
     ) -> None:
+        """Compute the gradients of a group of images; array jobs share the first and the last launch."""
         grad_out, input, offset, mask, grad_input, grad_offset, grad_mask = arrays
         engine, params, key, g = self.engine, self.params, self.plan.key, self.plan.key.geometry
         N, HW = len(input), g.H * g.W
@@ -468,12 +471,12 @@ class _Run(NamedTuple):
             images, grad_out = grad_out, self.scratch["grad_out_rows"]
             opening = [*opening, pixels_to_rows_job(engine, images, g.O, g.pixels, rows, grad_out)]
         elif key.grad_out_last:
-            grad_out = _rows(grad_out, g.O)
+            grad_out = rows_view(grad_out, g.O)
         if "grad_input_rows" in self.scratch:
             images, grad_input = grad_input, self.scratch["grad_input_rows"]
             closing = [rows_to_pixels_job(engine, grad_input, images, g.C, HW, pixels), *closing]
         elif grad_input is not None:
-            grad_input = _rows(grad_input, g.C)
+            grad_input = rows_view(grad_input, g.C)
         if grad_input is not None:
             grad_input.fill(0)
 
@@ -488,7 +491,7 @@ class _Run(NamedTuple):
             else:
                 run_array_jobs(engine, key.dtype, opening)
             opening = []
-            self.compute_chunk(chunk, _factors(g, grad_out, chunk.rows))
+            self.compute_chunk(chunk, _grad_out_by_group(g, grad_out, chunk.rows))
         run_array_jobs(engine, key.dtype, closing)
 
     def make_lists(self, chunk: Chunk, jobs: list[ArrayJob]) -> None:
@@ -500,6 +503,7 @@ class _Run(NamedTuple):
         kernels.launch_blocks("deform_conv2d_fill_lists", chunk.list_blocks, (THREADS, 1), params)
 
     def compute_chunk(self, chunk: Chunk, grad_out: Any) -> None:
+        """Compute the gradients of a chunk from `grad_out` [G, rows, O/G]."""
         plan, key, params, rows = self.plan, self.plan.key, self.params, chunk.rows.rows
         columns = self.scratch["columns"][:rows].transpose(1, 0, 2)
         if key.propagates:
@@ -526,15 +530,10 @@ class _Run(NamedTuple):
         kernels.launch_blocks(kernel, ceil_div(params.lists, warps), kernels.block, params, shared_bytes)
 
 
-def _factors(geometry: DeformConvGeometry, grad_out: Any, rows: RowRange) -> Any:
+def _grad_out_by_group(geometry: DeformConvGeometry, grad_out: Any, rows: RowRange) -> Any:
     """Return the gradient of the output at `rows`, [G, rows, O/G]; `grad_out` is one image [1, O, oh, ow] or rows."""
     g = geometry
-    first = rows.first_image * g.pixels + rows.first_pixel
+    first = first_row(rows, g.pixels)
     if grad_out.ndim == 4:
         return grad_out.reshape(g.G, g.O // g.G, g.pixels)[:, :, first : first + rows.rows].transpose(0, 2, 1)
     return grad_out[first : first + rows.rows].reshape(rows.rows, g.G, g.O // g.G).transpose(1, 0, 2)
-
-
-def _rows(images: Any, C: int) -> Any:
-    """Return a view of channels-last images as rows."""
-    return images.transpose(0, 2, 3, 1).reshape(-1, C)

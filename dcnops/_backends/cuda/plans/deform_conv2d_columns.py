@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dcnops._backends.cuda.engine import Device, Engine
-from dcnops._backends.cuda.plans.array_jobs import ArrayJob, RowRange, fill_job, run_array_jobs
+from dcnops._backends.cuda.plans.array_jobs import ArrayJob, RowRange, fill_job, first_row, row_ranges, run_array_jobs
 from dcnops._backends.cuda.plans.deform_conv2d_common import (
     ForwardKey,
     column_kernels,
@@ -50,7 +50,7 @@ class ColumnsPlan:
     def __str__(self) -> str:
         g = self._key.geometry
         return (
-            f"{g.N} images in {len(self._chunks)} chunks of at most {self._shape[0]} rows of columns, "
+            f"{g.N} images, chunks: {len(self._chunks)} of at most {self._shape[0]} rows of columns, "
             f"scratch memory {mebibytes(self._scratch_bytes)}"
         )
 
@@ -76,11 +76,11 @@ class ColumnsPlan:
     def _multiply(
         self, matmul: Callable[..., None], columns: Any, filters: Any, output: Any, rows: RowRange, accumulate: bool
     ) -> None:
-        """Compute output of `rows` (+)= columns [rows, G, K*C/G] times filters, each product straight into place."""
+        """Compute the output of `rows` (+)= columns [rows, G, K*C/G] times filters, in place."""
         g, precision = self._key.geometry, self._key.precision
         _, outputs, inner = filters.shape
         if self._key.output_last:
-            first = rows.first_image * g.pixels + rows.first_pixel
+            first = first_row(rows, g.pixels)
             target = output.transpose(0, 2, 3, 1).reshape(-1, g.G, outputs)[first : first + rows.rows]
             matmul(
                 columns.transpose(1, 0, 2), filters.transpose(0, 2, 1), target.transpose(1, 0, 2), accumulate, precision
@@ -100,12 +100,11 @@ class ColumnsPlan:
 
 
 def _chunks(geometry: DeformConvGeometry, max_rows: int, channels_last: bool) -> Iterator[RowRange]:
-    """Cut all rows into ranges that few products turn into output: whole images, or a part of one."""
+    """Cut all rows into ranges that need few products: whole images, or a part of one image."""
     g = geometry
     P = g.pixels
     if channels_last:
-        for first in range(0, g.N * P, max_rows):
-            yield RowRange(first // P, first % P, min(max_rows, g.N * P - first))
+        yield from row_ranges(g.N, P, max_rows)
     elif max_rows >= P:
         images = max_rows // P
         for image in range(0, g.N, images):

@@ -27,7 +27,7 @@ sizes_of = functools.lru_cache(maxsize=512)(DeformConvGeometry.params)
 class ForwardKey(NamedTuple):
     """Everything that the plan of a forward pass depends on: all but the addresses.
 
-    `..._last` is true where an array [N, C, H, W] is stored as [N, H, W, C].
+    `..._last` is True for an array [N, C, H, W] that is stored as [N, H, W, C].
     """
 
     geometry: DeformConvGeometry
@@ -50,7 +50,7 @@ class ForwardKey(NamedTuple):
 
 
 class SampleKernels:
-    """Kernels of a unit that work on sampling points, for one dtype of data and of offsets on one device.
+    """Kernels of a unit that work on sampling points, for one data dtype and one offset dtype on one device.
 
     The x dimension of a block runs over the channel vectors of a sampling point, y over sampling points, each of which
     has `sample_bytes` of shared memory.
@@ -99,12 +99,12 @@ class SampleKernels:
 
 
 def column_sample_bytes(dtype: str) -> int:
-    """Return the shared memory per sampling point of the column kernel, in bytes; it asserts that this is enough."""
+    """Return the shared memory per sampling point, in bytes; the column kernel asserts that this is enough."""
     return 40 if dtype == "float64" else 24
 
 
 def column_kernels(engine: Engine, geometry: DeformConvGeometry, dtype: str, offset_dtype: str) -> SampleKernels:
-    """Return the kernel that computes columns, specialised."""
+    """Return the specialised kernel that computes columns."""
     return engine.recall(
         SampleKernels, "deform_conv2d_columns", geometry, dtype, offset_dtype, column_sample_bytes(dtype)
     )
@@ -113,7 +113,7 @@ def column_kernels(engine: Engine, geometry: DeformConvGeometry, dtype: str, off
 def filters_job(
     engine: Engine, geometry: DeformConvGeometry, weight: Any, filters: Any, round_to_tf32: bool = False
 ) -> ArrayJob:
-    """Write weights [O, C/G, kh, kw] to `filters` [O, K, C/G], channels innermost as in the columns."""
+    """Return the job that writes weights [O, C/G, kh, kw] to `filters` [O, K, C/G], with channels innermost."""
     g = geometry
     rows = RowRange(0, 0, g.O * g.K)
     return pixels_to_rows_job(engine, weight, g.C // g.G, g.K, rows, filters, round_to_tf32)
@@ -129,5 +129,5 @@ def input_rows(engine: Engine, key: ForwardKey, input: Any, jobs: list[ArrayJob]
 
 
 def mebibytes(size: int) -> str:
-    """Return a size for an explanation."""
+    """Format a size in bytes for an explanation."""
     return f"{size / 2**20:.1f} MiB"

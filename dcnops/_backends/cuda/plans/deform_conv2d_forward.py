@@ -11,10 +11,10 @@ from dcnops._backends.cuda.heuristics import (
     FUSED_NEEDS,
     FUSED_PAYS,
     ForwardProblem,
-    choose_images,
+    choose_group_size,
     choose_path,
     choose_tiles,
-    failed,
+    reasons_against,
 )
 from dcnops._backends.cuda.kernel_constants import ceil_div
 from dcnops._backends.cuda.plans.array_jobs import are_rows, empty_images, is_channels_last
@@ -42,7 +42,7 @@ def deform_conv2d(
     """Return the output [N, O, oh, ow], in the memory order of `input`.
 
     Each of `input`, `offset` and `mask` is contiguous or channels-last. The batch is processed in groups of images
-    that need at most `workspace_bytes` of scratch memory: for the channels-last copy of an input that is not, and for
+    that need at most `workspace_bytes` of scratch memory for a channels-last copy of the input, if needed, and for
     columns or the partial sums of split-K. A single image may need more. The rearranged weights are not counted.
 
     `path` is "fused" or "columns"; None leaves it to `choose_path`.
@@ -82,16 +82,16 @@ def _plan_groups(engine: Engine, device: Device, key: ForwardKey) -> list[tuple[
     g = key.geometry
     problem = ForwardProblem(g, key.dtype, key.precision, device)
     path = key.path or choose_path(problem)
-    if path == "fused" and (reasons := failed(FUSED_NEEDS, problem)):
+    if path == "fused" and (reasons := reasons_against(FUSED_NEEDS, problem)):
         raise ValueError(f"the fused kernel cannot do this: {'; '.join(reasons)}")
     # Copies of the input must fit the workspace.
     image = g.H * g.W * g.C
     image_bytes = image * DTYPES[key.dtype].itemsize
     most = g.N if key.input_is_rows else max(1, key.workspace_bytes // image_bytes)
     if path == "fused":
-        size = choose_images(problem, choose_tiles(problem), min(most, max(1, (2**31 - 1) // max(image, g.pixels))))
+        size = choose_group_size(problem, choose_tiles(problem), min(most, max(1, (2**31 - 1) // max(image, g.pixels))))
     else:
-        # Columns need their share of it, too.
+        # Columns need part of the workspace, too.
         most = min(most, max(1, key.workspace_bytes // (2 * image_bytes)))
         size = ceil_div(g.N, ceil_div(g.N, most))
     make: Callable[..., FusedPlan | ColumnsPlan] = FusedPlan if path == "fused" else ColumnsPlan
@@ -103,9 +103,9 @@ def _plan_groups(engine: Engine, device: Device, key: ForwardKey) -> list[tuple[
 def _explain(key: ForwardKey, device: Device, groups: list[tuple[slice, FusedPlan | ColumnsPlan]]) -> None:
     problem = ForwardProblem(key.geometry, key.dtype, key.precision, device)
     is_fused = isinstance(groups[0][1], FusedPlan)
-    reasons = failed(FUSED_NEEDS + FUSED_PAYS, problem) or ["the fused kernel can be used and pays"]
+    reasons = reasons_against(FUSED_NEEDS + FUSED_PAYS, problem) or ["the fused kernel supports the call and is faster"]
     why = "it was asked for" if key.path else "; ".join(reasons)
     path, limit = "fused" if is_fused else "columns", mebibytes(key.workspace_bytes)
     LOGGER.debug("deform_conv2d on %s: %s path, because %s; scratch limit %s", device, path, why, limit)
     for plan in dict.fromkeys(plan for _, plan in groups):
-        LOGGER.debug("%d groups of %s", sum(other is plan for _, other in groups), plan)
+        LOGGER.debug("groups: %d, each of %s", sum(other is plan for _, other in groups), plan)

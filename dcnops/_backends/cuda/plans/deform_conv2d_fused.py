@@ -64,7 +64,7 @@ class FusedPlan:
         partial = 4 * self._splits * g.N * g.pixels * g.O if self._splits > 1 else 0
         return (
             f"{g.N} images by {tiles.product} ({tiles.suffix}) in tiles of {tiles.outputs} outputs, "
-            f"{self._splits} splits of the sums, scratch memory {mebibytes(self._key.input_copy_bytes + partial)}"
+            f"splits of the sums: {self._splits}, scratch memory {mebibytes(self._key.input_copy_bytes + partial)}"
         )
 
     def run(

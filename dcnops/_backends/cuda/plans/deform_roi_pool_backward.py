@@ -1,7 +1,7 @@
 """Backward pass of deformable RoI pooling.
 
-The input is transposed (for the gradients of `offset` and `mask` only), one kernel computes all gradients, and the sums
-of the gradient of the input are rounded. With `deterministic` deform_roi_pool_grad_input.py computes the latter.
+The input is transposed (for the gradients of `offset` and `mask` only), one kernel computes all gradients, and the
+gradient of the input is rounded. If it must be deterministic, deform_roi_pool_grad_input.py computes it instead.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class DeformRoIPoolBackwardParams(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("input", "grad_out", "grad_offset", "grad_mask", "grad_input")),
         ("bins", DeformRoIPoolBins),
-        *((name, ctypes.c_int) for name in ("lane_bits", "tile_rows", "channels_last")),
+        *((name, ctypes.c_int) for name in ("lane_bits", "tile_bins", "channels_last")),
     ]
 
 
@@ -49,15 +49,15 @@ def deform_roi_pool_backward(
     deterministic: bool = False,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> dict[str, Any]:
-    """Return the gradients named in `needs`, each like its argument.
+    """Return the gradients named in `needs`, each in the shape and dtype of its argument.
 
     All arrays are contiguous; `input` and `grad_out` may be channels-last instead, and the gradient of the input has
     the memory order of the input. `deterministic` computes it without atomic additions.
 
-    Scratch memory: the transpose of the input where offset or mask gradients need it, and the sums of the gradient of
-    the input in the dtype of coordinates. With `deterministic`, instead of the sums, the bounds of the regions (20
-    bytes each) and the transpose of a `grad_out` that is not channels-last. If that exceeds `workspace_bytes`, it is
-    processed in parts (at least one bin), and there are sums, too.
+    Scratch memory holds the transpose of the input, if offset or mask gradients need it, and the gradient of the input
+    in the dtype of sums. With `deterministic`, it holds the bounds of the regions (20 bytes each) instead of the sums,
+    and the transpose of a `grad_out` that is not channels-last. If that transpose exceeds `workspace_bytes`, it is made
+    in parts of at least one bin, and the sums are needed after all.
     """
     g = geometry
     kernels = RoIPoolKernels.of(engine, g, input, offset, mask)
@@ -85,7 +85,7 @@ def deform_roi_pool_backward(
             grad_input=engine.pointer(sums),
             bins=bins,
             lane_bits=kernels.lane_bits,
-            tile_rows=tile_bins,
+            tile_bins=tile_bins,
             channels_last=grad_rows is not None,
         )
         shared_bytes = (WARPS * ROI_WARP_PIXELS + tile_bins * ROI_BIN_DOTS) * kernels.sum_bytes

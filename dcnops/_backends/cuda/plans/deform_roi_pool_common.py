@@ -17,8 +17,8 @@ WARPS = THREADS // WARP
 _MAX_TILE_BINS = 56
 """Bins of a tile: with their channels and the memory of the warps they fit 48 KiB of shared memory."""
 
-_FEW_BLOCKS = 512
-"""About four blocks for each multiprocessor of a large GPU: with fewer, tiles are made smaller."""
+_ENOUGH_BLOCKS = 512
+"""About four blocks for each multiprocessor of a large GPU; tiles shrink until there are as many."""
 
 
 class DeformRoIPoolBins(ctypes.Structure):
@@ -30,7 +30,7 @@ class DeformRoIPoolBins(ctypes.Structure):
 class RoIPoolKernels:
     """Kernels of RoI pooling for a number of channels and the dtypes of data and offsets, on one device.
 
-    The lanes of a warp share the channels of a bin. A launch does not depend on the number of regions but by its grid.
+    The lanes of a warp share the channels of a bin. Only the grid of a launch depends on the number of regions.
     """
 
     def __init__(self, engine: Engine, device: Device, channels: int, dtype: str, offset_dtype: str) -> None:
@@ -67,11 +67,11 @@ class RoIPoolKernels:
 
 
 def choose_tile_bins(geometry: DeformRoIPoolGeometry, slices: int) -> int:
-    """Choose the bins of a tile: whole regions or an equal part of one, but fewer where that leaves few blocks."""
+    """Choose the bins of a tile: whole regions or an equal part of one, but fewer if that leaves few blocks."""
     g = geometry
     parts = ceil_div(g.bins, _MAX_TILE_BINS)
     bins = _MAX_TILE_BINS // g.bins * g.bins if parts == 1 else ceil_div(g.bins, parts)
-    while bins > WARPS and ceil_div(g.R * g.bins, bins) * slices < _FEW_BLOCKS:
+    while bins > WARPS and ceil_div(g.R * g.bins, bins) * slices < _ENOUGH_BLOCKS:
         bins = max(WARPS, ceil_div(bins, 2))
     return bins
 

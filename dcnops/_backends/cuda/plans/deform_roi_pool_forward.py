@@ -28,7 +28,7 @@ class DeformRoIPoolForwardParams(ctypes.Structure):
         ("input", ctypes.c_void_p),
         ("output", ctypes.c_void_p),
         ("bins", DeformRoIPoolBins),
-        *((name, ctypes.c_int) for name in ("lane_bits", "tile_rows", "channels_last")),
+        *((name, ctypes.c_int) for name in ("lane_bits", "tile_bins", "channels_last")),
     ]
 
 
@@ -62,7 +62,7 @@ def deform_roi_pool(
         output=engine.pointer(output),
         bins=bins_of(engine, g, rois, offset, mask),
         lane_bits=kernels.lane_bits,
-        tile_rows=tile_bins,
+        tile_bins=tile_bins,
         # With one bin, both orders are the same.
         channels_last=channels_last or g.bins == 1,
     )

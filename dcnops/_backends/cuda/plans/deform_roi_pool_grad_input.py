@@ -1,4 +1,4 @@
-"""Deterministic gradient of the input of deformable RoI pooling: each pixel collects what the bins contribute to it."""
+"""Deterministic gradient of the input of deformable RoI pooling: each pixel gathers the contributions of the bins."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def deterministic_grad_input(
     is_whole = len(ranges) == 1
     if engine.explains:
         LOGGER.debug("gradient of the input collected by pixel, from %d parts of the gradient", len(ranges))
-    # The sums of a single part are final: they are written straight in the dtype and memory order of the input.
+    # The sums of a single part are final: they are written directly in the dtype and memory order of the input.
     gradient = empty_images(engine, input.shape, input.dtype, input) if is_whole else None
     sums = None if is_whole else engine.zeros((g.N * g.H * g.W, g.C), sum_dtype(engine, input.dtype))
     scratch = engine.empty((ranges[0].rows, g.C), input.dtype) if grad_rows is None else None
