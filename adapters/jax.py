@@ -22,8 +22,8 @@ from dcnops._arguments import Padding, Pair, check_layout, check_precision
 from dcnops._dispatch import check_arrays, load_backend
 from dcnops._dtypes import DTYPES
 from dcnops._errors import ArgumentError, DeviceError, DtypeError
-from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
 from dcnops._layout import NCHW, Layout
+from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
 
 from .cuda_stream import CudaStream
 

@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.report import markdown
 from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.engine import Device, Engine
-from dcnops._geometry import DeformConvGeometry
+from dcnops._shapes import DeformConvGeometry
 
 LAYERS = {"conv3": (128, 100, 168), "conv4": (256, 50, 84), "conv5": (512, 50, 84), "conv5, stride 32": (512, 25, 42)}
 """Channels, height and width of the deformable layers, 3x3."""

@@ -9,7 +9,7 @@ from typing import Any
 from dcnops._arguments import Padding, Pair, expand_padding, expand_pair
 from dcnops._dtypes import DTYPES
 from dcnops._errors import ArgumentError, ShapeError
-from dcnops._geometry import output_extent
+from dcnops._shapes import output_extent
 from dcnops.deform_conv2d import deform_conv2d, deform_conv2d_backward
 from dcnops.deform_roi_pool import deform_roi_pool, deform_roi_pool_backward
 

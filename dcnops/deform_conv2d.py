@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from dcnops._arguments import Padding, Pair, check_layout, check_needs, check_precision
 from dcnops._dispatch import ArrayT, check_arrays, load_backend
 from dcnops._explain import is_explaining, log_call
-from dcnops._geometry import DeformConvGeometry
+from dcnops._shapes import DeformConvGeometry
 
 
 class DeformConv2dGradients(NamedTuple):

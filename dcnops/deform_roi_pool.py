@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from dcnops._arguments import Pair, check_layout, check_needs
 from dcnops._dispatch import ArrayT, check_arrays, load_backend
 from dcnops._explain import is_explaining, log_call
-from dcnops._geometry import DeformRoIPoolGeometry
 from dcnops._layout import NCHW
+from dcnops._shapes import DeformRoIPoolGeometry
 
 
 class DeformRoIPoolGradients(NamedTuple):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from typing_extensions import Self
 
 from dcnops import _dtypes
-from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
+from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
 from tests import reference
 
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in _dtypes.DTYPES}

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import torch
 import torch.utils.dlpack
 from torch import Tensor
-
-from ..cuda_stream import CudaStream
 
 
 def as_array(tensor: Tensor | None) -> Any:
@@ -38,37 +33,3 @@ def as_tensor(array: Any) -> Tensor:
     if type(array).__module__.startswith("numpy"):
         return torch.from_numpy(array)
     return torch.utils.dlpack.from_dlpack(array.__dlpack__(stream=-1))
-
-
-@contextlib.contextmanager
-def on_device_of(tensor: Tensor) -> Iterator[None]:
-    """Make CuPy use the tensor's device, torch's current stream and torch's memory; do nothing on a CPU."""
-    if tensor.device.type == "cpu":
-        yield
-        return
-    import cupy
-
-    index = tensor.device.index
-    # The order matters: a stream belongs to the device that is current when it is created.
-    with (
-        torch.cuda.device(index),
-        cupy.cuda.Device(index),
-        cupy.cuda.using_allocator(_torch_memory(index)),
-        cupy.cuda.Stream.from_external(CudaStream(torch.cuda.current_stream(index).cuda_stream)),
-    ):
-        yield
-
-
-@cache
-def _torch_memory(index: int) -> Callable[[int], Any]:
-    """Return a CuPy allocator on top of torch's, so that both share one pool that respects streams and graphs."""
-    from cupy.cuda import MemoryPointer, UnownedMemory
-
-    device = torch.device("cuda", index)
-
-    def allocate(size: int) -> Any:
-        # Not a tensor: with deterministic algorithms enabled, torch fills the memory of new tensors.
-        storage = torch.UntypedStorage(size, device=device)
-        return MemoryPointer(UnownedMemory(storage.data_ptr(), size, storage, index), 0)
-
-    return allocate

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from dcnops._arguments import Pair, expand_pair
 from dcnops._errors import ArgumentError, DtypeError, ShapeError
-from dcnops._geometry import output_extent
+from dcnops._shapes import output_extent
 
+from .devices import is_autocast_enabled
 from .functional import deform_conv2d, is_tensor_proxy, type_name
 
 
@@ -152,8 +153,8 @@ class OffsetBranchConv(DeformConvBase):
                 ("height", "width"), input.shape[2:], self.padding, self.kernel_size, self.stride, self.dilation
             ):
                 output_extent(axis, size, 2 * padding, kernel, stride, dilation)
-            device, dtype = input.device.type, self.weight.dtype
-            if input.dtype != dtype and not (device in ("cpu", "cuda") and torch.is_autocast_enabled(device)):
+            dtype = self.weight.dtype
+            if input.dtype != dtype and not is_autocast_enabled(input.device):
                 raise DtypeError(f"input must be {dtype} like the layer's weights, got {input.dtype}")
         values: Tensor = self.conv_offset(input)
         return values

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
+from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
 
 
 def deform_conv2d(

@@ -15,6 +15,7 @@ from dcnops._dtypes import DTYPES
 from dcnops._errors import DeviceError, DtypeError
 
 from . import operators
+from .devices import check_device, is_autocast_enabled
 
 _FLOAT_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
 _SIXTEEN_BIT_DTYPES = tuple(getattr(torch, name) for name, dtype in DTYPES.items() if dtype.is_16_bit)
@@ -224,8 +225,7 @@ def _check_tensors(required: dict[str, Any], optional: dict[str, Any]) -> None:
             raise DtypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.device != first.device:
             raise DeviceError(f"{name} must be on {first.device} like input, got {tensor.device}")
-    if first.device.type not in ("cpu", "cuda", "meta"):
-        raise DeviceError(f"input must be on a CPU or a CUDA GPU, got {first.device}")
+    check_device(first)
 
 
 def _operator_precision(precision: str | None, input: Tensor) -> str:
@@ -255,9 +255,8 @@ def _promote_dtypes(data: Sequence[Tensor | None], sampling: Sequence[Tensor | N
     for tensor in data[1:]:
         if tensor is not None:
             dtype = torch.promote_types(dtype, tensor.dtype)
-    device = first.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if is_autocast_enabled(first.device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(first.device.type)
     same = all(tensor is None or tensor.dtype == dtype for tensor in sampling)
     sampling_dtype = torch.float32 if dtype in _SIXTEEN_BIT_DTYPES and not same else dtype
     return _convert(data, dtype), _convert(sampling, sampling_dtype)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 import dcnops
-from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
+from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
 
 from . import differentiable
-from .arrays import as_array, as_tensor, on_device_of
+from .arrays import as_array, as_tensor
+from .devices import DEVICES, on_device_of
 
 _CONV_TENSORS = "Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask"
 _CONV_NUMBERS = "int[] stride, int[] padding, int[] dilation, str precision"
@@ -251,7 +252,7 @@ for _name, _kernel, _shape, _gradient, _tensors in (
     ("deform_roi_pool", _roi_forward_kernel, _roi_forward_shape, _roi_gradient, 4),
     ("deform_roi_pool_backward", _roi_backward_kernel, _roi_backward_shape, _roi_double_gradient, 5),
 ):
-    for _device in ("CPU", "CUDA"):
-        torch.library.impl(f"dcnops::{_name}", _device, _kernel, lib=_LIBRARY)
+    for _key in DEVICES.values():
+        torch.library.impl(f"dcnops::{_name}", _key, _kernel, lib=_LIBRARY)
     torch.library.register_fake(f"dcnops::{_name}", _shape, lib=_LIBRARY)
     torch.library.register_autograd(f"dcnops::{_name}", _gradient, setup_context=_saving(_tensors), lib=_LIBRARY)

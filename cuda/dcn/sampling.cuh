@@ -1,4 +1,7 @@
 // Bilinear sampling of an image with zeros outside (convolution) or with repeated border pixels (RoI pooling).
+//
+// The border rule is also in the CPU loops (`_locate_samples` and `_add_axis_weights` in dcnops/_backends/cpu) and in
+// adapters/torch/differentiable.py. The tests compare all of them with tests/reference.py.
 
 #include "dcn/types.cuh"
 

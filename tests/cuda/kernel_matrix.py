@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dcnops._backends.cpu.deform_roi_pool_loops import MAX_SAMPLES
-from dcnops._backends.cuda import constants
+from dcnops._backends.cuda import kernel_constants as constants
 from dcnops._backends.cuda.heuristics import FusedTiles
 from dcnops._backends.cuda.kernel_source import Macros
 from dcnops._backends.cuda.plans.array_jobs import ArrayJobsParams, ArrayTask

@@ -27,7 +27,7 @@ from dcnops._backends.cpu.arrays import (
 )
 from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, parallel, serial_if_small
 from dcnops._explain import LOGGER
-from dcnops._geometry import DeformConvGeometry
+from dcnops._shapes import DeformConvGeometry
 
 # Tuned for 2 MB of L2 cache per core. Halving or doubling a value changes little.
 _BLOCK_CHANNELS = 128

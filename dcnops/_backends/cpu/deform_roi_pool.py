@@ -26,7 +26,7 @@ from dcnops._backends.cpu.arrays import (
 from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, parallel
 from dcnops._errors import ArgumentError
 from dcnops._explain import LOGGER
-from dcnops._geometry import DeformRoIPoolGeometry
+from dcnops._shapes import DeformRoIPoolGeometry
 
 _SPAN_BYTES = 2**23
 

@@ -13,7 +13,7 @@ from dcnops._backends.cuda.cupy_engine import ENGINE
 from dcnops._backends.cuda.engine import Engine, dtype_name
 from dcnops._backends.cuda.plans.array_jobs import is_channels_last, sum_dtype
 from dcnops._explain import is_explaining
-from dcnops._geometry import DeformConvGeometry, DeformRoIPoolGeometry
+from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
 
 _FLOAT32 = numpy.dtype(numpy.float32)
 

@@ -12,16 +12,10 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import NamedTuple
 
-from dcnops._backends.cuda.constants import FUSED_STEP_BYTES, FUSED_TILE_ROWS, VECTOR_BYTES, ceil_div
 from dcnops._backends.cuda.engine import Device
+from dcnops._backends.cuda.kernel_constants import FUSED_STEP_BYTES, FUSED_TILE_ROWS, VECTOR_BYTES, ceil_div
 from dcnops._dtypes import DTYPES
-from dcnops._geometry import DeformConvGeometry
-
-WORKSPACE_BYTES = 32 * 2**20
-"""Limit of the scratch memory of a call, in bytes, for all operations: it then stays in the L2 cache of a large GPU.
-
-The smallest unit of work, one image or one bin of a region, may need more.
-"""
+from dcnops._shapes import DeformConvGeometry
 
 LISTED_CHANNELS = 32
 """Minimum channels per deformable group for gathering the gradient of the input by lists instead of scattering it.

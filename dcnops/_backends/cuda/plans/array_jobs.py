@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any
 
-from dcnops._backends.cuda.constants import (
+from dcnops._backends.cuda.engine import Engine, dtype_name
+from dcnops._backends.cuda.kernel_constants import (
     ARRAY_JOBS_SHARED_BYTES,
     FILL_TILE_ELEMENTS,
     MAX_ARRAY_JOBS,
@@ -24,7 +25,6 @@ from dcnops._backends.cuda.constants import (
     WARP,
     ceil_div,
 )
-from dcnops._backends.cuda.engine import Engine, dtype_name
 from dcnops._dtypes import DTYPES
 
 _PART_ROWS = 1024

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dcnops._backends.cuda.constants import (
+from dcnops._backends.cuda.engine import Device, Engine, dtype_name
+from dcnops._backends.cuda.heuristics import gathers_input
+from dcnops._backends.cuda.kernel_constants import (
     ARRAY_JOBS_SHARED_BYTES,
     BAND_ROWS,
     LIST_PART_BYTES,
@@ -22,8 +24,6 @@ from dcnops._backends.cuda.constants import (
     WARP,
     ceil_div,
 )
-from dcnops._backends.cuda.engine import Device, Engine, dtype_name
-from dcnops._backends.cuda.heuristics import WORKSPACE_BYTES, gathers_input
 from dcnops._backends.cuda.plans.array_jobs import (
     ArrayJob,
     ArrayJobsParams,
@@ -49,9 +49,10 @@ from dcnops._backends.cuda.plans.deform_conv2d_common import (
     mebibytes,
     sizes_of,
 )
+from dcnops._backends.cuda.workspace import WORKSPACE_BYTES
 from dcnops._dtypes import DTYPES
 from dcnops._explain import LOGGER
-from dcnops._geometry import DeformConvGeometry, DeformConvSizes
+from dcnops._shapes import DeformConvGeometry, DeformConvSizes
 
 _UNIT = "deform_conv2d_backward"
 

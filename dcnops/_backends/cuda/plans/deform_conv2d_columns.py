@@ -16,7 +16,7 @@ from dcnops._backends.cuda.plans.deform_conv2d_common import (
     sizes_of,
 )
 from dcnops._dtypes import DTYPES
-from dcnops._geometry import DeformConvGeometry, DeformConvSizes
+from dcnops._shapes import DeformConvGeometry, DeformConvSizes
 
 
 class DeformConvColumnsParams(ctypes.Structure):

@@ -7,8 +7,8 @@ import functools
 from math import gcd
 from typing import Any, NamedTuple
 
-from dcnops._backends.cuda.constants import MAX_BLOCKS, THREADS, VECTOR_BYTES, WARP, ceil_div
 from dcnops._backends.cuda.engine import Device, Engine, Launcher
+from dcnops._backends.cuda.kernel_constants import MAX_BLOCKS, THREADS, VECTOR_BYTES, WARP, ceil_div
 from dcnops._backends.cuda.kernel_source import Macros
 from dcnops._backends.cuda.plans.array_jobs import (
     ArrayJob,
@@ -18,7 +18,7 @@ from dcnops._backends.cuda.plans.array_jobs import (
     pixels_to_rows_job,
 )
 from dcnops._dtypes import DTYPES
-from dcnops._geometry import DeformConvGeometry
+from dcnops._shapes import DeformConvGeometry
 
 sizes_of = functools.lru_cache(maxsize=512)(DeformConvGeometry.params)
 """Cached `DeformConvGeometry.params`; the struct must not be modified."""

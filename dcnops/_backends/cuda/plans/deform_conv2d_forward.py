@@ -6,25 +6,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from dcnops._backends.cuda.constants import ceil_div
 from dcnops._backends.cuda.engine import Device, Engine, dtype_name
 from dcnops._backends.cuda.heuristics import (
     FUSED_NEEDS,
     FUSED_PAYS,
-    WORKSPACE_BYTES,
     ForwardProblem,
     choose_group_size,
     choose_path,
     choose_tiles,
     reasons_against,
 )
+from dcnops._backends.cuda.kernel_constants import ceil_div
 from dcnops._backends.cuda.plans.array_jobs import are_rows, empty_images, is_channels_last
 from dcnops._backends.cuda.plans.deform_conv2d_columns import ColumnsPlan
 from dcnops._backends.cuda.plans.deform_conv2d_common import ForwardKey, filters_job, mebibytes
 from dcnops._backends.cuda.plans.deform_conv2d_fused import FusedPlan
+from dcnops._backends.cuda.workspace import WORKSPACE_BYTES
 from dcnops._dtypes import DTYPES
 from dcnops._explain import LOGGER
-from dcnops._geometry import DeformConvGeometry
+from dcnops._shapes import DeformConvGeometry
 
 
 def deform_conv2d(

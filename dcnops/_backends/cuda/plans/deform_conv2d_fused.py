@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from dcnops._backends.cuda.constants import FUSED_SLICE_OUTPUTS, MAX_BLOCKS, THREADS, VECTOR_BYTES
 from dcnops._backends.cuda.engine import Device, Engine
 from dcnops._backends.cuda.heuristics import ForwardProblem, FusedTiles, choose_splits, choose_tiles
+from dcnops._backends.cuda.kernel_constants import FUSED_SLICE_OUTPUTS, MAX_BLOCKS, THREADS, VECTOR_BYTES
 from dcnops._backends.cuda.kernel_source import Macros
 from dcnops._backends.cuda.plans.array_jobs import ArrayJob, run_array_jobs
 from dcnops._backends.cuda.plans.deform_conv2d_common import ForwardKey, input_rows, mebibytes, sizes_of
 from dcnops._dtypes import DTYPES
-from dcnops._geometry import DeformConvSizes
+from dcnops._shapes import DeformConvSizes
 
 _ARRAYS = ("input", "offset", "mask", "filters", "bias", "output", "partial")
 _NUMBERS = ("O", "rows", "group_outputs", "group_channels", "segment", "steps", "splits", "channels_last")

@@ -9,9 +9,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from dcnops._backends.cuda.constants import ROI_BIN_DOTS, ROI_WARP_PIXELS, VECTOR_BYTES, ceil_div
 from dcnops._backends.cuda.engine import Engine
-from dcnops._backends.cuda.heuristics import WORKSPACE_BYTES
+from dcnops._backends.cuda.kernel_constants import ROI_BIN_DOTS, ROI_WARP_PIXELS, VECTOR_BYTES, ceil_div
 from dcnops._backends.cuda.plans.array_jobs import as_rows, images_from_rows, is_channels_last, sum_dtype
 from dcnops._backends.cuda.plans.deform_roi_pool_common import (
     WARPS,
@@ -21,8 +20,9 @@ from dcnops._backends.cuda.plans.deform_roi_pool_common import (
     choose_tile_bins,
 )
 from dcnops._backends.cuda.plans.deform_roi_pool_grad_input import deterministic_grad_input
+from dcnops._backends.cuda.workspace import WORKSPACE_BYTES
 from dcnops._explain import LOGGER
-from dcnops._geometry import DeformRoIPoolGeometry
+from dcnops._shapes import DeformRoIPoolGeometry
 
 _UNIT = "deform_roi_pool_backward"
 

@@ -6,12 +6,12 @@ import ctypes
 from math import gcd
 from typing import Any
 
-from dcnops._backends.cuda.constants import MAX_BLOCKS, THREADS, VECTOR_BYTES, WARP, ceil_div
 from dcnops._backends.cuda.engine import Device, Engine, dtype_name
+from dcnops._backends.cuda.kernel_constants import MAX_BLOCKS, THREADS, VECTOR_BYTES, WARP, ceil_div
 from dcnops._backends.cuda.kernel_source import Macros
 from dcnops._backends.cuda.plans.array_jobs import channel_lanes, data_macros
 from dcnops._dtypes import DTYPES
-from dcnops._geometry import DeformRoIPoolGeometry, DeformRoIPoolSizes
+from dcnops._shapes import DeformRoIPoolGeometry, DeformRoIPoolSizes
 
 WARPS = THREADS // WARP
 _MAX_TILE_BINS = 56

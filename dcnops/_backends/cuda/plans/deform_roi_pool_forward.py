@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from dcnops._backends.cuda.constants import ROI_WARP_PIXELS, ceil_div
 from dcnops._backends.cuda.engine import Engine
+from dcnops._backends.cuda.kernel_constants import ROI_WARP_PIXELS, ceil_div
 from dcnops._backends.cuda.plans.array_jobs import as_rows
 from dcnops._backends.cuda.plans.deform_roi_pool_common import (
     WARPS,
@@ -16,7 +16,7 @@ from dcnops._backends.cuda.plans.deform_roi_pool_common import (
     choose_tile_bins,
 )
 from dcnops._explain import LOGGER
-from dcnops._geometry import DeformRoIPoolGeometry
+from dcnops._shapes import DeformRoIPoolGeometry
 
 _UNIT = "deform_roi_pool_forward"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from dcnops._backends.cuda.constants import (
+from dcnops._backends.cuda.engine import Engine
+from dcnops._backends.cuda.kernel_constants import (
     MAX_ROWS,
     ROI_BOUNDS_INTS,
     ROI_STRIP_PADDING,
@@ -13,7 +14,6 @@ from dcnops._backends.cuda.constants import (
     ceil_div,
     roi_strip_pixels,
 )
-from dcnops._backends.cuda.engine import Engine
 from dcnops._backends.cuda.plans.array_jobs import (
     RowRange,
     empty_images,
@@ -25,7 +25,7 @@ from dcnops._backends.cuda.plans.array_jobs import (
 )
 from dcnops._backends.cuda.plans.deform_roi_pool_common import WARPS, DeformRoIPoolBins, RoIPoolKernels
 from dcnops._explain import LOGGER
-from dcnops._geometry import DeformRoIPoolGeometry
+from dcnops._shapes import DeformRoIPoolGeometry
 
 _UNIT = "deform_roi_pool_grad_input"
 

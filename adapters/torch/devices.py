@@ -1,0 +1,63 @@
+"""Devices that the operators support, and the context in which CuPy follows torch on one of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcnops._errors import DeviceError
+
+from ..cuda_stream import CudaStream
+
+DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
+"""Dispatch key of the operators by type of device."""
+
+
+def check_device(tensor: Tensor) -> None:
+    """Check that `input` is on a device of the operators; the meta device serves tracing."""
+    if tensor.device.type not in DEVICES and tensor.device.type != "meta":
+        raise DeviceError(f"input must be on a CPU or a CUDA GPU, got {tensor.device}")
+
+
+def is_autocast_enabled(device: torch.device) -> bool:
+    """Check for autocast on a device of the operators."""
+    return device.type in DEVICES and torch.is_autocast_enabled(device.type)
+
+
+@contextlib.contextmanager
+def on_device_of(tensor: Tensor) -> Iterator[None]:
+    """Make CuPy use the tensor's device, torch's current stream and torch's memory; do nothing on a CPU."""
+    if tensor.device.type == "cpu":
+        yield
+        return
+    import cupy
+
+    index = tensor.device.index
+    # The order matters: a stream belongs to the device that is current when it is created.
+    with (
+        torch.cuda.device(index),
+        cupy.cuda.Device(index),
+        cupy.cuda.using_allocator(_torch_memory(index)),
+        cupy.cuda.Stream.from_external(CudaStream(torch.cuda.current_stream(index).cuda_stream)),
+    ):
+        yield
+
+
+@cache
+def _torch_memory(index: int) -> Callable[[int], Any]:
+    """Return a CuPy allocator on top of torch's, so that both share one pool that respects streams and graphs."""
+    from cupy.cuda import MemoryPointer, UnownedMemory
+
+    device = torch.device("cuda", index)
+
+    def allocate(size: int) -> Any:
+        # Not a tensor: with deterministic algorithms enabled, torch fills the memory of new tensors.
+        storage = torch.UntypedStorage(size, device=device)
+        return MemoryPointer(UnownedMemory(storage.data_ptr(), size, storage, index), 0)
+
+    return allocate
