@@ -117,7 +117,7 @@ class TestBins:
         bins = effective_bin_locations(pool, image, respond)
         maps = nn.functional.avg_pool2d(image[None], 2)
         rois = image.new_tensor([[0, *region]])
-        values = pool._branch(maps, rois).detach()
+        values = pool.run_branch(maps, rois).detach()
         offset = values[:, :2].clone().requires_grad_()
         mask = values[:, 2].sigmoid() if values.shape[1] == 3 else None
         for p, q in itertools.product(range(3), repeat=2):
