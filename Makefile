@@ -1,4 +1,5 @@
 # make test    create .venv, then run the tests (no GPU needed)
+# make test-all also the exhaustive variants: kernels for every architecture that NVRTC supports
 # make lint    run ruff, mypy and clang-format
 # make format  fix what ruff and clang-format can fix
 # make demo    train a small DCNv2 detector on synthetic images, evaluate it, draw its detections; out/detector/
@@ -11,7 +12,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test lint format demo bench docs gpu clean
+.PHONY: setup test test-all lint format demo bench docs gpu clean
 
 setup: .venv/.installed
 
@@ -22,6 +23,9 @@ setup: .venv/.installed
 
 test: setup
 	$(BIN)/python -m pytest -n auto
+
+test-all: setup
+	$(BIN)/python -m pytest -n auto -m "not gpu"
 
 lint: setup
 	$(BIN)/ruff check .

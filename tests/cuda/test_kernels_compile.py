@@ -1,6 +1,6 @@
 """NVRTC builds all specialisations for all architectures that it supports, without a GPU. No kernel may spill.
 
-The test run prints the registers of each kernel at its end.
+The default run covers one architecture of each generation. The test run prints the registers of each kernel at its end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from cupy_backends.cuda.libs import nvrtc
 from dcnops._backends.cuda.kernel_source import compile_options, kernel_source
 from tests.cuda.kernel_matrix import UNITS, constant_assertions, specialisations, struct_assertions
 
-ARCHITECTURES = nvrtc.getSupportedArchs()
+GENERATIONS = (75, 80, 90, 100, 120)
+ARCHITECTURES = [
+    pytest.param(architecture, marks=() if architecture in GENERATIONS else pytest.mark.exhaustive)
+    for architecture in nvrtc.getSupportedArchs()
+]
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
