@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for programs that tests start
 
 
@@ -25,3 +24,8 @@ def picture(tmp_path):
         return path
 
     return make
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Run every test with one thread: training is reproducible only with the same number of threads."""
+    torch.set_num_threads(1)
