@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcnops._backends.cuda.programs import ProgramCache
 from dcnops._errors import DeviceError
 
 from ..cuda_stream import CudaStream
@@ -27,6 +28,22 @@ def check_device(tensor: Tensor) -> None:
 def is_autocast_enabled(device: torch.device) -> bool:
     """Check for autocast on a device of the operators."""
     return device.type in DEVICES and torch.is_autocast_enabled(device.type)
+
+
+def is_on_current_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.get_device() == torch._C._cuda_getDevice()
+
+
+def current_stream(index: int) -> int:
+    """Return the handle of the current stream of a GPU."""
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
+def recorded_programs() -> ProgramCache:
+    """Return the programs of the CUDA backend; the first call imports CuPy."""
+    from dcnops._backends.cuda.cupy_engine import PROGRAMS
+
+    return PROGRAMS
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from dcnops._arguments import Padding, Pair, check_precision, check_sampling, ex
 from dcnops._dtypes import DTYPES
 from dcnops._errors import DeviceError, DtypeError
 
-from . import operators
+from . import eager, operators
 from .devices import check_device, is_autocast_enabled
 
 _FLOAT_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
@@ -92,6 +92,15 @@ def deform_conv2d(
     >>> deform_conv2d(image, offset, torch.ones(1, 1, 1, 1))[0, 0, 0]
     tensor([0.5000, 1.5000, 2.5000, 1.5000])
     """
+    if not torch.compiler.is_compiling() and eager.is_plain((input, offset, weight), (bias, mask)):
+        if precision is not None:
+            check_precision(precision)
+        if torch.is_autocast_enabled("cuda"):
+            (input, weight, bias), (offset, mask) = _promote_dtypes((input, weight, bias), (offset, mask))
+        chosen = _operator_precision(precision, input)
+        output = eager.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation, chosen)
+        if output is not None:
+            return output
     if proxies := _tensor_proxies(input, offset, weight, bias, mask):
         arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
         return handle_torch_function(deform_conv2d, proxies, *arguments, precision=precision)
@@ -235,7 +244,6 @@ def _operator_precision(precision: str | None, input: Tensor) -> str:
     return _matmul_precision() if precision is None else precision
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _matmul_precision() -> str:
     """Return the precision of torch's own float32 matrix products on a GPU: "tf32" or "ieee".
 
@@ -245,6 +253,10 @@ def _matmul_precision() -> str:
     # torch 2.9 added a second switch. Reading the old one raises an error after the new one has been set.
     tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
+
+
+# What `torch.compiler.assume_constant_result` does, which however imports the whole compiler.
+_matmul_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _promote_dtypes(data: Sequence[Tensor | None], sampling: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:

@@ -40,7 +40,7 @@ for _schema in (
 
 deform_conv2d = torch.ops.dcnops.deform_conv2d.default
 deform_roi_pool = torch.ops.dcnops.deform_roi_pool.default
-_conv_backward = torch.ops.dcnops.deform_conv2d_backward.default
+deform_conv2d_backward = torch.ops.dcnops.deform_conv2d_backward.default
 _roi_backward = torch.ops.dcnops.deform_roi_pool_backward.default
 
 
@@ -174,30 +174,48 @@ def _gradient_shapes(arguments: Sequence[Tensor | None], needs: Sequence[bool]) 
 # Gradients
 
 
-def _saving(tensors: int) -> Callable[[Any, tuple[Any, ...], Any], None]:
-    """Return a function that saves an operator's inputs, of which the first `tensors` are tensors, for its gradient."""
+def _register_autograd(name: str, gradient: Callable[..., tuple[Any, ...]], tensors: int) -> None:
+    """Give an operator, of which the first `tensors` arguments are tensors, its gradient.
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:tensors])
-        ctx.numbers = inputs[tensors:]
+    `torch.library.register_autograd` does the same but adds 60 microseconds to every recorded call.
+    """
+    operator = getattr(torch.ops.dcnops, name).default
 
-    return save
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            ctx.save_for_backward(*arguments[:tensors])
+            ctx.numbers = arguments[tensors:]
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*arguments)
+
+        backward = staticmethod(gradient)
+
+    def kernel(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in arguments[:tensors]
+        ):
+            return Gradient.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    _LIBRARY.impl(name, kernel, "Autograd")
 
 
 def _conv_gradient(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     needs = [bool(need) for need in ctx.needs_input_grad[:5]]
-    gradients = _conv_backward(grad_out, *ctx.saved_tensors, *ctx.numbers, needs)
-    return (*_none_unless_needed(gradients, needs), None, None, None, None)
+    gradients = deform_conv2d_backward(grad_out, *ctx.saved_tensors, *ctx.numbers, needs)
+    return (*none_unless_needed(gradients, needs), None, None, None, None)
 
 
 def _roi_gradient(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     needs = [bool(ctx.needs_input_grad[i]) for i in (0, 2, 3)]
     gradients = _roi_backward(grad_out, *ctx.saved_tensors, *ctx.numbers, needs)
-    input, offset, mask = _none_unless_needed(gradients, needs)
+    input, offset, mask = none_unless_needed(gradients, needs)
     return (input, None, offset, mask, None, None, None, None)
 
 
-def _none_unless_needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+def none_unless_needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     return [gradient if need else None for gradient, need in zip(gradients, needs)]
 
 
@@ -255,4 +273,4 @@ for _name, _kernel, _shape, _gradient, _tensors in (
     for _key in DEVICES.values():
         torch.library.impl(f"dcnops::{_name}", _key, _kernel, lib=_LIBRARY)
     torch.library.register_fake(f"dcnops::{_name}", _shape, lib=_LIBRARY)
-    torch.library.register_autograd(f"dcnops::{_name}", _gradient, setup_context=_saving(_tensors), lib=_LIBRARY)
+    _register_autograd(_name, _gradient, _tensors)

@@ -47,6 +47,14 @@ assert not {"cupy", "torch", "jax"} & set(sys.modules), sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_torch_adapter_imports_neither_the_compiler_nor_a_backend():
+    code = """
+import sys, dcnops.adapters.torch
+assert not {"torch._dynamo", "cupy", "numba"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_kernel_folder_holds_no_python():
     """A Python module in cuda/ would hide NVIDIA's package of that name in the root folder and break CuPy."""
     assert not list(Path("cuda").rglob("*.py"))

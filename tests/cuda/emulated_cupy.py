@@ -10,8 +10,10 @@ from unittest import mock
 import numpy as np
 
 from dcnops._backends.cuda import backend as cuda
+from dcnops._backends.cuda.programs import ProgramCache
 from tests.cases import Case
 from tests.cuda.emulator import HostArrays, host_engine
+from tests.cuda.emulator.host_engine import prepare_program
 
 
 class _Device:
@@ -48,8 +50,9 @@ class StandIn(HostArrays):
 @contextmanager
 def emulated_cupy(**engine_options: Any) -> Iterator[StandIn]:
     """Make the public functions run the CUDA backend on the host engine, with arrays of this module."""
-    stand_in = StandIn()
-    with mock.patch.object(cuda, "cupy", stand_in), mock.patch.object(cuda, "ENGINE", host_engine(**engine_options)):
+    stand_in, engine = StandIn(), host_engine(**engine_options)
+    programs = ProgramCache(engine, prepare_program)
+    with mock.patch.multiple(cuda, cupy=stand_in, ENGINE=engine, PROGRAMS=programs):
         yield stand_in
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import cupy
@@ -9,7 +10,7 @@ import numpy
 from cupy._core import _routines_linalg as cupy_linalg
 
 from dcnops._backends.cuda import plans
-from dcnops._backends.cuda.cupy_engine import ENGINE
+from dcnops._backends.cuda.cupy_engine import ENGINE, PROGRAMS
 from dcnops._backends.cuda.engine import Engine, dtype_name
 from dcnops._backends.cuda.plans.array_jobs import is_channels_last, sum_dtype
 from dcnops._explain import is_explaining
@@ -30,7 +31,7 @@ def deform_conv2d(
     """See `dcnops.deform_conv2d`; the arguments have been checked."""
     with input.device:
         arrays = _images(input), _images(offset), contiguous(weight), contiguous(bias), _images(mask)
-        return plans.deform_conv2d(_engine(), geometry, *arrays, _precision(precision, input))
+        return _run(plans.deform_conv2d, geometry, arrays, _precision(precision, input))
 
 
 def deform_conv2d_backward(
@@ -48,7 +49,8 @@ def deform_conv2d_backward(
     with input.device:
         arrays = _images(grad_out), _images(input), _images(offset), contiguous(weight), _images(mask)
         options = needs, deterministic, _precision(precision, input)
-        return plans.deform_conv2d_backward(_engine(), geometry, *arrays, *options)
+        gradients: dict[str, cupy.ndarray] = _run(plans.deform_conv2d_backward, geometry, arrays, *options)
+        return gradients
 
 
 def deform_roi_pool(
@@ -106,6 +108,13 @@ def _coordinates(rois: cupy.ndarray, input: cupy.ndarray) -> cupy.ndarray:
         # Some versions of CuPy cannot convert bfloat16: its bits are the upper half of a float32.
         rois = (cupy.ascontiguousarray(rois.view(numpy.uint16)).astype(numpy.uint32) << 16).view(numpy.float32)
     return cupy.ascontiguousarray(rois, sum_dtype(ENGINE, input.dtype))
+
+
+def _run(plan: Callable[..., Any], geometry: Any, arrays: tuple[Any, ...], *options: Hashable) -> Any:
+    """Run a plan, or replay what it launched in an earlier call of the same signature."""
+    if is_explaining():
+        return plan(ENGINE.explaining, geometry, *arrays, *options)
+    return PROGRAMS.run(plan, geometry, arrays, *options)
 
 
 def _engine() -> Engine:

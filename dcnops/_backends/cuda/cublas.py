@@ -8,13 +8,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import cupy
 from cupy_backends.cuda.api import runtime
 from cupy_backends.cuda.libs import cublas
 
 from dcnops._backends.cuda.engine import dtype_name
+from dcnops._backends.cuda.programs import Location, Product
 from dcnops._dtypes import DTYPES
 
 _Matrices: TypeAlias = tuple[Any, tuple[int, ...], tuple[int, ...]]
@@ -26,17 +28,51 @@ _MATH_MODE = cublas.CUBLAS_DEFAULT_MATH | _DISALLOW_REDUCED_PRECISION_REDUCTION
 
 
 class CublasSession:
-    """Context in which CuPy's cuBLAS handle is set up for products on the current stream."""
+    """Context in which CuPy's cuBLAS handle is set up for products on a stream, the current one by default."""
 
-    def __enter__(self) -> None:
+    def __init__(self, stream: int | None = None) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> int:
+        stream = cupy.cuda.get_current_stream().ptr if self._stream is None else self._stream
         self._handle = cupy.cuda.device.get_cublas_handle()
-        stream = ctypes.c_void_p(cupy.cuda.get_current_stream().ptr)
-        _check(_set_stream(ctypes.c_void_p(self._handle), stream))
+        _check(_set_stream(ctypes.c_void_p(self._handle), ctypes.c_void_p(stream)))
         self._mode = cublas.getMathMode(self._handle)
         cublas.setMathMode(self._handle, _MATH_MODE)
+        return int(self._handle)
 
     def __exit__(self, *_: object) -> None:
         cublas.setMathMode(self._handle, self._mode)
+
+
+class PreparedProduct(NamedTuple):
+    """A recorded product: cuBLAS's arguments but for the handle, and where `b`, `a` and `out` lie."""
+
+    sizes: tuple[Any, ...]
+    after_b: tuple[Any, ...]
+    after_a: tuple[Any, ...]
+    after_out: tuple[Any, ...]
+    b: Location
+    a: Location
+    out: Location
+
+
+def prepare_product(product: Product) -> PreparedProduct:
+    """Work out all that cuBLAS takes for a recorded product, but for the addresses."""
+    a, b, out = product.a, product.b, product.out
+    sizes, after_b, after_a, after_out = _gemm_arguments(a[:3], b[:3], out[:3], product.accumulate, product.precision)
+    return PreparedProduct(sizes, after_b, after_a, after_out, b.location, a.location, out.location)
+
+
+def multiply(handle: int, product: PreparedProduct, addresses: Sequence[int]) -> None:
+    """Issue a prepared product for the addresses of a call, within a `CublasSession` that gave `handle`."""
+    sizes, after_b, after_a, after_out, (b, b_offset), (a, a_offset), (out, out_offset) = product
+    pointer = ctypes.c_void_p
+    status = _gemm(
+        pointer(handle), *sizes, pointer(addresses[b] + b_offset), *after_b, pointer(addresses[a] + a_offset), *after_a,
+        pointer(addresses[out] + out_offset), *after_out,
+    )  # fmt: skip
+    _check(status)
 
 
 def matmul(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray, accumulate: bool, precision: str) -> None:

@@ -66,7 +66,7 @@ class Engine:
         matmul: Callable[[Any, Any, Any, bool, str], None],
         device: Callable[[], Device],
         pointer: Callable[[Any], int],
-        session: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        session: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.xp = xp
         self._compile = compile

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from dcnops._backends.cuda.engine import Device, Engine
+from dcnops._backends.cuda.programs import Launch, Matrices, Product, Program
 from tests.cuda.emulator.host_compiler import HostCompiler
 from tests.cuda.emulator.sanitizers import is_sanitized
 
@@ -105,6 +107,31 @@ def host_engine(
         sanitize=is_sanitized() if sanitize is None else sanitize,
     )
     return Engine(HostArrays(), compiler.compile, matmul, lambda: device, lambda array: int(array.ctypes.data))
+
+
+def prepare_program(program: Program) -> Callable[[Sequence[int], int], None]:
+    """Return a function that issues a recorded program for the addresses of a call."""
+
+    def issue(addresses: Sequence[int], stream: int) -> None:
+        params = program.located_params(addresses)
+        for step in program.steps:
+            if isinstance(step, Launch):
+                struct = step.kind.from_buffer(params, step.params)
+                step.launcher(step.grid, step.block, step.shared_bytes, struct)
+            elif isinstance(step, Product):
+                a, b, out = (_matrices(matrices, addresses) for matrices in (step.a, step.b, step.out))
+                matmul(a, b, out, step.accumulate, step.precision)
+            else:
+                ctypes.memset(addresses[step.location.base] + step.location.offset, 0, step.nbytes)
+
+    return issue
+
+
+def _matrices(matrices: Matrices, addresses: Sequence[int]) -> np.ndarray:
+    """Return a view of a stack of matrices at the addresses of a call."""
+    span = matrices.dtype.itemsize + sum((n - 1) * s for n, s in zip(matrices.shape, matrices.strides))
+    memory = (ctypes.c_char * span).from_address(addresses[matrices.location.base] + matrices.location.offset)
+    return np.ndarray(matrices.shape, matrices.dtype, memory, strides=matrices.strides)
 
 
 def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool, precision: str = "ieee") -> None:

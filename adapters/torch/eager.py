@@ -1,0 +1,126 @@
+"""Eager calls on plain CUDA tensors, past the dispatcher: an `autograd.Function` replays the recorded programs.
+
+All other calls go through the registered operator: compilation, export, tracing, tensor subclasses, functorch, dispatch
+and function modes, forward-mode derivatives, calls under the profiler, which only sees operators, and calls that are
+explained in the log.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+from torch.nn import Parameter
+
+from dcnops._explain import is_explaining
+
+from . import devices, operators
+from .cuda_calls import CALLS, ConvCall, can_be_prepared, is_dense
+
+_TENSOR = frozenset((Tensor, Parameter))
+_TENSOR_OR_NONE = frozenset((Tensor, Parameter, type(None)))
+_ALIGNMENT_MASK = 15
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_jit_tracing = torch._C._get_tracing_state
+_is_profiling = torch._C._autograd._profiler_enabled
+
+
+def is_plain(required: tuple[Any, ...], optional: tuple[Any, ...]) -> bool:
+    """Check for plain tensors on the current GPU and for the absence of modes that have to see the operator."""
+    return (
+        _TENSOR.issuperset(map(type, required))
+        and _TENSOR_OR_NONE.issuperset(map(type, optional))
+        and devices.is_on_current_gpu(required[0])
+        and _dispatch_modes() == 0
+        and _function_modes() == 0
+        and _functorch_level() is None
+        and forward_ad._current_level < 0
+        and _jit_tracing() is None
+        and not _is_profiling()
+        and not is_explaining()
+    )
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    precision: str,
+) -> Tensor | None:
+    """Compute the operator of tensors that are `is_plain`; return None where the operator itself has to be called."""
+    call = _find(input, offset, weight, bias, mask, stride, padding, dilation, precision)
+    if call is None:
+        return None
+    tensors = input, offset, weight, bias, mask
+    if call.copied:
+        tensors = tuple(  # type: ignore[assignment]
+            tensor.contiguous() if i in call.copied and tensor is not None else tensor
+            for i, tensor in enumerate(tensors)
+        )
+    if (tensors[0].data_ptr() | tensors[2].data_ptr()) & _ALIGNMENT_MASK:
+        return None
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        output: Tensor = _DeformConv2d.apply(call, *tensors)
+        return output
+    return call.forward(*tensors)
+
+
+def _find(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    precision: str,
+) -> ConvCall | None:
+    key = (
+        input.shape, input.stride(), input.dtype, input.device,
+        offset.shape, offset.stride(), offset.dtype, offset.device,
+        weight.shape, weight.stride(), weight.dtype, weight.device,
+        bias is not None and (bias.shape, bias.stride(), bias.dtype, bias.device),
+        mask is not None and (mask.shape, mask.stride(), mask.dtype, mask.device),
+        stride, padding, dilation, precision,
+    )  # fmt: skip
+    try:
+        call = CALLS.get(key)
+    except TypeError:  # a list, which has no hash
+        return None
+    tensors = input, offset, weight, bias, mask
+    if call is None and can_be_prepared(*tensors):
+        call = CALLS.add(key, lambda: ConvCall(tensors, stride, padding, dilation, precision))
+        if call is None:
+            CALLS.see(key)
+    return call
+
+
+class _DeformConv2d(Function):
+    @staticmethod
+    def forward(ctx: Any, call: ConvCall, *tensors: Any) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.call = call
+        return call.forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        call, tensors = ctx.call, ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled() or not is_plain((grad_out,), ()):
+            # The operator, which has a gradient of its own.
+            gradients = operators.deform_conv2d_backward(grad_out, *tensors, *call.numbers, list(needs))
+            return (None, *operators.none_unless_needed(gradients, needs))
+        if not is_dense(grad_out) or grad_out.data_ptr() & _ALIGNMENT_MASK:
+            grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+        return (None, *call.backward(grad_out, *tensors, needs))

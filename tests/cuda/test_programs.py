@@ -1,0 +1,104 @@
+"""Recorded programs give what their plans give, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from dcnops._backends.cuda import plans
+from dcnops._backends.cuda.engine import Device, Engine
+from dcnops._backends.cuda.programs import ArrayForm, Fill, Launch, Product, Program, ProgramCache, Recorder
+from dcnops._shapes import DeformConvGeometry
+from tests.cases import Case, conv_cases, make_conv
+from tests.conftest import EmulatedRunner
+from tests.cuda.emulator.host_engine import matmul, prepare_program
+
+BRIEF = settings(settings.get_profile("brief"))
+
+
+def replayed(case: Case, direction: str, runner: EmulatedRunner) -> tuple[Any, Any, ProgramCache]:
+    """The results of a plan and those of its replay."""
+    cache = ProgramCache(runner.engine, prepare_program)
+    arrays = runner._arrays(case, without="" if direction == "forward" else "bias")
+    options: tuple[Any, ...] = ("ieee", runner.chunk_bytes)
+    plan = plans.deform_conv2d
+    if direction == "backward":
+        arrays = [case.grad_out, *arrays]
+        options = (frozenset(case.needs), runner.deterministic, *options)
+        plan = plans.deform_conv2d_backward
+    first, second, third = (cache.run(plan, case.geometry(), arrays, *options) for _ in range(3))
+    return first, (second, third), cache
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("deterministic", [False, True])
+@given(case=conv_cases())
+@BRIEF
+def test_a_replay_gives_the_same_bits(case: Case, direction: str, deterministic: bool):
+    runner = EmulatedRunner(chunk_bytes=40_000, deterministic=deterministic)
+    wanted, others, cache = replayed(case, direction, runner)
+    assert len(cache.replays) == 1
+    for found in others:
+        for name in wanted if isinstance(wanted, dict) else [...]:
+            np.testing.assert_array_equal(found[name], wanted[name])
+            assert found[name].strides == wanted[name].strides
+
+
+HOPPER = Device(0, 90, 132, 227 * 1024)
+LAYERS = [(128, 100, 168), (256, 50, 84), (512, 50, 84), (64, 200, 336)]
+
+
+def record(layer: tuple[int, int, int], N: int, dtype: str, direction: str, workspace: int) -> Program:
+    """The program of a modulated 3x3 convolution of a ResNet-50 on 132 multiprocessors; nothing is compiled or run."""
+    C, H, W = layer
+    images = {"input": C, "offset": 18, "mask": 9, "grad_out": C}
+    forms = {name: ArrayForm((N, channels, H, W), np.dtype(dtype), False) for name, channels in images.items()}
+    forms |= {
+        "weight": ArrayForm((C, C, 3, 3), np.dtype(dtype), False),
+        "bias": ArrayForm((C,), np.dtype(dtype), False),
+    }
+    names = ("input", "offset", "weight", "bias", "mask")
+    geometry = DeformConvGeometry.of(*(forms[name] for name in names), stride=1, padding=1, dilation=1)
+    engine = Engine(np, lambda *_: lambda *_: None, matmul, lambda: HOPPER, lambda array: 0)
+    recorder = Recorder(engine)
+    if direction == "forward":
+        arguments, options = [forms[name] for name in names], ("ieee", workspace)
+        return recorder.record(plans.deform_conv2d, geometry, arguments, options)[0]
+    arguments = [forms[name] for name in ("grad_out", "input", "offset", "weight", "mask")]
+    options = (frozenset(names), False, "ieee", workspace)
+    return recorder.record(plans.deform_conv2d_backward, geometry, arguments, options)[0]
+
+
+def counts(program: Program) -> tuple[int, ...]:
+    return tuple(sum(isinstance(step, kind) for step in program.steps) for kind in (Launch, Product, Fill))
+
+
+@pytest.mark.parametrize("N", [1, 16])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_one_chunk_takes_few_steps(layer: tuple[int, int, int], dtype: str, N: int):
+    launches, products, fills = counts(record(layer, N, dtype, "forward", 2**50))
+    assert launches + products <= 3 and fills == 0
+    launches, products, fills = counts(record(layer, N, dtype, "backward", 2**50))
+    assert (launches, products) == (5, 2) and fills <= 1
+
+
+@pytest.mark.parametrize("workspace, chunks", [(2**25, 16), (2**27, 4), (2**29, 1)])
+def test_a_larger_workspace_means_fewer_chunks(workspace: int, chunks: int):
+    launches, products, fills = counts(record((256, 50, 84), 16, "float16", "backward", workspace))
+    assert products <= 2 * chunks and launches <= 5 * chunks and fills <= chunks
+
+
+def test_a_signature_is_recorded_at_its_second_sight_and_dropped_when_memory_is_short():
+    runner = EmulatedRunner()
+    case = make_conv()
+    cache = ProgramCache(runner.engine, prepare_program, max_bytes=5000)
+    sizes = []
+    for H in (5, 5, 5, 6, 6):
+        case = make_conv(H=H)
+        cache.run(plans.deform_conv2d, case.geometry(), runner._arrays(case), "ieee")
+        sizes.append(len(cache.replays))
+    assert sizes[:3] == [0, 1, 1] and cache.replays.nbytes <= 5000
