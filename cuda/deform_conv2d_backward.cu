@@ -45,6 +45,7 @@ struct DeformConvBackwardParams {
   ListPart* parts;             // the parts of long lists after their first part_entries entries
   ListCounters* counters;      // initially 0
   DeformConvSizes size;
+  SamplingStrides grad_stride;  // of grad_offset and grad_mask
   RowRange range;
   Divisor by_taps, by_group_taps, by_kernel_width;  // K, D * K, kw
   Divisor by_pixels, by_output_width;               // oh * ow, ow
@@ -84,10 +85,12 @@ struct alignas(16) SampleDots {
 
 static_assert(sizeof(PreparedSample) + sizeof(SampleDots) <= DCN_SAMPLE_BYTES, "shared memory per sampling point");
 
-__device__ __forceinline__ Tap find_tap(const DeformConvBackwardParams& p, int row, int group_tap) {
+// The tap's indices are in arrays with these strides.
+__device__ __forceinline__ Tap find_tap(const DeformConvBackwardParams& p, const SamplingStrides& stride, int row,
+                                        int group_tap) {
   const Division at = divide(static_cast<unsigned>(p.range.first_pixel + row), p.by_pixels);
   const ImagePixel pixel = {p.range.first_image + static_cast<int>(at.quotient), static_cast<int>(at.remainder)};
-  return tap_of_pixel(p.size, pixel, group_tap);
+  return tap_of_pixel(stride, pixel, group_tap);
 }
 
 __device__ __forceinline__ SamplePoint<Sum> locate_tap(const DeformConvBackwardParams& p, const Tap& tap, int k) {
@@ -110,7 +113,7 @@ struct SampleLists {
 };
 
 __device__ __forceinline__ SampleLists lists_of(const DeformConvBackwardParams& p, int row, int d, int k) {
-  const Tap tap = find_tap(p, row, d * (p.size.kh * p.size.kw) + k);
+  const Tap tap = find_tap(p, p.size.stride, row, d * (p.size.kh * p.size.kw) + k);
   // Loaded before the offsets are waited for.
   const Sum modulation = modulation_of(p, tap);
   const SamplePoint<Sum> point = locate_tap(p, tap, k);
@@ -137,7 +140,7 @@ struct Sample {
 // Sampling point number s. Numbers follow the memory order of the offsets, so that consecutive threads read consecutive
 // words.
 __device__ __forceinline__ Sample sample_number(const DeformConvBackwardParams& p, unsigned s) {
-  const bool rows_together = p.size.offset_pixel == 1;
+  const bool rows_together = p.size.stride.offset_pixel == 1;
   const Division at = divide(s, rows_together ? p.by_rows : p.by_group_taps);
   const Division group_tap = divide(rows_together ? at.quotient : at.remainder, p.by_taps);
   return {static_cast<int>(rows_together ? at.remainder : at.quotient), static_cast<int>(group_tap.quotient),
@@ -522,7 +525,7 @@ __device__ __forceinline__ PreparedSample prepare_sample(const DeformConvBackwar
   prepared.column = -1;
   if (sample.row >= p.range.rows) return prepared;
   const int K = p.size.kh * p.size.kw;
-  const Tap tap = find_tap(p, sample.row, sample.d * K + sample.k);
+  const Tap tap = find_tap(p, p.size.stride, sample.row, sample.d * K + sample.k);
   prepared.modulation = modulation_of(p, tap);
   const SamplePoint<Sum> point = locate_tap(p, tap, sample.k);
   prepared.column = static_cast<long long>(sample.row) * K * p.size.C +
@@ -726,10 +729,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kManyBlocks)
       const Sample sample = sample_of_tile(p, tile, s);
       if (sample.row >= p.range.rows) continue;
       const SampleGradient gradient = differentiate(prepared[s], dots[s]);
-      const Tap tap = find_tap(p, sample.row, sample.d * (p.size.kh * p.size.kw) + sample.k);
+      const Tap tap = find_tap(p, p.grad_stride, sample.row, sample.d * (p.size.kh * p.size.kw) + sample.k);
       if (p.grad_offset) {
         p.grad_offset[tap.offset_at] = narrow<OffsetScalar>(gradient.y);
-        p.grad_offset[tap.offset_at + p.size.offset_channel] = narrow<OffsetScalar>(gradient.x);
+        p.grad_offset[tap.offset_at + p.grad_stride.offset_channel] = narrow<OffsetScalar>(gradient.x);
       }
       if (p.grad_mask) p.grad_mask[tap.mask_at] = narrow<OffsetScalar>(gradient.modulation);
     }

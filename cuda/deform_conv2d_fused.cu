@@ -192,7 +192,8 @@ struct Loader {
     SampleWeights<int> sample = {};
     if (pixel.at.image >= 0) {
       const int k = step.i * p.size.kw + step.j;
-      const Tap tap = tap_of_pixel(p.size, pixel.at, (deformable_group + step.segment) * (p.size.kh * p.size.kw) + k);
+      const Tap tap =
+          tap_of_pixel(p.size.stride, pixel.at, (deformable_group + step.segment) * (p.size.kh * p.size.kw) + k);
       const int y = pixel.y + step.i * p.size.dh, x = pixel.x + step.j * p.size.dw;
       sample = weigh_sample<int>(p.size, tap, locate_shifted(p.size, tap, y, x, p.offset), p.mask);
     }

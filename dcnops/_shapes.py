@@ -10,7 +10,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 from dcnops._arguments import MAX_EXTENT, Padding, Pair, check_sampling, expand_padding, expand_pair
 from dcnops._errors import ArgumentError, ShapeError
@@ -18,8 +18,10 @@ from dcnops._layout import NCHW, Layout
 
 _MAX_PIXELS = 2**31
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+ImageStrides: TypeAlias = tuple[int, int, int]
+"""Strides between the images, channels and pixels of an array [N, C, H, W], in elements."""
+
 _SIZE_NAMES = ("N", "C", "H", "W", "oh", "ow", "kh", "kw", "sh", "sw", "dh", "dw", "pad_top", "pad_left", "G", "D")
-_STEP_NAMES = ("offset_channel", "offset_pixel", "mask_channel", "mask_pixel")
 
 
 def _cached(function: _Function) -> _Function:
@@ -43,10 +45,23 @@ class Shaped(Protocol):
     def shape(self) -> Any: ...
 
 
+class SamplingStrides(ctypes.Structure):
+    """Strides of offsets and masks, or of their gradients (`SamplingStrides` in dcn/deform_conv2d.cuh)."""
+
+    _fields_ = [
+        *((name, ctypes.c_longlong) for name in ("offset_image", "mask_image")),
+        *((name, ctypes.c_int) for name in ("offset_channel", "offset_pixel", "mask_channel", "mask_pixel")),
+    ]
+
+    @classmethod
+    def of(cls, offset: ImageStrides, mask: ImageStrides) -> SamplingStrides:
+        return cls(offset[0], mask[0], *offset[1:], *mask[1:])
+
+
 class DeformConvSizes(ctypes.Structure):
     """Sizes as every deformable convolution kernel takes them (`DeformConvSizes` in dcn/deform_conv2d.cuh)."""
 
-    _fields_ = [(name, ctypes.c_int) for name in (*_SIZE_NAMES, *_STEP_NAMES)]
+    _fields_ = [*((name, ctypes.c_int) for name in _SIZE_NAMES), ("stride", SamplingStrides)]
 
 
 @dataclass(frozen=True)
@@ -110,14 +125,10 @@ class DeformConvGeometry:
         """Number of output pixels per image."""
         return self.oh * self.ow
 
-    def params(self, offset_last: bool = False, mask_last: bool = False) -> DeformConvSizes:
-        """Return the struct for the kernels; `offset_last` and `mask_last` mark channels-last offsets and masks."""
-        channels = self.D * self.K
-        return DeformConvSizes(
-            *(getattr(self, name) for name in _SIZE_NAMES),
-            *((1, 2 * channels) if offset_last else (self.pixels, 1)),
-            *((1, channels) if mask_last else (self.pixels, 1)),
-        )
+    def params(self, offset_strides: ImageStrides, mask_strides: ImageStrides) -> DeformConvSizes:
+        """Return the struct for the kernels."""
+        strides = SamplingStrides.of(offset_strides, mask_strides)
+        return DeformConvSizes(*(getattr(self, name) for name in _SIZE_NAMES), strides)
 
     @classmethod
     def of(

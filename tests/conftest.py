@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,9 +12,12 @@ from hypothesis import HealthCheck, settings
 
 import dcnops
 from dcnops._backends.cuda import plans
-from dcnops._backends.cuda.plans.array_jobs import is_channels_last
+from dcnops._backends.cuda.plans.array_jobs import is_channels_last, is_evenly_spaced
+from dcnops._backends.cuda.programs import ArrayForm, ProgramCache
+from dcnops._shapes import DeformConvGeometry
 from tests.cases import Case
 from tests.cuda.emulator import host_engine
+from tests.cuda.emulator.host_engine import prepare_program
 
 settings.register_profile(
     "default",
@@ -74,7 +78,10 @@ class GpuRunner(CpuRunner):
 
 
 class EmulatedRunner:
-    """The plans and kernels of the CUDA backend, emulated on the CPU."""
+    """The plans and kernels of the CUDA backend, emulated on the CPU.
+
+    A convolution runs twice, by its plan and by the recorded program of the plan. The bits must be the same.
+    """
 
     def __init__(
         self,
@@ -89,19 +96,34 @@ class EmulatedRunner:
         self.deterministic = deterministic
         self.forward_options = forward or {}
         self.backward_options = backward or {}
+        # Other schedules change the order of atomic additions.
+        self.programs = None if engine_options else ProgramCache(self.engine, prepare_program)
 
     def forward(self, case: Case) -> np.ndarray:
         plan = getattr(plans, case.operation)
         # The forward pass of RoI pooling has no chunks.
         chunks = {"workspace_bytes": self.chunk_bytes} if case.operation == "deform_conv2d" else {}
-        return plan(self.engine, case.geometry(), *self._arrays(case), **chunks, **self.forward_options)
+        return self._run(plan, case.geometry(), self._arrays(case), **chunks, **self.forward_options)
 
     def backward(self, case: Case, needs: tuple[str, ...] | None = None) -> Mapping[str, np.ndarray]:
         plan = getattr(plans, f"{case.operation}_backward")
         arrays = [_images(case.grad_out), *self._arrays(case, without="bias")]
-        wanted = frozenset(needs or case.needs)
-        options = {"deterministic": self.deterministic, "workspace_bytes": self.chunk_bytes, **self.backward_options}
-        return plan(self.engine, case.geometry(), *arrays, wanted, **options)
+        options = {
+            "needs": frozenset(needs or case.needs),
+            "deterministic": self.deterministic,
+            "workspace_bytes": self.chunk_bytes,
+            **self.backward_options,
+        }
+        return self._run(plan, case.geometry(), arrays, **options)
+
+    def _run(self, plan: Callable[..., Any], geometry: Any, arrays: list[Any], **options: Any) -> Any:
+        results = plan(self.engine, geometry, *arrays, **options)
+        forms = [None if array is None else ArrayForm.of(self.engine, array) for array in arrays]
+        is_aligned = all(form is None or form.aligned for form in forms)
+        if self.programs is not None and is_aligned and isinstance(geometry, DeformConvGeometry):
+            replay = self.programs.record(functools.partial(plan, **options), geometry, forms, ())
+            assert_same_bits(replay.run(self.engine, 0, arrays), results)
+        return results
 
     @staticmethod
     def _arrays(case: Case, without: str = "") -> list[np.ndarray | None]:
@@ -109,9 +131,7 @@ class EmulatedRunner:
         arrays = {name: _contiguous(getattr(case, name)) for name in case.arrays if name != without}
         arrays["input"] = _images(case.input)
         if case.operation == "deform_conv2d":
-            arrays |= {
-                name: None if arrays[name] is None else _images(getattr(case, name)) for name in ("offset", "mask")
-            }
+            arrays |= {name: _sampling(getattr(case, name)) for name in ("offset", "mask")}
         kinds = {name: array.dtype for name, array in arrays.items() if array is not None and name != "rois"}
         apart = {kinds.pop(name) for name in ("offset", "mask") if name in kinds}  # may be float32 for 16-bit data
         assert len(apart) <= 1 and len(set(kinds.values())) == 1, f"the public functions would not pass {kinds, apart}"
@@ -120,8 +140,22 @@ class EmulatedRunner:
         return list(arrays.values())
 
 
+def assert_same_bits(found: Any, wanted: Any) -> None:
+    """Check an array, or arrays by name, for the same bits and memory order."""
+    if isinstance(wanted, Mapping):
+        assert list(found) == list(wanted)
+    for name in wanted if isinstance(wanted, Mapping) else [...]:
+        assert found[name].strides == wanted[name].strides
+        bits = [np.ascontiguousarray(array[name]).view(np.uint8) for array in (found, wanted)]
+        np.testing.assert_array_equal(*bits)
+
+
 def _images(array: np.ndarray) -> np.ndarray:
     return array if is_channels_last(array) else np.ascontiguousarray(array)
+
+
+def _sampling(array: np.ndarray | None) -> np.ndarray | None:
+    return array if array is None or is_evenly_spaced(array) else np.ascontiguousarray(array)
 
 
 def _contiguous(array: np.ndarray | None) -> np.ndarray | None:

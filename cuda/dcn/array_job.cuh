@@ -9,11 +9,14 @@ enum ArrayTask {
   kNothing,
   kPixelsToRows,         // Scalar [N, C, P] to Scalar [rows, C]
   kPixelsToRoundedRows,  // the same for floats, rounded to TF32
+  kWidePixelsToRows,     // Sum [N, C, P] to Scalar [rows, C]
   kRowsToPixels,         // Sum [rows, C] to Scalar [N, C, P]
+  kRowsToWidePixels,     // Sum [rows, C] to Sum [N, C, P]
   kSumPixels,            // Scalar [N, C, P] to Sum [N, C]
   kSumRows,              // Sum [P, C] to Scalar [C]
   kSumRowParts,          // Scalar [rows, C] to Sum [parts, C], P rows to a part
   kFillPixels,           // Scalar [C] to Scalar [N, C, P]
+  kZero,                 // zeros to Sum [N, C, P]
 };
 
 struct ArrayJob {

@@ -3,7 +3,7 @@
 #include "dcn/channel_sums.cuh"
 #include "dcn/transposes.cuh"
 
-constexpr int kMaxArrayJobs = 4;
+constexpr int kMaxArrayJobs = 6;
 
 struct ArrayJobsParams {
   ArrayJob jobs[kMaxArrayJobs];
@@ -14,6 +14,30 @@ __device__ __forceinline__ long long array_job_tiles(const ArrayJobsParams& p) {
 #pragma unroll
   for (int i = 0; i < kMaxArrayJobs; ++i) tiles += p.jobs[i].tiles;
   return tiles;
+}
+
+// Scalar rows from images of the type From.
+template <typename Scalar, typename From>
+__device__ __forceinline__ void transpose_to_rows(const ArrayJob& job, int t, unsigned char* shared) {
+  if (job.P == 1) {
+    copy_rows<Scalar, From>(job, t);
+  } else if (SmallImages<Scalar>::fit(job)) {
+    small_pixels_to_rows<Scalar, From>(job, t, shared);
+  } else {
+    pixels_to_rows<Scalar, From>(job, t, shared);
+  }
+}
+
+// Images of the type To from rows of sums.
+template <typename To>
+__device__ __forceinline__ void transpose_to_pixels(const ArrayJob& job, int t, unsigned char* shared) {
+  if (job.P == 1) {
+    copy_rows<To, Accumulator<To>>(job, t);
+  } else if (SmallImages<To>::fit(job)) {
+    small_rows_to_pixels<To>(job, t, shared);
+  } else {
+    rows_to_pixels<To>(job, t, shared);
+  }
 }
 
 // Runs tile t of all jobs. Block: kThreads threads in x, all with the same t.
@@ -27,22 +51,16 @@ __device__ __forceinline__ void run_array_job_tile(const ArrayJobsParams& p, lon
       switch (job.task) {
         case kPixelsToRows:
         case kPixelsToRoundedRows:
-          if (job.P == 1) {
-            copy_rows<Scalar, Scalar>(job, tile);
-          } else if (SmallImages<Scalar>::fit(job)) {
-            small_pixels_to_rows<Scalar>(job, tile, shared);
-          } else {
-            pixels_to_rows<Scalar>(job, tile, shared);
-          }
+          transpose_to_rows<Scalar, Scalar>(job, tile, shared);
+          break;
+        case kWidePixelsToRows:
+          if constexpr (sizeof(Scalar) == 2) transpose_to_rows<Scalar, Accumulator<Scalar>>(job, tile, shared);
           break;
         case kRowsToPixels:
-          if (job.P == 1) {
-            copy_rows<Scalar, Accumulator<Scalar>>(job, tile);
-          } else if (SmallImages<Scalar>::fit(job)) {
-            small_rows_to_pixels<Scalar>(job, tile, shared);
-          } else {
-            rows_to_pixels<Scalar>(job, tile, shared);
-          }
+          transpose_to_pixels<Scalar>(job, tile, shared);
+          break;
+        case kRowsToWidePixels:
+          if constexpr (sizeof(Scalar) == 2) transpose_to_pixels<Accumulator<Scalar>>(job, tile, shared);
           break;
         case kSumPixels:
           sum_pixels<Scalar>(job, tile, shared);
@@ -55,6 +73,9 @@ __device__ __forceinline__ void run_array_job_tile(const ArrayJobsParams& p, lon
           break;
         case kFillPixels:
           fill_pixels<Scalar>(job, tile);
+          break;
+        case kZero:
+          write_zeros<Accumulator<Scalar>>(job, tile);
           break;
       }
     }

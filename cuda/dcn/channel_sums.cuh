@@ -1,4 +1,4 @@
-// Sums of each channel over all pixels, and arrays filled with one value per channel.
+// Sums of each channel over all pixels, and arrays filled with one value per channel or with zeros.
 
 #include "dcn/array_job.cuh"
 
@@ -108,4 +108,21 @@ __device__ __forceinline__ void fill_pixels(const ArrayJob& job, int t) {
 #pragma unroll 1
     for (unsigned i = threadIdx.x; i < count; i += blockDim.x) target[i] = value_at(i);
   }
+}
+
+// Tile: kFillTileElements elements.
+template <typename Sum>
+__device__ __forceinline__ void write_zeros(const ArrayJob& job, int t) {
+  constexpr unsigned vector = 16 / sizeof(Sum);
+  const long long all = static_cast<long long>(job.N) * job.C * job.P,
+                  first = static_cast<long long>(t) * kFillTileElements;
+  const unsigned count = static_cast<unsigned>(min(all - first, static_cast<long long>(kFillTileElements)));
+  Sum* target = static_cast<Sum*>(job.target) + first;
+  const unsigned in_vectors = is_aligned(target, 16) ? count / vector * vector : 0;
+#pragma unroll 1
+  for (unsigned i = threadIdx.x * vector; i < in_vectors; i += blockDim.x * vector) {
+    *reinterpret_cast<Vector<Sum, vector>*>(target + i) = {};
+  }
+#pragma unroll 1
+  for (unsigned i = in_vectors + threadIdx.x; i < count; i += blockDim.x) target[i] = Sum(0);
 }

@@ -27,39 +27,45 @@ __device__ __forceinline__ ScalarVector load_vector_if(const Scalar* from, bool 
   return value;
 }
 
+// Strides of offset [N, 2*D*K, oh*ow] and mask [N, D*K, oh*ow], or of their gradients, in elements.
+struct SamplingStrides {
+  long long offset_image, mask_image;
+  int offset_channel, offset_pixel;
+  int mask_channel, mask_pixel;
+};
+
 struct DeformConvSizes {
   int N, C, H, W;
   int oh, ow, kh, kw;
   int sh, sw, dh, dw;
   int pad_top, pad_left;
   int G, D;
-  int offset_channel, offset_pixel;  // strides of offset [N, 2*D*K, oh, ow] and its gradient, NCHW or NHWC
-  int mask_channel, mask_pixel;      // strides of mask [N, D*K, oh, ow] and its gradient
+  SamplingStrides stride;
 };
 
 // One (row, deformable group, tap): its image, output pixel, and indices of its offset and mask.
 struct Tap {
   int image, pixel;     // pixel = a * ow + b
-  long long offset_at;  // index of dy in offset [N, 2*D*K, oh, ow]; dx is one channel further
-  long long mask_at;    // index in mask [N, D*K, oh, ow]
+  long long offset_at;  // index of dy in offset; dx is one channel further
+  long long mask_at;    // index in mask
 };
 
-__device__ __forceinline__ Tap tap_of_pixel(const DeformConvSizes& size, const ImagePixel& at, int group_tap) {
-  const long long first = static_cast<long long>(at.image) * size.D * size.kh * size.kw * size.oh * size.ow;
-  const long long channel = group_tap, pixel = at.pixel;
-  return {at.image, at.pixel, 2 * first + 2 * channel * size.offset_channel + pixel * size.offset_pixel,
-          first + channel * size.mask_channel + pixel * size.mask_pixel};
+__device__ __forceinline__ Tap tap_of_pixel(const SamplingStrides& stride, const ImagePixel& at, int group_tap) {
+  const long long image = at.image, channel = group_tap, pixel = at.pixel;
+  return {at.image, at.pixel,
+          image * stride.offset_image + 2 * channel * stride.offset_channel + pixel * stride.offset_pixel,
+          image * stride.mask_image + channel * stride.mask_channel + pixel * stride.mask_pixel};
 }
 
 __device__ __forceinline__ Tap find_tap(const DeformConvSizes& size, const RowRange& range, int row, int group_tap) {
-  return tap_of_pixel(size, find_pixel(range, row, size.oh * size.ow), group_tap);
+  return tap_of_pixel(size.stride, find_pixel(range, row, size.oh * size.ow), group_tap);
 }
 
 // The sampling point of a tap at (y, x) before its offset is added.
 __device__ __forceinline__ SamplePoint<Sum> locate_shifted(const DeformConvSizes& size, const Tap& tap, int y, int x,
                                                            const OffsetScalar* offset) {
   const Sum dy = widen(offset[tap.offset_at]);
-  const Sum dx = widen(offset[tap.offset_at + size.offset_channel]);
+  const Sum dx = widen(offset[tap.offset_at + size.stride.offset_channel]);
   return locate(static_cast<Sum>(y) + dy, static_cast<Sum>(x) + dx, size.H, size.W);
 }
 

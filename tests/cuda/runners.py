@@ -14,6 +14,7 @@ class Recorder(EmulatedRunner):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.programs = None  # every launch once
         self.launches: list[tuple[Any, ...]] = []
         self.params: list[Any] = []
         compiled = self.engine.kernel
@@ -32,6 +33,7 @@ class Recorder(EmulatedRunner):
 def allocations(runner: EmulatedRunner) -> list[int]:
     """Return a list that receives the bytes of each allocation of the runner's engine."""
     sizes: list[int] = []
+    runner.programs = None
     empty = runner.engine.xp.empty
 
     def record(shape: Any, dtype: Any = float) -> np.ndarray:
@@ -46,6 +48,7 @@ def allocations(runner: EmulatedRunner) -> list[int]:
 def broken(old: str, new: str, **options: Any) -> EmulatedRunner:
     """Return a runner with `old` replaced by `new` in the source of every kernel."""
     runner = EmulatedRunner(**options)
+    runner.programs = None
     compile = runner.engine._compile
 
     def compile_broken(source: str, kernel: str, compile_options: tuple[str, ...]) -> Any:

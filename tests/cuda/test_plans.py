@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.kernel_source import kernel_source
 from dcnops._backends.cuda.plans.array_jobs import ArrayJobsParams, ArrayTask, is_channels_last
 from tests.cases import DTYPES, Case, RoIPoolCase, assert_correct, conv_cases, make_conv, make_roi_pool, roi_pool_cases
-from tests.conftest import EmulatedRunner
+from tests.conftest import EmulatedRunner, assert_same_bits
 from tests.cuda.emulator import run_sanitized
 from tests.cuda.kernel_matrix import specialisations
 from tests.cuda.runners import Recorder, allocations, broken, channels_last_of
@@ -82,6 +84,45 @@ def test_channels_last_images_are_not_transposed():
     # Only the weights are transposed. Results are rounded as images of one pixel.
     assert {job.P for job in jobs if job.task == ArrayTask.PIXELS_TO_ROWS} == {K}
     assert {job.P for job in jobs if job.task == ArrayTask.ROWS_TO_PIXELS} == {1}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [4000, 2**20])
+def test_parts_of_the_output_of_a_branch_are_read_in_place(channels_last: bool, chunk_bytes: int):
+    case = make_conv(N=3, C=8, D=2, dtype="float16", seed=2)
+    assert case.mask is not None
+    branch = np.concatenate([case.offset, case.mask], 1)
+    branch = channels_last_of(branch) if channels_last else branch
+    channels = case.offset.shape[1]
+    parts = case.with_arrays(offset=branch[:, :channels], mask=branch[:, channels:])
+    runner = EmulatedRunner(chunk_bytes=chunk_bytes)
+    np.testing.assert_array_equal(runner.forward(parts), runner.forward(case))
+    wanted, found = runner.backward(case), runner.backward(parts)
+    for name in wanted:
+        np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
+    assert is_channels_last(found["offset"]) == is_channels_last(found["mask"]) == channels_last
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3, 7])  # kernels of few and of many taps are transposed differently
+def test_wide_weights_are_rounded_and_their_gradient_is_not(kernel: int, channels_last: bool):
+    case = make_conv(C=8, O=4, H=9, W=8, kernel=(kernel, kernel), padding=kernel // 2, dtype="float16", seed=3)
+    runner = EmulatedRunner(chunk_bytes=4000)
+    wide = np.random.default_rng(0).standard_normal(case.weight.shape).astype(np.float32)
+    case = case.with_arrays(weight=wide.astype(np.float16))
+    weight = channels_last_of(wide) if channels_last else wide
+    output, gradients = runner.forward(case), runner.backward(case)
+
+    arrays = runner._arrays(case)
+    arrays[2] = weight
+    assert_same_bits(runner._run(plans.deform_conv2d, case.geometry(), arrays, workspace_bytes=4000), output)
+    arrays[3:4] = []  # the bias
+    options = {"needs": frozenset(case.needs), "workspace_bytes": 4000}
+    found = runner._run(plans.deform_conv2d_backward, case.geometry(), [case.grad_out, *arrays], **options)
+    assert found["weight"].dtype == np.float32 and found["weight"].strides == weight.strides
+    np.testing.assert_array_equal(found["weight"].astype(np.float16), gradients["weight"])
+    for name in set(gradients) - {"weight"}:
+        np.testing.assert_array_equal(found[name], gradients[name], err_msg=name)
 
 
 @given(case=st.one_of(conv_cases(dtypes=tuple(DTYPES)), roi_pool_cases(dtypes=tuple(DTYPES))))

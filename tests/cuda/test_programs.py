@@ -13,38 +13,26 @@ from dcnops._backends.cuda.engine import Device, Engine
 from dcnops._backends.cuda.programs import ArrayForm, Fill, Launch, Product, Program, ProgramCache, Recorder
 from dcnops._shapes import DeformConvGeometry
 from tests.cases import Case, conv_cases, make_conv
-from tests.conftest import EmulatedRunner
+from tests.conftest import EmulatedRunner, assert_same_bits
 from tests.cuda.emulator.host_engine import matmul, prepare_program
 
 BRIEF = settings(settings.get_profile("brief"))
 
 
-def replayed(case: Case, direction: str, runner: EmulatedRunner) -> tuple[Any, Any, ProgramCache]:
-    """The results of a plan and those of its replay."""
-    cache = ProgramCache(runner.engine, prepare_program)
-    arrays = runner._arrays(case, without="" if direction == "forward" else "bias")
-    options: tuple[Any, ...] = ("ieee", runner.chunk_bytes)
-    plan = plans.deform_conv2d
-    if direction == "backward":
-        arrays = [case.grad_out, *arrays]
-        options = (frozenset(case.needs), runner.deterministic, *options)
-        plan = plans.deform_conv2d_backward
-    first, second, third = (cache.run(plan, case.geometry(), arrays, *options) for _ in range(3))
-    return first, (second, third), cache
-
-
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("deterministic", [False, True])
 @given(case=conv_cases())
 @BRIEF
-def test_a_replay_gives_the_same_bits(case: Case, direction: str, deterministic: bool):
-    runner = EmulatedRunner(chunk_bytes=40_000, deterministic=deterministic)
-    wanted, others, cache = replayed(case, direction, runner)
+def test_a_signature_that_comes_again_is_replayed(case: Case, direction: str):
+    runner = EmulatedRunner(chunk_bytes=40_000)
+    cache = runner.programs
+    arrays, options = runner._arrays(case, without="" if direction == "forward" else "bias"), ("ieee", 40_000)
+    if direction == "backward":
+        arrays, options = [case.grad_out, *arrays], (frozenset(case.needs), False, *options)
+    plan = plans.deform_conv2d if direction == "forward" else plans.deform_conv2d_backward
+    first, second, third = (cache.run(plan, case.geometry(), arrays, *options) for _ in range(3))
     assert len(cache.replays) == 1
-    for found in others:
-        for name in wanted if isinstance(wanted, dict) else [...]:
-            np.testing.assert_array_equal(found[name], wanted[name])
-            assert found[name].strides == wanted[name].strides
+    assert_same_bits(second, first)
+    assert_same_bits(third, first)
 
 
 HOPPER = Device(0, 90, 132, 227 * 1024)
@@ -55,10 +43,10 @@ def record(layer: tuple[int, int, int], N: int, dtype: str, direction: str, work
     """The program of a modulated 3x3 convolution of a ResNet-50 on 132 multiprocessors; nothing is compiled or run."""
     C, H, W = layer
     images = {"input": C, "offset": 18, "mask": 9, "grad_out": C}
-    forms = {name: ArrayForm((N, channels, H, W), np.dtype(dtype), False) for name, channels in images.items()}
+    forms = {name: ArrayForm((N, channels, H, W), np.dtype(dtype)) for name, channels in images.items()}
     forms |= {
-        "weight": ArrayForm((C, C, 3, 3), np.dtype(dtype), False),
-        "bias": ArrayForm((C,), np.dtype(dtype), False),
+        "weight": ArrayForm((C, C, 3, 3), np.dtype(dtype)),
+        "bias": ArrayForm((C,), np.dtype(dtype)),
     }
     names = ("input", "offset", "weight", "bias", "mask")
     geometry = DeformConvGeometry.of(*(forms[name] for name in names), stride=1, padding=1, dilation=1)
@@ -89,7 +77,7 @@ def test_one_chunk_takes_few_steps(layer: tuple[int, int, int], dtype: str, N: i
 @pytest.mark.parametrize("workspace, chunks", [(2**25, 16), (2**27, 4), (2**29, 1)])
 def test_a_larger_workspace_means_fewer_chunks(workspace: int, chunks: int):
     launches, products, fills = counts(record((256, 50, 84), 16, "float16", "backward", workspace))
-    assert products <= 2 * chunks and launches <= 5 * chunks and fills <= chunks
+    assert products <= 2 * chunks and launches <= 5 * chunks and fills == 1
 
 
 def test_a_signature_is_recorded_at_its_second_sight_and_dropped_when_memory_is_short():

@@ -12,7 +12,7 @@ from cupy._core import _routines_linalg as cupy_linalg
 from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.cupy_engine import ENGINE, PROGRAMS
 from dcnops._backends.cuda.engine import Engine, dtype_name
-from dcnops._backends.cuda.plans.array_jobs import is_channels_last, sum_dtype
+from dcnops._backends.cuda.plans.array_jobs import is_channels_last, is_evenly_spaced, sum_dtype
 from dcnops._explain import is_explaining
 from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
 
@@ -30,7 +30,7 @@ def deform_conv2d(
 ) -> cupy.ndarray:
     """See `dcnops.deform_conv2d`; the arguments have been checked."""
     with input.device:
-        arrays = _images(input), _images(offset), contiguous(weight), contiguous(bias), _images(mask)
+        arrays = _images(input), _sampling(offset), contiguous(weight), contiguous(bias), _sampling(mask)
         return _run(plans.deform_conv2d, geometry, arrays, _precision(precision, input))
 
 
@@ -47,7 +47,7 @@ def deform_conv2d_backward(
 ) -> dict[str, cupy.ndarray]:
     """See `dcnops.deform_conv2d_backward`; the arguments have been checked."""
     with input.device:
-        arrays = _images(grad_out), _images(input), _images(offset), contiguous(weight), _images(mask)
+        arrays = _images(grad_out), _images(input), _sampling(offset), contiguous(weight), _sampling(mask)
         options = needs, deterministic, _precision(precision, input)
         gradients: dict[str, cupy.ndarray] = _run(plans.deform_conv2d_backward, geometry, arrays, *options)
         return gradients
@@ -100,6 +100,11 @@ def _images(array: Any) -> Any:
     """Return images in one of the two memory orders that the plans take; None for None."""
     is_taken = array is None or array.flags.c_contiguous or is_channels_last(array)
     return array if is_taken else contiguous(array)
+
+
+def _sampling(array: Any) -> Any:
+    """Return offsets or masks with evenly spaced pixels; None for None."""
+    return array if array is None or is_evenly_spaced(array) else contiguous(array)
 
 
 def _coordinates(rois: cupy.ndarray, input: cupy.ndarray) -> cupy.ndarray:

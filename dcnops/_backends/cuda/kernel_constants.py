@@ -18,7 +18,7 @@ MAX_ROWS = 2**30
 
 # Array jobs.
 
-MAX_ARRAY_JOBS = 4
+MAX_ARRAY_JOBS = 6
 """Jobs of one launch."""
 
 TRANSPOSE_TILE_SIDE = {2: 64, 4: 64, 8: 32}

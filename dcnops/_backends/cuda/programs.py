@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from dcnops._backends.cuda.engine import Engine, Launcher
 from dcnops._backends.cuda.kernel_constants import VECTOR_BYTES
@@ -93,16 +94,21 @@ class ArrayForm(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: Any
-    channels_last: bool
+    channels_last: bool = False
+    strides: tuple[int, ...] | None = None
+    """In bytes, if the array is neither C-contiguous nor channels-last."""
     aligned: bool = True
 
     @classmethod
     def of(cls, engine: Engine, array: Any) -> ArrayForm:
         aligned = (engine.pointer(array) or 0) % VECTOR_BYTES == 0
-        return cls(array.shape, array.dtype, array.ndim == 4 and is_channels_last(array), aligned)
+        channels_last = array.ndim == 4 and is_channels_last(array)
+        strides = None if channels_last or array.flags.c_contiguous else array.strides
+        return cls(array.shape, array.dtype, channels_last, strides, aligned)
 
     def empty(self, engine: Engine) -> Any:
-        """Return a new array of this form."""
+        """Return a new array of this form, which has no strides of its own."""
+        assert self.strides is None
         if not self.channels_last:
             return engine.empty(self.shape, self.dtype)
         N, C, H, W = self.shape
@@ -180,6 +186,13 @@ class Recorder(Engine):
         array.recorder = self
         return array.view(kind).reshape(shape)  # type: ignore[no-any-return]
 
+    def _argument(self, form: ArrayForm) -> Any:
+        if form.strides is None:
+            return form.empty(self)
+        span = form.dtype.itemsize + sum((n - 1) * stride for n, stride in zip(form.shape, form.strides))
+        memory = self.new_array((span,), np.uint8).view(form.dtype)
+        return as_strided(memory, form.shape, form.strides, subok=True)
+
     def record_fill(self, array: Any) -> None:
         self._steps.append(Fill(_address(array), array.nbytes))
 
@@ -192,7 +205,7 @@ class Recorder(Engine):
         """Run a plan on arguments of these forms; return its program, and the names of its results if it has any."""
         self._steps.clear()
         self._sizes.clear()
-        arrays = [None if form is None else form.empty(self) for form in forms]
+        arrays = [None if form is None else self._argument(form) for form in forms]
         arguments = len(self._sizes)
         returned = plan(self, geometry, *arrays, *options)
         results = list(returned.values()) if isinstance(returned, dict) else [returned]

@@ -26,6 +26,7 @@ from dcnops._backends.cuda.kernel_constants import (
     ceil_div,
 )
 from dcnops._dtypes import DTYPES
+from dcnops._shapes import ImageStrides
 
 _PART_ROWS = 1024
 """Rows of channels-last images that a block sums."""
@@ -43,11 +44,14 @@ class ArrayTask(IntEnum):
     NOTHING = 0
     PIXELS_TO_ROWS = 1
     PIXELS_TO_ROUNDED_ROWS = 2
-    ROWS_TO_PIXELS = 3
-    SUM_PIXELS = 4
-    SUM_ROWS = 5
-    SUM_ROW_PARTS = 6
-    FILL_PIXELS = 7
+    WIDE_PIXELS_TO_ROWS = 3
+    ROWS_TO_PIXELS = 4
+    ROWS_TO_WIDE_PIXELS = 5
+    SUM_PIXELS = 6
+    SUM_ROWS = 7
+    SUM_ROW_PARTS = 8
+    FILL_PIXELS = 9
+    ZERO = 10
 
 
 class ArrayJob(ctypes.Structure):
@@ -97,10 +101,26 @@ def is_channels_last(images: Any) -> bool:
     return not images.flags.c_contiguous and bool(images.transpose(0, 2, 3, 1).flags.c_contiguous)
 
 
+def is_evenly_spaced(images: Any) -> bool:
+    """Return True if the pixels of images [N, C, H, W] are evenly spaced, as in a part of the channels of an array."""
+    _, _, H, W = images.shape
+    _, channel, row, pixel = images.strides
+    fits = min(images.strides) >= 0 and max(channel, row, pixel) < 2**31
+    return fits and (row == W * pixel or H == 1 or W == 1)
+
+
+def image_strides(images: Any | None) -> ImageStrides:
+    """Return the strides of evenly spaced images [N, C, H, W]; zeros for None."""
+    if images is None:
+        return (0, 0, 0)
+    image, channel, row, pixel = (stride // images.itemsize for stride in images.strides)
+    return (image, channel, row if images.shape[3] == 1 else pixel)
+
+
 def empty_images(engine: Engine, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
-    """Return new images [N, C, H, W] in the memory order of `like`."""
+    """Return new contiguous or channels-last images [N, C, H, W], in the memory order of `like`."""
     N, C, H, W = shape
-    if is_channels_last(like):
+    if is_channels_last(like) or (not like.flags.c_contiguous and like.strides[1] < like.strides[3]):
         return engine.empty((N, H, W, C), dtype).transpose(0, 3, 1, 2)
     return engine.empty((N, C, H, W), dtype)
 
@@ -133,21 +153,30 @@ def pixels_to_rows_job(
 ) -> ArrayJob:
     """Return the transpose job from `rows` of images [N, C, P] to `target`, which starts with the first of them.
 
-    `round_to_tf32` is for float32 only.
+    The images have the dtype of `target`, or float32 for a 16-bit `target`. `round_to_tf32` is for float32 only.
     """
     assert not round_to_tf32 or images.dtype == target.dtype == "float32"
     task = ArrayTask.PIXELS_TO_ROUNDED_ROWS if round_to_tf32 else ArrayTask.PIXELS_TO_ROWS
+    if images.dtype != target.dtype:
+        task = ArrayTask.WIDE_PIXELS_TO_ROWS
     if is_channels_last(images):
         # A row of channels-last images is an image of one pixel.
         images, P, rows = rows_view(images, C)[first_row(rows, P) :], 1, RowRange(0, 0, rows.rows)
     return _transpose_job(engine, task, images, target, C, P, rows, target.dtype.itemsize)
 
 
-def rows_to_pixels_job(engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange) -> ArrayJob:
-    """Return the job that transposes and rounds `sums`, which start with `rows`, to images [N, C, P]."""
+def rows_to_pixels_job(
+    engine: Engine, sums: Any, images: Any, C: int, P: int, rows: RowRange, dtype: str | None = None
+) -> ArrayJob:
+    """Return the job that transposes `sums`, which start with `rows`, to images [N, C, P], rounded to their dtype.
+
+    The images have the `dtype` of the other jobs of the launch, the default, or float32 where that is a 16-bit dtype.
+    """
+    is_wide = dtype not in (None, dtype_name(images.dtype))
+    task = ArrayTask.ROWS_TO_WIDE_PIXELS if is_wide else ArrayTask.ROWS_TO_PIXELS
     if is_channels_last(images):
         images, P, rows = rows_view(images, C)[first_row(rows, P) :], 1, RowRange(0, 0, rows.rows)
-    return _transpose_job(engine, ArrayTask.ROWS_TO_PIXELS, sums, images, C, P, rows, images.dtype.itemsize)
+    return _transpose_job(engine, task, sums, images, C, P, rows, images.dtype.itemsize)
 
 
 def channel_sums_jobs(engine: Engine, images: Any, N: int, C: int, P: int, result: Any) -> tuple[Any, Any, Any]:
@@ -174,6 +203,13 @@ def fill_job(engine: Engine, bias: Any, images: Any, N: int, C: int, P: int) -> 
     sizes = (N * P, C, 1) if is_channels_last(images) else (N, C, P)
     job = ArrayJob(engine.pointer(bias), engine.pointer(images), ArrayTask.FILL_PIXELS, *sizes)
     job.tiles = ceil_div(N * C * P, FILL_TILE_ELEMENTS)
+    return job
+
+
+def zero_job(engine: Engine, sums: Any) -> ArrayJob:
+    """Return the job that fills C-contiguous `sums` with zeros."""
+    job = ArrayJob(None, engine.pointer(sums), ArrayTask.ZERO, len(sums), 1, sums.size // max(len(sums), 1))
+    job.tiles = ceil_div(sums.size, FILL_TILE_ELEMENTS)
     return job
 
 

@@ -34,12 +34,14 @@ from dcnops._backends.cuda.plans.array_jobs import (
     channel_sums_jobs,
     empty_images,
     first_row,
+    image_strides,
     is_channels_last,
     pixels_to_rows_job,
     row_ranges,
     rows_to_pixels_job,
     rows_view,
     run_array_jobs,
+    zero_job,
 )
 from dcnops._backends.cuda.plans.deform_conv2d_columns import DeformConvColumnsParams
 from dcnops._backends.cuda.plans.deform_conv2d_common import (
@@ -52,7 +54,7 @@ from dcnops._backends.cuda.plans.deform_conv2d_common import (
 from dcnops._backends.cuda.workspace import WORKSPACE_BYTES
 from dcnops._dtypes import DTYPES
 from dcnops._explain import LOGGER
-from dcnops._shapes import DeformConvGeometry, DeformConvSizes
+from dcnops._shapes import DeformConvGeometry, DeformConvSizes, ImageStrides, SamplingStrides
 
 _UNIT = "deform_conv2d_backward"
 
@@ -97,6 +99,7 @@ class DeformConvBackwardParams(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (*_IMAGES, *_LISTS)),
         ("size", DeformConvSizes),
+        ("grad_stride", SamplingStrides),
         ("range", RowRange),
         *((f"by_{name}", Divisor) for name in _DIVISORS),
         ("lists", ctypes.c_longlong),
@@ -117,13 +120,16 @@ class BackwardKey(NamedTuple):
     geometry: DeformConvGeometry
     dtype: str
     offset_dtype: str
+    weight_dtype: str
     grad_out_last: bool
     input_last: bool
     input_is_rows: bool
-    offset_last: bool
     weight_last: bool
     weight_is_rows: bool
-    mask_last: bool
+    offset_strides: ImageStrides
+    mask_strides: ImageStrides
+    grad_offset_strides: ImageStrides
+    grad_mask_strides: ImageStrides
     needs: frozenset[str]
     deterministic: bool
     precision: str
@@ -166,7 +172,7 @@ class BackwardKey(NamedTuple):
     @property
     def sums_weight(self) -> bool:
         """True if the gradient of the weights is summed in scratch memory, not in place."""
-        return "weight" in self.needs and not (self.weight_last and self.dtype == self.sum_dtype)
+        return "weight" in self.needs and not (self.weight_last and self.weight_dtype == self.sum_dtype)
 
     @property
     def splits_grad_out(self) -> bool:
@@ -233,8 +239,9 @@ def deform_conv2d_backward(
 ) -> dict[str, Any]:
     """Return the gradients named in `needs`, each in the dtype and memory order of its argument.
 
-    All arrays are contiguous or channels-last. `precision` applies to the matrix products of float32 data, `limits` to
-    the lists by which the gradient of the input is gathered.
+    All arrays are contiguous or channels-last, except that the pixels of `offset` and `mask` need only be evenly
+    spaced. `weight` may be float32 where `input` is a 16-bit array. `precision` applies to the matrix products of
+    float32 data, `limits` to the lists by which the gradient of the input is gathered.
 
     Scratch memory consists of the following parts, each only where it is needed, with s bytes per element of the data
     and S per sum (4, or 8 for float64):
@@ -274,13 +281,16 @@ def deform_conv2d_backward(
         geometry,
         dtype_name(input.dtype),
         dtype_name(offset.dtype),
+        dtype_name(weight.dtype),
         grad_out_last=is_channels_last(grad_out),
         input_last=is_channels_last(input),
         input_is_rows=are_rows(engine, input),
-        offset_last=is_channels_last(offset),
         weight_last=is_channels_last(weight),
-        weight_is_rows=are_rows(engine, weight),
-        mask_last=mask is not None and is_channels_last(mask),
+        weight_is_rows=weight.dtype == input.dtype and are_rows(engine, weight),
+        offset_strides=image_strides(offset),
+        mask_strides=image_strides(mask),
+        grad_offset_strides=image_strides(gradients.get("offset")),
+        grad_mask_strides=image_strides(gradients.get("mask")),
         needs=needs,
         deterministic=deterministic,
         precision=precision,
@@ -304,7 +314,8 @@ def _make_plan(engine: Engine, device: Device, key: BackwardKey) -> BackwardPlan
     sorted_columns = 4 * ceil_div(key.limits.sorted_entries, 4)
     warp_bytes = WARP * key.entry_bytes + 4 * sorted_columns + 2 * key.limits.sorted_entries
     params = DeformConvBackwardParams(
-        size=sizes_of(g, key.offset_last, key.mask_last),
+        size=sizes_of(g, key.offset_strides, key.mask_strides),
+        grad_stride=SamplingStrides.of(key.grad_offset_strides, key.grad_mask_strides),
         by_taps=divisor(g.K),
         by_group_taps=divisor(g.D * g.K),
         by_kernel_width=divisor(g.kw),
@@ -409,7 +420,7 @@ def _run_plan(
     """Run a plan on arrays of images; `opening` and `closing` are array jobs of the first and the last launch."""
     key, g = plan.key, plan.key.geometry
     scratch = {
-        name: (engine.zeros if array.is_zeroed else engine.empty)(array.shape, array.dtype or weight.dtype)
+        name: (engine.zeros if array.is_zeroed else engine.empty)(array.shape, array.dtype or key.dtype)
         for name, array in plan.scratch.items()
     }
     if engine.explains:
@@ -424,10 +435,10 @@ def _run_plan(
         filters = rows_view(weight, g.C // g.G).reshape(shape)
     if grad_filters is not None:
         taps = RowRange(0, 0, g.O * g.K)
-        closing = [*closing, rows_to_pixels_job(engine, grad_filters, grad_weight, g.C // g.G, g.K, taps)]
+        closing = [*closing, rows_to_pixels_job(engine, grad_filters, grad_weight, g.C // g.G, g.K, taps, key.dtype)]
     elif grad_weight is not None:
         grad_filters = rows_view(grad_weight, g.C // g.G).reshape(shape)
-        grad_filters.fill(0)
+        opening = [*opening, zero_job(engine, grad_filters)]
     if not plan.groups:
         run_array_jobs(engine, key.dtype, opening)
         run_array_jobs(engine, key.dtype, closing)
@@ -478,7 +489,7 @@ class _PlanRun(NamedTuple):
         elif grad_input is not None:
             grad_input = rows_view(grad_input, g.C)
         if grad_input is not None:
-            grad_input.fill(0)
+            opening = [*opening, zero_job(engine, grad_input)]
 
         params.size.N, params.lists = N, N * HW * g.D
         params.input, params.offset, params.mask = map(engine.pointer, (input, offset, mask))

@@ -42,7 +42,7 @@ class ColumnsPlan:
         max_rows = max(1, max(workspace - key.input_copy_bytes, workspace // 2) // row_bytes)
         self._engine, self._key = engine, key
         self._shape = (min(max_rows, g.N * g.pixels), g.G, g.K * g.C // g.G)
-        self._sizes = sizes_of(g, key.offset_last, key.mask_last)
+        self._sizes = sizes_of(g, key.offset_strides, key.mask_strides)
         self._chunks = tuple(_chunks(g, max_rows, key.output_last))
         self._kernels = column_kernels(engine, g, key.dtype, key.offset_dtype)
         self._scratch_bytes = key.input_copy_bytes + self._shape[0] * row_bytes

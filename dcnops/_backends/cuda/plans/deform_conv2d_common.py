@@ -18,26 +18,24 @@ from dcnops._backends.cuda.plans.array_jobs import (
     pixels_to_rows_job,
 )
 from dcnops._dtypes import DTYPES
-from dcnops._shapes import DeformConvGeometry
+from dcnops._shapes import DeformConvGeometry, ImageStrides
 
 sizes_of = functools.lru_cache(maxsize=512)(DeformConvGeometry.params)
 """Cached `DeformConvGeometry.params`; the struct must not be modified."""
 
 
 class ForwardKey(NamedTuple):
-    """Everything that the plan of a forward pass depends on: all but the addresses.
-
-    `..._last` is True for an array [N, C, H, W] that is stored as [N, H, W, C].
-    """
+    """Everything that the plan of a forward pass depends on: all but the addresses."""
 
     geometry: DeformConvGeometry
     dtype: str
     offset_dtype: str
     input_is_rows: bool
     """True if the kernels can read the input in place."""
-    offset_last: bool
-    mask_last: bool
+    offset_strides: ImageStrides
+    mask_strides: ImageStrides
     output_last: bool
+    """True if the output [N, O, oh, ow] is stored as [N, oh, ow, O]."""
     precision: str
     workspace_bytes: int
     path: str | None
@@ -113,7 +111,10 @@ def column_kernels(engine: Engine, geometry: DeformConvGeometry, dtype: str, off
 def filters_job(
     engine: Engine, geometry: DeformConvGeometry, weight: Any, filters: Any, round_to_tf32: bool = False
 ) -> ArrayJob:
-    """Return the job that writes weights [O, C/G, kh, kw] to `filters` [O, K, C/G], with channels innermost."""
+    """Return the job that writes weights [O, C/G, kh, kw] to `filters` [O, K, C/G], with channels innermost.
+
+    The weights of 16-bit filters may be float32.
+    """
     g = geometry
     rows = RowRange(0, 0, g.O * g.K)
     return pixels_to_rows_job(engine, weight, g.C // g.G, g.K, rows, filters, round_to_tf32)

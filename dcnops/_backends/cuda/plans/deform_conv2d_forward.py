@@ -17,7 +17,7 @@ from dcnops._backends.cuda.heuristics import (
     reasons_against,
 )
 from dcnops._backends.cuda.kernel_constants import ceil_div
-from dcnops._backends.cuda.plans.array_jobs import are_rows, empty_images, is_channels_last
+from dcnops._backends.cuda.plans.array_jobs import are_rows, empty_images, image_strides, is_channels_last
 from dcnops._backends.cuda.plans.deform_conv2d_columns import ColumnsPlan
 from dcnops._backends.cuda.plans.deform_conv2d_common import ForwardKey, filters_job, mebibytes
 from dcnops._backends.cuda.plans.deform_conv2d_fused import FusedPlan
@@ -41,7 +41,8 @@ def deform_conv2d(
 ) -> Any:
     """Return the output [N, O, oh, ow], in the memory order of `input`.
 
-    Each of `input`, `offset` and `mask` is contiguous or channels-last. The batch is processed in groups of images
+    `input` is contiguous or channels-last, the pixels of `offset` and `mask` are evenly spaced, and `weight` may be
+    float32 where `input` is a 16-bit array. The batch is processed in groups of images
     that need at most `workspace_bytes` of scratch memory for a channels-last copy of the input, if needed, and for
     columns or the partial sums of split-K. A single image may need more. The rearranged weights are not counted.
 
@@ -55,8 +56,8 @@ def deform_conv2d(
         dtype_name(input.dtype),
         dtype_name(offset.dtype),
         input_is_rows=are_rows(engine, input),
-        offset_last=is_channels_last(offset),
-        mask_last=mask is not None and is_channels_last(mask),
+        offset_strides=image_strides(offset),
+        mask_strides=image_strides(mask),
         output_last=is_channels_last(output),
         precision=precision,
         workspace_bytes=workspace_bytes,
@@ -65,7 +66,7 @@ def deform_conv2d(
     groups = engine.recall(_plan_groups, key)
     if engine.explains:
         _explain(key, engine.device, groups)
-    filters = engine.empty((geometry.O, geometry.K, geometry.C // geometry.G), weight.dtype)
+    filters = engine.empty((geometry.O, geometry.K, geometry.C // geometry.G), input.dtype)
     jobs = [filters_job(engine, geometry, weight, filters, groups[0][1].rounds_filters)]
     if len(groups) == 1:
         groups[0][1].run(input, offset, mask, output, filters, bias, jobs)

@@ -40,7 +40,7 @@ class FusedPlan:
         self._engine, self._key, self._tiles, self._splits = engine, key, tiles, splits
         self._partial_shape = (splits, g.N * g.pixels, g.O) if splits > 1 else None
         self._numbers = (
-            sizes_of(g, key.offset_last, key.mask_last),
+            sizes_of(g, key.offset_strides, key.mask_strides),
             g.O,
             g.N * g.pixels,
             g.O // g.G,
