@@ -2,6 +2,7 @@
 
 import os
 
+from dcnops._backends.cuda.workspace import get_workspace, set_workspace
 from dcnops._errors import (
     ArgumentError,
     DcnError,
@@ -33,5 +34,7 @@ __all__ = [
     "deform_conv2d_backward",
     "deform_roi_pool",
     "deform_roi_pool_backward",
+    "get_workspace",
     "prefetch",
+    "set_workspace",
 ]

@@ -10,6 +10,7 @@ from .deform_roi_pool_layers import (
     MultiScaleDeformRoIPool,
 )
 from .functional import deform_conv2d, deform_roi_pool
+from .precision import set_float32_precision
 
 __all__ = [
     "DeformConv2d",
@@ -24,4 +25,5 @@ __all__ = [
     "deform_roi_pool",
     "param_groups",
     "rename_state_dict",
+    "set_float32_precision",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.programs import ArrayForm, Replay, SignatureCache
+from dcnops._backends.cuda.workspace import get_workspace
 from dcnops._dtypes import DTYPES
 from dcnops._shapes import DeformConvGeometry
 
@@ -45,11 +46,13 @@ class ConvCall:
         g = self._geometry = DeformConvGeometry.of(input, offset, weight, bias, mask, stride, padding, dilation)
         sides = [g.pad_top, g.pad_bottom, g.pad_left, g.pad_right]
         self.numbers = ([g.sh, g.sw], sides, [g.dh, g.dw], precision)
-        self.copied = frozenset(i for i, tensor in enumerate(tensors) if tensor is not None and not is_dense(tensor))
-        self._precision = precision
-        self._forms = [None if tensor is None else _form(tensor) for tensor in tensors]
+        self.copied = frozenset(i for i, tensor in enumerate(tensors) if not _is_read_in_place(i, tensor))
+        self._options = precision, get_workspace()
+        self._forms = [
+            None if tensor is None else _form(tensor, i not in self.copied) for i, tensor in enumerate(tensors)
+        ]
         self._device, self._index, self._dtype = input.device, input.get_device(), input.dtype
-        self._forward = devices.recorded_programs().record(plans.deform_conv2d, g, self._forms, (precision,))
+        self._forward = devices.recorded_programs().record(plans.deform_conv2d, g, self._forms, self._options)
         self._strides = _strides(self._forward.program.results[0])
         self._backward: dict[tuple[Needs, bool, bool], Replay] = {}
 
@@ -61,7 +64,7 @@ class ConvCall:
     def forward(
         self, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
     ) -> Tensor:
-        """Return the output of dense tensors."""
+        """Return the output of tensors that were made contiguous where that is needed."""
         device, replay = self._device, self._forward
         output = torch.empty_strided(self._geometry.output_shape, self._strides, dtype=self._dtype, device=device)
         # Not a tensor: with deterministic algorithms enabled, torch fills the memory of new tensors.
@@ -109,7 +112,7 @@ class ConvCall:
         assert input is not None
         grad_out = ArrayForm(self._geometry.output_shape, input.dtype, grad_out_last)
         names = frozenset(name for name, need, form in zip(_NAMES, needs, self._forms) if need and form is not None)
-        options = names, deterministic, self._precision
+        options = names, deterministic, *self._options
         return devices.recorded_programs().record(
             _gradients_in_order, self._geometry, [grad_out, input, offset, weight, mask], options
         )
@@ -120,15 +123,16 @@ CALLS: SignatureCache[ConvCall] = SignatureCache()
 
 def can_be_prepared(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> bool:
     """Check for dtypes that the operator takes as they are, on one device, and at least one element."""
-    data = [tensor for tensor in (input, weight, bias) if tensor is not None]
-    sampling = [tensor for tensor in (offset, mask) if tensor is not None]
+    tensors = [tensor for tensor in (input, offset, weight, bias, mask) if tensor is not None]
     legal = (torch.float32, input.dtype) if input.dtype.itemsize == 2 else (input.dtype,)
     return (
         input.dtype in _DTYPE_NAMES
-        and len({tensor.dtype for tensor in data}) == len({tensor.dtype for tensor in sampling}) == 1
+        and (bias is None or bias.dtype == input.dtype)
+        and (mask is None or mask.dtype == offset.dtype)
+        and weight.dtype in legal
         and offset.dtype in legal
-        and len({tensor.device for tensor in (*data, *sampling)}) == 1
-        and all(tensor.numel() for tensor in (*data, *sampling))
+        and len({tensor.device for tensor in tensors}) == 1
+        and all(tensor.numel() for tensor in tensors)
     )
 
 
@@ -142,20 +146,37 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or is_channels_last(tensor)
 
 
+def _is_read_in_place(position: int, tensor: Tensor | None) -> bool:
+    """Check for a memory order in which the plans read the tensor at a position of the arguments."""
+    if tensor is None or is_dense(tensor):
+        return True
+    if _NAMES[position] not in ("offset", "mask"):
+        return False
+    # A part of a branch's output has evenly spaced pixels. Expanded tensors are left out: their gradients have a memory
+    # order of torch's own choice.
+    image, channel, row, pixel = tensor.stride()
+    return row == tensor.shape[3] * pixel and min(image, channel, pixel) > 0 and max(channel, pixel) < 2**31
+
+
 def _gradients_in_order(engine: Any, geometry: DeformConvGeometry, *arguments: Any) -> dict[str, Any]:
     """Run the backward plan; return its results in the order of the arguments of the forward pass."""
     gradients = plans.deform_conv2d_backward(engine, geometry, *arguments)
     return {name: gradients[name] for name in _NAMES if name in gradients}
 
 
-def _form(tensor: Tensor) -> ArrayForm:
-    """Return what a plan sees of a tensor after it was made dense."""
+def _form(tensor: Tensor, in_place: bool) -> ArrayForm:
+    """Return what a plan sees of a tensor, or of its contiguous copy."""
     name = _DTYPE_NAMES[tensor.dtype]
     if name == "bfloat16":
         import ml_dtypes
 
-        return ArrayForm(tuple(tensor.shape), np.dtype(ml_dtypes.bfloat16), is_channels_last(tensor))
-    return ArrayForm(tuple(tensor.shape), np.dtype(name), is_channels_last(tensor))
+        dtype = np.dtype(ml_dtypes.bfloat16)
+    else:
+        dtype = np.dtype(name)
+    channels_last = in_place and is_channels_last(tensor)
+    has_strides = in_place and not channels_last and not tensor.is_contiguous()
+    strides = tuple(stride * dtype.itemsize for stride in tensor.stride()) if has_strides else None
+    return ArrayForm(tuple(tensor.shape), dtype, channels_last, strides)
 
 
 def _strides(form: ArrayForm) -> tuple[int, ...]:

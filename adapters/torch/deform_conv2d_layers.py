@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dcnops._arguments import Pair, expand_pair
+from dcnops._arguments import Pair, check_precision, expand_pair
 from dcnops._errors import ArgumentError, DtypeError, ShapeError
 from dcnops._shapes import output_extent
 
@@ -20,6 +20,7 @@ class DeformConvBase(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    precision: str | None = None  # of modules that were pickled without it
 
     def __init__(
         self,
@@ -31,8 +32,12 @@ class DeformConvBase(nn.Module):
         dilation: Pair = 1,
         groups: int = 1,
         bias: bool = True,
+        *,
+        precision: str | None = None,
     ) -> None:
         super().__init__()
+        check_precision(precision)
+        self.precision = precision
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             check_divisible(name, channels, "groups", groups)
         self.in_channels = in_channels
@@ -57,14 +62,16 @@ class DeformConvBase(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def convolve(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        geometry = self.stride, self.padding, self.dilation
+        return deform_conv2d(input, offset, self.weight, self.bias, *geometry, mask, precision=self.precision)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1)):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
-        return text if self.bias is not None else f"{text}, bias=False"
+        text = text if self.bias is not None else f"{text}, bias=False"
+        return text if self.precision is None else f"{text}, precision={self.precision!r}"
 
 
 class DeformConv2d(DeformConvBase):
@@ -83,6 +90,8 @@ class DeformConv2d(DeformConvBase):
         G, the number of weight groups; divides C and O.
     bias : bool
         Add a bias.
+    precision : "ieee", "tf32" or "3xtf32", optional
+        Arithmetic of float32 products on a GPU, see `deform_conv2d`.
 
     Attributes
     ----------
@@ -134,13 +143,16 @@ class OffsetBranchConv(DeformConvBase):
         groups: int = 1,
         deform_groups: int = 1,
         bias: bool = True,
+        *,
+        precision: str | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        geometry = kernel_size, stride, padding, dilation
+        super().__init__(in_channels, out_channels, *geometry, groups, bias, precision=precision)
         check_divisible("in_channels", in_channels, "deform_groups", deform_groups)
         self.deform_groups = deform_groups
         channels = self.channels_per_tap * self.sampling_points
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
-        self.conv_offset = OffsetConv2d(in_channels, channels, *geometry)
+        branch_geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
+        self.conv_offset = OffsetConv2d(in_channels, channels, *branch_geometry)
 
     def run_branch(self, input: Tensor) -> Tensor:
         """Check `input` [N, C, H, W] and return the values that the branch predicts.
@@ -174,7 +186,7 @@ class DeformConv2dPack(OffsetBranchConv):
 
     Parameters
     ----------
-    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, precision
         See `DeformConv2d`. The branch always has a bias.
     deform_groups : int
         D, the number of deformable groups; divides C.
@@ -209,7 +221,7 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
 
     Parameters
     ----------
-    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias, precision
         See `DeformConv2dPack`.
     mask_scale : float
         The masks are ``mask_scale * sigmoid(logits)``. With 1, as in the paper, they start at 1/2 and the layer's
@@ -251,18 +263,26 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
         bias: bool = True,
         *,
         mask_scale: float = 1.0,
+        precision: str | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias)
+        geometry = kernel_size, stride, padding, dilation
+        super().__init__(in_channels, out_channels, *geometry, groups, deform_groups, bias, precision=precision)
         self.mask_scale = mask_scale
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `input` [N, C, H, W], giving [N, O, oh, ow]. See `deform_conv2d`."""
         points = self.sampling_points
         offset, logits = self.run_branch(input).split((2 * points, points), dim=1)
-        return self.convolve(input, offset, self.mask_scale * torch.sigmoid(logits))
+        return self.convolve(input, offset, scaled_masks(logits, self.mask_scale))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask_scale={self.mask_scale}"
+
+
+def scaled_masks(logits: Tensor, scale: float) -> Tensor:
+    """Return ``scale * sigmoid(logits)``, without a multiplication by 1."""
+    masks = torch.sigmoid(logits)
+    return masks if scale == 1 else scale * masks
 
 
 def check_input(input: object, channels: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dcnops._arguments import Pair, expand_pair
 from dcnops._errors import ArgumentError, ShapeError
 
+from .deform_conv2d_layers import scaled_masks
 from .functional import deform_roi_pool
 
 
@@ -234,7 +235,7 @@ class ModulatedDeformRoIPoolPack(OffsetBranchRoIPool):
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
         """Pool `rois` [R, 5] from `input` [N, C, H, W], giving [R, C, P, Q]. See `deform_roi_pool`."""
         values = self.run_branch(input, rois)
-        return self.pool(input, rois, values[:, :2], self.mask_scale * torch.sigmoid(values[:, 2]))
+        return self.pool(input, rois, values[:, :2], scaled_masks(values[:, 2], self.mask_scale))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask_scale={self.mask_scale}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
 
+from dcnops._backends.cuda.workspace import get_workspace
 from dcnops._explain import is_explaining
 
 from . import devices, operators
@@ -92,7 +93,7 @@ def _find(
         weight.shape, weight.stride(), weight.dtype, weight.device,
         bias is not None and (bias.shape, bias.stride(), bias.dtype, bias.device),
         mask is not None and (mask.shape, mask.stride(), mask.dtype, mask.device),
-        stride, padding, dilation, precision,
+        stride, padding, dilation, precision, get_workspace(),
     )  # fmt: skip
     try:
         call = CALLS.get(key)

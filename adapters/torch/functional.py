@@ -16,6 +16,7 @@ from dcnops._errors import DeviceError, DtypeError
 
 from . import eager, operators
 from .devices import check_device, is_autocast_enabled
+from .precision import operator_precision
 
 _FLOAT_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
 _SIXTEEN_BIT_DTYPES = tuple(getattr(torch, name) for name, dtype in DTYPES.items() if dtype.is_16_bit)
@@ -49,9 +50,10 @@ def deform_conv2d(
     padding : int, (vertical, horizontal) or ((top, bottom), (left, right)), in pixels
     mask : Tensor [N, D*kh*kw, oh, ow], optional
     precision : "ieee", "tf32" or "3xtf32", optional
-        Arithmetic of float32 products on a GPU, forward and backward. The default follows torch's setting for its own
-        matrix products at the time of the call: "tf32" if ``torch.backends.cuda.matmul.fp32_precision`` or an older
-        switch (`allow_tf32`, `torch.set_float32_matmul_precision`) enables it, otherwise "ieee".
+        Arithmetic of float32 products on a GPU, forward and backward. The default is that of `set_float32_precision`,
+        and without it that of torch's own convolutions at the time of the call: "tf32", unless
+        ``torch.backends.cudnn.conv.fp32_precision`` (before torch 2.9, ``torch.backends.cudnn.allow_tf32``) says
+        otherwise. In compiled and exported graphs the switch is read when the graph runs.
 
     Returns
     -------
@@ -93,12 +95,7 @@ def deform_conv2d(
     tensor([0.5000, 1.5000, 2.5000, 1.5000])
     """
     if not torch.compiler.is_compiling() and eager.is_plain((input, offset, weight), (bias, mask)):
-        if precision is not None:
-            check_precision(precision)
-        if torch.is_autocast_enabled("cuda"):
-            (input, weight, bias), (offset, mask) = _promote_dtypes((input, weight, bias), (offset, mask))
-        chosen = _operator_precision(precision, input)
-        output = eager.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation, chosen)
+        output = _call_eagerly(input, offset, weight, bias, mask, stride, padding, dilation, precision)
         if output is not None:
             return output
     if proxies := _tensor_proxies(input, offset, weight, bias, mask):
@@ -110,7 +107,7 @@ def deform_conv2d(
     vertical, horizontal = expand_padding(padding)
     numbers = (expand_pair("stride", stride), [*vertical, *horizontal], expand_pair("dilation", dilation))
     tensors = (input, offset, weight, bias, mask)
-    return _call_operator(operators.deform_conv2d, *tensors, *numbers, _operator_precision(precision, input))
+    return _call_operator(operators.deform_conv2d, *tensors, *numbers, operator_precision(precision, input))
 
 
 def deform_roi_pool(
@@ -189,6 +186,33 @@ def deform_roi_pool(
     return _call_operator(operators.deform_roi_pool, input, rois, offset, mask, size, scale, ratio, factor)
 
 
+def _call_eagerly(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    precision: str | None,
+) -> Tensor | None:
+    """Compute `deform_conv2d` of plain tensors past the dispatcher; return None where that is not possible."""
+    if precision is not None:
+        check_precision(precision)
+    if torch.is_autocast_enabled("cuda"):
+        # The kernels round float32 weights themselves, and do not round their gradient.
+        is_wide = weight.dtype == torch.float32
+        data, (offset, mask) = _promote_dtypes((input, bias) if is_wide else (input, bias, weight), (offset, mask))
+        input, bias = data[:2]
+        if not is_wide or input.dtype not in _SIXTEEN_BIT_DTYPES:
+            weight = weight.to(input.dtype)
+    elif weight.dtype != input.dtype:
+        return None
+    chosen = operator_precision(precision, input)
+    return eager.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation, chosen)
+
+
 def _call_operator(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
     if forward_ad._current_level >= 0 and any(
         isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None for argument in arguments
@@ -235,28 +259,6 @@ def _check_tensors(required: dict[str, Any], optional: dict[str, Any]) -> None:
         if tensor.device != first.device:
             raise DeviceError(f"{name} must be on {first.device} like input, got {tensor.device}")
     check_device(first)
-
-
-def _operator_precision(precision: str | None, input: Tensor) -> str:
-    """Return the precision to pass to the operator: "ieee" unless `input` is float32 on a GPU."""
-    if input.device.type != "cuda" or input.dtype != torch.float32:
-        return "ieee"
-    return _matmul_precision() if precision is None else precision
-
-
-def _matmul_precision() -> str:
-    """Return the precision of torch's own float32 matrix products on a GPU: "tf32" or "ieee".
-
-    `torch.compile` treats the result as a constant, and recompiles when the switch changes.
-    """
-    matmul = torch.backends.cuda.matmul
-    # torch 2.9 added a second switch. Reading the old one raises an error after the new one has been set.
-    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
-
-
-# What `torch.compiler.assume_constant_result` does, which however imports the whole compiler.
-_matmul_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _promote_dtypes(data: Sequence[Tensor | None], sampling: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:

@@ -21,6 +21,7 @@ from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
 from . import differentiable
 from .arrays import as_array, as_tensor
 from .devices import DEVICES, on_device_of
+from .precision import precision_now
 
 _CONV_TENSORS = "Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask"
 _CONV_NUMBERS = "int[] stride, int[] padding, int[] dilation, str precision"
@@ -90,7 +91,8 @@ def _conv_forward_kernel(
     with on_device_of(input):
         output = dcnops.deform_conv2d(
             **_arrays(input=input, offset=offset, weight=weight, bias=bias, mask=mask),
-            stride=stride, padding=_padding_pairs(padding), dilation=dilation, precision=precision,
+            stride=stride, padding=_padding_pairs(padding), dilation=dilation,
+            precision=precision_now(precision),
         )  # fmt: skip
         return _match_memory_format(input, as_tensor(output))
 
@@ -102,7 +104,8 @@ def _conv_backward_kernel(
     with on_device_of(input):
         gradients = dcnops.deform_conv2d_backward(
             **_arrays(grad_out=grad_out, input=input, offset=offset, weight=weight, bias=bias, mask=mask),
-            stride=stride, padding=_padding_pairs(padding), dilation=dilation, precision=precision,
+            stride=stride, padding=_padding_pairs(padding), dilation=dilation,
+            precision=precision_now(precision),
             needs=_needed_names(needs, "input", "offset", "weight", "bias", "mask"),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip

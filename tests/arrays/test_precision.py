@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,7 @@ from cupy._core import _routines_linalg as cupy_linalg
 
 import dcnops
 from dcnops._backends.cuda import backend as cuda
-from dcnops.adapters.torch import deform_conv2d, functional
+from dcnops.adapters.torch import deform_conv2d
 from tests.cases import DTYPES, assert_close, make_conv
 from tests.cuda.emulated_cupy import cupy_arguments, emulated_cupy
 
@@ -101,20 +100,3 @@ def test_none_follows_the_setting_of_cupy_on_a_gpu():
         assert cuda._precision(None, np.empty(0, np.float32)) == "tf32"
     finally:
         cupy_linalg.set_compute_type(np.float32, before)
-
-
-@pytest.fixture
-def torch_settings() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-    torch.backends.cuda.matmul.allow_tf32 = before != "highest"
-
-
-def test_none_follows_torch(torch_settings: None):
-    for precision, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32"), ("highest", "ieee")):
-        torch.set_float32_matmul_precision(precision)
-        assert functional._matmul_precision() == expected, precision
-    for allowed in (True, False):
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-        assert functional._matmul_precision() == ("tf32" if allowed else "ieee")

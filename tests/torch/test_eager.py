@@ -92,10 +92,12 @@ def test_from_the_second_call_on_nothing_is_planned(replayed: list[str]):
     assert replayed == ["forward", "backward"] * 2
 
 
-def test_memory_formats_and_halves_of_a_branch(replayed: list[str]):
-    """The gradient of each argument keeps its memory format."""
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_memory_formats_and_parts_of_a_branch(memory_format: torch.memory_format, replayed: list[str]):
+    """The gradient of each argument keeps its memory format, and no part of the branch's output is copied."""
     arguments = arguments_of(make_conv(N=2, C=8, O=8, dtype="float32"))
-    branch = torch.cat([arguments["offset"], arguments["mask"]], dim=1).detach().requires_grad_()
+    branch = torch.cat([arguments["offset"], arguments["mask"]], dim=1).detach()
+    branch = branch.contiguous(memory_format=memory_format).requires_grad_()
     arguments["offset"], arguments["mask"] = branch.split([18, 9], dim=1)
     for name in ("input", "weight"):
         arguments[name] = arguments[name].detach().to(memory_format=torch.channels_last).requires_grad_()
@@ -105,6 +107,18 @@ def test_memory_formats_and_halves_of_a_branch(replayed: list[str]):
         for tensor, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(tensor, wanted)
         assert all(found[i].is_contiguous(memory_format=torch.channels_last) for i in (0, 1, 3))
+
+
+def test_expanded_offsets_and_masks(replayed: list[str]):
+    case = make_conv(N=2, C=8, O=8, dtype="float64")
+    arguments = arguments_of(case)
+    mask = arguments["mask"][:1, :1].detach().requires_grad_()
+    arguments["mask"] = mask.expand(case.mask.shape)
+    expected, *others = (results(arguments) for _ in range(3))
+    for found in others:
+        for tensor, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(tensor, wanted)
+    assert replayed == ["forward", "backward"] * 2
 
 
 def test_an_expanded_output_gradient(replayed: list[str]):
@@ -207,6 +221,58 @@ class TestTheOperatorIsCalled:
         gradients = torch.autograd.grad(deform_conv2d(**arguments).square().sum(), tensors, create_graph=True)
         second = torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), tensors)
         assert all(gradient.abs().sum() > 0 for gradient in second)
+
+
+@pytest.fixture
+def autocast() -> Iterator[None]:
+    """Autocast on the emulated GPU, whose tensors are CPU tensors."""
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.set_autocast_enabled("cuda", True)
+        yield
+        torch.set_autocast_enabled("cuda", False)
+
+
+def test_float32_weights_under_autocast(autocast: None, replayed: list[str]):
+    arguments = arguments_of(make_conv(C=8, O=8, seed=4))
+    expected, *others = (results(arguments) for _ in range(3))
+    assert expected[0].dtype == torch.bfloat16 and replayed == ["forward", "backward"] * 2
+    for found in others:
+        assert [tensor.dtype for tensor in found[1:]] == [torch.float32] * 5
+        for tensor, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(tensor, wanted, rtol=2**-7, atol=2**-7 * float(wanted.detach().abs().max()))
+        # The operator rounds the gradient of the weights, a replay does not.
+        weight = found[1 + list(arguments).index("weight")]
+        assert not torch.equal(weight, weight.bfloat16().float())
+    with torch.no_grad():
+        for name in ("input", "offset", "mask", "bias"):
+            arguments[name] = arguments[name].bfloat16()
+        in_autocast = deform_conv2d(**arguments)
+        torch.set_autocast_enabled("cuda", False)
+        with torch.autocast("cpu", enabled=False):
+            # The same tensors without autocast are promoted.
+            assert (deform_conv2d(**arguments).dtype, in_autocast.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_a_call_allocates_its_results_and_one_block_of_scratch_memory(monkeypatch: pytest.MonkeyPatch):
+    arguments = warm_arguments(N=2, C=8, O=8)
+    gradient = torch.ones_like(deform_conv2d(**arguments))
+    for name in ("bias", "mask"):
+        arguments[name] = arguments[name].detach()
+    leaves = [arguments[name] for name in ("input", "offset", "weight")]
+    allocated: list[str] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        function = getattr(torch, name)
+        return lambda *sizes, **options: allocated.append(name) or function(*sizes, **options)
+
+    for name in ("empty", "empty_like", "empty_strided", "zeros", "zeros_like", "UntypedStorage"):
+        monkeypatch.setattr(torch, name, counted(name))
+    monkeypatch.setattr(Tensor, "contiguous", None)  # not called
+    output = deform_conv2d(**arguments)
+    assert len(allocated) == 2
+    allocated.clear()
+    torch.autograd.grad(output, leaves, gradient)
+    assert len(allocated) == 3 + 1
 
 
 def test_wrong_arguments_are_the_same_errors_at_every_call():

@@ -13,6 +13,7 @@ from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.cupy_engine import ENGINE, PROGRAMS
 from dcnops._backends.cuda.engine import Engine, dtype_name
 from dcnops._backends.cuda.plans.array_jobs import is_channels_last, is_evenly_spaced, sum_dtype
+from dcnops._backends.cuda.workspace import get_workspace
 from dcnops._explain import is_explaining
 from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
 
@@ -31,7 +32,7 @@ def deform_conv2d(
     """See `dcnops.deform_conv2d`; the arguments have been checked."""
     with input.device:
         arrays = _images(input), _sampling(offset), contiguous(weight), contiguous(bias), _sampling(mask)
-        return _run(plans.deform_conv2d, geometry, arrays, _precision(precision, input))
+        return _run(plans.deform_conv2d, geometry, arrays, _precision(precision, input), get_workspace())
 
 
 def deform_conv2d_backward(
@@ -48,7 +49,7 @@ def deform_conv2d_backward(
     """See `dcnops.deform_conv2d_backward`; the arguments have been checked."""
     with input.device:
         arrays = _images(grad_out), _images(input), _sampling(offset), contiguous(weight), _sampling(mask)
-        options = needs, deterministic, _precision(precision, input)
+        options = needs, deterministic, _precision(precision, input), get_workspace()
         gradients: dict[str, cupy.ndarray] = _run(plans.deform_conv2d_backward, geometry, arrays, *options)
         return gradients
 
@@ -83,7 +84,7 @@ def deform_roi_pool_backward(
     """See `dcnops.deform_roi_pool_backward`; the arguments have been checked."""
     with input.device:
         arrays = _images(grad_out), _images(input), _coordinates(rois, input), contiguous(offset), contiguous(mask)
-        return plans.deform_roi_pool_backward(_engine(), geometry, *arrays, needs, deterministic)
+        return plans.deform_roi_pool_backward(_engine(), geometry, *arrays, needs, deterministic, get_workspace())
 
 
 def contiguous(array: Any) -> Any:

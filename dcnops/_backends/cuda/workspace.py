@@ -1,7 +1,71 @@
-"""Limit of the scratch memory of a call."""
+"""Limit of the scratch memory of a call on a GPU."""
 
-WORKSPACE_BYTES = 32 * 2**20
-"""Limit of the scratch memory of a call, in bytes, for all operations: it then stays in the L2 cache of a large GPU.
+from __future__ import annotations
 
-The smallest unit of work, one image or one bin of a region, may need more.
-"""
+import operator
+import os
+
+from dcnops._errors import ArgumentError
+
+WORKSPACE_BYTES = 128 * 2**20
+"""Default limit. It is a constant: the number of chunks changes the order of float32 sums, so a limit that followed the
+free memory would make results depend on what else is on the GPU."""
+
+_VARIABLE = "DCNOPS_WORKSPACE"
+_chosen: int | None = None
+
+
+def set_workspace(nbytes: int | None) -> None:
+    """Set the limit of the scratch memory of a call on a GPU, for all later calls of this process.
+
+    A backward convolution, and a forward one in float32 without TF32, process their columns (im2col) in chunks that fit
+    the limit. A larger limit means fewer launches and products, which pays for batches of many images. A single image
+    may need more than the limit, and what the weights need does not count. Results depend on the limit only in the
+    order of sums, that is, in their last digits.
+
+    Parameters
+    ----------
+    nbytes : int or None
+        In bytes, at least 1. None restores the default: the environment variable ``DCNOPS_WORKSPACE``, in bytes too, or
+        128 MiB.
+
+    Raises
+    ------
+    ArgumentError
+        `nbytes` is not a positive integer.
+
+    Examples
+    --------
+    >>> import dcnops
+    >>> dcnops.set_workspace(512 * 2**20)
+    >>> dcnops.get_workspace()
+    536870912
+    >>> dcnops.set_workspace(None)
+    """
+    global _chosen
+    _chosen = None if nbytes is None else _positive("nbytes", nbytes)
+
+
+def get_workspace() -> int:
+    """Return the limit of the scratch memory of a call on a GPU, in bytes, see `set_workspace`.
+
+    Raises
+    ------
+    ArgumentError
+        The environment variable ``DCNOPS_WORKSPACE`` is not a positive number of bytes.
+    """
+    global _chosen
+    if _chosen is None:
+        value = os.environ.get(_VARIABLE)
+        _chosen = _positive(_VARIABLE, value) if value else WORKSPACE_BYTES
+    return _chosen
+
+
+def _positive(name: str, value: object) -> int:
+    try:
+        number = int(value) if isinstance(value, str) else operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise ArgumentError(f"{name} must be a positive number of bytes, got {value!r}")
+    return int(number)

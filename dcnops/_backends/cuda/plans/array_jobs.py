@@ -106,7 +106,7 @@ def is_evenly_spaced(images: Any) -> bool:
     _, _, H, W = images.shape
     _, channel, row, pixel = images.strides
     fits = min(images.strides) >= 0 and max(channel, row, pixel) < 2**31
-    return fits and (row == W * pixel or H == 1 or W == 1)
+    return bool(fits and (row == W * pixel or H == 1 or W == 1))
 
 
 def image_strides(images: Any | None) -> ImageStrides:
