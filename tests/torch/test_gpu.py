@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from dcnops import ArgumentError, DeviceError
-from dcnops.adapters.torch import DeformConv2dPack, ModulatedDeformConv2dPack, deform_conv2d, deform_roi_pool
+from dcnops.adapters.torch import (
+    DeformConv2dPack,
+    ModulatedDeformConv2dPack,
+    deform_conv2d,
+    deform_roi_pool,
+    set_float32_precision,
+)
 from dcnops.adapters.torch.spatial_support import (
     effective_receptive_field,
     effective_sampling_locations,
@@ -20,6 +28,13 @@ from tests.torch.tensors import call, tensors_of, to_numpy, to_tensor
 pytestmark = pytest.mark.gpu
 
 CASES = {"conv": make_conv(N=2, C=16, O=8, H=12, W=9), "roi": make_roi_pool(C=16, R=9)}
+
+
+@pytest.fixture(autouse=True)
+def full_precision() -> Iterator[None]:
+    """Without TF32, which torch's convolutions use by default."""
+    with set_float32_precision("ieee"):
+        yield
 
 
 def on_gpu(case: Case, device: str = "cuda", requires_grad: bool = False) -> dict:

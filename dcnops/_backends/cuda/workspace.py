@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+from typing import SupportsIndex
 
 from dcnops._errors import ArgumentError
 
@@ -57,15 +58,12 @@ def get_workspace() -> int:
     global _chosen
     if _chosen is None:
         value = os.environ.get(_VARIABLE)
-        _chosen = _positive(_VARIABLE, value) if value else WORKSPACE_BYTES
+        number: object = int(value) if value and value.isdecimal() else value
+        _chosen = _positive(_VARIABLE, number) if value else WORKSPACE_BYTES
     return _chosen
 
 
 def _positive(name: str, value: object) -> int:
-    try:
-        number = int(value) if isinstance(value, str) else operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1 or isinstance(value, bool):
-        raise ArgumentError(f"{name} must be a positive number of bytes, got {value!r}")
-    return int(number)
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool) and operator.index(value) > 0:
+        return operator.index(value)
+    raise ArgumentError(f"{name} must be a positive number of bytes, got {value!r}")
