@@ -48,9 +48,13 @@ class Account:
         return len(self.kernels)
 
     @property
-    def steps(self) -> int:
+    def counts(self) -> dict[str, int]:
         """Everything that the CPU issues."""
-        return self.launches + self.products + self.fills
+        return {"kernels": self.launches, "products": self.products, "fills": self.fills}
+
+    @property
+    def steps(self) -> int:
+        return sum(self.counts.values())
 
 
 def account(case: Case, direction: str, device: Device = H200) -> Account:
@@ -121,14 +125,14 @@ def _numpy_dtype(name: str) -> Any:
 
 def main() -> int:
     for direction in ("forward", "backward"):
-        lines = [["layer", "batch", "data", "layout", "launches", "products", "fills", "scratch, MiB", "columns, MiB"]]
+        lines = [["layer", "batch", "data", "layout", "kernels", "products", "fills", "scratch, MiB", "columns, MiB"]]
         for name, N, dtype, layout in itertools.product(LAYERS, (1, 8, 16), ("float16", "float32"), ("NCHW", "NHWC")):
             case = Case("cuda", LAYERS[name], N, dtype, layout=layout)
             found = account(case, direction)
             C, H, W = case.shape
             column_bytes = N * H * W * TAPS * C * np.dtype(dtype).itemsize
             sizes = (f"{size / 2**20:.1f}" for size in (found.scratch_bytes, column_bytes))
-            lines.append([name, str(N), dtype, layout, *map(str, (found.launches, found.products, found.fills)), *sizes])
+            lines.append([name, str(N), dtype, layout, *map(str, found.counts.values()), *sizes])
         print(f"{direction}\n\n{markdown(lines)}\n")
     return 0
 

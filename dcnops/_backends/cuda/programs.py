@@ -206,8 +206,10 @@ class Recorder(Engine):
 
     def _record_product(self, a: Any, b: Any, out: Any, accumulate: bool, precision: str) -> None:
         # Not the arrays themselves, which would keep scratch memory from being used again.
-        matrices = (Matrices(array.dtype, array.shape, array.strides, _address(array)) for array in (a, b, out))
-        self._steps.append(Product(*matrices, accumulate, precision))
+        factor_a, factor_b, target = (
+            Matrices(array.dtype, array.shape, array.strides, _address(array)) for array in (a, b, out)
+        )
+        self._steps.append(Product(factor_a, factor_b, target, accumulate, precision))
 
     def record(
         self, plan: Callable[..., Any], geometry: Any, forms: Sequence[ArrayForm | None], options: tuple[Any, ...]
