@@ -21,7 +21,7 @@ class RehearsalMeter(Meter):
 
     shapes = ((32, 6, 5), (16, 6, 5, 8, 3))
     """Shapes of a convolution and of RoI pooling, in place of the standard ones."""
-    workspaces = (2**15, 2**20)
+    workspaces = (2**13, 2**20)
 
     def host_seconds(self, call: Callable[[], object]) -> float | None:
         return self.clock(call)
