@@ -109,8 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = Run(rehearsal, 60 * options.minutes, options.output)
     for row in _REHEARSED_ROWS if rehearsal else rows_by_worth():
         run.measure(row)
-    run.profile()
     run.print_report()
+    run.profile()
     print(f"\nwritten to {options.output}")
     return 1 if run.failures else 0
 

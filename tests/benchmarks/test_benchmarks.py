@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import correctness, deform_conv2d, deform_roi_pool, report
 from benchmarks.__main__ import main
-from benchmarks.contenders import POOLING, layer_tensors, to_numpy
+from benchmarks.contenders import POOLING, layer_tensors, prepare_torch, to_numpy
 from benchmarks.measure import time_in_turn
 from benchmarks.operations import MODULATED, OURS, PEER, PLAIN, Arrays, Case, load
 from tests.cases import Case as TestCase
@@ -220,6 +220,19 @@ def test_our_calls_on_tensors_compute_what_those_on_arrays_compute(operation: st
             for result, array in expected.items():
                 np.testing.assert_allclose(to_numpy(found[result]), array, rtol=1e-4, atol=1e-5, err_msg=result)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_timed_backward_pass_belongs_to_a_signature_that_was_seen_before():
+    """The first forward call of a signature goes through the operator, later ones are replayed."""
+    calls: list[torch.Tensor] = []
+
+    def double(input: torch.Tensor) -> torch.Tensor:
+        calls.append(2 * input)
+        return calls[-1]
+
+    backward = prepare_torch(double, {"input": torch.ones(3)}, torch.ones(3), "backward")
+    assert len(calls) == 2
+    assert backward()["input"].tolist() == [2, 2, 2]
 
 
 def test_offsets_are_a_part_of_one_tensor_as_in_a_layer():
