@@ -245,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kManyBlocks)
   const auto run_jobs = [&] {
     const long long tiles = array_job_tiles(p.array_jobs);
     for (long long t = blockIdx.x - first_other; t < tiles; t += others)
-      run_array_job_tile<Scalar>(p.array_jobs, t, shared);
+      run_array_job_tile<Scalar, false>(p.array_jobs, t, shared);
   };
   if (blockIdx.x >= count_blocks) {
     run_jobs();
