@@ -167,7 +167,9 @@ def deform_roi_pool(
         if mask.shape[0] != rois.shape[0]:
             return None
         mask = mask.contiguous()
-    rois = rois.to(call.rois_dtype).contiguous()
+    if rois.dtype is not call.rois_dtype:
+        rois = rois.to(call.rois_dtype)
+    rois = rois.contiguous()
     if torch.is_grad_enabled() and (
         input.requires_grad
         or rois.requires_grad

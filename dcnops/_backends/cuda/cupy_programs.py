@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from cupy_backends.cuda.api import driver, runtime
 
 from dcnops._backends.cuda.cublas import CublasSession, multiply, prepare_product
 from dcnops._backends.cuda.deform_roi_pool_programs import RoIPoolProgram
-from dcnops._backends.cuda.programs import Launch, Product, Program, Step
+from dcnops._backends.cuda.programs import Launch, Product, Program
 
 _LAUNCH, _PRODUCT, _FILL = range(3)
 
@@ -31,45 +32,21 @@ class CupyProgram:
     """
 
     def __init__(self, program: Program) -> None:
-        words = program.params.tolist()
-        pointers, bases = program.pointers.tolist(), program.bases.tolist()
-        self.steps = [self._prepare(step, words) for step in program.steps]
-        for kind, *_, argument in self.steps:
-            if kind == _LAUNCH:
-                pointers.append(argument // 8)
-                bases.append(program.base_count)
+        self._steps, words, pointers, bases = prepare(program)
         self._template = np.array(words, np.uint64)
         self._pointers, self._bases = np.array(pointers, np.intp), np.array(bases, np.intp)
-        self._multiplies = any(kind == _PRODUCT for kind, *_ in self.steps)
-
-    @staticmethod
-    def _prepare(step: Step, words: list[int]) -> tuple[Any, ...]:
-        if isinstance(step, Product):
-            return (_PRODUCT, prepare_product(step))
-        if not isinstance(step, Launch):
-            return (_FILL, *step.location, step.nbytes)
-        # The driver takes an array of pointers to arguments. This one holds a single pointer, to the parameter struct,
-        # and follows the structs in the buffer.
-        argument = 8 * len(words)
-        words.append(step.params)
-        function = step.launcher.function(step.shared_bytes)  # type: ignore[attr-defined]
-        return (_LAUNCH, function, step.grid, *step.block, step.shared_bytes, argument)
+        self._multiplies = any(kind == _PRODUCT for kind, *_ in self._steps)
 
     def __call__(self, addresses: Sequence[int], stream: int) -> None:
         """Issue the program for the `addresses` of null, arguments, results and scratch memory."""
-        _buffer, start = self.locate(addresses)
+        buffer = self._template.copy()
+        start = buffer.__array_interface__["data"][0]
+        buffer[self._pointers] += np.array((*addresses, start), np.uint64)[self._bases]
         if self._multiplies:
             with CublasSession(stream) as handle:
-                issue(self.steps, addresses, stream, start, handle)
+                issue(self._steps, addresses, stream, start, handle)
         else:
-            issue(self.steps, addresses, stream, start)
-
-    def locate(self, addresses: Sequence[int]) -> tuple[np.ndarray, int]:
-        """Return the parameter structs of a call and where they are in memory."""
-        buffer = self._template.copy()
-        start: int = buffer.__array_interface__["data"][0]
-        buffer[self._pointers] += np.array((*addresses, start), np.uint64)[self._bases]
-        return buffer, start
+            issue(self._steps, addresses, stream, start)
 
 
 class CupyRoIPoolProgram:
@@ -77,13 +54,20 @@ class CupyRoIPoolProgram:
 
     def __init__(self, program: RoIPoolProgram) -> None:
         self._program = program
-        self._one_region = CupyProgram(program.one_region)
+        self._steps, words, pointers, bases = prepare(program.one_region)
+        self._template = array("Q", words)
+        # With few pointers, this is faster than NumPy.
+        self._pointers = [(word, base, words[word]) for word, base in zip(pointers, bases)]
 
     def __call__(self, addresses: Sequence[int], stream: int, regions: int) -> None:
         """Issue the program for the `addresses` of null, arguments, results and scratch memory."""
-        buffer, start = self._one_region.locate(addresses)
+        buffer = self._template[:]
+        start, _ = buffer.buffer_info()
+        located = (*addresses, start)
+        for word, base, offset in self._pointers:
+            buffer[word] = located[base] + offset
         blocks, shared_bytes = self._program.fill_in(buffer, regions)
-        steps, pooling = [*self._one_region.steps], self._program.pooling
+        steps, pooling = [*self._steps], self._program.pooling
         if blocks:
             # More shared memory than for one region, but never so much that the kernel has to ask for it.
             kind, function, _, x, y, _, argument = steps[pooling]
@@ -91,6 +75,28 @@ class CupyRoIPoolProgram:
         else:
             del steps[pooling]
         issue(steps, addresses, stream, start)
+
+
+def prepare(program: Program) -> tuple[list[tuple[Any, ...]], list[int], list[int], list[int]]:
+    """Return the steps for `issue`, the parameter structs in words, and which words are pointers to which bases.
+
+    The driver takes an array of pointers to arguments. Here such an array holds a single pointer, to a parameter
+    struct. These arrays follow the structs, and where the structs are in memory is the last base.
+    """
+    words, pointers, bases = program.params.tolist(), program.pointers.tolist(), program.bases.tolist()
+    steps: list[tuple[Any, ...]] = []
+    for step in program.steps:
+        if isinstance(step, Product):
+            steps.append((_PRODUCT, prepare_product(step)))
+        elif isinstance(step, Launch):
+            function = step.launcher.function(step.shared_bytes)  # type: ignore[attr-defined]
+            steps.append((_LAUNCH, function, step.grid, *step.block, step.shared_bytes, 8 * len(words)))
+            pointers.append(len(words))
+            bases.append(program.base_count)
+            words.append(step.params)
+        else:
+            steps.append((_FILL, *step.location, step.nbytes))
+    return steps, words, pointers, bases
 
 
 def issue(

@@ -14,8 +14,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
-
 from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.engine import Engine
 from dcnops._backends.cuda.plans.deform_roi_pool_backward import DeformRoIPoolBackwardParams, backward_tiling
@@ -55,10 +53,10 @@ class RoIPoolProgram:
     pooling: int
     tiling: Tiling
 
-    def fill_in(self, params: np.ndarray, regions: int) -> tuple[int, int]:
-        """Fill a number of regions into parameter structs of the program; return the blocks and their shared memory."""
+    def fill_in(self, params: Any, regions: int) -> tuple[int, int]:
+        """Fill a number of regions into a buffer of parameter structs; return the blocks and their shared memory."""
         step: Any = self.one_region.steps[self.pooling]
-        struct = step.kind.from_buffer(params.data, step.params)
+        struct = step.kind.from_buffer(params, step.params)
         struct.bins.size.R = regions
         struct.tile_bins, blocks, shared_bytes = self.tiling.of_regions(regions)
         return blocks, shared_bytes
