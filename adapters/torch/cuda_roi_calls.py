@@ -12,7 +12,7 @@ from dcnops._shapes import DeformRoIPoolGeometry
 
 from . import devices
 from .arrays import coordinate_dtype
-from .cuda_calls import DTYPE_NAMES, Needs, is_channels_last, is_dense, numpy_dtype
+from .cuda_calls import DTYPE_NAMES, Needs, is_channels_last, numpy_dtype
 
 
 class RoICall:
@@ -31,8 +31,8 @@ class RoICall:
         Further arguments of the operator.
     rois_dtype : torch.dtype
         Dtype that `rois` must be converted to before each call.
-    copies_input : bool
-        True if `input` must be made contiguous before each call.
+    memory_format : torch.memory_format
+        Memory format that `input` must be converted to before each call.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class RoICall:
         )
         self.numbers = ([g.P, g.Q], g.spatial_scale, g.sampling_ratio, g.gamma)
         self.rois_dtype = coordinate_dtype(input)
-        self.copies_input = not is_dense(input)
+        self.memory_format = torch.channels_last if is_channels_last(input) else torch.contiguous_format
         self._device, self._index, self._dtype = input.device, input.get_device(), input.dtype
         self._forms = [
             ArrayForm(tuple(input.shape), numpy_dtype(input.dtype), is_channels_last(input)),
@@ -70,7 +70,7 @@ class RoICall:
         return self._forward.nbytes + sum(call.nbytes for call in self._backward.values())
 
     def forward(self, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Return the output. `input` is dense, the other tensors are contiguous."""
+        """Return the output. `input` has the memory format of the call, the other tensors are contiguous."""
         g, device, prepared, regions = self._geometry, self._device, self._forward, rois.shape[0]
         output = torch.empty((regions, g.C, g.P, g.Q), dtype=self._dtype, device=device)
         scratch = torch.UntypedStorage(prepared.scratch_bytes, device=device)
@@ -93,7 +93,7 @@ class RoICall:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of input, offset and mask that are needed; None for the others. See `has_backward`.
 
-        `input` and `grad_out` are dense, the other tensors are contiguous.
+        `input` has the memory format of the call, `grad_out` is dense, the other tensors are contiguous.
         """
         key = (needs, is_channels_last(grad_out))
         prepared = self._backward.get(key)

@@ -155,8 +155,7 @@ def deform_roi_pool(
         call = _prepare_roi_call(key, input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma)
         if call is None:
             return None
-    if call.copies_input:
-        input = input.contiguous()
+    input = input.contiguous(memory_format=call.memory_format)
     if input.data_ptr() & _ALIGNMENT_MASK:
         return None
     if offset is not None:
@@ -205,11 +204,17 @@ class _DeformRoIPool(Function):
         _, input, _, offset, mask = ctx.needs_input_grad
         needs = (input, offset, mask)
         if torch.is_grad_enabled() or not (is_plain((grad_out,), ()) and call.has_backward(needs)):
-            # The operator, which has a gradient of its own and a deterministic one.
+            # The operator can be differentiated again, and can be deterministic.
             gradients = operators.deform_roi_pool_backward(grad_out, *tensors, *call.numbers, list(needs))
             input, offset, mask = operators.none_unless_needed(gradients, needs)
         else:
             if not is_dense(grad_out) or grad_out.data_ptr() & _ALIGNMENT_MASK:
                 grad_out = grad_out.clone(memory_format=torch.contiguous_format)
-            input, offset, mask = call.backward(grad_out, *tensors, needs)
+            # Hooks of saved tensors, such as `save_on_cpu`, may return copies in another memory order.
+            image, *others = tensors
+            image = image.contiguous(memory_format=call.memory_format)
+            if image.data_ptr() & _ALIGNMENT_MASK:
+                image = image.clone()
+            others = [None if tensor is None else tensor.contiguous() for tensor in others]
+            input, offset, mask = call.backward(grad_out, image, *others, needs)
         return None, input, None, offset, mask

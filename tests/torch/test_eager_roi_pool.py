@@ -222,9 +222,8 @@ class TestTheOperatorIsCalled:
     def test_by_unaligned_feature_maps(self, prepared: list[str]):
         arguments = detached(warm_arguments())
         expected, image = deform_roi_pool(**arguments), arguments["input"]
-        shifted = torch.cat([image.new_zeros(1), image.flatten()])[1:].reshape(image.shape)
         prepared.clear()
-        torch.testing.assert_close(deform_roi_pool(**{**arguments, "input": shifted}), expected)
+        torch.testing.assert_close(deform_roi_pool(**{**arguments, "input": shifted(image)}), expected)
         assert prepared == []
 
     def test_by_a_second_gradient(self):
@@ -291,6 +290,24 @@ def test_checkpoints_and_hooks_of_saved_tensors(prepared: list[str]):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         call(arguments["input"])
     assert len(saved) == 4
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    """A copy that is not aligned for vectors."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].reshape(tensor.shape)
+
+
+@pytest.mark.parametrize("hook", [torch.autograd.graph.save_on_cpu, None])
+def test_hooks_may_change_the_memory_order_and_alignment(hook: Any, prepared: list[str]):
+    arguments = arguments_of(make_roi_pool(C=8), channels_last=True)
+    for _ in range(2):
+        expected = results(arguments)
+    prepared.clear()
+    with hook() if hook else torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, shifted):
+        found = results(arguments)
+    assert prepared == ["forward", "backward"]
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
 
 
 def test_in_place_changes_of_saved_tensors_are_detected():
