@@ -210,7 +210,7 @@ class _DeformRoIPool(Function):
         else:
             if not is_dense(grad_out) or grad_out.data_ptr() & _ALIGNMENT_MASK:
                 grad_out = grad_out.clone(memory_format=torch.contiguous_format)
-            # Hooks of saved tensors, such as `save_on_cpu`, may return copies in another memory order.
+            # Hooks of saved tensors may return copies in another memory order: `save_on_cpu` does, with pinned memory.
             image, *others = tensors
             image = image.contiguous(memory_format=call.memory_format)
             if image.data_ptr() & _ALIGNMENT_MASK:
