@@ -19,7 +19,7 @@ from . import devices
 Needs: TypeAlias = tuple[bool, ...]
 
 _NAMES = ("input", "offset", "weight", "bias", "mask")
-_DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
+DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 
 
 class ConvCall:
@@ -126,7 +126,7 @@ def can_be_prepared(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor 
     tensors = [tensor for tensor in (input, offset, weight, bias, mask) if tensor is not None]
     legal = (torch.float32, input.dtype) if input.dtype.itemsize == 2 else (input.dtype,)
     return (
-        input.dtype in _DTYPE_NAMES
+        input.dtype in DTYPE_NAMES
         and (bias is None or bias.dtype == input.dtype)
         and (mask is None or mask.dtype == offset.dtype)
         and weight.dtype in legal
@@ -164,15 +164,18 @@ def _gradients_in_order(engine: Any, geometry: DeformConvGeometry, *arguments: A
     return {name: gradients[name] for name in _NAMES if name in gradients}
 
 
-def _form(tensor: Tensor, in_place: bool) -> ArrayForm:
-    """Return what a plan sees of a tensor, or of its contiguous copy."""
-    name = _DTYPE_NAMES[tensor.dtype]
+def numpy_dtype(dtype: torch.dtype) -> Any:
+    name = DTYPE_NAMES[dtype]
     if name == "bfloat16":
         import ml_dtypes
 
-        dtype = np.dtype(ml_dtypes.bfloat16)
-    else:
-        dtype = np.dtype(name)
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def _form(tensor: Tensor, in_place: bool) -> ArrayForm:
+    """Return what a plan sees of a tensor, or of its contiguous copy."""
+    dtype = numpy_dtype(tensor.dtype)
     channels_last = in_place and is_channels_last(tensor)
     has_strides = in_place and not channels_last and not tensor.is_contiguous()
     strides = tuple(stride * dtype.itemsize for stride in tensor.stride()) if has_strides else None
