@@ -136,12 +136,12 @@ def run(request: pytest.FixtureRequest) -> Runner:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the registers and spills of every kernel that the compile tests recorded."""
-    by_architecture = dict(
-        value
-        for report in terminalreporter.stats.get("passed", [])
-        for name, value in report.user_properties
-        if name == "kernel_resources"
-    )
+    by_architecture: dict[int, dict[str, tuple[int, int]]] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "kernel_resources":
+                worst = by_architecture.setdefault(value[0], {})
+                worst.update({kernel: max(used, worst.get(kernel, used)) for kernel, used in value[1].items()})
     if not by_architecture:
         return
     architectures = sorted(by_architecture)
