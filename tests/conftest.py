@@ -28,6 +28,11 @@ settings.register_profile("thorough", settings.get_profile("default"), max_examp
 settings.load_profile("default")
 
 
+def share_of_examples(share: float) -> settings:
+    """Return settings that give a slow test this share of the examples of the profile."""
+    return settings(max_examples=max(1, round(share * settings.default.max_examples)))
+
+
 class Runner(Protocol):
     """Runs a case of NumPy arrays and returns NumPy arrays."""
 

@@ -193,7 +193,16 @@ def in_child(seed: int) -> bytes:
     return pickle.dumps(random_call(np.random.default_rng(seed)))
 
 
-@pytest.fixture(params=["fork", "spawn", "forkserver"])
+def each_start_method(exhaustive: str) -> pytest.MarkDecorator:
+    """Parametrise `start_method`; the default run leaves out the method `exhaustive`."""
+    methods = ("fork", "spawn", "forkserver")
+    marks = {exhaustive: pytest.mark.exhaustive}
+    return pytest.mark.parametrize(
+        "start_method", [pytest.param(name, marks=marks.get(name, ())) for name in methods], indirect=True
+    )
+
+
+@pytest.fixture
 def start_method(request: pytest.FixtureRequest) -> str:
     """Start method of worker processes, after this process has started its threads."""
     if request.param not in multiprocessing.get_all_start_methods():
@@ -202,6 +211,7 @@ def start_method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@each_start_method(exhaustive="forkserver")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process with threads
 def test_worker_processes(start_method: str) -> None:
     expected = [in_child(seed) for seed in range(4)]
@@ -223,6 +233,7 @@ class Samples:
         return deform_conv2d(image, offset, weight, padding=1)[0]
 
 
+@each_start_method(exhaustive="spawn")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_data_loaders_of_torch(start_method: str) -> None:
     samples = Samples()
