@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numba.core import caching
@@ -26,7 +25,6 @@ from numba.core import caching
 import dcnops
 from dcnops import DcnError
 from dcnops._backends.cpu import compiled
-from dcnops.adapters.torch import deform_conv2d
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM = 100  # calls before the first measurement
@@ -226,6 +224,10 @@ class Samples:
         return 6
 
     def __getitem__(self, index: int) -> Any:
+        import torch  # here, because the worker processes of other tests do without it
+
+        from dcnops.adapters.torch import deform_conv2d
+
         random = torch.Generator().manual_seed(index)
         image = torch.randn(1, 4, 9, 8, generator=random)
         offset = torch.randn(1, 18, 9, 8, generator=random)
@@ -236,6 +238,7 @@ class Samples:
 @each_start_method(exhaustive="spawn")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_data_loaders_of_torch(start_method: str) -> None:
+    torch = pytest.importorskip("torch")
     samples = Samples()
     expected = torch.stack([samples[index] for index in range(len(samples))])
     options: dict[str, Any] = {"batch_size": 2, "num_workers": 2, "timeout": 120}
