@@ -10,7 +10,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,6 +54,10 @@ def zeros(*shape: int) -> np.ndarray:
 
 def astype(dtype: Any) -> Callable[[np.ndarray], np.ndarray]:
     return lambda array: array.astype(dtype)
+
+
+def as_tensor(array: np.ndarray) -> Any:
+    return pytest.importorskip("torch").from_numpy(array)
 
 
 ErrorTable = dict[str, tuple[dict[str, Any], type[DcnError], str]]
@@ -156,10 +159,10 @@ FORWARD_ERRORS: ErrorTable = {
             "mask must be in native byte order, got dtype('>f4'); pass mask.astype('float32')",
         ),
         "torch tensor": (
-            {"input": lambda x: torch.from_numpy(x)},
+            {"input": as_tensor},
             NEEDS_ARRAY.format("input") + "torch.Tensor; dcnops works on arrays: pass tensor.detach().numpy()",
         ),
-        "torch mask": ({"mask": lambda m: torch.from_numpy(m)}, NEEDS_ARRAY.format("mask")),
+        "torch mask": ({"mask": as_tensor}, NEEDS_ARRAY.format("mask")),
         "JAX array": ({"weight": JaxArray()}, NEEDS_ARRAY.format("weight") + "jaxlib"),
         "list": ({"input": lambda x: x.tolist()}, NEEDS_ARRAY.format("input") + "list; pass numpy.asarray(...)"),
         "masked array": ({"input": lambda x: np.ma.masked_less(x, 0)}, NEEDS_ARRAY.format("input") + "numpy.ma."),
@@ -214,7 +217,7 @@ ROI_ERRORS: ErrorTable = {
             {"offset": None, "mask": astype(np.float16)}, "mask must be float32 beside float32 input, got float16"
         ),
         "list of boxes": ({"rois": [zeros(3, 4), zeros(2, 4)]}, NEEDS_ARRAY.format("rois") + "list"),
-        "torch rois": ({"rois": lambda r: torch.from_numpy(r)}, NEEDS_ARRAY.format("rois")),
+        "torch rois": ({"rois": as_tensor}, NEEDS_ARRAY.format("rois")),
     }),
     **errors(DeviceError, {
         "rois elsewhere": ({"rois": fake_cupy}, "rois must be a numpy array like input, got a cupy array"),
@@ -231,7 +234,7 @@ BACKWARD_ERRORS: ErrorTable = {
     }),
     **errors(DtypeError, {
         "grad_out dtype": ({"grad_out": astype(np.float64)}, "grad_out must be float32 like input, got float64"),
-        "grad_out library": ({"grad_out": lambda g: torch.from_numpy(g)}, NEEDS_ARRAY.format("grad_out")),
+        "grad_out library": ({"grad_out": as_tensor}, NEEDS_ARRAY.format("grad_out")),
     }),
     **errors(ArgumentError, {
         "unknown need": ({"needs": ("input", "biases")}, NEEDS_NAMES + ", got ('input', 'biases')"),

@@ -289,35 +289,66 @@ def test_broken_bounds_are_caught_by_the_sanitizers(name: str):
     assert ("AddressSanitizer" in report or "runtime error" in report) and ".cu" in report, report[-3000:]
 
 
-def test_the_kernels_are_clean_under_the_sanitizers():
-    selection = [
+ANY_CASE = {
+    "convolution": (
         "tests/arrays/test_deform_conv2d.py::test_any_offset_equals_the_reference[emulated]",
-        "tests/arrays/test_deform_conv2d.py::test_tiny_images",
         "tests/arrays/test_operations.py::test_equals_the_reference",
         "tests/arrays/test_operations.py::test_equals_the_reference_in_16_bits",
+        "tests/cuda/test_deform_conv2d_lists.py::test_equals_the_reference",
+        "tests/cuda/test_deform_conv2d_lists.py::test_memory_orders",
+        "tests/cuda/test_plans.py::test_the_chunk_size_does_not_change_results",
+        "tests/cuda/test_plans.py::test_the_deterministic_path_equals_the_reference",
+        "tests/cuda/test_plans.py::test_channels_last_images_keep_their_memory_order",
+    ),
+    "fused convolution": (
+        "tests/cuda/test_deform_conv2d_fused.py::test_equals_the_reference",
+        "tests/cuda/test_deform_conv2d_fused.py::test_any_offset_follows_the_reference",
+        "tests/cuda/test_deform_conv2d_fused.py::test_tiles_of_every_width",
+    ),
+    "RoI pooling": (
+        "tests/arrays/test_deform_roi_pool.py::test_every_path_of_the_kernels",
+        "tests/arrays/test_deform_roi_pool.py::test_the_output_may_be_channels_last",
+    ),
+}
+"""Tests that draw cases of all data types and vector widths, each of which has to be compiled."""
+
+FEW_SPECIALISATIONS = {
+    "convolution": (
+        "tests/arrays/test_deform_conv2d.py::test_tiny_images",
+        "tests/arrays/test_deform_conv2d.py::test_all_offsets_on_one_pixel",
+        "tests/arrays/test_deform_conv2d.py::test_distant_samples_are_zero",
+        "tests/arrays/test_deform_conv2d.py::test_nan_coordinates_propagate",
+        "tests/cuda/test_deform_conv2d_lists.py::test_all_samples_on_one_pixel",
+        "tests/cuda/test_deform_conv2d_lists.py::test_scratch_memory_keeps_to_the_documented_bound",
+    ),
+    "fused convolution": ("tests/cuda/test_deform_conv2d_fused.py::test_split_sums",),
+    "RoI pooling": (
         "tests/arrays/test_deform_roi_pool.py::test_unusual_offsets",
         "tests/arrays/test_deform_roi_pool.py::test_unusual_regions",
         "tests/arrays/test_deform_roi_pool.py::test_non_finite_regions_make_nan",
         "tests/arrays/test_deform_roi_pool.py::test_huge_regions_are_fast",
         "tests/arrays/test_deform_roi_pool.py::test_regions_of_nonexistent_feature_maps_are_nan_in_the_kernels",
-        "tests/cuda/test_deform_conv2d_fused.py::test_equals_the_reference",
-        "tests/cuda/test_deform_conv2d_fused.py::test_split_sums",
-        "tests/cuda/test_deform_conv2d_fused.py::test_any_offset_follows_the_reference",
-        "tests/cuda/test_deform_conv2d_fused.py::test_tiles_of_every_width",
-        "tests/arrays/test_deform_roi_pool.py::test_every_path_of_the_kernels",
         "tests/arrays/test_deform_roi_pool.py::test_more_channels_than_a_warp_and_more_bins_than_a_tile",
-        "tests/arrays/test_deform_roi_pool.py::test_the_output_may_be_channels_last",
-        "tests/cuda/test_deform_conv2d_lists.py::test_equals_the_reference",
-        "tests/cuda/test_deform_conv2d_lists.py::test_all_samples_on_one_pixel",
-        "tests/cuda/test_deform_conv2d_lists.py::test_memory_orders",
-        "tests/cuda/test_plans.py::test_the_chunk_size_does_not_change_results",
-        "tests/cuda/test_plans.py::test_the_deterministic_path_equals_the_reference",
-        "tests/cuda/test_plans.py::test_channels_last_images_keep_their_memory_order",
-    ]
+    ),
+}
+
+
+def assert_clean_under_the_sanitizers(selection: tuple[str, ...]) -> None:
     arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not cpu and not gpu"]
     result = run_sanitized([*arguments, "--hypothesis-profile=brief", *selection], timeout=900)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " passed" in result.stdout and "failed" not in result.stdout
+
+
+@pytest.mark.parametrize("operation", FEW_SPECIALISATIONS)
+def test_the_kernels_are_clean_under_the_sanitizers(operation: str):
+    assert_clean_under_the_sanitizers(FEW_SPECIALISATIONS[operation])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("operation", ANY_CASE)
+def test_all_specialisations_are_clean_under_the_sanitizers(operation: str):
+    assert_clean_under_the_sanitizers(ANY_CASE[operation])
 
 
 if __name__ == "__main__":

@@ -56,23 +56,31 @@ def as_function(case: Case, names: tuple[str, ...]) -> Any:
     return lambda *values: call(case, {**fixed, **dict(zip(names, values))})
 
 
+# Fast mode compares derivatives along random directions, which involve every entry.
+each_check = pytest.mark.parametrize(
+    "fast_mode", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["random directions", "every entry"]
+)
+
+
+@each_check
 @pytest.mark.parametrize("mask", [False, True], ids=["plain", "modulated"])
 @pytest.mark.parametrize("kind", ["conv", "roi"])
-def test_first_and_second_gradients(kind: str, mask: bool):
+def test_first_and_second_gradients(kind: str, mask: bool, fast_mode: bool):
     case = differentiable_case(kind, mask=mask)
     inputs = [tensors_of(case, requires_grad=True)[name] for name in case.needs]
     function = as_function(case, case.needs)
     assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=fast_mode)
 
 
+@each_check
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_second_gradients_of_adaptive_pooling_across_the_border(sampling_ratio: int):
+def test_second_gradients_of_adaptive_pooling_across_the_border(sampling_ratio: int, fast_mode: bool):
     case = make_roi_pool(
         N=1, C=1, H=4, W=4, R=2, output_size=(2, 1), dtype="float64", sampling_ratio=sampling_ratio, seed=11
     )
     inputs = [tensors_of(case, requires_grad=True)[name] for name in case.needs]
-    assert torch.autograd.gradgradcheck(as_function(case, case.needs), inputs)
+    assert torch.autograd.gradgradcheck(as_function(case, case.needs), inputs, fast_mode=fast_mode)
 
 
 def assert_differentiable_path(case: Case):

@@ -23,7 +23,6 @@ from torch import nn
 from examples.detector.config import Config
 from examples.detector.data import AspectRatioBatches, Batch, CocoDataset, find_data, load_batches, write_synthetic
 from examples.detector.engine import CHECKPOINT, MODEL, Interrupted, Trainer, detect, train, training
-from examples.detector.engine import progress as progress_module
 from examples.detector.engine.interruption import StopRequests
 from examples.detector.engine.training import MOST_SKIPPED, learning_rate_factor
 from examples.detector.errors import UserError
@@ -116,6 +115,16 @@ def assert_same_run(out: Path, reference: Path, *different: str) -> None:
             for option in different:
                 del content["config"]["training"][option]
         assert_equal(*contents)
+
+
+def assert_same_detections(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Compare detections of two processes or models, whose last digits depend on the instructions that torch picks."""
+    kinds = [[(one["image_id"], one["category_id"]) for one in detections] for detections in (found, expected)]
+    assert kinds[0] == kinds[1]
+    for one, other in zip(found, expected):
+        assert one.keys() == other.keys() == {"image_id", "category_id", "bbox", "score"}
+        assert one["bbox"] == pytest.approx(other["bbox"], rel=1e-4, abs=1e-3)
+        assert one["score"] == pytest.approx(other["score"], rel=1e-4)
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, *iterations: int, number: int = signal.SIGTERM) -> None:
@@ -291,7 +300,7 @@ def test_overfitting_eight_images(tmp_path):
     # The saved model gives the same numbers.
     loaded, _, categories = load_detector(tmp_path / "out" / MODEL, CPU)
     assert categories == images.categories
-    assert detect(loaded, images, CPU, progress=False) == detect(model, images, CPU, progress=False)
+    assert_same_detections(*(detect(network, images, CPU, progress=False) for network in (loaded, model)))
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert written["bbox"]["AP"] == pytest.approx(metrics["bbox"].AP)
 
@@ -322,31 +331,37 @@ def test_resuming_gives_the_uninterrupted_run(uninterrupted, data, tmp_path, mon
     assert load_checkpoint(tmp_path / MODEL)["iteration"] == 15
 
 
-def test_a_killed_run_loses_at_most_one_interval(uninterrupted, data, tmp_path, monkeypatch):
+def test_a_killed_run_loses_at_most_one_interval(data, tmp_path):
+    # All runs in copies of one process: other processes may differ in the last digits.
     script = f"""
 import os, signal, torch
 from pathlib import Path
+from examples.detector.engine import progress
 from tests.detector.engine import test_training as tests
+folder, data = Path({str(tmp_path)!r}), Path({str(data)!r})
 step = tests.Trainer.step
 def killed(self, batch, iteration, *rest):
     if iteration == 8:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, iteration, *rest)
-tests.Trainer.step = killed
-tests.progress_module.LOG_EVERY = 1
+progress.LOG_EVERY = 1
 torch.set_num_threads(1)
-tests.run(Path({str(tmp_path)!r}), Path({str(data)!r}))
+child = os.fork()
+if not child:
+    tests.Trainer.step = killed
+    tests.run(folder / "killed", data)
+status = os.waitpid(child, 0)[1]
+assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, status
+# Saved every third iteration and at the end of the first epoch, the fifth.
+assert tests.load_checkpoint(folder / "killed" / tests.CHECKPOINT)["iteration"] == 6
+assert not (folder / "killed" / tests.MODEL).exists()
+tests.run(folder / "killed", data, resume=True)
+tests.run(folder / "reference", data)
 """
-    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=300, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    # Saved every third iteration and at the end of the first epoch, the fifth.
-    assert load_checkpoint(tmp_path / CHECKPOINT)["iteration"] == 6
-    assert not (tmp_path / MODEL).exists()
-    monkeypatch.setattr(progress_module, "LOG_EVERY", 1)
-    run(tmp_path, data, resume=True)
-    assert_same_run(tmp_path, uninterrupted)
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=300, check=True)
+    assert_same_run(tmp_path / "killed", tmp_path / "reference")
 
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path / "killed" / "tensorboard")).Reload()
     assert {"train/loss", "train/loss_classifier", "train/lr", "train/seconds_per_iteration"} <= set(
         events.Tags()["scalars"]
     )
@@ -564,14 +579,14 @@ def test_two_processes(data, tmp_path, monkeypatch):
 
     for name in ("stepped", "trained", "resumed", "losses", "results", "stopped", "poisoned"):
         assert_equal(first[name], second[name], name)
-    assert first["results"] == repr(detect(build(config), images, CPU, progress=False))
+    assert_same_detections(first["results"], detect(build(config), images, CPU, progress=False))
     assert first["evaluated"] and not second["evaluated"]
     saved = load_checkpoint(tmp_path / "out" / MODEL)
     assert saved["iteration"] == 2 * 3
     assert_equal(dict(saved["model"]), dict(first["trained"]))
     single, _, _ = load_detector(tmp_path / "out" / MODEL, CPU)
     results = json.loads((tmp_path / "out" / "detections_bbox.json").read_text())
-    assert results == detect(single, images, CPU, progress=False)
+    assert_same_detections(results, detect(single, images, CPU, progress=False))
 
     # Only the second process received a signal, and only its loss was not finite.
     assert "stopped after iteration 4 of 6" in first["stopped"]

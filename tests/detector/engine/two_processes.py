@@ -72,7 +72,7 @@ def main(folder: Path) -> None:
                 "gradients": gradients,
                 "stepped": model.state_dict(),
                 "trained": trained.state_dict(),
-                "results": repr(results),
+                "results": results,
                 "evaluated": metrics is not None,
                 "stopped": stopped,
                 "resumed": resumed.state_dict(),
