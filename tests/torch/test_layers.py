@@ -405,11 +405,19 @@ def test_boxes_without_a_size():
     assert output.isnan().flatten(1).all(1).tolist() == [False, False, True, False]
 
 
-def test_half_precision_boxes_find_their_level():
-    pool = MultiScaleDeformRoIPool(["0", "1", "2", "3"], DeformRoIPool(2))
-    boxes = torch.tensor([[0.0, 0, 300, 300], [0, 0, 400, 400]])  # areas overflow float16
-    exponents = [2, 3, 4, 5]
-    assert pool._levels(boxes.half(), exponents).tolist() == pool._levels(boxes, exponents).tolist() == [2, 2]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_boxes_of_low_precision(dtype: torch.dtype):
+    """Indices of images, areas and scaled coordinates need more precision than 16 bits have."""
+    count = 299
+    maps = {"0": torch.arange(count, dtype=torch.float32)[:, None, None, None].expand(count, 1, 8, 8)}
+    pool = MultiScaleDeformRoIPool(["0"], DeformRoIPool(1))
+    boxes = [torch.tensor([[4, 4, 28, 28]], dtype=dtype)] * count
+    assert pool(maps, boxes, [(32, 32)] * count).flatten().tolist() == list(range(count))
+    names = ["0", "1", "2", "3"]
+    features = {name: image(1, 2, 128 >> k, 128 >> k) for k, name in enumerate(names)}
+    pool = MultiScaleDeformRoIPool(names, DeformRoIPool(2))
+    exact = torch.tensor([[0.0, 0, 300, 300], [0, 0, 400, 400]])  # areas overflow float16
+    assert torch.equal(pool(features, [exact.to(dtype)], [(512, 512)]), pool(features, [exact], [(512, 512)]))
 
 
 def test_pyramid_pooling_in_a_detector_of_torchvision():
