@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dcnops._arguments import Pair, expand_pair
 from dcnops._errors import ArgumentError, DtypeError, ShapeError
@@ -13,6 +14,7 @@ from dcnops._shapes import output_extent
 
 from .devices import is_autocast_enabled
 from .functional import deform_conv2d, is_tensor_proxy, type_name
+from .zero_layers import ZeroLayer
 
 
 class DeformConvBase(nn.Module):
@@ -20,6 +22,9 @@ class DeformConvBase(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    # Attributes of `torch.nn.Conv2d` that containers of convolutions read, such as mmcv's ConvModule.
+    transposed = False
+    output_padding = (0, 0)
 
     def __init__(
         self,
@@ -57,14 +62,15 @@ class DeformConvBase(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def convolve(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        bias = getattr(self, "bias", None)  # the layers of mmcv have no attribute
+        return deform_conv2d(input, offset, self.weight, bias, self.stride, self.padding, self.dilation, mask)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1)):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
-        return text if self.bias is not None else f"{text}, bias=False"
+        return f"{text}, bias=False" if getattr(self, "bias", None) is None else text
 
 
 class DeformConv2d(DeformConvBase):
@@ -109,19 +115,20 @@ class DeformConv2d(DeformConvBase):
         return self.convolve(input, offset, mask)
 
 
-class OffsetConv2d(nn.Conv2d):
-    """Offset branch of a deformable convolution. It starts at zero, also after `reset_parameters`."""
+class OffsetBranch(ZeroLayer, DeformConvBase):
+    """Regular convolution that predicts the offsets of a deformable one. It starts at zero; see `ZeroLayer`."""
 
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve `input` [N, C, H, W], giving [N, O, oh, ow]."""
+        numbers = (self.stride, self.padding, self.dilation, self.groups)
+        return functional.conv2d(input, self.weight, self.bias, *numbers)
 
 
 class OffsetBranchConv(DeformConvBase):
     """Deformable convolution with a branch `conv_offset` that predicts `channels_per_tap` values per sampling point."""
 
     channels_per_tap: int
+    branch_type: type[ZeroLayer] = OffsetBranch
 
     def __init__(
         self,
@@ -135,12 +142,18 @@ class OffsetBranchConv(DeformConvBase):
         deform_groups: int = 1,
         bias: bool = True,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=bias)
         check_divisible("in_channels", in_channels, "deform_groups", deform_groups)
         self.deform_groups = deform_groups
         channels = self.channels_per_tap * self.sampling_points
         geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
-        self.conv_offset = OffsetConv2d(in_channels, channels, *geometry)
+        self.conv_offset = self.branch_type(in_channels, channels, *geometry)
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias again, and set the branch to zero."""
+        super().reset_parameters()
+        if hasattr(self, "conv_offset"):  # not yet, when the constructor of the base class calls this method
+            self.conv_offset.reset_parameters()
 
     def run_branch(self, input: Tensor) -> Tensor:
         """Check `input` [N, C, H, W] and return the values that the branch predicts.
@@ -183,8 +196,9 @@ class DeformConv2dPack(OffsetBranchConv):
     ----------
     weight, bias
         See `DeformConv2d`.
-    conv_offset : torch.nn.Conv2d, C to 2*D*kh*kw channels
-        The branch, with the kernel size, stride, padding and dilation of the layer. Weight and bias start at zero.
+    conv_offset : Module, C to 2*D*kh*kw channels
+        The branch, a regular convolution with the kernel size, stride, padding and dilation of the layer. Weight and
+        bias start at zero. The module is no `torch.nn.Conv2d`, so that code that initialises these leaves it at zero.
 
     Examples
     --------
@@ -220,10 +234,9 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
     ----------
     weight, bias
         See `DeformConv2d`.
-    conv_offset : torch.nn.Conv2d, C to 3*D*kh*kw channels
-        The branch, with the kernel size, stride, padding and dilation of the layer. The first ``2*D*kh*kw`` channels
-        are the offsets (dy and dx of the first tap, dy and dx of the second, ...), the others the logits of the masks.
-        Weight and bias start at zero.
+    conv_offset : Module, C to 3*D*kh*kw channels
+        The branch; see `DeformConv2dPack`. The first ``2*D*kh*kw`` channels are the offsets (dy and dx of the first
+        tap, dy and dx of the second, ...), the others the logits of the masks.
 
     Examples
     --------

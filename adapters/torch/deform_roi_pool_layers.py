@@ -13,6 +13,7 @@ from dcnops._arguments import Pair, expand_pair
 from dcnops._errors import ArgumentError, ShapeError
 
 from .functional import deform_roi_pool
+from .zero_layers import OffsetProjection
 
 
 class RoIPoolBase(nn.Module):
@@ -90,14 +91,6 @@ class HiddenLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-class ZeroLinear(nn.Linear):
-    """Last layer of an offset branch: zero, so that pooling starts as RoIAlign."""
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-
 class OffsetBranchRoIPool(RoIPoolBase):
     """RoI pooling with a branch `offset_fc` that predicts `values_per_bin` values from the RoIAlign features."""
 
@@ -127,7 +120,7 @@ class OffsetBranchRoIPool(RoIPoolBase):
         for _ in range(num_fcs - 1):
             layers += [HiddenLinear(features, deform_fc_channels), nn.ReLU(inplace=True)]
             features = deform_fc_channels
-        layers.append(ZeroLinear(features, self.values_per_bin * bins))
+        layers.append(OffsetProjection(features, self.values_per_bin * bins))
         self.offset_fc = nn.Sequential(*layers)
 
     def run_branch(self, input: Tensor, rois: Tensor) -> Tensor:
