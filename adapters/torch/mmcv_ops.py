@@ -1,8 +1,8 @@
 """Replacements for the deformable functions and layers of ``mmcv.ops``, under the same names.
 
 Write ``from dcnops.adapters.torch.mmcv_ops import DeformConv2dPack`` instead of ``from mmcv.ops import
-DeformConv2dPack``. Arguments, defaults, initial weights, the order of offset channels and checkpoint keys are those of
-mmcv. Common differences:
+DeformConv2dPack``, or call `install` to use them in mmdetection. Arguments, defaults, initial weights, the order of
+offset channels and checkpoint keys are those of mmcv. Common differences:
 
 - `im2col_step`, the number of images that mmcv processes at a time, is accepted and ignored: any batch size works.
 - `groups` and `deform_groups` follow from the shapes of the tensors; a different value raises `ShapeError`.
@@ -22,6 +22,7 @@ torch.Size([2, 8, 5, 5])
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from itertools import pairwise
@@ -36,6 +37,7 @@ from dcnops._shapes import output_extent
 from . import deform_conv2d_layers, deform_roi_pool_layers, functional
 from .deform_conv2d_layers import DeformConvBase, check_divisible
 from .deform_roi_pool_layers import RoIPoolBase
+from .mmcv_install import install_into_mmcv
 from .zero_layers import OffsetProjection, ZeroLayer
 
 __all__ = [
@@ -48,8 +50,43 @@ __all__ = [
     "ModulatedDeformRoIPoolPack",
     "deform_conv2d",
     "deform_roi_pool",
+    "install",
     "modulated_deform_conv2d",
 ]
+
+
+def install(*, allow_larger_offsets: bool = False) -> None:
+    """Put the functions and layers of this module into mmcv, so that mmdetection and others use them unchanged.
+
+    Call it once, before mmdetection is imported. It works with mmcv 2 and mmcv-lite 2, also if mmcv's compiled
+    operations are missing or cannot be loaded. In that case a stand-in takes their place. Of the other operations, it
+    has `nms`, `batched_nms`, `roi_align` and `roi_pool` by means of torchvision, `sigmoid_focal_loss` and multi-scale
+    deformable attention in PyTorch. The rest raises `NotImplementedError` when it is called.
+
+    Parameters
+    ----------
+    allow_larger_offsets : bool
+        Default of `modulated_deform_conv2d` and `ModulatedDeformConv2d`; True for DyHead.
+
+    Raises
+    ------
+    ImportError
+        mmcv or mmengine is not installed; or mmcv has no compiled operations, and torchvision is not installed.
+
+    Examples
+    --------
+    ::
+
+        from dcnops.adapters.torch import mmcv_ops
+
+        mmcv_ops.install()
+        import mmdet.models
+    """
+    replacements = {name: globals()[name] for name in __all__ if name != "install"}
+    if allow_larger_offsets:
+        replacements["modulated_deform_conv2d"] = functools.partial(modulated_deform_conv2d, allow_larger_offsets=True)
+    install_into_mmcv(replacements, {"DCN": DeformConv2dPack, "DCNv2": ModulatedDeformConv2dPack})
+    ModulatedDeformConv2d.allow_larger_offsets = allow_larger_offsets
 
 
 def deform_conv2d(

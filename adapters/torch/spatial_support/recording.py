@@ -264,7 +264,9 @@ def _scale_rois(rois: Tensor, scale: float) -> Tensor:
 
 def _read_dcnops_roi_pool(*args: Any) -> Operation:
     input, rois, offset, mask, size, scale, ratio, gamma = args
-    return _pooling(input, _scale_rois(rois, scale), None if offset is None else gamma * offset, mask, _pair(size), ratio)
+    return _pooling(
+        input, _scale_rois(rois, scale), None if offset is None else gamma * offset, mask, _pair(size), ratio
+    )
 
 
 def _read_torchvision_roi_align(
