@@ -1,4 +1,4 @@
-"""`mmcv_ops.install` with stand-ins for mmcv, mmengine and mmdetection, whose files have the names of the originals."""
+"""`mmcv_ops.install` with stand-ins for mmcv, mmengine and mmdetection; their files are named like the originals."""
 
 from __future__ import annotations
 
