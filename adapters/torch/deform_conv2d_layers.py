@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dcnops._arguments import Pair, check_precision, expand_pair
 from dcnops._errors import ArgumentError, DtypeError, ShapeError
@@ -13,6 +14,7 @@ from dcnops._shapes import output_extent
 
 from .devices import is_autocast_enabled
 from .functional import deform_conv2d, is_tensor_proxy, type_name
+from .zero_layers import ZeroLayer
 
 
 class DeformConvBase(nn.Module):
@@ -21,6 +23,9 @@ class DeformConvBase(nn.Module):
     weight: Tensor
     bias: Tensor | None
     precision: str | None = None  # of modules that were pickled without it
+    # Attributes of `torch.nn.Conv2d` that containers of convolutions read, such as mmcv's ConvModule.
+    transposed = False
+    output_padding = (0, 0)
 
     def __init__(
         self,
@@ -62,15 +67,16 @@ class DeformConvBase(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def convolve(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        bias = getattr(self, "bias", None)  # the layers of mmcv have no attribute
         geometry = self.stride, self.padding, self.dilation
-        return deform_conv2d(input, offset, self.weight, self.bias, *geometry, mask, precision=self.precision)
+        return deform_conv2d(input, offset, self.weight, bias, *geometry, mask, precision=self.precision)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1)):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
-        text = text if self.bias is not None else f"{text}, bias=False"
+        text = f"{text}, bias=False" if getattr(self, "bias", None) is None else text
         return text if self.precision is None else f"{text}, precision={self.precision!r}"
 
 
@@ -118,19 +124,20 @@ class DeformConv2d(DeformConvBase):
         return self.convolve(input, offset, mask)
 
 
-class OffsetConv2d(nn.Conv2d):
-    """Offset branch of a deformable convolution. It starts at zero, also after `reset_parameters`."""
+class OffsetBranch(ZeroLayer, DeformConvBase):
+    """Regular convolution that predicts the offsets of a deformable one. It starts at zero; see `ZeroLayer`."""
 
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve `input` [N, C, H, W], giving [N, O, oh, ow]."""
+        numbers = (self.stride, self.padding, self.dilation, self.groups)
+        return functional.conv2d(input, self.weight, self.bias, *numbers)
 
 
 class OffsetBranchConv(DeformConvBase):
     """Deformable convolution with a branch `conv_offset` that predicts `channels_per_tap` values per sampling point."""
 
     channels_per_tap: int
+    branch_type: type[ZeroLayer] = OffsetBranch
 
     def __init__(
         self,
@@ -147,12 +154,18 @@ class OffsetBranchConv(DeformConvBase):
         precision: str | None = None,
     ) -> None:
         geometry = kernel_size, stride, padding, dilation
-        super().__init__(in_channels, out_channels, *geometry, groups, bias, precision=precision)
+        super().__init__(in_channels, out_channels, *geometry, groups, bias=bias, precision=precision)
         check_divisible("in_channels", in_channels, "deform_groups", deform_groups)
         self.deform_groups = deform_groups
         channels = self.channels_per_tap * self.sampling_points
         branch_geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
-        self.conv_offset = OffsetConv2d(in_channels, channels, *branch_geometry)
+        self.conv_offset = self.branch_type(in_channels, channels, *branch_geometry)
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias again, and set the branch to zero."""
+        super().reset_parameters()
+        if hasattr(self, "conv_offset"):  # not yet, when the constructor of the base class calls this method
+            self.conv_offset.reset_parameters()
 
     def run_branch(self, input: Tensor) -> Tensor:
         """Check `input` [N, C, H, W] and return the values that the branch predicts.
@@ -195,8 +208,9 @@ class DeformConv2dPack(OffsetBranchConv):
     ----------
     weight, bias
         See `DeformConv2d`.
-    conv_offset : torch.nn.Conv2d, C to 2*D*kh*kw channels
-        The branch, with the kernel size, stride, padding and dilation of the layer. Weight and bias start at zero.
+    conv_offset : Module, C to 2*D*kh*kw channels
+        The branch, a regular convolution with the kernel size, stride, padding and dilation of the layer. Weight and
+        bias start at zero. The module is no `torch.nn.Conv2d`, so that code that initialises these leaves it at zero.
 
     Examples
     --------
@@ -232,10 +246,9 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
     ----------
     weight, bias
         See `DeformConv2d`.
-    conv_offset : torch.nn.Conv2d, C to 3*D*kh*kw channels
-        The branch, with the kernel size, stride, padding and dilation of the layer. The first ``2*D*kh*kw`` channels
-        are the offsets (dy and dx of the first tap, dy and dx of the second, ...), the others the logits of the masks.
-        Weight and bias start at zero.
+    conv_offset : Module, C to 3*D*kh*kw channels
+        The branch; see `DeformConv2dPack`. The first ``2*D*kh*kw`` channels are the offsets (dy and dx of the first
+        tap, dy and dx of the second, ...), the others the logits of the masks.
 
     Examples
     --------

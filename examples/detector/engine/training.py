@@ -6,6 +6,7 @@ import inspect
 import math
 import signal
 import sys
+import warnings
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -220,7 +221,9 @@ class Trainer:
         self.device = device
         self.iterations_per_epoch = iterations_per_epoch
         self.lr = config.lr * config.batch_size * world_size() / config.lr_batch
-        groups = param_groups(model, self.lr, config.offset_lr_mult, roi_offset_lr_mult=config.roi_offset_lr_mult)
+        with warnings.catch_warnings():  # regular presets have no branches
+            warnings.filterwarnings("ignore", "param_groups recognises no offset branch in the model")
+            groups = param_groups(model, self.lr, config.offset_lr_mult, roi_offset_lr_mult=config.roi_offset_lr_mult)
         self.lrs = [group["lr"] for group in groups]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = _optimizer(groups, config)
