@@ -37,7 +37,7 @@ from .engine import (
     world_size,
     write_results,
 )
-from .errors import UserError
+from .errors import UserError, printable
 from .model import cost_rows, cost_table, load_detector
 from .predict import AMP_TYPES, draw_checkpoints, predict, write_predictions
 from .recipes import run_ablation, run_demo
@@ -76,9 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_train(options: TrainOptions) -> None:
     config = _config(options)
-    masks = config.network.detector == "mask"
+    masks, negatives = config.network.detector == "mask", config.training.negative_images
     train_annotations, train_images = _data(options, "train", "train_")
-    train_set = CocoDataset(train_annotations, train_images, masks=masks, keep_empty=False)
+    train_set = CocoDataset(train_annotations, train_images, masks=masks, keep_empty=False, negatives=negatives)
     val_set = None
     if options.val_annotations or options.data:
         val_annotations, val_images = _data(options, "val", "val_")
@@ -140,7 +140,7 @@ def run_spatial_support(options: SpatialSupportOptions) -> None:
         paths = draw_checkpoints(
             options.checkpoint, options.image, options.out, device, options, assignments=options.set
         )
-    print("\n".join(map(str, paths)))
+    print("\n".join(printable(str(path)) for path in paths))
 
 
 def run_flops(options: FlopsOptions) -> None:

@@ -102,6 +102,7 @@ class TrainingConfig:
     clip_norm: float = option(0.0, "maximum norm of the gradient; 0: no clipping", 0)
     flip: float = option(0.5, "probability of a horizontal flip", 0, 1)
     amp: Literal["none", "float16", "bfloat16"] = option("none", "autocast to a 16-bit type")
+    negative_images: bool = option(False, "also train on images without annotations, as negative examples")
     group_aspect_ratios: bool = option(True, "do not mix wide and tall images in a batch")
     workers: int = option(2, "data-loading processes", 0)
     seed: int = option(0, "seed of all random numbers", 0, 2**63 - 1)

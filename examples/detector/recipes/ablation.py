@@ -154,7 +154,9 @@ def run_ablation(
             train_images, val_images = ABLATION_IMAGES
             write_synthetic(folder, train=train_images, val=val_images, size=SIZE, deformation=1, seed=0)
             (folder / ".complete").touch()
-        train_set, val_set = load_train_and_val(folder, masks=config.network.detector == "mask")
+        train_set, val_set = load_train_and_val(
+            folder, masks=config.network.detector == "mask", negatives=config.training.negative_images
+        )
 
         costs = {variant: count(variant.configure(config).network) for variant in chosen}
         seconds: dict[Variant, float] = {}
