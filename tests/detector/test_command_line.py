@@ -132,7 +132,7 @@ def test_wrong_commands(fails, data, tmp_path):
     assert "--device" in fails("train", "--data", data, "--out", out, "--device", "tpu", "--backbone", "small")
     for number in ("0", "a"):
         message = fails("evaluate", "--data", data, "--checkpoint", "x", "--batch-size", number)
-        assert "must be a whole number of at least 1" in message
+        assert "must be a whole number between 1 and 4096" in message
     for share in ("7", "nan", "high"):
         message = fails("predict", "a.png", "--checkpoint", "x", "--out", out, "--threshold", share)
         assert "must be a number between 0 and 1" in message
@@ -142,7 +142,8 @@ def test_wrong_commands(fails, data, tmp_path):
     file = data / "annotations" / "instances_val.json"
     assert "cannot be made a folder" in fails("evaluate", "--data", data, "--checkpoint", "x", "--out", file)
     assert "not allowed with" in fails("evaluate", "--data", data, "--checkpoint", "x", "--results", "y")
-    assert "32 to 4096 pixels" in fails("synth", out, "--size", "8")
+    assert "must be a whole number between 32 and 4096, got '8'" in fails("synth", out, "--size", "8")
+    assert len(fails("synth", out, "--train", "9" * 10_000)) < 200
     assert not out.exists()
 
 

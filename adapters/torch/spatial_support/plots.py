@@ -11,20 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.collections import EllipseCollection
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dcnops._errors import ArgumentError, ShapeError
 
+from ... import name_extra
 from .locations import Bins, SamplingPoints, effective_bin_locations, effective_sampling_locations
 from .nodes import LayerNode, Node, RoINode, as_node
 from .saliency import SaliencyRegion, effective_receptive_field, error_bounded_saliency_region
 from .statistics import LayerStatistics
+
+with name_extra("plots", "matplotlib"):
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+    from matplotlib.collections import EllipseCollection
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
 Picture = NDArray[np.floating[Any]]
 

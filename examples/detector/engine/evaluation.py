@@ -19,7 +19,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..config import NetworkConfig
-from ..data import Category, CocoDataset, Sample, encode_segmentation, is_finite, read_json, write_json
+from ..data import (
+    Category,
+    CocoDataset,
+    Sample,
+    encode_segmentation,
+    is_finite,
+    prepare_worker,
+    read_json,
+    worker_errors,
+    write_json,
+)
 from ..errors import UserError, printable
 from ..predict import coco_results, evaluating, infer
 from .distributed import gather_lists, is_main, rank, world_size
@@ -70,12 +80,13 @@ def detect(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=list,
+        worker_init_fn=prepare_worker,
         pin_memory=device.type == "cuda",
     )
     results = []
     quiet = None if progress and is_main() else True  # None: show it on a terminal
     bar = tqdm(total=len(share), desc="detecting", unit="image", leave=False, disable=quiet)
-    with evaluating(model), bar:
+    with evaluating(model), worker_errors(), bar:
         for batch in loader:
             for sample in batch:
                 if isinstance(sample, UserError):

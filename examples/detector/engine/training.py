@@ -20,7 +20,7 @@ from dcnops.adapters.torch import param_groups
 from dcnops.adapters.torch.spatial_support import OffsetObserver
 
 from ..config import Config, TrainingConfig
-from ..data import AspectRatioBatches, Batch, CocoDataset, check_categories, load_batches
+from ..data import AspectRatioBatches, Batch, CocoDataset, check_categories, load_batches, worker_errors
 from ..errors import UserError
 from ..model import (
     MimickingDetector,
@@ -122,6 +122,7 @@ def train(
             save_checkpoint(out / name, model, config, train_set.categories, done, extra)
 
     with ExitStack() as stack:
+        stack.enter_context(worker_errors())
         requests = stack.enter_context(StopRequests(f"interrupted; the last checkpoint is in {out}: {hint}"))
         loader = stack.enter_context(closing(load_batches(train_set, batches, options, device, first)))
         progress = None

@@ -358,6 +358,28 @@ def test_one_process_needs_no_group(monkeypatch):
             pass
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT not set: start .* torchrun"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, got 'two': .* unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "-1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK must be a whole number"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "RANK must be less than WORLD_SIZE=2",
+        ),
+    ],
+)
+def test_variables_of_clusters(monkeypatch, variables, message):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, variables.get(name, ""))
+    with pytest.raises(UserError, match=message), distributed.session("cpu"):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "")
+    with distributed.session("cpu"):
+        assert distributed.world_size() == 1
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_picture_is_named_in_one_sentence(tmp_path, workers):
     write_synthetic(tmp_path, train=2, val=0, size=64)
