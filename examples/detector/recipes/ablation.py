@@ -248,7 +248,7 @@ def _durations(model: torch.nn.Module, config: Config, train_set: CocoDataset, d
 
 
 def _row(out: Path, variant: Variant, seeds: int, cost: Count, seconds: float) -> Row:
-    found = {}
+    found: dict[int, dict[str, dict[str, Any]]] = {}
     for seed in range(seeds):
         path = out / "runs" / variant.folder / f"seed{seed}" / "metrics.json"
         if path.exists():

@@ -181,6 +181,8 @@ def test_results_files_and_table(example, tmp_path):
     assert table[1].split()[:2] == ["box", f"{metrics['bbox'].AP:.3f}"]
     assert table[2].split()[-1] == f"{metrics['segm'].APl:.3f}"
     assert table[-1].split() == ["never", "seen", "-", "-"]
+    odd: Any = [type("Category", (), entry | {"name": f"\x1b[31m\n{entry['id']}"}) for entry in CATEGORIES]
+    assert metrics_table(metrics, odd).splitlines()[-1].startswith(r"\x1b[31m\n9 ")
     assert len({len(line) for line in table[:3]}) == 1
 
 
