@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from dcnops.deform_conv2d import deform_conv2d, deform_conv2d_backward
 from dcnops.deform_roi_pool import deform_roi_pool, deform_roi_pool_backward
 
 LIBRARIES = ("numpy", "cupy")
+_MOST_VALUES = 2**31  # of an array
 
 
 def prefetch(
@@ -83,6 +85,10 @@ def prefetch(
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise ArgumentError(f"dtypes must be among {', '.join(DTYPES)}, got {dtype!r}")
+    for argument, sizes in (("input", input), ("weight", weight)):
+        if len(sizes) != 4 or min(sizes) < 1 or math.prod(sizes) >= _MOST_VALUES:
+            needed = f"4 positive numbers with a product of less than {_MOST_VALUES}"
+            raise ShapeError(f"{argument} must be {needed}, got {tuple(sizes)!s:.60}")
     xp = importlib.import_module(library)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "precision": precision}
     for name in dtypes:
@@ -103,10 +109,6 @@ def _convolve(
     options: dict[str, Any],
     backward: bool,
 ) -> None:
-    if len(input) != 4 or len(weight) != 4:
-        raise ShapeError(
-            f"input and weight must be 4 numbers, (N, C, H, W) and (O, C/G, kh, kw), got {input}, {weight}"
-        )
     kernel, step = weight[2:], expand_pair("stride", options["stride"])
     sides, dilation = expand_padding(options["padding"]), expand_pair("dilation", options["dilation"])
     size = [

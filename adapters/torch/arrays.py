@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.utils.dlpack
 from torch import Tensor
+
+from .. import name_extra
+
+
+@cache
+def _bfloat16() -> Any:
+    """Return NumPy's data type. Imported here because only bfloat16 needs ml_dtypes."""
+    with name_extra("torch", "ml_dtypes"):
+        import ml_dtypes
+    return ml_dtypes.bfloat16
 
 
 def as_array(tensor: Tensor | None) -> Any:
@@ -14,10 +25,8 @@ def as_array(tensor: Tensor | None) -> Any:
     if tensor is None:
         return None
     if tensor.dtype == torch.bfloat16:
-        import ml_dtypes
-
         # Pass integers: NumPy and some versions of CuPy do not accept bfloat16 through DLPack.
-        return as_array(tensor.detach().view(torch.int16)).view(ml_dtypes.bfloat16)
+        return as_array(tensor.detach().view(torch.int16)).view(_bfloat16())
     if tensor.device.type == "cpu":
         return tensor.numpy(force=True)
     import cupy

@@ -17,6 +17,7 @@ import torch
 
 from dcnops._errors import ArgumentError, DcnError, ShapeError
 
+from .. import name_extra
 from . import operators
 
 _LOWEST_OPSET = 19
@@ -99,15 +100,16 @@ def export(
     if opset_version < _LOWEST_OPSET:
         raise _opset_error(opset_version)
     try:
-        program = torch.onnx.export(
-            model,
-            args,
-            f,
-            dynamo=True,
-            opset_version=opset_version,
-            custom_translation_table={**translation_table(), **(custom_translation_table or {})},
-            **kwargs,
-        )
+        with name_extra("onnx", "onnx", "onnxscript", "onnx_ir"):
+            program = torch.onnx.export(
+                model,
+                args,
+                f,
+                dynamo=True,
+                opset_version=opset_version,
+                custom_translation_table={**translation_table(), **(custom_translation_table or {})},
+                **kwargs,
+            )
     except torch.onnx.OnnxExporterError as error:
         cause = _dcnops_cause(error)
         if cause is None:

@@ -137,3 +137,28 @@ def test_the_wheel_works_with_each_extra(extra: str, wheel: Path, tmp_path: Path
     command = [str(python), "-c", place + EXTRAS[extra]]
     result = subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+MISSING = """
+import importlib, sys
+for package, module in (
+    ("torch", "dcnops.adapters.torch"),
+    ("jax", "dcnops.adapters.jax"),
+    ("matplotlib", "dcnops.adapters.torch.spatial_support.plots"),
+):
+    loaded = sys.modules.get(package)
+    sys.modules[package] = None
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        print(error.name, error)
+    del sys.modules[package]
+"""
+
+
+def test_missing_packages_are_named_with_their_extra() -> None:
+    done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        f"{package} the package {package} is missing: pip install 'dcnops[{extra}]'"
+        for package, extra in (("torch", "torch"), ("jax", "jax"), ("matplotlib", "plots"))
+    ]

@@ -24,6 +24,7 @@ from examples.detector.config import Config
 from examples.detector.data import AspectRatioBatches, Batch, CocoDataset, find_data, load_batches, write_synthetic
 from examples.detector.engine import CHECKPOINT, MODEL, Interrupted, Trainer, detect, train, training
 from examples.detector.engine.interruption import StopRequests
+from examples.detector.engine.progress import Progress
 from examples.detector.engine.training import MOST_SKIPPED, learning_rate_factor
 from examples.detector.errors import UserError
 from examples.detector.model import build_detector, load_checkpoint, load_detector
@@ -380,6 +381,26 @@ def test_a_signal_saves_and_stops(data, tmp_path, monkeypatch, number, code):
     assert [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_signals_of_clusters_and_terminals():
+    numbers = [signal.SIGUSR1, signal.SIGHUP]
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    try:
+        for number in numbers:
+            with StopRequests("stopped") as requests:
+                signal.raise_signal(number)
+                assert requests.received == number
+            assert line_trainer().step(line_batch(1.0), 0, stop=number).stop == number
+        # Under nohup, and in the background of a shell without job control.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopRequests("stopped") as requests:
+            signal.raise_signal(signal.SIGHUP)
+            assert requests.received == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
 def test_a_second_signal_stops_at_once(monkeypatch, capfd):
     clock = SimpleNamespace(monotonic=lambda: now)
     monkeypatch.setattr("examples.detector.engine.interruption.time", clock)
@@ -464,6 +485,19 @@ def test_evaluations(data, tmp_path, capsys):
         assert re.search(part, line), line
 
 
+def test_images_without_objects_are_negative_examples(data):
+    """A batch of nothing else has a loss, for masks and mimicking too."""
+    config = TINY.set(assignments(network="preset=dcnv2-mimic detector=mask anchor_sizes=8,12,24,40,60"))
+    config = config.set(assignments(mimicking="crop=32 boxes=2"))
+    images = dataset(data)
+    trainer = training.build_trainer(build(config), config, CPU, 5)
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    batch = next(load_batches(images, batches(images), config.training, CPU))
+    targets = [{**empty, "masks": torch.zeros(0, *image.shape[1:], dtype=torch.uint8)} for image in batch.images]
+    step = trainer.step(batch._replace(targets=targets), 0)
+    assert not step.not_finite and step.losses["loss_objectness"] > 0 and step.losses["loss_box_reg"] == 0
+
+
 def test_warning_about_a_long_warm_up(data, tmp_path, capsys):
     run(tmp_path, data, "training.epochs=1", "training.warmup_iterations=2")
     assert (
@@ -490,6 +524,13 @@ def test_offsets_and_masks_are_logged_and_change_nothing(data, tmp_path):
         assert logged.Scalars(f"masks_mean/{layer}")[0].value == pytest.approx(0.5, abs=0.1)
 
 
+def test_memory_is_not_reported_on_windows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress_module, "resource", None)
+    with Progress(tmp_path, CPU, first=0, total=1, per_epoch=1) as progress:
+        progress.iteration(1, {"loss_a": 1.0}, 0.1, 1.0)
+    assert capsys.readouterr().err.endswith("ETA 0:00:00\n")
+
+
 def test_the_bar_of_a_terminal(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run(tmp_path, data, "training.epochs=1")
@@ -514,6 +555,16 @@ def test_a_folder_with_a_run_is_not_overwritten(uninterrupted, data, tmp_path):
         run(tmp_path / MODEL / "out", data)
 
 
+def test_options_that_a_checkpoint_lacks_had_their_defaults(uninterrupted, data, tmp_path):
+    content = load_checkpoint(uninterrupted / CHECKPOINT)
+    content["categories"] = [list(category) for category in content["categories"]]
+    del content["config"]["training"]["negative_images"]
+    torch.save(content, tmp_path / CHECKPOINT)
+    run(tmp_path, data, resume=True)
+    with pytest.raises(UserError, match=r"training\.negative_images=True, as it was trained with False"):
+        run(tmp_path, data, "training.negative_images=true", resume=True)
+
+
 def test_runs_that_cannot_be_resumed(uninterrupted, data, tmp_path):
     def refused(pattern: str, *assignments: str, out: Path = uninterrupted) -> None:
         with pytest.raises(UserError, match=pattern):
@@ -527,11 +578,20 @@ def test_runs_that_cannot_be_resumed(uninterrupted, data, tmp_path):
     path = tmp_path / CHECKPOINT
     content = load_checkpoint(uninterrupted / CHECKPOINT)
     content["categories"] = [list(category) for category in content["categories"]]
+
+    def changed(change: Any) -> dict[str, Any]:
+        optimizer = content["optimizer"]
+        return optimizer | {"state": {0: {"momentum_buffer": change(optimizer["state"][0]["momentum_buffer"])}}}
+
     for change, pattern in (
         ({"images": 8}, "with 9 images, as it had 8"),
         ({"processes": 2}, "with 1 processes, as it had 2"),
         ({"categories": [[1, "dark"], [2, "light"]]}, r"2 categories \(1 dark, 2 light\), got 2: \(1 dark, 2 bright\)"),
         ({"optimizer": {}}, "state of the optimiser"),
+        ({"optimizer": changed(lambda momentum: momentum * float("nan"))}, "state of the optimiser"),
+        ({"optimizer": changed(lambda momentum: momentum[None])}, "state of the optimiser"),
+        ({"optimizer": changed(lambda momentum: momentum.int())}, "state of the optimiser"),
+        ({"scaler": {"scale": "65536"}}, "state of the optimiser"),
     ):
         torch.save(content | change, path)
         refused(pattern, out=tmp_path)
