@@ -23,6 +23,7 @@ from torch import nn
 from examples.detector.config import Config
 from examples.detector.data import AspectRatioBatches, Batch, CocoDataset, find_data, load_batches, write_synthetic
 from examples.detector.engine import CHECKPOINT, MODEL, Interrupted, Trainer, detect, train, training
+from examples.detector.engine import progress as progress_module
 from examples.detector.engine.interruption import StopRequests
 from examples.detector.engine.progress import Progress
 from examples.detector.engine.training import MOST_SKIPPED, learning_rate_factor
