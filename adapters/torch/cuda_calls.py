@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dcnops._backends.cuda import plans
+from dcnops._backends.cuda.kernel_constants import VECTOR_BYTES
 from dcnops._backends.cuda.programs import ArrayForm, Replay, SignatureCache
 from dcnops._backends.cuda.workspace import get_workspace
 from dcnops._dtypes import DTYPES
@@ -53,7 +55,11 @@ class ConvCall:
         ]
         self._device, self._index, self._dtype = input.device, input.get_device(), input.dtype
         self._forward = devices.recorded_programs().record(plans.deform_conv2d, g, self._forms, self._options)
-        self._strides = _strides(self._forward.program.results[0])
+        self._output_shape, self._output_strides = g.output_shape, _strides(self._forward.program.results[0])
+        self._strides = [
+            None if tensor is None else (tensor.contiguous() if i in self.copied else tensor).stride()
+            for i, tensor in enumerate(tensors)
+        ]
         self._backward: dict[tuple[Needs, bool, bool], Replay] = {}
 
     @property
@@ -66,7 +72,7 @@ class ConvCall:
     ) -> Tensor:
         """Return the output of tensors that were made contiguous where that is needed."""
         device, replay = self._device, self._forward
-        output = torch.empty_strided(self._geometry.output_shape, self._strides, dtype=self._dtype, device=device)
+        output = torch.empty_strided(self._output_shape, self._output_strides, dtype=self._dtype, device=device)
         # Not a tensor: with deterministic algorithms enabled, torch fills the memory of new tensors.
         scratch = torch.UntypedStorage(replay.program.scratch_bytes, device=device)
         addresses = [0, input.data_ptr(), offset.data_ptr(), weight.data_ptr()]
@@ -78,9 +84,29 @@ class ConvCall:
         replay.issue(addresses, devices.current_stream(self._index))
         return output
 
+    def arrange(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """Return saved tensors in the memory order that they had.
+
+        Hooks may return copies in another order: `save_on_cpu` does, with pinned memory.
+        """
+        strides = self._strides
+        input, offset, weight, _, mask = tensors
+        if (
+            input.stride() == strides[0]
+            and offset.stride() == strides[1]
+            and weight.stride() == strides[2]
+            and (mask is None or mask.stride() == strides[4])
+        ):
+            return tensors
+        return [
+            None if tensor is None else tensor.new_empty_strided(tensor.shape, order).copy_(tensor)
+            for tensor, order in zip(tensors, strides)
+        ]
+
     def backward(
         self,
         grad_out: Tensor,
+        grad_out_last: bool,
         input: Tensor,
         offset: Tensor,
         weight: Tensor,
@@ -88,8 +114,11 @@ class ConvCall:
         mask: Tensor | None,
         needs: Needs,
     ) -> list[Tensor | None]:
-        """Return the gradients that are needed, in the memory format of their arguments; None for the others."""
-        key = (needs, is_channels_last(grad_out), torch.are_deterministic_algorithms_enabled())
+        """Return the gradients that are needed, in the memory format of their arguments; None for the others.
+
+        `grad_out` is aligned, and channels-last if `grad_out_last`, otherwise contiguous.
+        """
+        key = (needs, grad_out_last, torch.are_deterministic_algorithms_enabled())
         replay = self._backward.get(key)
         if replay is None:
             replay = self._backward[key] = self._record_backward(*key)
@@ -100,6 +129,8 @@ class ConvCall:
         ]
         scratch = torch.UntypedStorage(replay.program.scratch_bytes, device=self._device)
         addresses = [0, grad_out.data_ptr(), input.data_ptr(), offset.data_ptr(), weight.data_ptr()]
+        if (addresses[2] | addresses[4]) % VECTOR_BYTES:
+            return self.backward(grad_out, grad_out_last, input.clone(), offset, weight.clone(), bias, mask, needs)
         if mask is not None:
             addresses += (mask.data_ptr(),)
         addresses += [gradient.data_ptr() for gradient in gradients if gradient is not None]

@@ -19,11 +19,9 @@ from dcnops._backends.cuda.workspace import get_workspace
 from dcnops._explain import is_explaining
 
 from . import cuda_roi_calls, devices, operators
-from .cuda_calls import CALLS, ConvCall, can_be_prepared, is_dense
+from .cuda_calls import CALLS, ConvCall, can_be_prepared, is_channels_last, is_dense
 from .cuda_roi_calls import ROI_CALLS, RoICall
 
-_TENSOR = frozenset((Tensor, Parameter))
-_TENSOR_OR_NONE = frozenset((Tensor, Parameter, type(None)))
 _ALIGNMENT_MASK = 15
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -35,10 +33,20 @@ _is_profiling = torch._C._autograd._profiler_enabled
 
 def is_plain(required: tuple[Any, ...], optional: tuple[Any, ...]) -> bool:
     """Check for plain tensors on the current GPU and for the absence of modes that have to see the operator."""
+    # Loops, because calls are what costs most here.
+    for tensor in required:
+        if tensor is None:
+            return False
+    for tensor in (*required, *optional):
+        kind = type(tensor)
+        if kind is Tensor or kind is Parameter:
+            # Views such as ``x.conj().imag`` are stored with the opposite sign.
+            if tensor._base is not None and tensor.is_neg():
+                return False
+        elif tensor is not None:
+            return False
     return (
-        _TENSOR.issuperset(map(type, required))
-        and _TENSOR_OR_NONE.issuperset(map(type, optional))
-        and devices.is_on_current_gpu(required[0])
+        devices.is_on_current_gpu(required[0])
         and _dispatch_modes() == 0
         and _function_modes() == 0
         and _functorch_level() is None
@@ -72,7 +80,13 @@ def deform_conv2d(
         )
     if (tensors[0].data_ptr() | tensors[2].data_ptr()) & _ALIGNMENT_MASK:
         return None
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or offset.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (mask is not None and mask.requires_grad)
+    ):
         output: Tensor = _DeformConv2d.apply(call, *tensors)
         return output
     return call.forward(*tensors)
@@ -121,12 +135,22 @@ class _DeformConv2d(Function):
         call, tensors = ctx.call, ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled() or not is_plain((grad_out,), ()):
-            # The operator, which has a gradient of its own.
-            gradients = operators.deform_conv2d_backward(grad_out, *tensors, *call.numbers, list(needs))
+            # The operator, which has a gradient of its own, and takes weights in the dtype of the input.
+            input, offset, weight, *others = tensors
+            rounded = weight.to(input.dtype)
+            first, second, grad_weight, *rest = operators.deform_conv2d_backward(
+                grad_out, input, offset, rounded, *others, *call.numbers, list(needs)
+            )
+            gradients = first, second, grad_weight.to(weight.dtype), *rest
             return (None, *operators.none_unless_needed(gradients, needs))
-        if not is_dense(grad_out) or grad_out.data_ptr() & _ALIGNMENT_MASK:
-            grad_out = grad_out.clone(memory_format=torch.contiguous_format)
-        return (None, *call.backward(grad_out, *tensors, needs))
+        channels_last = False
+        if not grad_out.is_contiguous():
+            channels_last = is_channels_last(grad_out)
+            if not channels_last:
+                grad_out = grad_out.contiguous()
+        if grad_out.data_ptr() & _ALIGNMENT_MASK:
+            grad_out = grad_out.clone()
+        return (None, *call.backward(grad_out, channels_last, *call.arrange(tensors), needs))
 
 
 def deform_roi_pool(
