@@ -219,7 +219,7 @@ def _find_matches(model: nn.Module, where: LayerSelector) -> dict[nn.Module, str
     found: dict[nn.Module, str] = {}
     if callable(where):
         for name, module in modules:
-            if isinstance(module, nn.Conv2d) and where(name, module):
+            if isinstance(module, nn.Conv2d) and not isinstance(module, ZeroLayer) and where(name, module):
                 found[module] = name
         if not found:
             raise ArgumentError("where must match a convolution of the model, but the function is true for none")

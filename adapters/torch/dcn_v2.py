@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dcnops._arguments import Pair
-from dcnops._errors import ArgumentError, ShapeError
+from dcnops._errors import ArgumentError, DtypeError, ShapeError
 
 from .deform_conv2d_layers import OffsetBranch, check_input
-from .functional import is_tensor_proxy
+from .functional import is_tensor_proxy, type_name
 from .mmcv_ops import ModulatedDeformConv2d, modulated_deform_conv2d
 from .zero_layers import OffsetProjection
 
@@ -187,6 +187,8 @@ def dcn_v2_pooling(
     ArgumentError
         A size is below 1; or, on a CPU, `rois` refer to a feature map that `input` does not have. On a GPU, the bins of
         such a region are NaN.
+    DtypeError
+        An argument is not a tensor of floating-point numbers.
     """
     part_size = pooled_size if part_size is None else part_size
     classes = _check_pooling(
@@ -359,6 +361,10 @@ def _check_pooling(
     sample_per_part: int,
 ) -> int:
     """Check the arguments of `dcn_v2_pooling`, and return the number of classes."""
+    for name, tensor in {"input": input, "rois": rois, **({} if no_trans else {"offset": offset})}.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type_name(tensor)
+            raise DtypeError(f"{name} must be a floating-point torch.Tensor, got {got}")
     sizes = {"pooled_size": pooled_size, "output_dim": output_dim, "group_size": group_size}
     for name, size in {**sizes, "part_size": part_size, "sample_per_part": sample_per_part}.items():
         if size < 1:

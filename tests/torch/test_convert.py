@@ -117,6 +117,7 @@ def test_function_as_selector():
     model = net()
     assert convert_to_deformable(model, where, modulated=False) == ["first.conv2", "second.conv2"]
     assert seen == ["stem", "first.conv1", "first.conv2", "second.conv1", "second.conv2"]
+    model.first.conv2 = mmcv_ops.DeformConv2dPack(4, 4, 3)
     with pytest.raises(ArgumentError, match="the function is true for none"):
         convert_to_deformable(model, where)  # branches are convolutions too, but are skipped
 

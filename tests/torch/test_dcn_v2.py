@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dcnops import ArgumentError, ShapeError
+from dcnops import ArgumentError, DtypeError, ShapeError
 from dcnops.adapters.torch import deform_conv2d, mmcv_ops, param_groups, rename_state_dict
 from dcnops.adapters.torch.dcn_v2 import DCN, DCNPooling, DCNv2, DCNv2Pooling, dcn_v2_conv, dcn_v2_pooling
 
@@ -208,6 +208,8 @@ def test_pooling_rejects_wrong_arguments():
         ({"offset": offset.repeat(1, 3, 1, 1)}, ShapeError, "K a divisor of output_dim=4"),
         ({"size": 0}, ArgumentError, "pooled_size must be at least 1, got 0"),
         ({"samples": 0}, ArgumentError, "sample_per_part must be at least 1, got 0"),
+        ({"rois": ROIS.long()}, DtypeError, r"rois must be a floating-point torch\.Tensor, got torch\.int64"),
+        ({"offset": offset.numpy()}, DtypeError, r"offset must be .* got numpy\.ndarray"),
         ({"rois": beyond}, ArgumentError, "indices of feature maps from 0 to N-1=1"),
     ):
         with pytest.raises(error, match=message):
