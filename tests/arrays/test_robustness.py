@@ -270,7 +270,7 @@ def double(x):
 
 
 def load_loops(folder: Path) -> Any:
-    """Import a new module with a compiled function, whose cache is in the same folder, and return the function."""
+    """Import a new module with a compiled function and its cache in the same folder; return the function."""
     source = folder / "loops.py"
     if not source.exists():
         source.write_text(LOOPS)

@@ -225,7 +225,7 @@ class TestTheOperatorIsCalled:
 
 @pytest.fixture
 def autocast() -> Iterator[None]:
-    """Autocast on the emulated GPU, whose tensors are CPU tensors."""
+    """Autocast on the emulated GPU. Its tensors are CPU tensors."""
     with torch.autocast("cpu", torch.bfloat16):
         torch.set_autocast_enabled("cuda", True)
         yield
