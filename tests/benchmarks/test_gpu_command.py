@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import measure
 from benchmarks.gpu import SHARES, Part, main, parts_of, run_parts
+from benchmarks.measure import cases as all_cases
 from tests.benchmarks.rehearse import main as rehearse
 
 
@@ -39,8 +41,19 @@ def test_rehearsal_of_tests_sanitizers_and_model(tmp_path: Path, capsys: pytest.
     assert all(row["features_differ_by"] < 1e-3 for row in model["results"])
 
 
+@pytest.mark.exhaustive
 def test_rehearsal_of_the_benchmark(tmp_path: Path):
-    document = rehearsed(tmp_path, "benchmark")["benchmark"]
+    assert_measured(rehearsed(tmp_path, "benchmark")["benchmark"])
+
+
+def test_rehearsal_of_some_rows_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measure, "cases", lambda *arguments: list(all_cases(*arguments))[::6])
+    path = tmp_path / "benchmark.json"
+    assert rehearse(["--parts", "forward", "backward", "memory", "--output", str(path)]) == 0
+    assert_measured(json.loads(path.read_text()))
+
+
+def assert_measured(document: dict[str, Any]):
     assert document["rehearsal"]
     assert document["targets"] == document["failures"] == document["not_reached"] == []
     assert {row["operation"] for row in document["results"]} == {"deform_conv2d", "deform_roi_pool"}
