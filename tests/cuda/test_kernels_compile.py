@@ -84,6 +84,7 @@ def assert_compile_without_spills(chosen: Iterable[Specialisation], architecture
     record_property("kernel_resources", (architecture, worst))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", GENERATIONS)
 def test_every_specialisation_compiles_without_spills(architecture: int, record_property):
     assert_compile_without_spills(share(architecture), architecture, record_property)

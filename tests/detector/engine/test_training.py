@@ -29,6 +29,8 @@ from examples.detector.errors import UserError
 from examples.detector.model import build_detector, load_checkpoint, load_detector
 from tests.detector.configurations import assignments
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 # Nine images, wide and tall: five iterations an epoch, one of them with a repeated image.
