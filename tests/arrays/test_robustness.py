@@ -273,7 +273,7 @@ def double(x):
 
 
 def load_loops(folder: Path) -> Any:
-    """Import a new module with a compiled function, whose cache is in the same folder, and return the function."""
+    """Import a new module with a compiled function and return the function. Its cache is in `folder`."""
     source = folder / "loops.py"
     if not source.exists():
         source.write_text(LOOPS)

@@ -120,7 +120,7 @@ def assert_same_run(out: Path, reference: Path, *different: str) -> None:
 
 
 def assert_same_detections(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """Compare detections of two processes or models, whose last digits depend on the instructions that torch picks."""
+    """Compare detections of two processes or models. The last digits depend on the instructions that torch chooses."""
     kinds = [[(one["image_id"], one["category_id"]) for one in detections] for detections in (found, expected)]
     assert kinds[0] == kinds[1]
     for one, other in zip(found, expected):
