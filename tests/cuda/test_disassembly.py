@@ -17,8 +17,7 @@ from dcnops._backends.cuda.kernel_source import compile_options, kernel_source
 from tests.cuda.kernel_matrix import UNITS, Specialisation, specialisations
 
 DISASSEMBLER = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin" / "nvdisasm"
-# The sources branch at 8.0 and 9.0, and for warpgroups. The other architectures differ in the compiler's choices only.
-ARCHITECTURES = (80, 90, *(pytest.param(architecture, marks=pytest.mark.exhaustive) for architecture in (100, 120)))
+ARCHITECTURES = (90, *(pytest.param(architecture, marks=pytest.mark.exhaustive) for architecture in (80, 100, 120)))
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)", re.MULTILINE)
 
