@@ -140,6 +140,7 @@ print(sum(sum(loop.stats.cache_misses.values()) for loop in loops if hasattr(loo
 """
 
 
+@pytest.mark.slow
 def test_prefetched_calls_compile_nothing(tmp_path: Path) -> None:
     def run(*command: str) -> str:
         env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}

@@ -74,6 +74,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is measured on Linux only")
 def test_memory_does_not_grow() -> None:
     rng = np.random.default_rng(0)
@@ -209,6 +210,7 @@ def start_method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.mark.slow
 @each_start_method(exhaustive="forkserver")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process with threads
 def test_worker_processes(start_method: str) -> None:
@@ -235,6 +237,7 @@ class Samples:
         return deform_conv2d(image, offset, weight, padding=1)[0]
 
 
+@pytest.mark.slow
 @each_start_method(exhaustive="spawn")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_data_loaders_of_torch(start_method: str) -> None:
@@ -270,7 +273,7 @@ def double(x):
 
 
 def load_loops(folder: Path) -> Any:
-    """Import a new module with a compiled function and its cache in the same folder; return the function."""
+    """Import a new module with a compiled function and return the function. Its cache is in `folder`."""
     source = folder / "loops.py"
     if not source.exists():
         source.write_text(LOOPS)

@@ -44,6 +44,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=ROOT, check=False, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_wrong_contender_is_not_timed(tmp_path: Path):
     path = tmp_path / "benchmark.json"
     done = run("-c", WRONG, *TINY, "--parts", "forward", "backward", "--output", str(path))
@@ -57,6 +58,7 @@ def test_a_wrong_contender_is_not_timed(tmp_path: Path):
         assert set(pool["timings"][direction]) == {OURS, PEER}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parts",
     [("forward", "backward"), pytest.param(PARTS, marks=pytest.mark.exhaustive)],  # the others start many processes
@@ -100,6 +102,7 @@ def test_a_tiny_run(parts: tuple[str, ...], tmp_path: Path):
     assert [target["name"] for target in document["targets"]] == (first_calls if "first-call" in parts else [])
 
 
+@pytest.mark.slow
 def test_memory_of_a_call():
     assert (
         CpuMeter().peak_extra_bytes(deform_roi_pool.OPERATION, Case("cpu", (4, 6, 5, 8, 3)), OURS, "forward", int) >= 0

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import measure
 from benchmarks.gpu import SHARES, Part, main, parts_of, run_parts
+from benchmarks.measure import cases as all_cases
 from tests.benchmarks.rehearse import main as rehearse
 
 
@@ -29,6 +31,7 @@ def rehearsed(out: Path, *parts: str) -> dict[str, Any]:
     return {part["name"]: part["results"] for part in document["parts"]}
 
 
+@pytest.mark.slow
 def test_rehearsal_of_tests_sanitizers_and_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model = rehearsed(tmp_path, "tests", "sanitizers", "model")["model"]
     assert "REHEARSAL" in capsys.readouterr().out
@@ -39,8 +42,20 @@ def test_rehearsal_of_tests_sanitizers_and_model(tmp_path: Path, capsys: pytest.
     assert all(row["features_differ_by"] < 1e-3 for row in model["results"])
 
 
+@pytest.mark.exhaustive
 def test_rehearsal_of_the_benchmark(tmp_path: Path):
-    document = rehearsed(tmp_path, "benchmark")["benchmark"]
+    assert_measured(rehearsed(tmp_path, "benchmark")["benchmark"])
+
+
+@pytest.mark.slow
+def test_rehearsal_of_some_rows_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measure, "cases", lambda *arguments: list(all_cases(*arguments))[::6])
+    path = tmp_path / "benchmark.json"
+    assert rehearse(["--parts", "forward", "backward", "memory", "--output", str(path)]) == 0
+    assert_measured(json.loads(path.read_text()))
+
+
+def assert_measured(document: dict[str, Any]):
     assert document["rehearsal"]
     assert document["targets"] == document["failures"] == document["not_reached"] == []
     assert {row["operation"] for row in document["results"]} == {"deform_conv2d", "deform_roi_pool"}
@@ -59,6 +74,7 @@ def test_rows_after_the_time_limit_are_reported(tmp_path: Path, capsys: pytest.C
     assert f"{len(document['not_reached'])} rows were not reached in 0 minutes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_parts_that_fail_hang_or_do_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pid_file = tmp_path / "pid"
     hanging = (
@@ -112,6 +128,7 @@ def test_an_unknown_part_is_an_error(capsys: pytest.CaptureFixture[str]):
     assert "parts are tests, sanitizers, benchmark, model, got speed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_missing_gpu_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     if os.environ.get("CUDA_VISIBLE_DEVICES") is None and Path("/dev/nvidia0").exists():
         pytest.skip("this machine has a GPU")

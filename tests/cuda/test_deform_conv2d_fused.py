@@ -101,6 +101,7 @@ def test_tiles_of_every_width(dtype: str, precision: str, outputs: int, device: 
     assert_fused(fused(precision, device), case)
 
 
+@pytest.mark.slow
 @share_of_examples(1 / 2)
 @given(data=st.data(), which=st.sets(st.sampled_from(["input", "offset", "mask"]), min_size=1))
 def test_memory_orders(data: st.DataObject, which: set[str]):
@@ -125,6 +126,7 @@ def test_split_sums(dtype: str, precision: str, layout: str):
     assert_fused(fused(precision, MANY), case)
 
 
+@pytest.mark.slow
 @share_of_examples(1 / 4)
 @given(data=st.data(), chunk_bytes=st.sampled_from([1, 2000, 20_000]))
 def test_groups_of_images_do_not_change_results(data: st.DataObject, chunk_bytes: int):
@@ -296,6 +298,7 @@ def break_fused(old: str, new: str, **options: Any) -> EmulatedRunner:
     return runner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_planted_bugs_are_caught(name: str):
     case = make_conv(N=1, C=136, O=66, H=11, W=7, dtype="float16", seed=1)

@@ -228,6 +228,7 @@ ROI_BARRIERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ROI_BARRIERS)
 def test_a_missing_barrier_of_roi_pooling_is_caught(before: str):
     old, new = ROI_BARRIERS[before]
@@ -258,6 +259,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_planted_bugs_are_caught(name: str):
     case = make_conv(N=2, C=96, O=2, H=6, W=6, seed=1)
@@ -281,6 +283,7 @@ BROKEN_BOUNDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN_BOUNDS)
 def test_broken_bounds_are_caught_by_the_sanitizers(name: str):
     result = run_sanitized(["-m", "tests.cuda.test_plans", name], timeout=300)
@@ -340,6 +343,7 @@ def assert_clean_under_the_sanitizers(selection: tuple[str, ...]) -> None:
     assert " passed" in result.stdout and "failed" not in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", FEW_SPECIALISATIONS)
 def test_the_kernels_are_clean_under_the_sanitizers(operation: str):
     assert_clean_under_the_sanitizers(FEW_SPECIALISATIONS[operation])

@@ -25,7 +25,7 @@ BANNED = re.compile(r"\b(beside|anew|whose|mend(s|ed|ing)?|shall)\b", re.IGNOREC
     "module", ["dcnops.deform_conv2d", "dcnops.deform_roi_pool", "dcnops._backends.cuda.workspace", "dcnops._prefetch"]
 )
 def test_docstring_examples(module: str):
-    result = doctest.testmod(importlib.import_module(module), raise_on_error=False)
+    result = doctest.testmod(importlib.import_module(f"dcnops.{module}"), raise_on_error=False)
     assert result.attempted > 0 and result.failed == 0
 
 

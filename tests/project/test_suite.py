@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 COLLECT = """
@@ -15,6 +17,7 @@ sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:xdist", "-p", "no:cachep
 """
 
 
+@pytest.mark.slow
 def test_tests_of_missing_frameworks_are_left_out_in_one_line():
     done = subprocess.run([sys.executable, "-c", COLLECT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -62,6 +62,7 @@ each_check = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @each_check
 @pytest.mark.parametrize("mask", [False, True], ids=["plain", "modulated"])
 @pytest.mark.parametrize("kind", ["conv", "roi"])
@@ -73,6 +74,7 @@ def test_first_and_second_gradients(kind: str, mask: bool, fast_mode: bool):
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=fast_mode)
 
 
+@pytest.mark.slow
 @each_check
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 def test_second_gradients_of_adaptive_pooling_across_the_border(sampling_ratio: int, fast_mode: bool):

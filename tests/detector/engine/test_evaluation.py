@@ -324,6 +324,7 @@ with distributed.session("cpu"):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one(tmp_path):
     make_dataset(tmp_path)
     with socket.socket() as free:

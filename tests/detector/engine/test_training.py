@@ -31,6 +31,8 @@ from examples.detector.errors import UserError
 from examples.detector.model import build_detector, load_checkpoint, load_detector
 from tests.detector.configurations import assignments
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 # Nine images, wide and tall: five iterations an epoch, one of them with a repeated image.
@@ -120,7 +122,7 @@ def assert_same_run(out: Path, reference: Path, *different: str) -> None:
 
 
 def assert_same_detections(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """Compare detections of two processes or models. Their last digits depend on the instructions that torch picks."""
+    """Compare detections of two processes or models. The last digits depend on the instructions that torch chooses."""
     kinds = [[(one["image_id"], one["category_id"]) for one in detections] for detections in (found, expected)]
     assert kinds[0] == kinds[1]
     for one, other in zip(found, expected):
