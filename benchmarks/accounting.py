@@ -1,25 +1,27 @@
-"""Launches and scratch memory of a convolution, counted without a GPU: `python -m benchmarks.accounting`.
+"""Launches and scratch memory of a call, counted without a GPU: `python -m benchmarks.accounting`.
 
-The launch plans run on an engine that executes nothing. It counts kernel launches, matrix products and the peak of
-scratch memory for the layers of a ResNet-50 at 800x1333.
+The launch plans are recorded for arrays without memory. The command prints the kernel launches, matrix products, fills
+and scratch memory of a modulated convolution for the layers of a ResNet-50 at 800x1333.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from benchmarks.deform_conv2d import TAPS
+from benchmarks.operations import Case
 from benchmarks.report import markdown
 from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.engine import Device, Engine
-from dcnops._shapes import DeformConvGeometry
+from dcnops._backends.cuda.programs import ArrayForm, Fill, Launch, Product, Recorder
+from dcnops._backends.cuda.workspace import get_workspace
+from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
 
 LAYERS = {"conv3": (128, 100, 168), "conv4": (256, 50, 84), "conv5": (512, 50, 84), "conv5, stride 32": (512, 25, 42)}
 """Channels, height and width of the deformable layers, 3x3."""
@@ -32,95 +34,105 @@ _GRADIENTS = frozenset({"input", "offset", "weight", "bias", "mask"})
 
 @dataclass(frozen=True)
 class Account:
-    """Resources of one call."""
+    """Resources of one call of a signature that was seen before."""
 
-    launches: int
-    """Kernel launches and matrix products."""
-    scratch_bytes: int
-    """Peak memory beyond arguments and results."""
-    column_bytes: int
-    """Size of the im2col columns of the whole batch."""
     kernels: tuple[str, ...]
+    """Names of the kernels in the order of their launches."""
+    products: int
+    fills: int
+    scratch_bytes: int
+    """Memory beyond arguments and results."""
+
+    @property
+    def launches(self) -> int:
+        return len(self.kernels)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Everything that the CPU issues."""
+        return {"kernels": self.launches, "products": self.products, "fills": self.fills}
+
+    @property
+    def steps(self) -> int:
+        return sum(self.counts.values())
 
 
-class _Ledger:
-    """Array library and engine that record allocations and launches without touching memory."""
-
-    def __init__(self) -> None:
-        self.kernels: list[str] = []
-        self.allocated = self.peak = 0
-
-    def empty(self, shape: Any, dtype: Any = float) -> np.ndarray:
-        array = np.empty(shape, dtype)
-        self.allocated += array.nbytes
-        self.peak = max(self.peak, self.allocated)
-        weakref.finalize(array, self._release, array.nbytes)
-        return array
-
-    def zeros(self, shape: Any, dtype: Any = float) -> np.ndarray:
-        return self.empty(shape, dtype).view(_Unfilled)
-
-    def _release(self, size: int) -> None:
-        self.allocated -= size
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
-
-    def engine(self) -> Engine:
-        def compile(source: str, kernel: str, options: tuple[str, ...]) -> Callable[..., None]:
-            return lambda *_: self.kernels.append(kernel)
-
-        def matmul(*_: Any) -> None:
-            self.kernels.append("product")
-
-        return Engine(self, compile, matmul, lambda: H200, lambda array: int(array.ctypes.data))
+def account(case: Case, direction: str, device: Device = H200) -> Account:
+    """Count the resources of our call: a modulated convolution or RoI pooling without offsets, as in the benchmark."""
+    plan, geometry, forms, options = (_pool if len(case.shape) == 5 else _conv)(case, direction)
+    program, _ = Recorder(_engine(device)).record(plan, geometry, forms, options)
+    kernels = tuple(step.launcher.name for step in program.steps if isinstance(step, Launch))  # type: ignore[attr-defined]
+    products, fills = (sum(isinstance(step, kind) for step in program.steps) for kind in (Product, Fill))
+    return Account(kernels, products, fills, program.scratch_bytes)
 
 
-class _Unfilled(np.ndarray):
-    """Array that ignores `fill`."""
+class _NamedKernel:
+    """Kernel that does nothing."""
 
-    def fill(self, value: Any) -> None: ...
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *_: Any) -> None: ...
 
 
-def account(
-    layer: tuple[int, int, int],
-    N: int,
-    dtype: str,
-    direction: str,
-    layout: str = "NCHW",
-    precision: str = "ieee",
-    deterministic: bool = False,
-) -> Account:
-    """Count the resources of a modulated 3x3 convolution with as many outputs as inputs."""
-    C, H, W = layer
-    data = np.dtype(getattr(ml_dtypes, dtype, dtype))
+@cache
+def _engine(device: Device) -> Engine:
+    return Engine(np, lambda source, kernel, options: _NamedKernel(kernel), _multiply, lambda: device, lambda array: 0)
 
-    def images(channels: int) -> np.ndarray:
-        if layout == "NHWC":
-            return np.empty((N, H, W, channels), data).transpose(0, 3, 1, 2)
-        return np.empty((N, channels, H, W), data)
 
-    input, offset, mask, grad_out = images(C), images(18), images(9), images(C)
-    weight, bias = np.empty((C, C, 3, 3), data), np.empty(C, data)
+def _multiply(*_: Any) -> None: ...
+
+
+def _conv(case: Case, direction: str) -> tuple[Any, ...]:
+    """Return the plan of a 3x3 convolution, its geometry, and the forms of its arrays and its options."""
+    (C, H, W), N, dtype = case.shape, case.N, _numpy_dtype(case.dtype)
+    is_nhwc = case.layout == "NHWC"
+    input = grad_out = ArrayForm((N, C, H, W), dtype, is_nhwc)
+    # The offsets are a part of the branch's output; the mask, the sigmoid of the other part, is a new array.
+    channels = 3 * TAPS
+    elements = (channels * H * W, 1, channels * W, channels) if is_nhwc else (channels * H * W, H * W, W, 1)
+    is_strided = N > 1 or is_nhwc
+    strides = tuple(dtype.itemsize * stride for stride in elements) if is_strided else None
+    offset = ArrayForm((N, 2 * TAPS, H, W), dtype, strides=strides)
+    mask = ArrayForm((N, TAPS, H, W), dtype, is_nhwc)
+    weight, bias = ArrayForm((C, C, 3, 3), dtype), ArrayForm((C,), dtype)
     geometry = DeformConvGeometry.of(input, offset, weight, bias, mask, stride=1, padding=1, dilation=1)
-    ledger = _Ledger()
-    engine = ledger.engine()
+    arithmetic = case.products, get_workspace()
     if direction == "forward":
-        results = [plans.deform_conv2d(engine, geometry, input, offset, weight, bias, mask, precision)]
-    else:
-        arguments = (engine, geometry, grad_out, input, offset, weight, mask, _GRADIENTS, deterministic, precision)
-        results = list(plans.deform_conv2d_backward(*arguments).values())
-    scratch = ledger.peak - sum(result.nbytes for result in results)
-    return Account(len(ledger.kernels), scratch, N * H * W * 9 * C * data.itemsize, tuple(ledger.kernels))
+        return plans.deform_conv2d, geometry, [input, offset, weight, bias, mask], arithmetic
+    options = (_GRADIENTS, case.deterministic, *arithmetic)
+    return plans.deform_conv2d_backward, geometry, [grad_out, input, offset, weight, mask], options
+
+
+def _pool(case: Case, direction: str) -> tuple[Any, ...]:
+    (C, H, W, R, P), dtype = case.shape, _numpy_dtype(case.dtype)
+    input = ArrayForm((case.N, C, H, W), dtype, case.layout == "NHWC")
+    rois = ArrayForm((R, 5), np.dtype(np.float32))
+    geometry = DeformRoIPoolGeometry.of(input, rois, None, None, [P, P], 1.0, 2, 0.1)
+    if direction == "forward":
+        return plans.deform_roi_pool, geometry, [input, rois, None, None], ()
+    forms = [ArrayForm((R, C, P, P), dtype), input, rois, None, None]
+    return plans.deform_roi_pool_backward, geometry, forms, ({"input"}, case.deterministic, get_workspace())
+
+
+def _numpy_dtype(name: str) -> Any:
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
 
 
 def main() -> int:
     for direction in ("forward", "backward"):
-        lines = [["layer", "batch", "data", "layout", "launches and products", "scratch, MiB", "columns, MiB"]]
+        lines = [["layer", "batch", "data", "layout", "kernels", "products", "fills", "scratch, MiB", "columns, MiB"]]
         for name, N, dtype, layout in itertools.product(LAYERS, (1, 8, 16), ("float16", "float32"), ("NCHW", "NHWC")):
-            found = account(LAYERS[name], N, dtype, direction, layout)
-            sizes = (f"{size / 2**20:.1f}" for size in (found.scratch_bytes, found.column_bytes))
-            lines.append([name, str(N), dtype, layout, str(found.launches), *sizes])
+            case = Case("cuda", LAYERS[name], N, dtype, layout=layout)
+            found = account(case, direction)
+            C, H, W = case.shape
+            column_bytes = N * H * W * TAPS * C * np.dtype(dtype).itemsize
+            sizes = (f"{size / 2**20:.1f}" for size in (found.scratch_bytes, column_bytes))
+            lines.append([name, str(N), dtype, layout, *map(str, found.counts.values()), *sizes])
         print(f"{direction}\n\n{markdown(lines)}\n")
     return 0
 

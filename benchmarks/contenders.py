@@ -5,7 +5,7 @@ To add a contender, add it to `conv_contenders` or `pool_contenders` and its nam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 POOLING = {"spatial_scale": 1 / 16, "sampling_ratio": 2, "gamma": 0.1}
 """Settings of RoI pooling: a feature map of stride 16, two samples per bin and axis."""
 
-ON_DEVICE: dict[str, Callable[[Any], Any]] = {"cuda": lambda array: array}
-"""Last step of the conversion for dcnops, by device. A rehearsal adds its own."""
+ON_DEVICE: dict[str, Callable[[Any], Any]] = {}
+"""Conversion of NumPy arrays for dcnops, by device other than CPU and GPU. A rehearsal adds its own."""
 
 # Errors are below 1e-5 in float32; those of a wrong implementation are of order 1. In 16 bits, the limits are a few
 # roundings. A plain float32 convolution may use Winograd's algorithm. Torchvision sums in float16.
@@ -38,7 +38,11 @@ def conv_contenders(case: Case) -> list[Contender]:
         return _TF32_TOLERANCE if case.products == "tf32" else by_dtype[case.dtype]
 
     images = frozenset({"input", "offset", "mask", "grad_out", "output"})
-    ours = partial(_prepare_ours, "deform_conv2d", images, {"padding": 1, "precision": case.products})
+    options = {"padding": 1, "precision": case.products}
+    if case.device == "cuda":
+        ours = partial(prepare_tensors, "deform_conv2d", images, options)
+    else:
+        ours = partial(_prepare_arrays, "deform_conv2d", images, options)
     half = case.dtype == "float16"
     peer = Contender(
         PEER,
@@ -56,8 +60,12 @@ def conv_contenders(case: Case) -> list[Contender]:
 
 
 def pool_contenders(case: Case) -> list[Contender]:
-    images = frozenset({"input", "grad_out", "output"})
-    ours = partial(_prepare_ours, "deform_roi_pool", images, {"output_size": case.shape[-1], **POOLING})
+    options = {"output_size": case.shape[-1], **POOLING}
+    if case.device == "cuda":
+        # The output for tensors, and therefore its gradient, is contiguous.
+        ours = partial(prepare_tensors, "deform_roi_pool", frozenset({"input"}), options)
+    else:
+        ours = partial(_prepare_arrays, "deform_roi_pool", frozenset({"input", "grad_out", "output"}), options)
     peer = Contender(
         PEER,
         _prepare_roi_align,
@@ -86,10 +94,41 @@ def _without_offsets(arrays: Arrays) -> Arrays:
     return {name: array for name, array in arrays.items() if name not in ("offset", "mask")}
 
 
-def _prepare_ours(
+def prepare_tensors(
     operation: str, images: frozenset[str], options: dict[str, Any], case: Case, arrays: Arrays, direction: str
 ) -> Callable[[], Any]:
-    """Prepare a call of dcnops; the arrays named in `images` have the layout of the case."""
+    """Prepare a call of dcnops on tensors; those named in `images` have the memory format of the case."""
+    import torch
+
+    from dcnops.adapters import torch as adapter
+
+    tensors = layer_tensors(case, arrays, arrays, images if case.layout == "NHWC" else ())
+    grad_out, constants = tensors.pop("grad_out"), {}
+    if "rois" in tensors:
+        constants["rois"] = tensors.pop("rois")
+    call = _prepare_torch(partial(getattr(adapter, operation), **constants, **options), tensors, grad_out, direction)
+    if direction == "forward" or not case.deterministic:
+        return call
+
+    settings: Any = torch.utils.deterministic
+
+    def deterministic_call() -> Any:
+        # Torch would fill the memory of the gradients before the kernels write them.
+        fills, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+        torch.use_deterministic_algorithms(True)
+        try:
+            return call()
+        finally:
+            torch.use_deterministic_algorithms(False)
+            settings.fill_uninitialized_memory = fills
+
+    return deterministic_call
+
+
+def _prepare_arrays(
+    operation: str, images: frozenset[str], options: dict[str, Any], case: Case, arrays: Arrays, direction: str
+) -> Callable[[], Any]:
+    """Prepare a call of dcnops on arrays; those named in `images` have the layout of the case."""
     import dcnops
 
     nhwc = images if case.layout == "NHWC" else frozenset()
@@ -100,13 +139,19 @@ def _prepare_ours(
             return array
         from dcnops.adapters.torch.arrays import as_array
 
-        # Detectors keep regions in float32, also with 16-bit features.
-        return ON_DEVICE[case.device](as_array(to_torch(case, array, "float32" if name == "rois" else None)))
+        return ON_DEVICE[case.device](as_array(to_torch(case, name, array)))
 
     def to_nchw(name: str, array: Any) -> Any:
         return array.transpose(0, 3, 1, 2) if name in nhwc else array
 
+    if operation == "deform_conv2d":
+        # As in a layer, the offsets are a part of the output of one convolution.
+        channels = arrays["offset"].shape[1]
+        arrays = {**arrays, "offset": np.concatenate([arrays["offset"], arrays["mask"]], axis=1)}
     arguments = {name: to_device(name, array) for name, array in arrays.items()} | options | {"layout": case.layout}
+    if operation == "deform_conv2d":
+        branch = arguments["offset"]
+        arguments["offset"] = branch[..., :channels] if "offset" in nhwc else branch[:, :channels]
     if direction == "forward":
         del arguments["grad_out"]
         function = getattr(dcnops, operation)
@@ -123,15 +168,16 @@ def _prepare_ours(
 def _prepare_torchvision_conv(case: Case, arrays: Arrays, direction: str) -> Callable[[], Any]:
     from torchvision.ops import deform_conv2d
 
-    tensors = {name: to_torch(case, arrays[name]) for name in _CONV_ARGUMENTS}
-    return _prepare_torch(partial(deform_conv2d, padding=1), tensors, to_torch(case, arrays["grad_out"]), direction)
+    tensors = layer_tensors(case, arrays, _CONV_ARGUMENTS)
+    grad_out = to_torch(case, "grad_out", arrays["grad_out"])
+    return _prepare_torch(partial(deform_conv2d, padding=1), tensors, grad_out, direction)
 
 
 def _prepare_plain_conv(case: Case, arrays: Arrays, direction: str) -> Callable[[], Any]:
     import torch
 
     def tensor(name: str) -> torch.Tensor:
-        found = to_torch(case, arrays[name])
+        found = to_torch(case, name, arrays[name])
         on_gpu = case.device != "cpu" and found.ndim == 4
         return found.contiguous(memory_format=torch.channels_last) if on_gpu else found
 
@@ -144,14 +190,34 @@ def _prepare_roi_align(case: Case, arrays: Arrays, direction: str) -> Callable[[
 
     function = partial(
         roi_align,
-        boxes=to_torch(case, arrays["rois"]),
+        boxes=to_torch(case, "boxes", arrays["rois"]),
         output_size=case.shape[-1],
         spatial_scale=POOLING["spatial_scale"],
         sampling_ratio=POOLING["sampling_ratio"],
         aligned=True,
     )
-    tensors = {"input": to_torch(case, arrays["input"])}
-    return _prepare_torch(function, tensors, to_torch(case, arrays["grad_out"]), direction)
+    tensors = {"input": to_torch(case, "input", arrays["input"])}
+    return _prepare_torch(function, tensors, to_torch(case, "grad_out", arrays["grad_out"]), direction)
+
+
+def layer_tensors(
+    case: Case, arrays: Arrays, names: Iterable[str], channels_last: Iterable[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Return tensors as a layer has them: the offsets of a convolution are a part of the output of its branch.
+
+    The mask, which a layer computes from the other part, is a tensor of its own.
+    """
+    import torch
+
+    def arranged(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.contiguous(memory_format=torch.channels_last) if name in channels_last else tensor
+
+    tensors = {name: arranged(name, to_torch(case, name, arrays[name])) for name in names}
+    if "weight" in tensors:
+        channels = [tensors[name].shape[1] for name in ("offset", "mask")]
+        branch = arranged("offset", torch.cat([tensors["offset"], tensors["mask"]], dim=1))
+        tensors["offset"] = branch.split(channels, dim=1)[0]
+    return tensors
 
 
 def _prepare_torch(
@@ -181,12 +247,13 @@ def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
     return torch.from_numpy(array).to(getattr(torch, dtype)).float().numpy()
 
 
-def to_torch(case: Case, array: np.ndarray, dtype: str | None = None) -> torch.Tensor:
-    """Return a tensor on the device of the case, in its dtype or in `dtype`."""
+def to_torch(case: Case, name: str, array: np.ndarray) -> torch.Tensor:
+    """Return an argument as a tensor on the device of the case, in its dtype."""
     import torch
 
     device = "cuda" if case.device == "cuda" else "cpu"
-    return torch.from_numpy(array).to(device, getattr(torch, dtype or case.dtype))
+    # Detectors keep regions in float32, also with 16-bit features.
+    return torch.from_numpy(array).to(device, torch.float32 if name == "rois" else getattr(torch, case.dtype))
 
 
 def to_numpy(result: Any) -> np.ndarray:

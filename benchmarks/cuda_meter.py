@@ -12,9 +12,11 @@ import torch
 
 from benchmarks.measure import Meter
 from benchmarks.operations import Case, Operation
+from dcnops._backends.cuda.cupy_engine import ENGINE
 
 _FLUSH_BYTES = 2**28
-_HOST_CALLS = 7
+_HOST_CALLS = 50
+_HOST_ROUNDS = 3
 
 _LEAST_HEAD_START = 2e-3
 _CYCLES_PER_SECOND = 2e9
@@ -26,7 +28,7 @@ def is_available() -> bool:
 
 
 class CudaMeter(Meter):
-    """Time between two events around a call, and the allocators' high-water marks.
+    """Time between two events around a call, and the allocator's high-water mark.
 
     Everything runs on the default stream, because torchvision always launches its deformable convolution there.
     """
@@ -36,6 +38,7 @@ class CudaMeter(Meter):
         l2_bytes = int(getattr(properties, "L2_cache_size", 0))
         self._flush = torch.empty(max(_FLUSH_BYTES, 4 * l2_bytes), dtype=torch.uint8, device="cuda")
         self._head_starts: dict[Callable[[], object], float] = {}
+        self.device = ENGINE.device
 
     def start(self, case: Case) -> None:
         self._head_starts.clear()
@@ -44,16 +47,38 @@ class CudaMeter(Meter):
         torch.backends.cudnn.benchmark = True
 
     def host_seconds(self, call: Callable[[], object]) -> float | None:
-        """Return the median of several calls, each of which starts with an idle GPU."""
-        seconds = []
-        for _ in range(_HOST_CALLS):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - begin)
+        """Return the time to enqueue a call, measured over many calls behind a kernel that sleeps.
+
+        Return None for a call that waits for the GPU.
+        """
+        alone = statistics.median(self._enqueue(call, 1, 0.0)[0] for _ in range(_HOST_ROUNDS + 1))
+        self._head_starts[call] = 1.5 * alone
+        calls, sleep = _HOST_CALLS, 2 * _HOST_CALLS * alone
+        rounds: list[float] = []
+        while len(rounds) < _HOST_ROUNDS:
+            seconds, is_asleep = self._enqueue(call, calls, sleep)
+            if is_asleep:
+                rounds.append(seconds)
+            elif calls == 1:
+                return None
+            else:
+                # The driver's queue holds about 1000 launches: when it is full, the CPU waits for the GPU.
+                calls //= 2
+        return statistics.median(rounds)
+
+    def _enqueue(self, call: Callable[[], object], calls: int, sleep: float) -> tuple[float, bool]:
+        """Return the seconds per call on the CPU, and whether the GPU was asleep all the time."""
+        awake = torch.cuda.Event()
         torch.cuda.synchronize()
-        self._head_starts[call] = 1.5 * statistics.median(seconds)
-        return statistics.median(seconds)
+        torch.cuda._sleep(int(_CYCLES_PER_SECOND * sleep))  # type: ignore[no-untyped-call]
+        awake.record()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        seconds = (time.perf_counter() - begin) / calls
+        is_asleep = not awake.query()
+        torch.cuda.synchronize()
+        return seconds, is_asleep
 
     def clock(self, call: Callable[[], object]) -> float:
         """Return the GPU's seconds with a cold L2 cache and without waiting for the CPU.
@@ -75,27 +100,12 @@ class CudaMeter(Meter):
     def peak_extra_bytes(
         self, operation: Operation, case: Case, contender: str, direction: str, call: Callable[[], Any]
     ) -> int | None:
-        """Return the peak of the allocators of torch and CuPy beyond the results; the call is not the first."""
+        """Return the peak of torch's allocator beyond the results; the call is not the first."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        with _CupyPeak() as cupy_peak:
-            results = call()
-            torch.cuda.synchronize()
-        peak = int(torch.cuda.max_memory_allocated() - before + cupy_peak.bytes - cupy_peak.before)
+        results = call()
+        torch.cuda.synchronize()
+        peak = int(torch.cuda.max_memory_allocated()) - before
         arrays = results.values() if isinstance(results, Mapping) else [results]
         return max(0, peak - sum(int(array.nbytes) for array in arrays))
-
-
-class _CupyPeak(cupy.cuda.MemoryHook):  # type: ignore[misc]
-    """High-water mark of CuPy's default pool while the hook is active."""
-
-    name = "peak"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._pool = cupy.get_default_memory_pool()
-        self.before = self.bytes = int(self._pool.used_bytes())
-
-    def malloc_postprocess(self, **_: Any) -> None:
-        self.bytes = max(self.bytes, int(self._pool.used_bytes()))

@@ -12,7 +12,8 @@ from benchmarks.operations import OURS, PEER, PLAIN, Arrays, Case, Operation
 from dcnops._dtypes import DTYPES
 
 _PER_IMAGE = frozenset({"input", "offset", "mask", "grad_out", "output"})
-_K = 9
+TAPS = 9
+"""Sampling points of an output pixel."""
 
 
 def _inputs(case: Case) -> Arrays:
@@ -37,10 +38,10 @@ def _random(shape: tuple[int, int, int], N: int) -> Arrays:
     random = np.random.default_rng(0)
     return {
         "input": normal(1, N, C, H, W),
-        "offset": normal(2, N, 2 * _K, H, W),
-        "weight": random.standard_normal((C, C, 3, 3), np.float32) * np.float32((_K * C) ** -0.5),
+        "offset": normal(2, N, 2 * TAPS, H, W),
+        "weight": random.standard_normal((C, C, 3, 3), np.float32) * np.float32((TAPS * C) ** -0.5),
         "bias": random.standard_normal(C, np.float32),
-        "mask": 1 / (1 + np.exp(-normal(3, N, _K, H, W))),
+        "mask": 1 / (1 + np.exp(-normal(3, N, TAPS, H, W))),
         "grad_out": normal(4, N, C, H, W),
     }
 
@@ -62,7 +63,7 @@ def expected(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") 
     bias = exact.pop("bias")
     results = {name: torch.zeros_like(array) for name, array in exact.items()}
     results |= {"bias": grad_out.sum((0, 2, 3)), "output": bias[:, None, None].expand(grad_out.shape).clone()}
-    for k in range(_K):
+    for k in range(TAPS):
         i, j = divmod(k, 3)
         parts: dict[str, Any] = {
             "input": np.s_[:],
@@ -84,13 +85,13 @@ def expected(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") 
 
 def _column_bytes(case: Case) -> int:
     C, H, W = case.shape
-    return C * _K * H * W * DTYPES[case.dtype].itemsize
+    return C * TAPS * H * W * DTYPES[case.dtype].itemsize
 
 
 def _work(case: Case) -> tuple[float, float]:
     C, H, W = case.shape
     pixels, size = case.N * H * W, DTYPES[case.dtype].itemsize
-    return 2.0 * pixels * C * C * _K, float(size * (pixels * (2 * C + 3 * _K) + C * C * _K + C))
+    return 2.0 * pixels * C * C * TAPS, float(size * (pixels * (2 * C + 3 * TAPS) + C * C * TAPS + C))
 
 
 def _gpu_variants() -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from benchmarks.accounting import H200, account
 from benchmarks.correctness import check
-from benchmarks.operations import Case, Operation
+from benchmarks.operations import OURS, Case, Operation
 
 DIRECTIONS = ("forward", "backward")
 
@@ -20,6 +21,9 @@ _FLOOR_ROUNDS = 7
 
 class Meter:
     """Measurement of time and memory on one device. The base class is a wall clock."""
+
+    device = H200
+    """Device for which launches are counted."""
 
     def start(self, case: Case) -> None:
         """Prepare for a case before any part of it runs."""
@@ -33,7 +37,7 @@ class Meter:
         return end - begin
 
     def host_seconds(self, call: Callable[[], object]) -> float | None:
-        """Return the seconds that a call occupies the CPU, if the device runs asynchronously."""
+        """Return the seconds that a repeated call occupies the CPU, if the device runs asynchronously."""
         return None
 
     def peak_extra_bytes(
@@ -70,10 +74,12 @@ def measure(
         if not wrong:
             correct.append(contender)
 
-    timings, ratios, memory, host = {}, {}, {}, {}
+    timings, ratios, memory, host, launches = {}, {}, {}, {}, {}
     for direction in [direction for direction in DIRECTIONS if direction in parts]:
         calls = {contender.name: contender.prepare(case, arrays, direction) for contender in correct}
         host[direction] = {name: meter.host_seconds(call) for name, call in calls.items()}
+        if case.device != "cpu" and OURS in calls:
+            launches[direction] = account(case, direction, meter.device).counts
         timings[direction] = time_in_turn(calls, meter.clock, seconds)
         medians = {name: timing["median_ms"] for name, timing in timings[direction].items()}
         ratios[direction] = {
@@ -96,6 +102,7 @@ def measure(
         "timings": timings,
         "ratios": ratios,
         "host_seconds": host,
+        "launches": launches,
         "peak_extra_bytes": memory,
     }
 

@@ -20,7 +20,10 @@ def tables(rows: Sequence[Mapping[str, Any]], operations: Iterable[Operation]) -
             members = list(group)
             for direction in ("forward", "backward"):
                 if any(direction in row["timings"] for row in members):
-                    title = f"{operation.name} {direction}, {device}, batch {N}: median ms, extra memory in MiB"
+                    figures = "median ms, extra memory in MiB"
+                    if device != "cpu":
+                        figures += ", CPU time to enqueue a call in us, our launches as kernels+products+fills"
+                    title = f"{operation.name} {direction}, {device}, batch {N}: {figures}"
                     parts.append(f"{title}\n\n{_table(operation, members, direction)}\n")
     return "\n".join(parts)
 
@@ -53,16 +56,25 @@ def _table_of(row: Mapping[str, Any]) -> tuple[str, int]:
     return row["device"], row["N"]
 
 
-def _table(operation: Operation, rows: Iterable[Mapping[str, Any]], direction: str) -> str:
+def _table(operation: Operation, rows: Sequence[Mapping[str, Any]], direction: str) -> str:
     titles = [f"{a} / {b}" for a, b in operation.ratios] + [f"{name} extra" for name in operation.with_memory]
     lines = [[operation.sizes, "data", *operation.columns, *titles, "column buffer"]]
+    # On a CPU, the time of the CPU is the time.
+    is_asynchronous = rows[0]["device"] != "cpu"
+    if is_asynchronous:
+        lines[0] += [*(f"{name} host" for name in operation.columns), "launches"]
     for row in rows:
         timings, ratios = row["timings"].get(direction, {}), row["ratios"].get(direction, {})
         extra = row["peak_extra_bytes"].get(direction, {})
         figures = [timings.get(name, {}).get("median_ms") for name in operation.columns]
         figures += [ratios.get(f"{a}/{b}") for a, b in operation.ratios]
         sizes = [*(extra.get(name) for name in operation.with_memory), row["column_bytes"]]
-        lines.append([row["shape"], row["data"], *map(_number, figures), *map(_mebibytes, sizes)])
+        line = [row["shape"], row["data"], *map(_number, figures), *map(_mebibytes, sizes)]
+        if is_asynchronous:
+            seconds = map(row["host_seconds"].get(direction, {}).get, operation.columns)
+            line += (_number(None if value is None else 1e6 * value) for value in seconds)
+            line.append("+".join(map(str, row["launches"].get(direction, {}).values())) or "-")
+        lines.append(line)
     return markdown(lines)
 
 

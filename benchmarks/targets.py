@@ -55,6 +55,11 @@ def _error_ratio(result: str) -> _Figure:
     return _Figure(f"error of {result} / torchvision's", value)
 
 
+def _host_microseconds(row: Row, direction: str, run: _Run) -> float | None:
+    seconds: float | None = row.get("host_seconds", {}).get(direction, {}).get(OURS)
+    return None if seconds is None else 1e6 * seconds
+
+
 def _extra_memory(row: Row, direction: str) -> Mapping[str, int | None]:
     extra: Mapping[str, int | None] = row["peak_extra_bytes"].get(direction, {})
     return extra
@@ -105,6 +110,7 @@ _TO_PEER = _Figure(
     "extra memory / torchvision's", lambda row, way, run: _quotient(*map(_extra_memory(row, way).get, (OURS, PEER)))
 )
 _FLOOR = _Figure("share of the floor", _share_of_floor)
+_HOST = _Figure("CPU time, us", _host_microseconds)
 _DETERMINISM = _Figure("deterministic / default", _cost_of_determinism)
 
 _TF32 = "float32, tf32"
@@ -138,6 +144,8 @@ TABLE: tuple[tuple[Mapping[str, Any], str, _Figure, str, float], ...] = (
     ({**_GPU, "N": 1, "kind": "float16"}, "forward", _SPEEDUP, ">=", 2.0),
     (_GPU_LARGE, "backward", _SPEEDUP, ">=", 8.0),
     ({**_GPU, "N": 1}, "backward", _SPEEDUP, ">=", 5.0),
+    (_GPU, "forward", _HOST, "<=", 45.0),
+    ({**_GPU, "N": 1}, "backward", _HOST, "<=", 200.0),
     ({**_GPU, "N": 16, "kind": ("float16", "bfloat16")}, "forward", _TO_PLAIN, "<=", 2.0),
     ({**_GPU, "N": 16, "kind": "bfloat16"}, "forward", _FLOOR, ">=", 0.4),
     (_GPU, "forward", _TO_PEER, "<=", 1 / 8),
@@ -151,6 +159,8 @@ TABLE: tuple[tuple[Mapping[str, Any], str, _Figure, str, float], ...] = (
 )
 
 _FIRST_CALL_SECONDS = {"cold": 15.0, "warm": 1.0}
+_MODEL_RATIO = 1.0
+"""Largest time of a row of the benchmark of the model, in that of torchvision's operation."""
 
 
 def evaluate(
@@ -172,6 +182,15 @@ def evaluate(
             targets.append(Target(f"first call {state}, import and forward, s", seconds, "<=", limit))
             targets.append(Target(f"first backward call {state}, s", steps["backward"], "<=", limit))
     return targets
+
+
+def evaluate_model(rows: Sequence[Row]) -> list[Target]:
+    """Return the targets of the rows of `benchmarks.model` in which both contenders were timed."""
+    return [
+        Target(f"Mask R-CNN, {row['title']}, {OURS} / {PEER}", row["ratio"], "<=", _MODEL_RATIO)
+        for row in rows
+        if row["ratio"] is not None
+    ]
 
 
 def _of_row(row: Row, run: _Run) -> Iterator[Target]:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import correctness, deform_conv2d, deform_roi_pool, report
 from benchmarks.__main__ import PARTS, main
-from benchmarks.contenders import POOLING
+from benchmarks.contenders import POOLING, layer_tensors, to_numpy
 from benchmarks.cpu_meter import CpuMeter
 from benchmarks.environment import run_module
 from benchmarks.measure import time_in_turn
-from benchmarks.operations import MODULATED, OURS, PEER, PLAIN, Arrays, Case
+from benchmarks.operations import MODULATED, OURS, PEER, PLAIN, Arrays, Case, load
 from tests.cases import Case as TestCase
 from tests.cases import make_conv, make_roi_pool
 
@@ -204,6 +206,50 @@ def test_tables_show_missing_figures_as_dashes():
     for text in ("64x56x56", "1.23", " - "):
         assert text in table
     assert "backward" not in table
+
+
+def test_tables_of_a_gpu_show_host_times_and_launches():
+    row = {"operation": "deform_conv2d", "device": "cuda", "shape": "64x56x56", "N": 1, "data": "float16"}
+    row |= {"column_bytes": 8000, "ratios": {}, "peak_extra_bytes": {}}
+    row["timings"] = {"backward": {OURS: {"median_ms": 1.234}}}
+    row["host_seconds"] = {"backward": {OURS: 123e-6, PEER: 456e-6, PLAIN: None}}
+    row["launches"] = {"backward": {"kernels": 5, "products": 2, "fills": 1}}
+    header, _, line = (
+        [cell.strip() for cell in line.split("|")]
+        for line in report.tables([row], [deform_conv2d.OPERATION]).splitlines()
+        if line.startswith("|")
+    )
+    cells = dict(zip(header, line, strict=True))
+    assert [cells[f"{name} host"] for name in (OURS, PEER, PLAIN)] == ["123", "456", "-"]
+    assert cells["launches"] == "5+2+1"
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize(("operation", "shape"), [("deform_conv2d", (4, 5, 6)), ("deform_roi_pool", (4, 5, 6, 3, 2))])
+def test_our_calls_on_tensors_compute_what_those_on_arrays_compute(operation: str, shape: tuple[int, ...], layout: str):
+    """Tensors are what is timed on a GPU, arrays what is timed on a CPU and rehearsed."""
+    case = Case("cpu", shape, N=2 if operation == "deform_conv2d" else 1, layout=layout, deterministic=True)
+    arrays = load(operation).inputs(case)
+    on_tensors, on_arrays = (
+        {contender.name: contender.prepare for contender in load(operation).contenders(replace(case, device=device))}
+        for device in ("cuda", "cpu")
+    )
+    for name in {OURS, MODULATED} & set(on_arrays):
+        for direction in ("forward", "backward"):
+            found, expected = (prepare[name](case, arrays, direction)() for prepare in (on_tensors, on_arrays))
+            if direction == "forward":
+                found, expected = {"output": found}, {"output": expected}
+            assert set(found) == set(expected)
+            for result, array in expected.items():
+                np.testing.assert_allclose(to_numpy(found[result]), array, rtol=1e-4, atol=1e-5, err_msg=result)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_offsets_are_a_part_of_one_tensor_as_in_a_layer():
+    case = Case("cpu", (4, 5, 6), N=2)
+    tensors = layer_tensors(case, deform_conv2d.OPERATION.inputs(case), ("offset", "mask", "weight"))
+    assert tensors["offset"].stride() == (27 * 30, 30, 6, 1)
+    assert tensors["mask"].is_contiguous()
 
 
 def test_json_has_one_line_per_row(tmp_path: Path):

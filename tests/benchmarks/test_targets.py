@@ -124,6 +124,22 @@ def test_one_image_and_other_data_on_a_gpu():
     assert judged(gpu_row(dtype="float32"))["batch 16, float32, error of output / torchvision's"]
 
 
+def test_cpu_time_on_a_gpu():
+    host = {"forward": {OURS: 44e-6}, "backward": {OURS: 201e-6}}
+    one, many = (judged(gpu_row(N=N, host_seconds=host)) for N in (1, 16))
+    assert one["batch 1, float16 forward, CPU time, us"] and not one["batch 1, float16 backward, CPU time, us"]
+    assert many["batch 16, float16 forward, CPU time, us"] and "batch 16, float16 backward, CPU time, us" not in many
+    unknown = {"forward": {OURS: None}, "backward": {}}
+    assert not any("CPU time" in name for name in judged(gpu_row(N=1, host_seconds=unknown)))
+
+
+def test_model():
+    rows = [{"title": "eager, batch 2, float16, training", "ratio": ratio} for ratio in (0.9, 1.01, None)]
+    found = targets.evaluate_model(rows)
+    assert [target.holds for target in found] == [True, False]
+    assert str(found[1]).startswith("MISSED  Mask R-CNN, eager, batch 2, float16, training, dcnops / torchvision: 1.01")
+
+
 def test_share_of_the_floor():
     name = "batch 16, bfloat16 forward, share of the floor"
     assert judged(gpu_row(dtype="bfloat16"))[name]

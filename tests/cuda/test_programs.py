@@ -81,6 +81,14 @@ def test_a_larger_workspace_means_fewer_chunks(workspace: int, chunks: int):
     assert products <= 2 * chunks and launches <= 5 * chunks and fills == 1
 
 
+def test_scratch_memory_that_a_plan_releases_is_used_again():
+    """The images of a large batch are convolved in groups, each with its own columns."""
+    C = 128
+    program = record((C, 100, 168), 16, "float32", "forward", 2**27)
+    assert counts(program)[1] > 8
+    assert program.scratch_bytes <= 2**27 + 4 * 9 * C * C
+
+
 def test_a_signature_is_recorded_at_its_second_sight_and_dropped_when_memory_is_short():
     runner = EmulatedRunner()
     case = make_conv()

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
@@ -51,7 +52,8 @@ class Matrices(NamedTuple):
     dtype: Any
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    location: Location
+    location: Any
+    """A `Location` (an address while a plan is recorded)."""
 
 
 class Launch(NamedTuple):
@@ -70,11 +72,11 @@ class Launch(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A matrix product of `Matrices` (of arrays while a plan is recorded), see `Engine.matmul`."""
+    """A matrix product, see `Engine.matmul`."""
 
-    a: Any
-    b: Any
-    out: Any
+    a: Matrices
+    b: Matrices
+    out: Matrices
     accumulate: bool
     precision: str
 
@@ -167,6 +169,8 @@ class Recorder(Engine):
         self._engine = engine
         self._steps: list[Any] = []
         self._sizes: list[int] = []
+        self._lifetimes: list[int] = []
+        """The number of an array when the plan makes it, and minus that number when the plan releases it."""
 
     def kernel(self, unit: str, kernel: str, macros: Macros) -> Launcher:
         launcher = self._engine.kernel(unit, kernel, macros)
@@ -181,7 +185,11 @@ class Recorder(Engine):
         nbytes = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
         assert nbytes < 2**_SLOT_BITS
         self._sizes.append(nbytes)
-        memory = np.asarray(_AddressRange(len(self._sizes) << _SLOT_BITS, max(nbytes, 1)))
+        slot = len(self._sizes)
+        addresses = _AddressRange(slot << _SLOT_BITS, max(nbytes, 1))
+        self._lifetimes.append(slot)
+        weakref.finalize(addresses, self._lifetimes.append, -slot)
+        memory = np.asarray(addresses)
         array = memory[:nbytes].view(_MemorylessArray)
         array.recorder = self
         return array.view(kind).reshape(shape)  # type: ignore[no-any-return]
@@ -197,7 +205,11 @@ class Recorder(Engine):
         self._steps.append(Fill(_address(array), array.nbytes))
 
     def _record_product(self, a: Any, b: Any, out: Any, accumulate: bool, precision: str) -> None:
-        self._steps.append(Product(a, b, out, accumulate, precision))
+        # Not the arrays themselves, which would keep scratch memory from being used again.
+        factor_a, factor_b, target = (
+            Matrices(array.dtype, array.shape, array.strides, _address(array)) for array in (a, b, out)
+        )
+        self._steps.append(Product(factor_a, factor_b, target, accumulate, precision))
 
     def record(
         self, plan: Callable[..., Any], geometry: Any, forms: Sequence[ArrayForm | None], options: tuple[Any, ...]
@@ -205,19 +217,27 @@ class Recorder(Engine):
         """Run a plan on arguments of these forms; return its program, and the names of its results if it has any."""
         self._steps.clear()
         self._sizes.clear()
+        self._lifetimes = []  # not the list of an earlier plan, of which arrays may be left
         arrays = [None if form is None else self._argument(form) for form in forms]
         arguments = len(self._sizes)
         returned = plan(self, geometry, *arrays, *options)
         results = list(returned.values()) if isinstance(returned, dict) else [returned]
-        program = _Assembler(self._steps, self._sizes, arguments, results).program()
+        program = _Assembler(self._steps, self._sizes, self._lifetimes, arguments, results).program()
         return program, tuple(returned) if isinstance(returned, dict) else None
 
 
 class _Assembler:
     """Turns the recorded steps of a plan into a `Program`: places scratch arrays, resolves made-up addresses."""
 
-    def __init__(self, steps: Sequence[Any], sizes: Sequence[int], arguments: int, results: Sequence[Any]) -> None:
-        self._results = results
+    def __init__(
+        self,
+        steps: Sequence[Any],
+        sizes: Sequence[int],
+        lifetimes: Sequence[int],
+        arguments: int,
+        results: Sequence[Any],
+    ) -> None:
+        self._results, self._sizes = results, sizes
         self._params = bytearray()
         self._pointers: list[int] = []
         self._bases: list[int] = []
@@ -229,9 +249,10 @@ class _Assembler:
         scratch = [slot for slot in range(1, len(sizes) + 1) if slot not in self._places]
         # Scratch arrays that are zeroed at first lie together, so that one fill is enough.
         together = [slot for slot in scratch if slot in zeroed]
-        self._place(together, sizes)
+        self._place(together)
         fills = [Fill(Location(self._scratch_base, 0), self._scratch_bytes)] if together else []
-        self._place([slot for slot in scratch if slot not in zeroed], sizes)
+        others = set(scratch).difference(together)
+        self._place([event for event in lifetimes if abs(event) in others])
         rest = [step for step, slot in zip(opening, zeroed) if slot not in together]
         self._steps = [*fills, *map(self._resolve, [*rest, *steps[len(opening) :]])]
 
@@ -249,17 +270,30 @@ class _Assembler:
             self._scratch_bytes,
         )
 
-    def _place(self, slots: Sequence[int], sizes: Sequence[int]) -> None:
-        for slot in slots:
-            self._places[slot] = Location(self._scratch_base, self._scratch_bytes)
-            self._scratch_bytes += -(-sizes[slot - 1] // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT
+    def _place(self, lifetimes: Sequence[int]) -> None:
+        """Place scratch arrays after those that were placed before; what the plan released is used again."""
+        first = self._scratch_bytes
+        held: dict[int, tuple[int, int]] = {}
+        for event in lifetimes:
+            if event < 0:
+                del held[-event]
+                continue
+            nbytes = -(-self._sizes[event - 1] // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT
+            begin = first
+            for lower, upper in sorted(held.values()):
+                if begin + nbytes <= lower:
+                    break
+                begin = max(begin, upper)
+            held[event] = begin, begin + nbytes
+            self._places[event] = Location(self._scratch_base, begin)
+            self._scratch_bytes = max(self._scratch_bytes, begin + nbytes)
 
     def _resolve(self, step: Step) -> Step:
         if isinstance(step, Fill):
             return step._replace(location=self._locate(step.location))
         if isinstance(step, Product):
             a, b, out = (
-                Matrices(array.dtype, array.shape, array.strides, self._locate(_address(array))) for array in step[:3]
+                matrices._replace(location=self._locate(matrices.location)) for matrices in (step.a, step.b, step.out)
             )
             return step._replace(a=a, b=b, out=out)
         return step._replace(params=self._add_params(step.kind, step.params))
