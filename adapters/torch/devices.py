@@ -1,4 +1,4 @@
-"""Devices that the operators support, and the context in which CuPy follows torch on one of them."""
+"""Devices that the operators support, and the context in which the backends follow torch on one of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dcnops._errors import DeviceError
+from dcnops._threads import call_threads
 
 from ..cuda_stream import CudaStream
 
@@ -31,9 +32,10 @@ def is_autocast_enabled(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def on_device_of(tensor: Tensor) -> Iterator[None]:
-    """Make CuPy use the tensor's device, torch's current stream and torch's memory; do nothing on a CPU."""
+    """Follow torch: on a GPU its device, current stream and memory, on a CPU its number of threads."""
     if tensor.device.type == "cpu":
-        yield
+        with call_threads(torch.get_num_threads()):
+            yield
         return
     import cupy
 
