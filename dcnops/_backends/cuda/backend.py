@@ -8,10 +8,12 @@ import cupy
 import numpy
 from cupy._core import _routines_linalg as cupy_linalg
 
+from dcnops._arguments import MAX_EXTENT
 from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.cupy_engine import ENGINE
 from dcnops._backends.cuda.engine import Engine, dtype_name
 from dcnops._backends.cuda.plans.array_jobs import is_channels_last, sum_dtype
+from dcnops._errors import ArgumentError
 from dcnops._explain import is_explaining
 from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
 
@@ -63,6 +65,7 @@ def deform_roi_pool(
 
     With `channels_last` the result [R, C, P, Q] is stored as [R, P, Q, C].
     """
+    _check_image_indices(input)
     with input.device:
         arrays = _images(input), _coordinates(rois, input), contiguous(offset), contiguous(mask)
         return plans.deform_roi_pool(_engine(), geometry, *arrays, channels_last)
@@ -79,6 +82,7 @@ def deform_roi_pool_backward(
     deterministic: bool,
 ) -> dict[str, cupy.ndarray]:
     """See `dcnops.deform_roi_pool_backward`; the arguments have been checked."""
+    _check_image_indices(input)
     with input.device:
         arrays = _images(grad_out), _images(input), _coordinates(rois, input), contiguous(offset), contiguous(mask)
         return plans.deform_roi_pool_backward(_engine(), geometry, *arrays, needs, deterministic)
@@ -98,6 +102,15 @@ def _images(array: Any) -> Any:
     """Return images in one of the two memory orders that the plans take; None for None."""
     is_taken = array is None or array.flags.c_contiguous or is_channels_last(array)
     return array if is_taken else contiguous(array)
+
+
+def _check_image_indices(input: cupy.ndarray) -> None:
+    """Check that the kernels, which read regions in the dtype of coordinates, can tell all images apart."""
+    if input.shape[0] > MAX_EXTENT and input.dtype != numpy.float64:
+        raise ArgumentError(
+            f"input must have at most {MAX_EXTENT} images in RoI pooling of {input.dtype} arrays on a GPU, "
+            f"got {input.shape[0]}"
+        )
 
 
 def _coordinates(rois: cupy.ndarray, input: cupy.ndarray) -> cupy.ndarray:
