@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Container
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from dcnops._dtypes import DTYPES
 from dcnops._errors import DeviceError, DtypeError
+from dcnops._forks import no_fork
 
 _BACKENDS = {"numpy": "dcnops._backends.cpu.backend", "cupy": "dcnops._backends.cuda.backend"}
 _ADVICE = {
@@ -98,7 +100,16 @@ def _check_kinds(
 @functools.cache
 def load_backend(library: str) -> ModuleType:
     """Import the backend for arrays of `library`."""
-    return importlib.import_module(_BACKENDS[library])
+    with no_fork():
+        before = set(sys.modules)
+        try:
+            return importlib.import_module(_BACKENDS[library])
+        except BaseException:
+            # After Ctrl-C, Numba stays half imported, and every later import of it would fail.
+            for name in set(sys.modules) - before:
+                if name.partition(".")[0] in ("dcnops", "numba", "llvmlite"):
+                    del sys.modules[name]
+            raise
 
 
 @functools.lru_cache(maxsize=256)

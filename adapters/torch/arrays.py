@@ -28,7 +28,9 @@ def as_array(tensor: Tensor | None) -> Any:
         # Pass integers: NumPy and some versions of CuPy do not accept bfloat16 through DLPack.
         return as_array(tensor.detach().view(torch.int16)).view(_bfloat16())
     if tensor.device.type == "cpu":
-        return tensor.numpy(force=True)
+        # An alias, because `Tensor.numpy` forbids for good to resize the storage, which is how FSDP frees parameters.
+        alias = torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(tensor.resolve_neg()))  # type: ignore[attr-defined]
+        return alias.numpy()
     import cupy
 
     # A plain capsule suffices: torch and CuPy use the same stream, so `Tensor.__dlpack__` need not synchronise.

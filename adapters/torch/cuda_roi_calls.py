@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dcnops._arguments import MAX_EXTENT
 from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.deform_roi_pool_programs import RoIPoolCall
 from dcnops._backends.cuda.programs import ArrayForm, SignatureCache
@@ -136,4 +137,5 @@ def can_be_prepared(input: Tensor, rois: Tensor, offset: Tensor | None, mask: Te
         and all(tensor.dtype in legal for tensor in sampling)
         and len({tensor.device for tensor in (input, rois, *sampling)}) == 1
         and input.numel() > 0
+        and input.shape[0] <= MAX_EXTENT  # what the operator checks
     )

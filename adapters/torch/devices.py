@@ -1,4 +1,4 @@
-"""Devices that the operators support, and the context in which CuPy follows torch on one of them."""
+"""Devices that the operators support, and the context in which the backends follow torch on one of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from dcnops._backends.cuda.deform_roi_pool_programs import RoIPoolPrograms
 from dcnops._backends.cuda.programs import ProgramCache
 from dcnops._errors import DeviceError
+from dcnops._threads import call_threads
 
 from ..cuda_stream import CudaStream
 
@@ -56,9 +57,10 @@ def roi_pool_programs() -> RoIPoolPrograms:
 
 @contextlib.contextmanager
 def on_device_of(tensor: Tensor) -> Iterator[None]:
-    """Make CuPy use the tensor's device, torch's current stream and torch's memory; do nothing on a CPU."""
+    """Follow torch: on a GPU its device, current stream and memory, on a CPU its number of threads."""
     if tensor.device.type == "cpu":
-        yield
+        with call_threads(torch.get_num_threads()):
+            yield
         return
     import cupy
 

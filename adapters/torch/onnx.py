@@ -332,7 +332,8 @@ def _axis_neighbours(
     start = low * constant(spatial_scale) - half
     region = (high * constant(spatial_scale) - half) - start
     length = region / constant(float(np.size(bins)))
-    position = (start + constant(bins) * length) + (constant(gamma) * region) * shift
+    displacement = op.Where(op.IsInf(shift), shift, (constant(gamma) * region) * shift)
+    position = (start + constant(bins) * length) + displacement
     position = position + constant(np.arange(samples) + 0.5) * length / constant(float(samples))
     # region - region is NaN for an infinite region: such a region gives NaN, an infinite offset gives 0.
     position = position + (region - region)

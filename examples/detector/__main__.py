@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
+# OpenMP reads this when torch is imported. By default, its waiting threads keep the cores busy, which makes an
+# iteration many times slower if another program uses the machine as well.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import dataclasses
 import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path

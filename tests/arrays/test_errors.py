@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import tracemalloc
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import ml_dtypes
@@ -24,6 +26,11 @@ def fake_cupy(array: np.ndarray, device: int = 0) -> Any:
     fake = kind()
     fake.device = type("Device", (), {"id": device})
     return fake
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise ValueError("no text")
 
 
 class JaxArray:
@@ -205,6 +212,15 @@ ROI_ERRORS: ErrorTable = {
         "NaN scale": ({"spatial_scale": float("nan")}, "spatial_scale must be a positive finite number"),
         "infinite gamma": ({"gamma": float("inf")}, "gamma must be a finite number, got inf"),
         "gamma text": ({"gamma": "0.1"}, "gamma must be a finite number, got '0.1'"),
+        "gamma beyond float32": ({"gamma": -1e39}, "gamma must be a finite float32, of at most 3.402823e+38"),
+        "scale beyond float32": ({"spatial_scale": 1e39}, "spatial_scale must be a finite float32, of at most"),
+        "scale beyond float64": ({"spatial_scale": 10**400}, "spatial_scale must be a positive finite number, got"),
+        "gamma beyond text": ({"gamma": 10**5000}, "gamma must be a finite number, got an integer of 16610 bits"),
+        "gamma fraction": ({"gamma": Fraction(10**400)}, "gamma must be a finite number, got Fraction(1000"),
+        "endless output size": ({"output_size": itertools.count()}, "output_size must be an integer from 1 to"),
+        "huge sampling ratio": (
+            {"sampling_ratio": 10**5000}, "sampling_ratio must be an integer from 0 to 16777216, got an integer of 166"
+        ),
         "image index": (
             {"rois": lambda r: np.concatenate([r[:, :1] + 2, r[:, 1:]], 1)},
             "rois must hold indices of feature maps from 0 to N-1=1 in column 0, got",
@@ -240,6 +256,13 @@ BACKWARD_ERRORS: ErrorTable = {
         "unknown need": ({"needs": ("input", "biases")}, NEEDS_NAMES + ", got ('input', 'biases')"),
         "needs is nothing": ({"needs": None}, NEEDS_NAMES),
         "needs unhashable": ({"needs": [["input"]]}, "needs must be names among"),
+        "needs without end": ({"needs": itertools.repeat("input")}, NEEDS_NAMES + ", got repeat('input')"),
+        "stride without end": ({"stride": itertools.repeat(1)}, "stride must be an integer from 1"),
+        "padding without end": ({"padding": itertools.cycle([(0, 1)])}, "padding must be an integer from 0"),
+        "dilation of a huge range": ({"dilation": range(10**12)}, "dilation must be an integer from 1"),
+        "stride beyond text": ({"stride": 10**5000}, "got an integer of 16610 bits"),
+        "padding of a million": ({"padding": [1] * 10**6}, "got [1, 1, 1, 1, 1, 1, ...]"),
+        "stride without text": ({"stride": Unprintable()}, "got <Unprintable instance at "),
     }),
 }  # fmt: skip
 ROI_BACKWARD_ERRORS: ErrorTable = {
@@ -252,6 +275,13 @@ ROI_BACKWARD_ERRORS: ErrorTable = {
         "unknown need": ({"needs": "rois"}, "needs must be names among input, offset, mask, got 'rois'"),
     }),
 }  # fmt: skip
+
+
+def test_prefetch_refuses_names_without_end():
+    with pytest.raises(ArgumentError, match=r"dtypes must be among .*, got repeat"):
+        dcnops.prefetch(dtypes=itertools.repeat("float32"))  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="input and weight must be 4 numbers"):
+        dcnops.prefetch(input=itertools.count(1))  # type: ignore[arg-type]
 
 
 def assert_raises(function: Callable[..., Any], bad: dict[str, Any], error: type[DcnError], message: str) -> None:

@@ -353,3 +353,118 @@ def test_a_full_disk_is_only_a_warning(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(caching.IndexDataCacheFile, "save", save)
     (warning,) = warnings_of(tmp_path)
     assert "some.nbi: No space left on device" in warning
+
+
+FORKS = """
+import os, signal, sys, threading, time, warnings
+import numpy as np, dcnops
+warnings.simplefilter("ignore", DeprecationWarning)
+def call():
+    dcnops.deform_roi_pool(np.ones((1, 1, 4, 4), np.float32), np.array([[0, 0, 0, 3, 3]], np.float32), output_size=1)
+def compile():
+    from numba.core.compiler_lock import global_compiler_lock
+    with global_compiler_lock:  # as every compilation does
+        begun.set()
+        time.sleep(0.3)
+def first_call():
+    begun.set()
+    call()
+if sys.argv[1] == "compile":
+    call()
+begun = threading.Event()
+other = threading.Thread(target=compile if sys.argv[1] == "compile" else first_call)
+other.start()
+begun.wait()
+time.sleep(0.1)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    call()
+    os._exit(0)
+other.join()
+assert os.waitpid(child, 0)[1] == 0, "the child hangs"
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("step", ["import", "compile"])
+def test_a_fork_next_to_a_first_call(step: str) -> None:
+    subprocess.run([sys.executable, "-c", FORKS, step], cwd=ROOT, check=True, timeout=300)
+
+
+INTERRUPTED = """
+import builtins, sys
+import numpy as np, dcnops
+original, hits = builtins.__import__, 0
+def interrupt(name, *args, **kwargs):
+    global hits
+    hits += name.startswith("numba.core")
+    if hits == 40:
+        hits += 1
+        raise KeyboardInterrupt
+    return original(name, *args, **kwargs)
+builtins.__import__ = interrupt
+def call():
+    x = np.ones((1, 1, 4, 4), np.float32)
+    return dcnops.deform_roi_pool(x, np.array([[0, 0, 0, 3, 3]], np.float32), output_size=1).item()
+try:
+    call()
+except KeyboardInterrupt:
+    print(call())
+"""
+
+
+def test_a_call_works_after_an_interrupted_import() -> None:
+    command = [sys.executable, "-c", INTERRUPTED]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "1.0", result.stderr
+
+
+INTERPRETED = """
+import sys
+from numba import config
+assert config.DISABLE_JIT
+import dcnops, numpy as np
+from tests.cases import assert_close, make_conv, make_roi_pool
+np.seterr(all="raise")
+for case in (make_conv(N=1, C=4, O=4, H=3, W=4, G=2, D=2), make_roi_pool(N=1, C=2, R=2, output_size=2)):
+    assert_close(getattr(dcnops, case.operation)(**case.arguments()), case.expected(), "float32")
+    gradients = getattr(dcnops, f"{case.operation}_backward")(case.grad_out, **case.arguments())._asdict()
+    for name, expected in case.expected_gradients().items():
+        assert_close(gradients[name], expected, "float32", name)
+"""
+
+
+def test_the_backend_works_without_the_compiler() -> None:
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    subprocess.run([sys.executable, "-W", "error", "-c", INTERPRETED], cwd=ROOT, env=environment, check=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_no_error_state_of_numpy_changes_a_call(dtype: type) -> None:
+    def calls() -> list[np.ndarray]:
+        x = np.full((1, 2, 4, 4), 1e-4, dtype)
+        x[0, 0, 0] = np.finfo(dtype).max
+        grad_out = np.full((1, 1, 4, 4), np.finfo(dtype).max, dtype)
+        grad_out[0, 0, 0, :2] = np.inf, -np.inf
+        offset, mask = np.full((1, 2, 4, 4), 0.1, dtype), np.full((1, 1, 4, 4), 3, dtype)
+        arrays = convolve(x, offset, np.full((1, 2, 1, 1), 1e-4, dtype), mask=mask, grad_out=grad_out)
+        arrays += dcnops.deform_conv2d_backward(
+            grad_out, x, offset, np.ones((1, 2, 1, 1), dtype), np.zeros(1, dtype), needs="bias"
+        )[3:4]
+        rois = np.array([[0, 1e-300, 0, 3, 3], [0, 0, 0, 1e300, 3]])
+        options = {"spatial_scale": 3e38, "gamma": -3e38, "output_size": 1}
+        shift = np.full((2, 2, 1, 1), np.inf, dtype)
+        arrays += pool(x, rois, shift, np.ones((2, 1, 1), dtype), grad_out=np.ones((2, 2, 1, 1), dtype), **options)
+        return arrays
+
+    with np.errstate(all="ignore"):
+        expected = calls()
+    with np.errstate(all="raise"):
+        strict = calls()
+    with warnings.catch_warnings(), np.errstate(all="warn"):
+        warnings.simplefilter("error")
+        warned = calls()
+    for arrays in (strict, warned):
+        for array, reference in zip(arrays, expected, strict=True):
+            np.testing.assert_array_equal(array, reference)

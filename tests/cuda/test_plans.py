@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import sys
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.kernel_source import kernel_source
 from dcnops._backends.cuda.plans.array_jobs import ArrayJobsParams, ArrayTask, is_channels_last
+from dcnops._backends.cuda.plans.deform_conv2d_backward import ListLimits
 from tests.cases import DTYPES, Case, RoIPoolCase, assert_correct, conv_cases, make_conv, make_roi_pool, roi_pool_cases
 from tests.conftest import EmulatedRunner, assert_same_bits
 from tests.cuda.emulator import run_sanitized
@@ -207,6 +210,43 @@ def test_scratch_memory_of_roi_pooling_is_bounded(channels_last: bool, dtype: st
     assert parts == transpose + bounds if channels_last else parts <= transpose + bounds + sums + chunk_bytes
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_arrays_may_change_during_a_call(deterministic: bool):
+    """Kernels that read the same values one after the other must stay within their lists and images."""
+    rng = np.random.default_rng(0)
+    conv = make_conv(N=3, C=32, O=4, H=7, W=6, seed=3)
+    pool = make_roi_pool(N=3, C=16, R=9, seed=4)
+
+    def memory(address: int, *shape: int) -> np.ndarray:
+        size = 4 * math.prod(shape)
+        return np.frombuffer((ctypes.c_char * size).from_address(address), np.float32).reshape(shape)
+
+    def change(params: Any) -> None:
+        if hasattr(params, "lengths"):  # samples on many pixels, on one, and on none
+            offset = memory(params.offset, params.size.N, *conv.offset.shape[1:])
+            offset[...] = rng.choice([4, 0, 1e9]) * rng.standard_normal(offset.shape)
+        if hasattr(params, "bins"):
+            rois = memory(params.bins.rois, *pool.rois.shape)
+            rois[:, 0] = rng.choice([0, 2, -1, 1e9, np.nan], len(rois))
+            rois[:, 1:] = rng.choice([5, 1e9]) * rng.standard_normal((len(rois), 4))
+
+    for case, options in ((conv, {"limits": ListLimits(part_entries=7, sorted_entries=40)}), (pool, {})):
+        runner = EmulatedRunner(chunk_bytes=20_000, deterministic=deterministic, backward=options)
+        runner.programs = None
+        compiled = runner.engine.kernel
+
+        def changing(unit: str, kernel: str, macros: Any, compiled: Any = compiled) -> Any:
+            def launch(grid: Any, block: Any, shared_bytes: int, params: Any) -> None:
+                change(params)
+                compiled(unit, kernel, macros)(grid, block, shared_bytes, params)
+
+            return launch
+
+        runner.engine.kernel = changing
+        for _ in range(4):
+            runner.backward(case)
+
+
 # Kernels with planted bugs. The emulator must catch each bug: otherwise the tests above would miss such bugs too.
 
 
@@ -323,6 +363,7 @@ FEW_SPECIALISATIONS = {
         "tests/arrays/test_deform_conv2d.py::test_nan_coordinates_propagate",
         "tests/cuda/test_deform_conv2d_lists.py::test_all_samples_on_one_pixel",
         "tests/cuda/test_deform_conv2d_lists.py::test_scratch_memory_keeps_to_the_documented_bound",
+        "tests/cuda/test_plans.py::test_arrays_may_change_during_a_call",
     ),
     "fused convolution": ("tests/cuda/test_deform_conv2d_fused.py::test_split_sums",),
     "RoI pooling": (

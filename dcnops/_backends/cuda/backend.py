@@ -9,11 +9,13 @@ import cupy
 import numpy
 from cupy._core import _routines_linalg as cupy_linalg
 
+from dcnops._arguments import MAX_EXTENT
 from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.cupy_engine import ENGINE, PROGRAMS, ROI_POOL_PROGRAMS
 from dcnops._backends.cuda.engine import dtype_name
 from dcnops._backends.cuda.plans.array_jobs import is_channels_last, is_evenly_spaced, sum_dtype
 from dcnops._backends.cuda.workspace import get_workspace
+from dcnops._errors import ArgumentError
 from dcnops._explain import is_explaining
 from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
 
@@ -66,6 +68,7 @@ def deform_roi_pool(
 
     With `channels_last` the result [R, C, P, Q] is stored as [R, P, Q, C].
     """
+    _check_image_indices(input)
     with input.device:
         arrays = _images(input), _coordinates(rois, input), contiguous(offset), contiguous(mask)
         return _run_prepared(plans.deform_roi_pool, geometry, arrays, channels_last)
@@ -82,6 +85,7 @@ def deform_roi_pool_backward(
     deterministic: bool,
 ) -> dict[str, cupy.ndarray]:
     """See `dcnops.deform_roi_pool_backward`; the arguments have been checked."""
+    _check_image_indices(input)
     with input.device:
         arrays = _images(grad_out), _images(input), _coordinates(rois, input), contiguous(offset), contiguous(mask)
         options = needs, deterministic, get_workspace()
@@ -109,6 +113,15 @@ def _images(array: Any) -> Any:
 def _sampling(array: Any) -> Any:
     """Return offsets or masks with evenly spaced pixels; None for None."""
     return array if array is None or is_evenly_spaced(array) else contiguous(array)
+
+
+def _check_image_indices(input: cupy.ndarray) -> None:
+    """Check that the kernels, which read regions in the dtype of coordinates, can tell all images apart."""
+    if input.shape[0] > MAX_EXTENT and input.dtype != numpy.float64:
+        raise ArgumentError(
+            f"input must have at most {MAX_EXTENT} images in RoI pooling of {input.dtype} arrays on a GPU, "
+            f"got {input.shape[0]}"
+        )
 
 
 def _coordinates(rois: cupy.ndarray, input: cupy.ndarray) -> cupy.ndarray:
