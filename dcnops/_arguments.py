@@ -102,6 +102,8 @@ def check_precision(precision: object) -> None:
 
 
 def _integer(value: object) -> int | None:
+    if type(value) is int:
+        return value
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -110,7 +112,8 @@ def _integer(value: object) -> int | None:
 
 def _number(value: object) -> float | None:
     """Return a finite real number as a float, and None for anything else."""
-    if isinstance(value, Real) and math.isfinite(value):
+    # Not `math.isfinite`, which `torch.compile` does not trace.
+    if isinstance(value, Real) and -math.inf < value < math.inf:
         return float(value)
     return None
 
