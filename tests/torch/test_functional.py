@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -385,6 +386,19 @@ def test_wrong_types_dtypes_and_devices(changes: dict[str, Any], error: type[Exc
     with pytest.raises(error) as raised:
         deform_conv2d(**{**tensors_of(make_conv(N=2, D=2, G=2)), **changes})
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"offset": torch.zeros(1, 18, 4, 4)}, {"offset": torch.zeros(1, 18, 3, 3).int()}, {"padding": -1}],
+    ids=lambda changes: ",".join(changes),
+)
+def test_wrong_arguments_raise_the_type_of_error_that_torchvision_raises(changes: dict[str, Any]):
+    shapes = {"input": (1, 4, 5, 5), "offset": (1, 18, 3, 3), "weight": (4, 4, 3, 3)}
+    arguments = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    for function in (torchvision.ops.deform_conv2d, deform_conv2d):
+        with pytest.raises(RuntimeError):
+            function(**{**arguments, **changes})
 
 
 def test_regions_that_are_not_a_tensor():
