@@ -26,6 +26,11 @@ def as_array(tensor: Tensor | None) -> Any:
     return cupy.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))  # type: ignore[attr-defined]
 
 
+def coordinate_dtype(input: Tensor) -> torch.dtype:
+    """Return the dtype in which regions of `input` are computed."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
 def as_tensor(array: Any) -> Tensor:
     """Return a tensor that shares the array's memory and keeps it alive. Strides must not be negative."""
     if array.dtype.name == "bfloat16":

@@ -18,7 +18,7 @@ from . import devices
 Needs: TypeAlias = tuple[bool, ...]
 
 _NAMES = ("input", "offset", "weight", "bias", "mask")
-_DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
+DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 
 
 class ConvCall:
@@ -124,7 +124,7 @@ def can_be_prepared(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor 
     sampling = [tensor for tensor in (offset, mask) if tensor is not None]
     legal = (torch.float32, input.dtype) if input.dtype.itemsize == 2 else (input.dtype,)
     return (
-        input.dtype in _DTYPE_NAMES
+        input.dtype in DTYPE_NAMES
         and len({tensor.dtype for tensor in data}) == len({tensor.dtype for tensor in sampling}) == 1
         and offset.dtype in legal
         and len({tensor.device for tensor in (*data, *sampling)}) == 1
@@ -148,14 +148,18 @@ def _gradients_in_order(engine: Any, geometry: DeformConvGeometry, *arguments: A
     return {name: gradients[name] for name in _NAMES if name in gradients}
 
 
-def _form(tensor: Tensor) -> ArrayForm:
-    """Return what a plan sees of a tensor after it was made dense."""
-    name = _DTYPE_NAMES[tensor.dtype]
+def numpy_dtype(dtype: torch.dtype) -> Any:
+    name = DTYPE_NAMES[dtype]
     if name == "bfloat16":
         import ml_dtypes
 
-        return ArrayForm(tuple(tensor.shape), np.dtype(ml_dtypes.bfloat16), is_channels_last(tensor))
-    return ArrayForm(tuple(tensor.shape), np.dtype(name), is_channels_last(tensor))
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def _form(tensor: Tensor) -> ArrayForm:
+    """Return what a plan sees of a tensor after it was made dense."""
+    return ArrayForm(tuple(tensor.shape), numpy_dtype(tensor.dtype), is_channels_last(tensor))
 
 
 def _strides(form: ArrayForm) -> tuple[int, ...]:

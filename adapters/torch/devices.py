@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcnops._backends.cuda.deform_roi_pool_programs import RoIPoolPrograms
 from dcnops._backends.cuda.programs import ProgramCache
 from dcnops._errors import DeviceError
 
@@ -44,6 +45,13 @@ def recorded_programs() -> ProgramCache:
     from dcnops._backends.cuda.cupy_engine import PROGRAMS
 
     return PROGRAMS
+
+
+def roi_pool_programs() -> RoIPoolPrograms:
+    """Return the prepared calls of RoI pooling of the CUDA backend; the first call imports CuPy."""
+    from dcnops._backends.cuda.cupy_engine import ROI_POOL_PROGRAMS
+
+    return ROI_POOL_PROGRAMS
 
 
 @contextlib.contextmanager

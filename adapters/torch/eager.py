@@ -1,4 +1,4 @@
-"""Eager calls on plain CUDA tensors, past the dispatcher: an `autograd.Function` replays the recorded programs.
+"""Eager calls on plain CUDA tensors, past the dispatcher: an `autograd.Function` issues recorded programs.
 
 All other calls go through the registered operator: compilation, export, tracing, tensor subclasses, functorch, dispatch
 and function modes, forward-mode derivatives, calls under the profiler, which only sees operators, and calls that are
@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
 
+from dcnops._arguments import expand_pair
 from dcnops._explain import is_explaining
 
-from . import devices, operators
+from . import cuda_roi_calls, devices, operators
 from .cuda_calls import CALLS, ConvCall, can_be_prepared, is_dense
+from .cuda_roi_calls import ROI_CALLS, RoICall
 
 _TENSOR = frozenset((Tensor, Parameter))
 _TENSOR_OR_NONE = frozenset((Tensor, Parameter, type(None)))
@@ -124,3 +126,90 @@ class _DeformConv2d(Function):
         if not is_dense(grad_out) or grad_out.data_ptr() & _ALIGNMENT_MASK:
             grad_out = grad_out.clone(memory_format=torch.contiguous_format)
         return (None, *call.backward(grad_out, *tensors, needs))
+
+
+def deform_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    output_size: Any,
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+) -> Tensor | None:
+    """Compute the operator of tensors that are `is_plain`; return None where the operator itself has to be called."""
+    # The first axis of all tensors but `input` is the number of regions, which may change from call to call.
+    key = (
+        input.shape, input.stride(), input.dtype, input.device,
+        rois.shape[1:], rois.dtype, rois.device,
+        offset is not None and (offset.shape[1:], offset.dtype, offset.device),
+        mask is not None and (mask.shape[1:], mask.dtype, mask.device),
+        expand_pair("output_size", output_size), spatial_scale, sampling_ratio, type(sampling_ratio), gamma,
+    )  # fmt: skip
+    try:
+        call = ROI_CALLS.get(key)
+    except TypeError:  # no hash, hence not a number
+        return None
+    if call is None:
+        call = _prepare_roi_call(key, input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma)
+        if call is None:
+            return None
+    if call.copies_input:
+        input = input.contiguous()
+    if input.data_ptr() & _ALIGNMENT_MASK:
+        return None
+    if offset is not None:
+        if offset.shape[0] != rois.shape[0]:
+            return None
+        offset = offset.contiguous()
+    if mask is not None:
+        if mask.shape[0] != rois.shape[0]:
+            return None
+        mask = mask.contiguous()
+    if rois.dtype is not call.rois_dtype:
+        rois = rois.to(call.rois_dtype)
+    rois = rois.contiguous()
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or rois.requires_grad
+        or (offset is not None and offset.requires_grad)
+        or (mask is not None and mask.requires_grad)
+    ):
+        output: Tensor = _DeformRoIPool.apply(call, input, rois, offset, mask)
+        return output
+    return call.forward(input, rois, offset, mask)
+
+
+def _prepare_roi_call(key: Any, *arguments: Any) -> RoICall | None:
+    call = None
+    if cuda_roi_calls.can_be_prepared(*arguments[:4]):
+        call = ROI_CALLS.add(key, lambda: RoICall(*arguments))
+        if call is None:
+            ROI_CALLS.see(key)
+    return call
+
+
+class _DeformRoIPool(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, call: RoICall, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(input, rois, offset, mask)
+        ctx.call = call
+        return call.forward(input, rois, offset, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        call, tensors = ctx.call, ctx.saved_tensors
+        _, input, _, offset, mask = ctx.needs_input_grad
+        needs = (input, offset, mask)
+        if torch.is_grad_enabled() or not (is_plain((grad_out,), ()) and call.has_backward(needs)):
+            # The operator, which has a gradient of its own and a deterministic one.
+            gradients = operators.deform_roi_pool_backward(grad_out, *tensors, *call.numbers, list(needs))
+            input, offset, mask = operators.none_unless_needed(gradients, needs)
+        else:
+            if not is_dense(grad_out) or grad_out.data_ptr() & _ALIGNMENT_MASK:
+                grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+            input, offset, mask = call.backward(grad_out, *tensors, needs)
+        return None, input, None, offset, mask

@@ -169,6 +169,13 @@ def deform_roi_pool(
     tensor([[ 2.5000,  4.5000],
             [10.5000, 12.5000]])
     """
+    if not torch.compiler.is_compiling() and eager.is_plain((input, rois), (offset, mask)):
+        if torch.is_autocast_enabled("cuda"):
+            (input,), (offset, mask) = _promote_dtypes((input,), (offset, mask))
+        numbers = (output_size, spatial_scale, sampling_ratio, gamma)
+        output = eager.deform_roi_pool(input, rois, offset, mask, *numbers)
+        if output is not None:
+            return output
     if proxies := _tensor_proxies(input, rois, offset, mask):
         return handle_torch_function(
             deform_roi_pool,

@@ -19,7 +19,7 @@ import dcnops
 from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry, check_conv_ranks, check_roi_ranks
 
 from . import differentiable
-from .arrays import as_array, as_tensor
+from .arrays import as_array, as_tensor, coordinate_dtype
 from .devices import DEVICES, on_device_of
 
 _CONV_TENSORS = "Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask"
@@ -41,7 +41,7 @@ for _schema in (
 deform_conv2d = torch.ops.dcnops.deform_conv2d.default
 deform_roi_pool = torch.ops.dcnops.deform_roi_pool.default
 deform_conv2d_backward = torch.ops.dcnops.deform_conv2d_backward.default
-_roi_backward = torch.ops.dcnops.deform_roi_pool_backward.default
+deform_roi_pool_backward = torch.ops.dcnops.deform_roi_pool_backward.default
 
 
 def _padding_pairs(padding: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -51,6 +51,11 @@ def _padding_pairs(padding: Sequence[int]) -> tuple[tuple[int, int], tuple[int, 
 
 def _arrays(**tensors: Tensor | None) -> dict[str, Any]:
     return {name: as_array(tensor) for name, tensor in tensors.items()}
+
+
+def _coordinates(rois: Tensor, input: Tensor) -> Tensor:
+    """Return the regions in the form that the kernels take. A conversion by CuPy would be compiled at first use."""
+    return rois.to(coordinate_dtype(input)).contiguous() if input.is_cuda and rois.is_floating_point() else rois
 
 
 def _needed_names(needs: Sequence[bool], *names: str) -> list[str]:
@@ -126,7 +131,7 @@ def _roi_forward_kernel(
 ) -> Tensor:  # fmt: skip
     with on_device_of(input):
         output = dcnops.deform_roi_pool(
-            **_arrays(input=input, rois=rois, offset=offset, mask=mask),
+            **_arrays(input=input, rois=_coordinates(rois, input), offset=offset, mask=mask),
             output_size=output_size, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio, gamma=gamma,
         )  # fmt: skip
         return as_tensor(output)
@@ -138,7 +143,7 @@ def _roi_backward_kernel(
 ) -> list[Tensor]:  # fmt: skip
     with on_device_of(input):
         gradients = dcnops.deform_roi_pool_backward(
-            **_arrays(grad_out=grad_out, input=input, rois=rois, offset=offset, mask=mask),
+            **_arrays(grad_out=grad_out, input=input, rois=_coordinates(rois, input), offset=offset, mask=mask),
             output_size=output_size, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio, gamma=gamma,
             needs=_needed_names(needs, "input", "offset", "mask"),
             deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -255,7 +260,7 @@ def _conv_gradient(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 
 def _roi_gradient(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     needs = [bool(ctx.needs_input_grad[i]) for i in (0, 2, 3)]
-    gradients = _roi_backward(grad_out, *ctx.saved_tensors, *ctx.numbers, needs)
+    gradients = deform_roi_pool_backward(grad_out, *ctx.saved_tensors, *ctx.numbers, needs)
     input, offset, mask = none_unless_needed(gradients, needs)
     return (input, None, offset, mask, None, None, None, None)
 

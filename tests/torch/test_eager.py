@@ -288,6 +288,7 @@ def test_a_call_costs_few_function_calls(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(cupy_programs, "driver", SimpleNamespace(launchKernel=nothing))
     monkeypatch.setattr(cupy_programs, "runtime", SimpleNamespace(memsetAsync=nothing))
+    monkeypatch.setattr(cupy_programs, "_THREAD", SimpleNamespace(has_context=True))
     monkeypatch.setattr(cupy_programs, "CublasSession", Session)
     monkeypatch.setattr(cupy_programs, "multiply", nothing)
     engine = host_engine()

@@ -10,8 +10,8 @@ import numpy
 from cupy._core import _routines_linalg as cupy_linalg
 
 from dcnops._backends.cuda import plans
-from dcnops._backends.cuda.cupy_engine import ENGINE, PROGRAMS
-from dcnops._backends.cuda.engine import Engine, dtype_name
+from dcnops._backends.cuda.cupy_engine import ENGINE, PROGRAMS, ROI_POOL_PROGRAMS
+from dcnops._backends.cuda.engine import dtype_name
 from dcnops._backends.cuda.plans.array_jobs import is_channels_last, sum_dtype
 from dcnops._explain import is_explaining
 from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
@@ -67,7 +67,7 @@ def deform_roi_pool(
     """
     with input.device:
         arrays = _images(input), _coordinates(rois, input), contiguous(offset), contiguous(mask)
-        return plans.deform_roi_pool(_engine(), geometry, *arrays, channels_last)
+        return _run_prepared(plans.deform_roi_pool, geometry, arrays, channels_last)
 
 
 def deform_roi_pool_backward(
@@ -83,7 +83,9 @@ def deform_roi_pool_backward(
     """See `dcnops.deform_roi_pool_backward`; the arguments have been checked."""
     with input.device:
         arrays = _images(grad_out), _images(input), _coordinates(rois, input), contiguous(offset), contiguous(mask)
-        return plans.deform_roi_pool_backward(_engine(), geometry, *arrays, needs, deterministic)
+        run = _run_prepared if needs and not (deterministic and "input" in needs) else _run_plan
+        gradients: dict[str, cupy.ndarray] = run(plans.deform_roi_pool_backward, geometry, arrays, needs, deterministic)
+        return gradients
 
 
 def contiguous(array: Any) -> Any:
@@ -113,12 +115,19 @@ def _coordinates(rois: cupy.ndarray, input: cupy.ndarray) -> cupy.ndarray:
 def _run(plan: Callable[..., Any], geometry: Any, arrays: tuple[Any, ...], *options: Hashable) -> Any:
     """Run a plan, or replay what it launched in an earlier call of the same signature."""
     if is_explaining():
-        return plan(ENGINE.explaining, geometry, *arrays, *options)
+        return _run_plan(plan, geometry, arrays, *options)
     return PROGRAMS.run(plan, geometry, arrays, *options)
 
 
-def _engine() -> Engine:
-    return ENGINE.explaining if is_explaining() else ENGINE
+def _run_prepared(plan: Callable[..., Any], geometry: Any, arrays: tuple[Any, ...], *options: Hashable) -> Any:
+    """Run a plan of RoI pooling, prepared by an earlier call that may have had another number of regions."""
+    if is_explaining():
+        return _run_plan(plan, geometry, arrays, *options)
+    return ROI_POOL_PROGRAMS.run(plan, geometry, arrays, *options)
+
+
+def _run_plan(plan: Callable[..., Any], geometry: Any, arrays: tuple[Any, ...], *options: Hashable) -> Any:
+    return plan(ENGINE.explaining if is_explaining() else ENGINE, geometry, *arrays, *options)
 
 
 def _precision(precision: str | None, input: cupy.ndarray) -> str:
