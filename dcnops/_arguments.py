@@ -112,10 +112,11 @@ def _integer(value: object) -> int | None:
 
 def _number(value: object) -> float | None:
     """Return a finite real number as a float, and None for anything else."""
+    if not isinstance(value, Real):
+        return None
+    number = float(value)
     # Not `math.isfinite`, which `torch.compile` does not trace.
-    if isinstance(value, Real) and -math.inf < value < math.inf:
-        return float(value)
-    return None
+    return number if -math.inf < number < math.inf else None
 
 
 def _sequence(value: object) -> list[object] | None:

@@ -33,7 +33,7 @@ def coordinate_dtype(input: Tensor) -> torch.dtype:
 
 def as_tensor(array: Any) -> Tensor:
     """Return a tensor that shares the array's memory and keeps it alive. Strides must not be negative."""
-    if array.dtype.name == "bfloat16":
+    if array.dtype.itemsize == 2 and array.dtype.name == "bfloat16":  # the name of a dtype takes long to look up
         return as_tensor(array.view("int16")).view(torch.bfloat16)
     if type(array).__module__.startswith("numpy"):
         return torch.from_numpy(array)

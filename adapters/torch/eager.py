@@ -1,4 +1,6 @@
-"""Eager calls on plain CUDA tensors, past the dispatcher: an `autograd.Function` issues recorded programs.
+"""Eager calls on plain tensors, past the dispatcher: an `autograd.Function` calls the backend.
+
+On CUDA tensors, it issues recorded programs.
 
 All other calls go through the registered operator: compilation, export, tracing, tensor subclasses, functorch, dispatch
 and function modes, forward-mode derivatives, calls under the profiler, which only sees operators, and calls that are
@@ -17,7 +19,7 @@ from torch.nn import Parameter
 from dcnops._arguments import expand_pair
 from dcnops._explain import is_explaining
 
-from . import cuda_roi_calls, devices, operators
+from . import cpu_calls, cuda_roi_calls, devices, operators
 from .cuda_calls import CALLS, ConvCall, can_be_prepared, is_dense
 from .cuda_roi_calls import ROI_CALLS, RoICall
 
@@ -33,11 +35,11 @@ _is_profiling = torch._C._autograd._profiler_enabled
 
 
 def is_plain(required: tuple[Any, ...], optional: tuple[Any, ...]) -> bool:
-    """Check for plain tensors on the current GPU and for the absence of modes that have to see the operator."""
+    """Check for plain tensors on the CPU or current GPU, and that no mode is active that has to see the operator."""
     return (
         _TENSOR.issuperset(map(type, required))
         and _TENSOR_OR_NONE.issuperset(map(type, optional))
-        and devices.is_on_current_gpu(required[0])
+        and (required[0].is_cpu or devices.is_on_current_gpu(required[0]))
         and _dispatch_modes() == 0
         and _function_modes() == 0
         and _functorch_level() is None
@@ -60,10 +62,13 @@ def deform_conv2d(
     precision: str,
 ) -> Tensor | None:
     """Compute the operator of tensors that are `is_plain`; return None where the operator itself has to be called."""
+    tensors = input, offset, weight, bias, mask
+    if not devices.is_on_current_gpu(input):
+        cpu_call = cpu_calls.conv_call(*tensors, stride, padding, dilation, precision)
+        return None if cpu_call is None else _convolve(cpu_call, *tensors)
     call = _find(input, offset, weight, bias, mask, stride, padding, dilation, precision)
     if call is None:
         return None
-    tensors = input, offset, weight, bias, mask
     if call.copied:
         tensors = tuple(  # type: ignore[assignment]
             tensor.contiguous() if i in call.copied and tensor is not None else tensor
@@ -71,6 +76,10 @@ def deform_conv2d(
         )
     if (tensors[0].data_ptr() | tensors[2].data_ptr()) & _ALIGNMENT_MASK:
         return None
+    return _convolve(call, *tensors)
+
+
+def _convolve(call: ConvCall | cpu_calls.ConvCall, *tensors: Any) -> Tensor:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         output: Tensor = _DeformConv2d.apply(call, *tensors)
         return output
@@ -110,7 +119,7 @@ def _find(
 
 class _DeformConv2d(Function):
     @staticmethod
-    def forward(ctx: Any, call: ConvCall, *tensors: Any) -> Tensor:
+    def forward(ctx: Any, call: ConvCall | cpu_calls.ConvCall, *tensors: Any) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.call = call
         return call.forward(*tensors)
@@ -139,6 +148,10 @@ def deform_roi_pool(
     gamma: float,
 ) -> Tensor | None:
     """Compute the operator of tensors that are `is_plain`; return None where the operator itself has to be called."""
+    if not devices.is_on_current_gpu(input):
+        numbers = output_size, spatial_scale, sampling_ratio, gamma
+        cpu_call = cpu_calls.roi_call(input, rois, offset, mask, *numbers)
+        return None if cpu_call is None else _pool(cpu_call, input, rois, offset, mask)
     # The first axis of all tensors but `input` is the number of regions, which may change from call to call.
     key = (
         input.shape, input.stride(), input.dtype, input.device,
@@ -169,7 +182,12 @@ def deform_roi_pool(
         mask = mask.contiguous()
     if rois.dtype is not call.rois_dtype:
         rois = rois.to(call.rois_dtype)
-    rois = rois.contiguous()
+    return _pool(call, input, rois.contiguous(), offset, mask)
+
+
+def _pool(
+    call: RoICall | cpu_calls.RoICall, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None
+) -> Tensor:
     if torch.is_grad_enabled() and (
         input.requires_grad
         or rois.requires_grad
@@ -193,7 +211,12 @@ def _prepare_roi_call(key: Any, *arguments: Any) -> RoICall | None:
 class _DeformRoIPool(Function):
     @staticmethod
     def forward(
-        ctx: Any, call: RoICall, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None
+        ctx: Any,
+        call: RoICall | cpu_calls.RoICall,
+        input: Tensor,
+        rois: Tensor,
+        offset: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(input, rois, offset, mask)
         ctx.call = call

@@ -95,7 +95,7 @@ def deform_conv2d(
     if not torch.compiler.is_compiling() and eager.is_plain((input, offset, weight), (bias, mask)):
         if precision is not None:
             check_precision(precision)
-        if torch.is_autocast_enabled("cuda"):
+        if torch.is_autocast_enabled(input.device.type):
             (input, weight, bias), (offset, mask) = _promote_dtypes((input, weight, bias), (offset, mask))
         chosen = _operator_precision(precision, input)
         output = eager.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation, chosen)
@@ -170,7 +170,7 @@ def deform_roi_pool(
             [10.5000, 12.5000]])
     """
     if not torch.compiler.is_compiling() and eager.is_plain((input, rois), (offset, mask)):
-        if torch.is_autocast_enabled("cuda"):
+        if torch.is_autocast_enabled(input.device.type):
             (input,), (offset, mask) = _promote_dtypes((input,), (offset, mask))
         numbers = (output_size, spatial_scale, sampling_ratio, gamma)
         output = eager.deform_roi_pool(input, rois, offset, mask, *numbers)

@@ -65,7 +65,7 @@ def _needed_names(needs: Sequence[bool], *names: str) -> list[str]:
 def _gradient_tensors(gradients: Sequence[Any], arguments: Sequence[Tensor | None]) -> list[Tensor]:
     """Convert gradient arrays to tensors, each in the memory format of its argument."""
     return [
-        _empty_gradient(arguments) if array is None else _match_memory_format(argument, as_tensor(array))
+        _empty_gradient(arguments) if array is None else match_memory_format(argument, as_tensor(array))
         for array, argument in zip(gradients, arguments)
     ]
 
@@ -76,7 +76,7 @@ def _empty_gradient(arguments: Sequence[Tensor | None]) -> Tensor:
     return input.new_empty(0)
 
 
-def _match_memory_format(reference: Tensor | None, images: Tensor) -> Tensor:
+def match_memory_format(reference: Tensor | None, images: Tensor) -> Tensor:
     """Convert `images` to channels_last if `reference` has that memory format."""
     if reference is None or not _is_channels_last(reference):
         return images
@@ -108,7 +108,7 @@ def _conv_forward_kernel(
             **_arrays(input=input, offset=offset, weight=weight, bias=bias, mask=mask),
             stride=stride, padding=_padding_pairs(padding), dilation=dilation, precision=precision,
         )  # fmt: skip
-        return _match_memory_format(input, as_tensor(output))
+        return match_memory_format(input, as_tensor(output))
 
 
 def _conv_backward_kernel(
@@ -192,7 +192,7 @@ def _check_roi_pool(arguments: Sequence[Any], grad_out: Tensor | None = None) ->
 def _conv_forward_shape(*args: Any) -> Tensor:
     _check_conv(args)
     input, offset, weight = args[:3]
-    return _match_memory_format(input, input.new_empty((input.shape[0], weight.shape[0], *offset.shape[2:])))
+    return match_memory_format(input, input.new_empty((input.shape[0], weight.shape[0], *offset.shape[2:])))
 
 
 def _conv_backward_shape(grad_out: Tensor, *args: Any) -> list[Tensor]:
@@ -216,7 +216,7 @@ def _gradient_shapes(arguments: Sequence[Tensor | None], needs: Sequence[bool]) 
     return [
         _empty_gradient(arguments)
         if argument is None or not need
-        else _match_memory_format(argument, argument.new_empty(argument.shape))
+        else match_memory_format(argument, argument.new_empty(argument.shape))
         for argument, need in zip(arguments, needs)
     ]
 

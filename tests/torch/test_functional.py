@@ -291,20 +291,21 @@ def record_backward(operation: str, monkeypatch: pytest.MonkeyPatch) -> list[dic
 
 def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch):
     calls = record_backward("deform_conv2d", monkeypatch)
-    t = tensors_of(make_conv())
-    t["weight"].requires_grad_()
-    deform_conv2d(**t).sum().backward()
+    case = differentiable_case("conv")
+    arguments = operator_arguments(case, requires_grad=False)
+    arguments[2].requires_grad_()
+    torch.ops.dcnops.deform_conv2d(*arguments).sum().backward()
     assert [call["needs"] for call in calls] == [["weight"]]
 
 
 @pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("kind", ["conv", "roi"])
 def test_deterministic_switch_of_torch(kind: str, enabled: bool, monkeypatch: pytest.MonkeyPatch):
-    case = make_conv() if kind == "conv" else make_roi_pool()
+    case = differentiable_case(kind)
     calls = record_backward(case.operation, monkeypatch)
     torch.use_deterministic_algorithms(enabled)
     try:
-        call(case, tensors_of(case, requires_grad=True)).sum().backward()
+        getattr(torch.ops.dcnops, case.operation)(*operator_arguments(case, requires_grad=True)).sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
     assert [call["deterministic"] for call in calls] == [enabled]
