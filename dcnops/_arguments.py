@@ -129,6 +129,8 @@ def shown(value: object) -> str:
 
 def as_integer(value: object) -> int | None:
     """Return a Python integer for anything that stands for one, and None for anything else."""
+    if type(value) is int:
+        return value
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -137,10 +139,14 @@ def as_integer(value: object) -> int | None:
 
 def _number(value: object) -> float | None:
     """Return a finite real number as a float, and None for anything else."""
+    if not isinstance(value, Real):
+        return None
     try:
-        return float(value) if isinstance(value, Real) and math.isfinite(value) else None
+        number = float(value)
     except OverflowError:
         return None
+    # Not `math.isfinite`, which `torch.compile` does not trace.
+    return number if -math.inf < number < math.inf else None
 
 
 def _sequence(value: object) -> list[object] | None:

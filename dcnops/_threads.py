@@ -7,7 +7,6 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 from dcnops._arguments import as_integer, shown
@@ -16,7 +15,13 @@ from dcnops._errors import ArgumentError
 MAX_THREADS = 1024
 
 _VARIABLES = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
-_LOCAL = threading.local()
+
+
+class _Local(threading.local):
+    threads = 0
+
+
+_LOCAL = _Local()
 
 
 class _Setting:
@@ -67,18 +72,20 @@ def get_num_threads() -> int:
 
 def threads_of_call() -> int:
     """Return the number of threads for the current call."""
-    return getattr(_LOCAL, "threads", 0) or get_num_threads()
+    return _LOCAL.threads or get_num_threads()
 
 
-@contextlib.contextmanager
-def call_threads(n: int) -> Iterator[None]:
+class call_threads:  # lower case like the context managers of contextlib
     """Use `n` threads for the calls that this thread makes in the context."""
-    before = getattr(_LOCAL, "threads", 0)
-    _LOCAL.threads = n
-    try:
-        yield
-    finally:
-        _LOCAL.threads = before
+
+    def __init__(self, n: int) -> None:
+        self._n, self._before = n, 0
+
+    def __enter__(self) -> None:
+        self._before, _LOCAL.threads = _LOCAL.threads, self._n
+
+    def __exit__(self, *error: object) -> None:
+        _LOCAL.threads = self._before
 
 
 @functools.cache

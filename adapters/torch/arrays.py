@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .. import name_extra
 
+_to_capsule = torch._C._to_dlpack
+_from_capsule = torch._C._from_dlpack
+
 
 @cache
 def _bfloat16() -> Any:
@@ -29,12 +32,11 @@ def as_array(tensor: Tensor | None) -> Any:
         return as_array(tensor.detach().view(torch.int16)).view(_bfloat16())
     if tensor.device.type == "cpu":
         # An alias, because `Tensor.numpy` forbids for good to resize the storage, which is how FSDP frees parameters.
-        alias = torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(tensor.resolve_neg()))  # type: ignore[attr-defined]
-        return alias.numpy()
+        return _from_capsule(_to_capsule(tensor.resolve_neg())).numpy()
     import cupy
 
     # A plain capsule suffices: torch and CuPy use the same stream, so `Tensor.__dlpack__` need not synchronise.
-    return cupy.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))  # type: ignore[attr-defined]
+    return cupy.from_dlpack(_to_capsule(tensor))
 
 
 def coordinate_dtype(input: Tensor) -> torch.dtype:
@@ -44,7 +46,7 @@ def coordinate_dtype(input: Tensor) -> torch.dtype:
 
 def as_tensor(array: Any) -> Tensor:
     """Return a tensor that shares the array's memory and keeps it alive. Strides must not be negative."""
-    if array.dtype.name == "bfloat16":
+    if array.dtype.itemsize == 2 and array.dtype.name == "bfloat16":  # the name of a dtype takes long to look up
         return as_tensor(array.view("int16")).view(torch.bfloat16)
     if type(array).__module__.startswith("numpy"):
         return torch.from_numpy(array)

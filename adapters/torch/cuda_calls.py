@@ -84,40 +84,29 @@ class ConvCall:
         replay.issue(addresses, devices.current_stream(self._index))
         return output
 
-    def arrange(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """Return saved tensors in the memory order that they had.
-
-        Hooks may return copies in another order: `save_on_cpu` does, with pinned memory.
-        """
-        strides = self._strides
-        input, offset, weight, _, mask = tensors
-        if (
-            input.stride() == strides[0]
-            and offset.stride() == strides[1]
-            and weight.stride() == strides[2]
-            and (mask is None or mask.stride() == strides[4])
-        ):
-            return tensors
-        return [
-            None if tensor is None else tensor.new_empty_strided(tensor.shape, order).copy_(tensor)
-            for tensor, order in zip(tensors, strides)
-        ]
-
-    def backward(
-        self,
-        grad_out: Tensor,
-        grad_out_last: bool,
-        input: Tensor,
-        offset: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        needs: Needs,
-    ) -> list[Tensor | None]:
+    def backward(self, grad_out: Tensor, tensors: Sequence[Any], needs: Needs) -> list[Tensor | None]:
         """Return the gradients that are needed, in the memory format of their arguments; None for the others.
 
-        `grad_out` is aligned, and channels-last if `grad_out_last`, otherwise contiguous.
+        Hooks may have changed the memory order or alignment of the saved `tensors`: `save_on_cpu` does, with pinned
+        memory.
         """
+        grad_out_last = False
+        if not grad_out.is_contiguous():
+            grad_out_last = is_channels_last(grad_out)
+            if not grad_out_last:
+                grad_out = grad_out.contiguous()
+        input, offset, weight, bias, mask = tensors
+        strides = self._strides
+        if (
+            input.stride() != strides[0]
+            or offset.stride() != strides[1]
+            or weight.stride() != strides[2]
+            or (mask is not None and mask.stride() != strides[4])
+        ):
+            input, offset, weight, bias, mask = (
+                None if tensor is None else tensor.new_empty_strided(tensor.shape, order).copy_(tensor)
+                for tensor, order in zip(tensors, strides)
+            )
         key = (needs, grad_out_last, torch.are_deterministic_algorithms_enabled())
         replay = self._backward.get(key)
         if replay is None:
@@ -129,8 +118,9 @@ class ConvCall:
         ]
         scratch = torch.UntypedStorage(replay.program.scratch_bytes, device=self._device)
         addresses = [0, grad_out.data_ptr(), input.data_ptr(), offset.data_ptr(), weight.data_ptr()]
-        if (addresses[2] | addresses[4]) % VECTOR_BYTES:
-            return self.backward(grad_out, grad_out_last, input.clone(), offset, weight.clone(), bias, mask, needs)
+        if (addresses[1] | addresses[2] | addresses[4]) % VECTOR_BYTES:
+            grad_out, input, weight = grad_out.clone(), input.clone(), weight.clone()
+            addresses[1:5] = grad_out.data_ptr(), input.data_ptr(), offset.data_ptr(), weight.data_ptr()
         if mask is not None:
             addresses += (mask.data_ptr(),)
         addresses += [gradient.data_ptr() for gradient in gradients if gradient is not None]

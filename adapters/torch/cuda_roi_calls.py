@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dcnops._arguments import MAX_EXTENT
 from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.deform_roi_pool_programs import RoIPoolCall
+from dcnops._backends.cuda.kernel_constants import VECTOR_BYTES
 from dcnops._backends.cuda.programs import ArrayForm, SignatureCache
 from dcnops._shapes import DeformRoIPoolGeometry
 
 from . import devices
 from .arrays import coordinate_dtype
-from .cuda_calls import DTYPE_NAMES, Needs, is_channels_last, numpy_dtype
+from .cuda_calls import DTYPE_NAMES, Needs, is_channels_last, is_dense, numpy_dtype
 
 
 class RoICall:
@@ -90,12 +94,20 @@ class RoICall:
         return any(needs) and not (needs[0] and torch.are_deterministic_algorithms_enabled())
 
     def backward(
-        self, grad_out: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, needs: Needs
+        self, grad_out: Tensor, tensors: Sequence[Any], needs: Needs
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of input, offset and mask that are needed; None for the others. See `has_backward`.
 
-        `input` has the memory format of the call, `grad_out` is dense, the other tensors are contiguous.
+        Hooks may have changed the memory order or alignment of the saved `tensors`, as in the convolution.
         """
+        if not is_dense(grad_out) or grad_out.data_ptr() % VECTOR_BYTES:
+            grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+        input, rois, *sampling = tensors
+        input = input.contiguous(memory_format=self.memory_format)
+        if input.data_ptr() % VECTOR_BYTES:
+            input = input.clone()
+        rois = rois.contiguous()
+        offset, mask = (None if tensor is None else tensor.contiguous() for tensor in sampling)
         key = (needs, is_channels_last(grad_out))
         prepared = self._backward.get(key)
         if prepared is None:

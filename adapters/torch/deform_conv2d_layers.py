@@ -174,15 +174,19 @@ class OffsetBranchConv(DeformConvBase):
         """
         if not is_tensor_proxy(input):
             check_input(input, self.in_channels)
-            for axis, size, padding, kernel, stride, dilation in zip(
-                ("height", "width"), input.shape[2:], self.padding, self.kernel_size, self.stride, self.dilation
-            ):
-                output_extent(axis, size, 2 * padding, kernel, stride, dilation)
+            if not torch.compiler.is_compiling():  # a check of a size that can change would fix or bound it
+                self._check_extents(input)
             dtype = self.weight.dtype
             if input.dtype != dtype and not is_autocast_enabled(input.device):
                 raise DtypeError(f"input must be {dtype} like the layer's weights, got {input.dtype}")
         values: Tensor = self.conv_offset(input)
         return values
+
+    def _check_extents(self, input: Tensor) -> None:
+        for axis, size, padding, kernel, stride, dilation in zip(
+            ("height", "width"), input.shape[2:], self.padding, self.kernel_size, self.stride, self.dilation
+        ):
+            output_extent(axis, size, 2 * padding, kernel, stride, dilation)
 
     @property
     def sampling_points(self) -> int:

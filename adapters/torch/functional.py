@@ -14,7 +14,7 @@ from dcnops._arguments import Padding, Pair, check_precision, check_sampling, ex
 from dcnops._dtypes import DTYPES
 from dcnops._errors import DeviceError, DtypeError
 
-from . import eager, operators
+from . import devices, eager, operators
 from .devices import check_device, is_autocast_enabled
 from .precision import operator_precision
 
@@ -167,7 +167,7 @@ def deform_roi_pool(
             [10.5000, 12.5000]])
     """
     if not torch.compiler.is_compiling() and eager.is_plain((input, rois), (offset, mask)):
-        if torch.is_autocast_enabled("cuda"):
+        if is_autocast_enabled(input.device):
             (input,), (offset, mask) = _promote_dtypes((input,), (offset, mask))
         numbers = (output_size, spatial_scale, sampling_ratio, gamma)
         output = eager.deform_roi_pool(input, rois, offset, mask, *numbers)
@@ -207,9 +207,11 @@ def _call_eagerly(
     """Compute `deform_conv2d` of plain tensors past the dispatcher; return None where that is not possible."""
     if precision is not None:
         check_precision(precision)
-    if torch.is_autocast_enabled("cuda"):
+    if not (input.is_cpu or input.is_cuda):
+        return None
+    if torch.is_autocast_enabled(input.device.type):
         # The kernels round float32 weights themselves, and do not round their gradient.
-        is_wide = weight.dtype == torch.float32
+        is_wide = weight.dtype == torch.float32 and devices.is_on_current_gpu(input)
         data, (offset, mask) = _promote_dtypes((input, bias) if is_wide else (input, bias, weight), (offset, mask))
         input, bias = data[:2]
         if not is_wide or input.dtype not in _SIXTEEN_BIT_DTYPES:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import dcnops
-from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
+from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry, check_conv_ranks, check_roi_ranks
 
 from . import differentiable
 from .arrays import as_array, as_tensor, coordinate_dtype
@@ -24,9 +24,9 @@ from .devices import DEVICES, on_device_of
 from .precision import precision_now
 
 _CONV_TENSORS = "Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask"
-_CONV_NUMBERS = "int[] stride, int[] padding, int[] dilation, str precision"
+_CONV_NUMBERS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, str precision"
 _ROI_TENSORS = "Tensor input, Tensor rois, Tensor? offset, Tensor? mask"
-_ROI_NUMBERS = "int[] output_size, float spatial_scale, int sampling_ratio, float gamma"
+_ROI_NUMBERS = "SymInt[] output_size, float spatial_scale, SymInt sampling_ratio, float gamma"
 
 _LIBRARY = torch.library.Library("dcnops", "DEF")
 for _schema in (
@@ -66,7 +66,7 @@ def _needed_names(needs: Sequence[bool], *names: str) -> list[str]:
 def _gradient_tensors(gradients: Sequence[Any], arguments: Sequence[Tensor | None]) -> list[Tensor]:
     """Convert gradient arrays to tensors, each in the memory format of its argument."""
     return [
-        _empty_gradient(arguments) if array is None else _match_memory_format(argument, as_tensor(array))
+        _empty_gradient(arguments) if array is None else match_memory_format(argument, as_tensor(array))
         for array, argument in zip(gradients, arguments)
     ]
 
@@ -77,13 +77,24 @@ def _empty_gradient(arguments: Sequence[Tensor | None]) -> Tensor:
     return input.new_empty(0)
 
 
-def _match_memory_format(reference: Tensor | None, images: Tensor) -> Tensor:
+def match_memory_format(reference: Tensor | None, images: Tensor) -> Tensor:
     """Convert `images` to channels_last if `reference` has that memory format."""
-    if reference is None or reference.ndim != 4 or reference.is_contiguous():
-        return images
-    if not reference.is_contiguous(memory_format=torch.channels_last):
+    if reference is None or not _is_channels_last(reference):
         return images
     return images.contiguous(memory_format=torch.channels_last)
+
+
+def _is_channels_last(images: Tensor) -> bool:
+    """Check for the channels_last memory format that is not contiguous as well."""
+    if images.ndim != 4:
+        return False
+    if not images._has_symbolic_sizes_strides:
+        return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    _, C, H, W = images.shape
+    strides = zip(images.stride(), (C * H * W, 1, C * W, C))
+    return statically_known_true(C != 1) and all(statically_known_true(a == b) for a, b in strides)
 
 
 # Implementations
@@ -99,7 +110,7 @@ def _conv_forward_kernel(
             stride=stride, padding=_padding_pairs(padding), dilation=dilation,
             precision=precision_now(precision),
         )  # fmt: skip
-        return _match_memory_format(input, as_tensor(output))
+        return match_memory_format(input, as_tensor(output))
 
 
 def _conv_backward_kernel(
@@ -144,29 +155,63 @@ def _roi_backward_kernel(
 
 
 # Output shapes, for tracing
+#
+# A comparison of symbolic sizes becomes a guard of the compiled program, which then refuses other sizes or is compiled
+# again. Symbolic sizes are therefore not checked here but where they are known: when the operator runs.
 
 
-def _conv_geometry(*args: Any) -> DeformConvGeometry:
-    input, offset, weight, bias, mask, stride, padding, dilation = args[:8]
-    return DeformConvGeometry.of(input, offset, weight, bias, mask, stride, _padding_pairs(padding), dilation)
+def _has_symbols(*arguments: Any) -> bool:
+    """Check for a tensor with symbolic sizes or a symbolic number."""
+    return any(
+        argument._has_symbolic_sizes_strides
+        if isinstance(argument, Tensor)
+        else _has_symbols(*argument)
+        if isinstance(argument, (list, tuple))
+        else isinstance(argument, (torch.SymInt, torch.SymFloat))
+        for argument in arguments
+    )
+
+
+def _check_conv(arguments: Sequence[Any], grad_out: Tensor | None = None) -> None:
+    input, offset, weight, bias, mask, stride, padding, dilation, _ = arguments
+    if _has_symbols(grad_out, *arguments):
+        check_conv_ranks(input.shape, offset.shape, weight.shape, None if mask is None else mask.shape)
+        return
+    pairs = _padding_pairs(padding)
+    geometry = DeformConvGeometry.of(input, offset, weight, bias, mask, stride, pairs, dilation)
+    if grad_out is not None:
+        geometry.check_grad_out(tuple(grad_out.shape))
+
+
+def _check_roi_pool(arguments: Sequence[Any], grad_out: Tensor | None = None) -> None:
+    if _has_symbols(grad_out, *arguments):
+        check_roi_ranks(arguments[0].shape, arguments[1].shape)
+        return
+    geometry = DeformRoIPoolGeometry.of(*arguments)
+    if grad_out is not None:
+        geometry.check_grad_out(tuple(grad_out.shape))
 
 
 def _conv_forward_shape(*args: Any) -> Tensor:
-    return _match_memory_format(args[0], args[0].new_empty(_conv_geometry(*args).output_shape))
+    _check_conv(args)
+    input, offset, weight = args[:3]
+    return match_memory_format(input, input.new_empty((input.shape[0], weight.shape[0], *offset.shape[2:])))
 
 
 def _conv_backward_shape(grad_out: Tensor, *args: Any) -> list[Tensor]:
-    _conv_geometry(*args[:-1]).check_grad_out(tuple(grad_out.shape))
+    _check_conv(args[:-1], grad_out)
     return _gradient_shapes(args[:5], args[-1])
 
 
 def _roi_forward_shape(*args: Any) -> Tensor:
-    output: Tensor = args[0].new_empty(DeformRoIPoolGeometry.of(*args).output_shape)
+    _check_roi_pool(args)
+    input, rois, output_size = args[0], args[1], args[4]
+    output: Tensor = input.new_empty((rois.shape[0], input.shape[1], *output_size))
     return output
 
 
 def _roi_backward_shape(grad_out: Tensor, *args: Any) -> list[Tensor]:
-    DeformRoIPoolGeometry.of(*args[:-1]).check_grad_out(tuple(grad_out.shape))
+    _check_roi_pool(args[:-1], grad_out)
     return _gradient_shapes((args[0], args[2], args[3]), args[-1])
 
 
@@ -174,7 +219,7 @@ def _gradient_shapes(arguments: Sequence[Tensor | None], needs: Sequence[bool]) 
     return [
         _empty_gradient(arguments)
         if argument is None or not need
-        else _match_memory_format(argument, argument.new_empty(argument.shape))
+        else match_memory_format(argument, argument.new_empty(argument.shape))
         for argument, need in zip(arguments, needs)
     ]
 

@@ -335,7 +335,7 @@ def test_backends_have_the_same_signatures():
     [(ShapeError, ValueError), (ArgumentError, ValueError), (DeviceError, ValueError), (DtypeError, TypeError)],
 )
 def test_errors_are_also_the_usual_python_errors(error: type[Exception], base: type[Exception]):
-    assert issubclass(error, base) and issubclass(error, DcnError)
+    assert issubclass(error, base) and issubclass(error, DcnError) and issubclass(error, RuntimeError)
 
 
 @st.composite

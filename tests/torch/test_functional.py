@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -300,20 +301,21 @@ def record_backward(operation: str, monkeypatch: pytest.MonkeyPatch) -> list[dic
 
 def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch):
     calls = record_backward("deform_conv2d", monkeypatch)
-    t = tensors_of(make_conv())
-    t["weight"].requires_grad_()
-    deform_conv2d(**t).sum().backward()
+    case = differentiable_case("conv")
+    arguments = operator_arguments(case, requires_grad=False)
+    arguments[2].requires_grad_()
+    torch.ops.dcnops.deform_conv2d(*arguments).sum().backward()
     assert [call["needs"] for call in calls] == [["weight"]]
 
 
 @pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("kind", ["conv", "roi"])
 def test_deterministic_switch_of_torch(kind: str, enabled: bool, monkeypatch: pytest.MonkeyPatch):
-    case = make_conv() if kind == "conv" else make_roi_pool()
+    case = differentiable_case(kind)
     calls = record_backward(case.operation, monkeypatch)
     torch.use_deterministic_algorithms(enabled)
     try:
-        call(case, tensors_of(case, requires_grad=True)).sum().backward()
+        getattr(torch.ops.dcnops, case.operation)(*operator_arguments(case, requires_grad=True)).sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
     assert [call["deterministic"] for call in calls] == [enabled]
@@ -395,6 +397,19 @@ def test_wrong_types_dtypes_and_devices(changes: dict[str, Any], error: type[Exc
     with pytest.raises(error) as raised:
         deform_conv2d(**{**tensors_of(make_conv(N=2, D=2, G=2)), **changes})
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"offset": torch.zeros(1, 18, 4, 4)}, {"offset": torch.zeros(1, 18, 3, 3).int()}, {"padding": -1}],
+    ids=lambda changes: ",".join(changes),
+)
+def test_wrong_arguments_raise_the_type_of_error_that_torchvision_raises(changes: dict[str, Any]):
+    shapes = {"input": (1, 4, 5, 5), "offset": (1, 18, 3, 3), "weight": (4, 4, 3, 3)}
+    arguments = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    for function in (torchvision.ops.deform_conv2d, deform_conv2d):
+        with pytest.raises(RuntimeError):
+            function(**{**arguments, **changes})
 
 
 def test_regions_that_are_not_a_tensor():
