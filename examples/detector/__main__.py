@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -80,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _report_missing(error)
     except Interrupted as interruption:
-        print(interruption, file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(interruption, file=sys.stderr)
         return interruption.exit_code
     except KeyboardInterrupt:
         return 130
