@@ -8,6 +8,7 @@ import os
 # iteration many times slower if another program uses the machine as well.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -85,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _report_missing(error)
     except Interrupted as interruption:
-        print(interruption, file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(interruption, file=sys.stderr)
         return interruption.exit_code
     except KeyboardInterrupt:
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -54,7 +55,8 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self.bar.close()
         self.writer.close()
 
     def iteration(self, done: int, losses: Mapping[str, float], lr: float, gradient_norm: float) -> None:
