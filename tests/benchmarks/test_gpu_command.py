@@ -15,6 +15,7 @@ from benchmarks import measure
 from benchmarks.gpu import SHARES, Part, main, parts_of, run_parts
 from benchmarks.measure import cases as all_cases
 from tests.benchmarks.rehearse import main as rehearse
+from tests.cuda import sanitizer_cases
 
 
 def python(code: str) -> list[str]:
@@ -32,14 +33,25 @@ def rehearsed(out: Path, *parts: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_rehearsal_of_tests_sanitizers_and_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    model = rehearsed(tmp_path, "tests", "sanitizers", "model")["model"]
+def test_rehearsal_of_tests_and_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = rehearsed(tmp_path, "tests", "model")["model"]
     assert "REHEARSAL" in capsys.readouterr().out
+    assert model["rehearsal"] and len(model["results"]) == 2
+    assert all(row["features_differ_by"] < 1e-3 for row in model["results"])
+
+
+@pytest.mark.exhaustive
+def test_rehearsal_of_the_sanitizers(tmp_path: Path):
+    rehearsed(tmp_path, "sanitizers")
     log = (tmp_path / "sanitizers.log").read_text()
     assert all(f"--tool {tool}" in log for tool in ("memcheck", "racecheck", "synccheck"))
     assert log.count("deterministic: correct") == 18
-    assert model["rehearsal"] and len(model["results"]) == 2
-    assert all(row["features_differ_by"] < 1e-3 for row in model["results"])
+
+
+def test_the_cases_for_the_sanitizers_are_correct(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", ["sanitizer_cases", "--rehearse"])
+    assert sanitizer_cases.main() == 0
+    assert capsys.readouterr().out.count("deterministic: correct") == 6
 
 
 @pytest.mark.exhaustive
@@ -49,7 +61,7 @@ def test_rehearsal_of_the_benchmark(tmp_path: Path):
 
 @pytest.mark.slow
 def test_rehearsal_of_some_rows_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(measure, "cases", lambda *arguments: list(all_cases(*arguments))[::6])
+    monkeypatch.setattr(measure, "cases", lambda *arguments: list(all_cases(*arguments))[::8])
     path = tmp_path / "benchmark.json"
     assert rehearse(["--parts", "forward", "backward", "memory", "--output", str(path)]) == 0
     assert_measured(json.loads(path.read_text()))

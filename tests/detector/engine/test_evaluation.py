@@ -324,7 +324,7 @@ with distributed.session("cpu"):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # test_training.py has another test with two processes
 def test_two_processes_give_the_result_of_one(tmp_path):
     make_dataset(tmp_path)
     with socket.socket() as free:

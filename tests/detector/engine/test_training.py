@@ -640,8 +640,9 @@ def test_two_processes(data, tmp_path, monkeypatch):
         assert torch.equal(gradient, second["gradients"][name])
     assert not torch.allclose(both[0], both[1])
 
-    for name in ("stepped", "trained", "resumed", "losses", "results", "stopped", "poisoned"):
+    for name in ("stepped", "trained", "resumed", "losses", "results", "shares", "stopped", "poisoned"):
         assert_equal(first[name], second[name], name)
+    assert first["shares"] == [0, 1, 1]
     assert_same_detections(first["results"], detect(build(config), images, CPU, progress=False))
     assert first["evaluated"] and not second["evaluated"]
     saved = load_checkpoint(tmp_path / "out" / MODEL)
