@@ -138,8 +138,8 @@ def test_a_call_uses_as_many_threads_as_torch(helpers: list[int], number: int):
     torch.set_num_threads(number)
     deform_conv2d(input.requires_grad_(), offset, weight, padding=1).sum().backward()
     deform_roi_pool(input, rois, output_size=7).sum().backward()
-    assert max(helpers) == number - 1
+    assert max(helpers, default=0) == number - 1
     helpers.clear()
     arrays = [tensor.detach().numpy() for tensor in (input, offset, weight)]
     dcnops.deform_conv2d(*arrays, padding=1)
-    assert max(helpers) == dcnops.get_num_threads() - 1
+    assert max(helpers, default=0) == dcnops.get_num_threads() - 1

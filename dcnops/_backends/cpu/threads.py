@@ -205,7 +205,13 @@ def parallel(
     If a piece raises an exception, no further pieces are begun, and the exception is raised here after the end of the
     others.
     """
-    threads = threads_of_call()
-    size = max(least, -(-items // (threads * pieces_per_thread)))
-    helpers = 0 if getattr(_LOCAL, "serial", False) else min(threads, -(-items // size)) - 1
-    _Loop(kernel, args, scratch, items, size).run(helpers)
+    is_small = getattr(_LOCAL, "serial", False)
+    threads = 1 if is_small else threads_of_call()
+    size = max(least, items if is_small else -(-items // (threads * pieces_per_thread)))
+    helpers = min(threads, -(-items // size)) - 1
+    if helpers > 0:
+        _Loop(kernel, args, scratch, items, size).run(helpers)
+    elif items:
+        buffers = scratch()
+        for begin in range(0, items, size):
+            kernel(*args, *buffers, begin, min(begin + size, items))
