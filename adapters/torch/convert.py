@@ -13,7 +13,7 @@ from dcnops._errors import ArgumentError
 
 from .deform_conv2d_layers import DeformConv2dPack, ModulatedDeformConv2dPack, OffsetBranchConv, OffsetConv2d
 from .deform_roi_pool_layers import RoIPoolBase
-from .functional import type_name
+from .functional import named_padding, type_name
 
 LayerSelector: TypeAlias = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
 
@@ -192,14 +192,12 @@ def _replacement(
 
 def _symmetric_padding(name: str, conv: nn.Conv2d) -> tuple[int, int]:
     """Return the (vertical, horizontal) padding of a convolution, resolving "same" and "valid"."""
-    if conv.padding == "valid":
-        return 0, 0
-    if conv.padding == "same":
-        vertical, horizontal = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size))
-        if vertical % 2 or horizontal % 2:
+    if isinstance(conv.padding, str):
+        (top, bottom), (left, right) = named_padding(conv.padding, conv.kernel_size, conv.stride, conv.dilation)
+        if top != bottom or left != right:
             raise ArgumentError(
                 f"where must match layers that pad both sides alike, but {name} has padding='same' "
                 f"with kernel_size={conv.kernel_size}"
             )
-        return vertical // 2, horizontal // 2
+        return top, left
     return conv.padding  # type: ignore[return-value]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,12 @@ from dcnops._errors import ArgumentError, DtypeError, ShapeError
 from dcnops._shapes import output_extent
 
 from .devices import is_autocast_enabled
-from .functional import deform_conv2d, is_tensor_proxy, type_name
+from .functional import deform_conv2d, is_tensor_proxy, named_padding, type_name
+
+if TYPE_CHECKING:
+    from typing import Self
+
+Device: TypeAlias = "torch.device | str | int | None"
 
 
 class DeformConvBase(nn.Module):
@@ -27,10 +34,13 @@ class DeformConvBase(nn.Module):
         out_channels: int,
         kernel_size: Pair,
         stride: Pair = 1,
-        padding: Pair = 0,
+        padding: Pair | str = 0,
         dilation: Pair = 1,
         groups: int = 1,
         bias: bool = True,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
@@ -39,12 +49,13 @@ class DeformConvBase(nn.Module):
         self.out_channels = out_channels
         self.kernel_size = expand_pair("kernel_size", kernel_size)
         self.stride = expand_pair("stride", stride)
-        self.padding = expand_pair("padding", padding, minimum=0)
         self.dilation = expand_pair("dilation", dilation)
+        self.padding = symmetric_padding(padding, self.kernel_size, self.stride, self.dilation)
         self.groups = groups
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        shape = out_channels, in_channels // groups, *self.kernel_size
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels))
+            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
@@ -78,11 +89,14 @@ class DeformConv2d(DeformConvBase):
     in_channels, out_channels : int
         C and O.
     kernel_size, stride, dilation : int or (vertical, horizontal)
-    padding : int or (vertical, horizontal), in pixels
+    padding : int, (vertical, horizontal), "same" or "valid"
+        In pixels, or by name as in `torch.nn.Conv2d`.
     groups : int
         G, the number of weight groups; divides C and O.
     bias : bool
         Add a bias.
+    device, dtype : optional
+        Of the parameters, as in `torch.nn.Conv2d`.
 
     Attributes
     ----------
@@ -109,13 +123,30 @@ class DeformConv2d(DeformConvBase):
         return self.convolve(input, offset, mask)
 
 
-class OffsetConv2d(nn.Conv2d):
-    """Offset branch of a deformable convolution. It starts at zero, also after `reset_parameters`."""
+class ZeroStart(nn.Module):
+    """Base class of the last layer of an offset branch. It starts at zero, also after `reset_parameters`.
+
+    Parameters that leave the meta device (`to_empty`, `torch.nn.utils.skip_init`) become zero as well.
+    """
+
+    weight: Tensor
+    bias: Any
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        was_meta = self.weight.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.weight.is_meta:
+            self.reset_parameters()
+        return self
+
+
+class OffsetConv2d(ZeroStart, nn.Conv2d):
+    """Offset branch of a deformable convolution."""
 
 
 class OffsetBranchConv(DeformConvBase):
@@ -129,18 +160,30 @@ class OffsetBranchConv(DeformConvBase):
         out_channels: int,
         kernel_size: Pair,
         stride: Pair = 1,
-        padding: Pair = 0,
+        padding: Pair | str = 0,
         dilation: Pair = 1,
         groups: int = 1,
         deform_groups: int = 1,
         bias: bool = True,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        geometry = (kernel_size, stride, padding, dilation, groups, bias)
+        super().__init__(in_channels, out_channels, *geometry, device=device, dtype=dtype)
         check_divisible("in_channels", in_channels, "deform_groups", deform_groups)
         self.deform_groups = deform_groups
         channels = self.channels_per_tap * self.sampling_points
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
-        self.conv_offset = OffsetConv2d(in_channels, channels, *geometry)
+        self.conv_offset = OffsetConv2d(
+            in_channels,
+            channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            device=device,
+            dtype=dtype,
+        )
 
     def run_branch(self, input: Tensor) -> Tensor:
         """Check `input` [N, C, H, W] and return the values that the branch predicts.
@@ -178,7 +221,7 @@ class DeformConv2dPack(OffsetBranchConv):
 
     Parameters
     ----------
-    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device, dtype
         See `DeformConv2d`. The branch always has a bias.
     deform_groups : int
         D, the number of deformable groups; divides C.
@@ -213,7 +256,7 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
 
     Parameters
     ----------
-    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias, device, dtype
         See `DeformConv2dPack`.
     mask_scale : float
         The masks are ``mask_scale * sigmoid(logits)``. With 1, as in the paper, they start at 1/2 and the layer's
@@ -248,15 +291,18 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
         out_channels: int,
         kernel_size: Pair,
         stride: Pair = 1,
-        padding: Pair = 0,
+        padding: Pair | str = 0,
         dilation: Pair = 1,
         groups: int = 1,
         deform_groups: int = 1,
         bias: bool = True,
         *,
         mask_scale: float = 1.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias)
+        geometry = (kernel_size, stride, padding, dilation, groups, deform_groups, bias)
+        super().__init__(in_channels, out_channels, *geometry, device=device, dtype=dtype)
         self.mask_scale = mask_scale
 
     def forward(self, input: Tensor) -> Tensor:
@@ -275,6 +321,21 @@ def check_input(input: object, channels: int) -> None:
         raise DtypeError(f"input must be a torch.Tensor, got {type_name(input)}")
     if input.ndim != 4 or input.shape[1] != channels:
         raise ShapeError(f"input must be [N, C = {channels}, H, W], got shape {tuple(input.shape)}")
+
+
+def symmetric_padding(
+    padding: Pair | str, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int]:
+    """Return the (vertical, horizontal) padding of a layer."""
+    if not isinstance(padding, str):
+        return expand_pair("padding", padding, minimum=0)
+    (top, bottom), (left, right) = named_padding(padding, kernel_size, stride, dilation)
+    if top != bottom or left != right:
+        raise ArgumentError(
+            f"padding='same' must pad both sides alike in a layer, which kernel_size={kernel_size} does not; "
+            "the function deform_conv2d can pad them differently"
+        )
+    return top, left
 
 
 def check_divisible(name: str, channels: int, divisor_name: str, divisor: int) -> None:

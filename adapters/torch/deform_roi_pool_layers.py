@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dcnops._arguments import Pair, expand_pair
 from dcnops._errors import ArgumentError, ShapeError
 
+from .deform_conv2d_layers import Device, ZeroStart
 from .functional import deform_roi_pool
 
 
@@ -90,12 +91,8 @@ class HiddenLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-class ZeroLinear(nn.Linear):
+class ZeroLinear(ZeroStart, nn.Linear):
     """Last layer of an offset branch: zero, so that pooling starts as RoIAlign."""
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
 
 
 class OffsetBranchRoIPool(RoIPoolBase):
@@ -113,6 +110,8 @@ class OffsetBranchRoIPool(RoIPoolBase):
         gamma: float = 0.1,
         *,
         num_fcs: int = 1,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(output_size, spatial_scale, sampling_ratio, gamma)
         sizes = {"output_channels": output_channels, "deform_fc_channels": deform_fc_channels, "num_fcs": num_fcs}
@@ -125,9 +124,10 @@ class OffsetBranchRoIPool(RoIPoolBase):
         layers: list[nn.Module] = []
         features = output_channels * bins
         for _ in range(num_fcs - 1):
-            layers += [HiddenLinear(features, deform_fc_channels), nn.ReLU(inplace=True)]
+            hidden = HiddenLinear(features, deform_fc_channels, device=device, dtype=dtype)
+            layers += [hidden, nn.ReLU(inplace=True)]
             features = deform_fc_channels
-        layers.append(ZeroLinear(features, self.values_per_bin * bins))
+        layers.append(ZeroLinear(features, self.values_per_bin * bins, device=device, dtype=dtype))
         self.offset_fc = nn.Sequential(*layers)
 
     def run_branch(self, input: Tensor, rois: Tensor) -> Tensor:
@@ -157,6 +157,8 @@ class DeformRoIPoolPack(OffsetBranchRoIPool):
         Width of the branch's hidden layers, if it has any.
     num_fcs : int
         Fully connected layers of the branch: one in the paper, three in mmcv.
+    device, dtype : optional
+        Of the parameters, as in `torch.nn.Linear`.
 
     Attributes
     ----------
@@ -194,7 +196,7 @@ class ModulatedDeformRoIPoolPack(OffsetBranchRoIPool):
 
     Parameters
     ----------
-    output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma, num_fcs
+    output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma, num_fcs, device, dtype
         See `DeformRoIPoolPack`; `num_fcs` is 3 by default.
     mask_scale : float
         The masks are ``mask_scale * sigmoid(logits)``: 1 as in the paper, 2 to start as RoIAlign.
@@ -226,9 +228,12 @@ class ModulatedDeformRoIPoolPack(OffsetBranchRoIPool):
         *,
         num_fcs: int = 3,
         mask_scale: float = 1.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        sizes = (output_size, output_channels, deform_fc_channels)
         numbers = (spatial_scale, sampling_ratio, gamma)
-        super().__init__(output_size, output_channels, deform_fc_channels, *numbers, num_fcs=num_fcs)
+        super().__init__(*sizes, *numbers, num_fcs=num_fcs, device=device, dtype=dtype)
         self.mask_scale = mask_scale
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
