@@ -16,6 +16,7 @@ from dcnops._errors import ArgumentError, DeviceError, DtypeError
 
 from . import eager, operators
 from .devices import check_device, is_autocast_enabled
+from .flops import register_formulas
 
 _FLOAT_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
 _SIXTEEN_BIT_DTYPES = tuple(getattr(torch, name) for name, dtype in DTYPES.items() if dtype.is_16_bit)
@@ -223,6 +224,8 @@ def _call_operator(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
             "the operations of dcnops have no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); "
             "use torch.autograd.grad or backward()"
         )
+    if not torch.compiler.is_compiling():
+        register_formulas()
     try:
         return operator(*arguments)
     except RuntimeError as error:

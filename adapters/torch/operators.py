@@ -21,6 +21,7 @@ from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry, check_conv
 from . import differentiable
 from .arrays import as_array, as_tensor, coordinate_dtype
 from .devices import DEVICES, on_device_of
+from .flops import register_formulas
 
 _CONV_TENSORS = "Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask"
 _CONV_NUMBERS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, str precision"
@@ -259,6 +260,7 @@ def _register_autograd(name: str, gradient: Callable[..., tuple[Any, ...]], tens
         backward = staticmethod(gradient)
 
     def kernel(*arguments: Any) -> Any:
+        register_formulas()
         if torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in arguments[:tensors]
         ):
