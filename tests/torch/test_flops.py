@@ -1,4 +1,4 @@
-"""Operations in `torch.utils.flop_counter`."""
+"""Floating-point operations in `torch.utils.flop_counter`."""
 
 from __future__ import annotations
 
