@@ -15,7 +15,7 @@ from dcnops._errors import ArgumentError
 
 from .deform_conv2d_layers import DeformConv2dPack, ModulatedDeformConv2dPack
 from .deform_roi_pool_layers import RoIPoolBase
-from .functional import type_name
+from .functional import named_padding, type_name
 from .zero_layers import OffsetProjection, ZeroLayer
 
 _DEFORMABLE = {"DeformConvBase", "DeformConv2d", "ModulatedDeformConv2d", "DeformConv", "ModulatedDeformConv", "DCNv2"}
@@ -258,14 +258,12 @@ def _replacement(
 
 def _symmetric_padding(name: str, conv: nn.Conv2d) -> tuple[int, int]:
     """Return the (vertical, horizontal) padding of a convolution, resolving "same" and "valid"."""
-    if conv.padding == "valid":
-        return 0, 0
-    if conv.padding == "same":
-        vertical, horizontal = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size))
-        if vertical % 2 or horizontal % 2:
+    if isinstance(conv.padding, str):
+        (top, bottom), (left, right) = named_padding(conv.padding, conv.kernel_size, conv.stride, conv.dilation)
+        if top != bottom or left != right:
             raise ArgumentError(
                 f"where must match layers that pad both sides alike, but {name} has padding='same' "
                 f"with kernel_size={conv.kernel_size}"
             )
-        return vertical // 2, horizontal // 2
+        return top, left
     return conv.padding  # type: ignore[return-value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from dcnops._errors import ArgumentError, DtypeError, ShapeError
 from dcnops._shapes import output_extent
 
 from .devices import is_autocast_enabled
-from .functional import deform_conv2d, is_tensor_proxy, type_name
-from .zero_layers import ZeroLayer
+from .functional import deform_conv2d, is_tensor_proxy, named_padding, type_name
+from .zero_layers import Device, ZeroLayer
 
 
 class DeformConvBase(nn.Module):
@@ -33,12 +34,14 @@ class DeformConvBase(nn.Module):
         out_channels: int,
         kernel_size: Pair,
         stride: Pair = 1,
-        padding: Pair = 0,
+        padding: Pair | str = 0,
         dilation: Pair = 1,
         groups: int = 1,
         bias: bool = True,
         *,
         precision: str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_precision(precision)
@@ -49,12 +52,13 @@ class DeformConvBase(nn.Module):
         self.out_channels = out_channels
         self.kernel_size = expand_pair("kernel_size", kernel_size)
         self.stride = expand_pair("stride", stride)
-        self.padding = expand_pair("padding", padding, minimum=0)
         self.dilation = expand_pair("dilation", dilation)
+        self.padding = symmetric_padding(padding, self.kernel_size, self.stride, self.dilation)
         self.groups = groups
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        shape = out_channels, in_channels // groups, *self.kernel_size
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels))
+            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
@@ -91,13 +95,16 @@ class DeformConv2d(DeformConvBase):
     in_channels, out_channels : int
         C and O.
     kernel_size, stride, dilation : int or (vertical, horizontal)
-    padding : int or (vertical, horizontal), in pixels
+    padding : int, (vertical, horizontal), "same" or "valid"
+        In pixels, or by name as in `torch.nn.Conv2d`.
     groups : int
         G, the number of weight groups; divides C and O.
     bias : bool
         Add a bias.
     precision : "ieee", "tf32" or "3xtf32", optional
         Arithmetic of float32 products on a GPU, see `deform_conv2d`.
+    device, dtype : optional
+        Of the parameters, as in `torch.nn.Conv2d`.
 
     Attributes
     ----------
@@ -145,21 +152,24 @@ class OffsetBranchConv(DeformConvBase):
         out_channels: int,
         kernel_size: Pair,
         stride: Pair = 1,
-        padding: Pair = 0,
+        padding: Pair | str = 0,
         dilation: Pair = 1,
         groups: int = 1,
         deform_groups: int = 1,
         bias: bool = True,
         *,
         precision: str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        geometry = kernel_size, stride, padding, dilation
-        super().__init__(in_channels, out_channels, *geometry, groups, bias=bias, precision=precision)
+        geometry = (kernel_size, stride, padding, dilation, groups)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(in_channels, out_channels, *geometry, bias=bias, precision=precision, **options)
         check_divisible("in_channels", in_channels, "deform_groups", deform_groups)
         self.deform_groups = deform_groups
         channels = self.channels_per_tap * self.sampling_points
         branch_geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
-        self.conv_offset = self.branch_type(in_channels, channels, *branch_geometry)
+        self.conv_offset = self.branch_type(in_channels, channels, *branch_geometry, **options)
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias again, and set the branch to zero."""
@@ -203,7 +213,7 @@ class DeformConv2dPack(OffsetBranchConv):
 
     Parameters
     ----------
-    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, precision
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, precision, device, dtype
         See `DeformConv2d`. The branch always has a bias.
     deform_groups : int
         D, the number of deformable groups; divides C.
@@ -239,8 +249,10 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
 
     Parameters
     ----------
-    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias, precision
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias
         See `DeformConv2dPack`.
+    precision, device, dtype : optional
+        See `DeformConv2d`.
     mask_scale : float
         The masks are ``mask_scale * sigmoid(logits)``. With 1, as in the paper, they start at 1/2 and the layer's
         output, apart from the bias, is initially half that of a `torch.nn.Conv2d`. With 2 they start at 1 and both
@@ -273,7 +285,7 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
         out_channels: int,
         kernel_size: Pair,
         stride: Pair = 1,
-        padding: Pair = 0,
+        padding: Pair | str = 0,
         dilation: Pair = 1,
         groups: int = 1,
         deform_groups: int = 1,
@@ -281,9 +293,11 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
         *,
         mask_scale: float = 1.0,
         precision: str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        geometry = kernel_size, stride, padding, dilation
-        super().__init__(in_channels, out_channels, *geometry, groups, deform_groups, bias, precision=precision)
+        geometry = (kernel_size, stride, padding, dilation, groups, deform_groups, bias)
+        super().__init__(in_channels, out_channels, *geometry, precision=precision, device=device, dtype=dtype)
         self.mask_scale = mask_scale
 
     def forward(self, input: Tensor) -> Tensor:
@@ -308,6 +322,21 @@ def check_input(input: object, channels: int) -> None:
         raise DtypeError(f"input must be a torch.Tensor, got {type_name(input)}")
     if input.ndim != 4 or input.shape[1] != channels:
         raise ShapeError(f"input must be [N, C = {channels}, H, W], got shape {tuple(input.shape)}")
+
+
+def symmetric_padding(
+    padding: Pair | str, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int]:
+    """Return the (vertical, horizontal) padding of a layer."""
+    if not isinstance(padding, str):
+        return expand_pair("padding", padding, minimum=0)
+    (top, bottom), (left, right) = named_padding(padding, kernel_size, stride, dilation)
+    if top != bottom or left != right:
+        raise ArgumentError(
+            f"padding='same' must pad both sides alike in a layer, which kernel_size={kernel_size} does not; "
+            "the function deform_conv2d can pad them differently"
+        )
+    return top, left
 
 
 def check_divisible(name: str, channels: int, divisor_name: str, divisor: int) -> None:

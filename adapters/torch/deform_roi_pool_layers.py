@@ -14,7 +14,7 @@ from dcnops._errors import ArgumentError, ShapeError
 
 from .deform_conv2d_layers import scaled_masks
 from .functional import deform_roi_pool
-from .zero_layers import OffsetProjection
+from .zero_layers import Device, OffsetProjection
 
 
 class RoIPoolBase(nn.Module):
@@ -107,6 +107,8 @@ class OffsetBranchRoIPool(RoIPoolBase):
         gamma: float = 0.1,
         *,
         num_fcs: int = 1,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(output_size, spatial_scale, sampling_ratio, gamma)
         sizes = {"output_channels": output_channels, "deform_fc_channels": deform_fc_channels, "num_fcs": num_fcs}
@@ -119,9 +121,10 @@ class OffsetBranchRoIPool(RoIPoolBase):
         layers: list[nn.Module] = []
         features = output_channels * bins
         for _ in range(num_fcs - 1):
-            layers += [HiddenLinear(features, deform_fc_channels), nn.ReLU(inplace=True)]
+            hidden = HiddenLinear(features, deform_fc_channels, device=device, dtype=dtype)
+            layers += [hidden, nn.ReLU(inplace=True)]
             features = deform_fc_channels
-        layers.append(OffsetProjection(features, self.values_per_bin * bins))
+        layers.append(OffsetProjection(features, self.values_per_bin * bins, device=device, dtype=dtype))
         self.offset_fc = nn.Sequential(*layers)
 
     def run_branch(self, input: Tensor, rois: Tensor) -> Tensor:
@@ -151,6 +154,8 @@ class DeformRoIPoolPack(OffsetBranchRoIPool):
         Width of the branch's hidden layers, if it has any.
     num_fcs : int
         Fully connected layers of the branch: one in the paper, three in mmcv.
+    device, dtype : optional
+        Of the parameters, as in `torch.nn.Linear`.
 
     Attributes
     ----------
@@ -188,7 +193,7 @@ class ModulatedDeformRoIPoolPack(OffsetBranchRoIPool):
 
     Parameters
     ----------
-    output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma, num_fcs
+    output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma, num_fcs, device, dtype
         See `DeformRoIPoolPack`; `num_fcs` is 3 by default.
     mask_scale : float
         The masks are ``mask_scale * sigmoid(logits)``: 1 as in the paper, 2 to start as RoIAlign.
@@ -220,9 +225,12 @@ class ModulatedDeformRoIPoolPack(OffsetBranchRoIPool):
         *,
         num_fcs: int = 3,
         mask_scale: float = 1.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        sizes = (output_size, output_channels, deform_fc_channels)
         numbers = (spatial_scale, sampling_ratio, gamma)
-        super().__init__(output_size, output_channels, deform_fc_channels, *numbers, num_fcs=num_fcs)
+        super().__init__(*sizes, *numbers, num_fcs=num_fcs, device=device, dtype=dtype)
         self.mask_scale = mask_scale
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:

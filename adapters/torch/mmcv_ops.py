@@ -26,6 +26,7 @@ import functools
 import math
 import warnings
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +128,7 @@ def modulated_deform_conv2d(
     deform_groups: int = 1,
     *,
     allow_larger_offsets: bool = False,
+    precision: str | None = None,
 ) -> Tensor:
     """Replace ``mmcv.ops.modulated_deform_conv2d`` (v2). The mask comes before the weight.
 
@@ -137,6 +139,8 @@ def modulated_deform_conv2d(
         image in memory order, as mmcv and the DCNv2 extension do without a word. The values then do not belong to the
         pixels that they were predicted for. Networks that were trained this way need it: DyHead and DBNet, where
         offsets and masks have twice the output's size.
+    precision : "ieee", "tf32" or "3xtf32", optional
+        See `dcnops.adapters.torch.deform_conv2d`.
 
     Raises
     ------
@@ -148,7 +152,7 @@ def modulated_deform_conv2d(
     if allow_larger_offsets:
         offset, mask = _leading_values((offset, mask), _output_size(input, weight, *numbers))
     try:
-        return functional.deform_conv2d(input, offset, weight, bias, *numbers, mask)
+        return functional.deform_conv2d(input, offset, weight, bias, *numbers, mask, precision=precision)
     except ShapeError as error:
         if all(isinstance(given, Tensor) and given.ndim == 4 for given in (input, offset, weight, mask)):
             size = _output_size(input, weight, *numbers)
@@ -204,7 +208,10 @@ class _MmcvArgumentError(ArgumentError, AssertionError):
 
 
 class _MmcvConv(DeformConvBase):
-    """Deformable convolution that knows its number of deformable groups."""
+    """Deformable convolution that knows its number of deformable groups.
+
+    `options` are `precision`, `device` and `dtype`, as in `dcnops.adapters.torch.DeformConv2d`.
+    """
 
     def __init__(
         self,
@@ -217,9 +224,11 @@ class _MmcvConv(DeformConvBase):
         groups: int = 1,
         deform_groups: int = 1,
         bias: bool = True,
+        **options: Any,
     ) -> None:
+        geometry = (kernel_size, stride, padding, dilation, groups)
         try:
-            super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+            super().__init__(in_channels, out_channels, *geometry, bias=bias, **options)
             check_divisible("in_channels", in_channels, "deform_groups", deform_groups)
         except ArgumentError as error:
             raise _MmcvArgumentError(str(error)) from error
@@ -247,14 +256,14 @@ class DeformConv2d(_MmcvConv):
         im2col_step: int = 32,
         *,
         deformable_groups: int | None = None,
+        **options: Any,
     ) -> None:
         if bias:
             layer = f"dcnops.adapters.torch.{type(self).__name__}"
             raise _MmcvArgumentError(f"bias must be False, as in mmcv, got {bias}; {layer} has a bias")
         deform_groups = _deform_groups(deform_groups, deformable_groups)
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias=False
-        )
+        geometry = (kernel_size, stride, padding, dilation, groups, deform_groups)
+        super().__init__(in_channels, out_channels, *geometry, bias=False, **options)
         del self.bias
 
     def reset_parameters(self) -> None:
@@ -291,11 +300,11 @@ class ModulatedDeformConv2d(_MmcvConv):
         *,
         deformable_groups: int | None = None,
         allow_larger_offsets: bool = False,
+        **options: Any,
     ) -> None:
         deform_groups = _deform_groups(deform_groups, deformable_groups)
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias=bias
-        )
+        geometry = (kernel_size, stride, padding, dilation, groups, deform_groups)
+        super().__init__(in_channels, out_channels, *geometry, bias=bias, **options)
         if allow_larger_offsets:
             self.allow_larger_offsets = True
 
@@ -313,8 +322,8 @@ class ModulatedDeformConv2d(_MmcvConv):
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """Convolve `x` [N, C, H, W], giving [N, O, oh, ow]."""
         parameters = (self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.deform_groups)
-        larger = self.allow_larger_offsets
-        output: Tensor = modulated_deform_conv2d(x, offset, mask, *parameters, allow_larger_offsets=larger)
+        options: dict[str, Any] = {"allow_larger_offsets": self.allow_larger_offsets, "precision": self.precision}
+        output: Tensor = modulated_deform_conv2d(x, offset, mask, *parameters, **options)
         return output
 
 
@@ -345,9 +354,11 @@ class DeformConv2dPack(deform_conv2d_layers.DeformConv2dPack, DeformConv2d):  # 
         im2col_step: int = 32,
         *,
         deformable_groups: int | None = None,
+        **options: Any,
     ) -> None:
         deform_groups = _deform_groups(deform_groups, deformable_groups)
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias)
+        numbers = (stride, padding, dilation, groups, deform_groups, bias)
+        super().__init__(in_channels, out_channels, kernel_size, *numbers, **options)
 
 
 class ModulatedDeformConv2dPack(  # type: ignore[misc]
@@ -371,10 +382,11 @@ class ModulatedDeformConv2dPack(  # type: ignore[misc]
         *,
         mask_scale: float = 1.0,
         deformable_groups: int | None = None,
+        **options: Any,
     ) -> None:
         deform_groups = _deform_groups(deform_groups, deformable_groups)
         numbers = (stride, padding, dilation, groups, deform_groups, bias)
-        super().__init__(in_channels, out_channels, kernel_size, *numbers, mask_scale=mask_scale)
+        super().__init__(in_channels, out_channels, kernel_size, *numbers, mask_scale=mask_scale, **options)
 
 
 class DeformRoIPool(deform_roi_pool_layers.DeformRoIPool):

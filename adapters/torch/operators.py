@@ -21,6 +21,7 @@ from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry, check_conv
 from . import differentiable
 from .arrays import as_array, as_tensor, coordinate_dtype
 from .devices import DEVICES, on_device_of
+from .flops import register_formulas
 from .precision import precision_now
 
 _CONV_TENSORS = "Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask"
@@ -28,16 +29,33 @@ _CONV_NUMBERS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, str preci
 _ROI_TENSORS = "Tensor input, Tensor rois, Tensor? offset, Tensor? mask"
 _ROI_NUMBERS = "SymInt[] output_size, float spatial_scale, SymInt sampling_ratio, float gamma"
 
-_LIBRARY = torch.library.Library("dcnops", "DEF")
-for _schema in (
+_SCHEMAS = (
     f"deform_conv2d({_CONV_TENSORS}, {_CONV_NUMBERS}) -> Tensor",
     f"deform_conv2d_backward(Tensor grad_out, {_CONV_TENSORS}, {_CONV_NUMBERS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"deform_roi_pool({_ROI_TENSORS}, {_ROI_NUMBERS}) -> Tensor",
     f"deform_roi_pool_backward(Tensor grad_out, {_ROI_TENSORS}, {_ROI_NUMBERS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor)",
-):
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+)
+
+
+def _implementation_library() -> torch.library.Library:
+    """Define the operators, unless this module was imported before; return the library of their implementations.
+
+    Torch allows one definition per process. Implementations of an earlier import are removed.
+    """
+    libraries: dict[str, Any] = vars(torch.ops.dcnops)
+    if "_implementations" in libraries:
+        libraries["_implementations"]._destroy()
+    else:
+        libraries["_definitions"] = torch.library.Library("dcnops", "DEF")
+        for schema in _SCHEMAS:
+            libraries["_definitions"].define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    libraries["_implementations"] = library = torch.library.Library("dcnops", "IMPL")
+    return library
+
+
+_LIBRARY = _implementation_library()
 
 deform_conv2d = torch.ops.dcnops.deform_conv2d.default
 deform_roi_pool = torch.ops.dcnops.deform_roi_pool.default
@@ -245,6 +263,7 @@ def _register_autograd(name: str, gradient: Callable[..., tuple[Any, ...]], tens
         backward = staticmethod(gradient)
 
     def kernel(*arguments: Any) -> Any:
+        register_formulas()
         if torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in arguments[:tensors]
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import dcnops
 from dcnops import ArgumentError, DeviceError, DtypeError, ShapeError
-from dcnops.adapters.torch import deform_conv2d, deform_roi_pool, differentiable
+from dcnops.adapters.torch import deform_conv2d, deform_roi_pool, differentiable, operators
 from tests.arrays.test_errors import FORWARD_ERRORS, ROI_ERRORS, roi_arguments
 from tests.arrays.test_errors import arguments as array_arguments
 from tests.cases import (
@@ -415,6 +416,16 @@ def test_wrong_arguments_raise_the_type_of_error_that_torchvision_raises(changes
 def test_regions_that_are_not_a_tensor():
     with pytest.raises(DtypeError, match=r"rois must be a torch\.Tensor, got builtins\.list"):
         deform_roi_pool(torch.zeros(1, 1, 2, 2), [[0, 0, 0, 1, 1]], output_size=1)
+
+
+def test_operators_can_be_imported_again():
+    importlib.reload(operators)
+    case = differentiable_case("conv")
+    output = torch.ops.dcnops.deform_conv2d(*operator_arguments(case, requires_grad=True))
+    torch.testing.assert_close(output, deform_conv2d(**tensors_of(case)))
+    output.sum().backward()
+    meta = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in operator_arguments(case, False)]
+    assert torch.ops.dcnops.deform_conv2d(*meta).shape == output.shape
 
 
 def test_meta_tensors_give_the_shape():

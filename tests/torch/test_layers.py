@@ -374,6 +374,48 @@ def test_branches_that_leave_the_meta_device_are_zero(reset: bool):
     assert_branches_are_zero(network)
 
 
+def test_parameters_are_created_as_those_of_torch():
+    for kind, *arguments in (
+        (DeformConv2d, 4, 6, 3),
+        (ModulatedDeformConv2dPack, 4, 6, 3),
+        (ModulatedDeformRoIPoolPack, 3, 4),
+    ):
+        layer = kind(*arguments, device="meta", dtype=torch.float64)
+        assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float64)}
+
+
+def test_skip_init_keeps_the_branch_zero():
+    """Memory without an initial value is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        conv = nn.utils.skip_init(ModulatedDeformConv2dPack, 4, 6, 3)
+        pool = nn.utils.skip_init(ModulatedDeformRoIPoolPack, 3, 4, 8)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert conv.weight.isnan().all() and not conv.conv_offset.weight.any() and not conv.conv_offset.bias.any()
+    assert pool.offset_fc[0].weight.isnan().all() and not pool.offset_fc[-1].weight.any()
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("kernel_size", [3, (5, 1), (2, 4)])
+def test_padding_by_name(padding: str, kernel_size: Any):
+    """Even kernels are padded more at the bottom and on the right, which layers cannot do."""
+    x = image(2, 4, 9, 12)
+    plain = nn.Conv2d(4, 6, kernel_size, padding=padding, dilation=1 if kernel_size == 3 else (1, 3))
+    expected = plain(x)
+    offset = x.new_zeros(2, 2 * plain.weight[0, 0].numel(), *expected.shape[2:])
+    arguments = {"padding": padding, "dilation": plain.dilation}
+    torch.testing.assert_close(deform_conv2d(x, offset, plain.weight, plain.bias, **arguments), expected)
+    if padding == "same" and kernel_size == (2, 4):
+        with pytest.raises(ArgumentError, match=r"padding='same' must pad both sides alike in a layer"):
+            DeformConv2dPack(4, 6, kernel_size, **arguments)
+        return
+    layer = DeformConv2dPack(4, 6, kernel_size, **arguments)
+    layer.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_reprs():
     assert repr(DeformConv2d(4, 6, 3)) == "DeformConv2d(4, 6, kernel_size=(3, 3), stride=(1, 1))"
     text = repr(ModulatedDeformConv2dPack(4, 6, (3, 1), 2, 1, 2, 2, 2, False, mask_scale=2.0))
@@ -501,7 +543,8 @@ conv, pyramid = functools.partial(DeformConv2d, kernel_size=3), MultiScaleDeform
         (lambda: DeformConv2d(4, 6, 0), "kernel_size must be an integer from 1"),
         (lambda: conv(4, 6, stride=0), "stride must be an integer from 1"),
         (lambda: conv(4, 6, padding=-1), "padding must be an integer from 0"),
-        (lambda: conv(4, 6, padding="same"), "padding must be an integer from 0"),
+        (lambda: conv(4, 6, padding="full"), "padding must be numbers of pixels, 'same' or 'valid', got 'full'"),
+        (lambda: conv(4, 6, padding="same", stride=2), r"stride must be 1 with padding='same', got \(2, 2\)"),
         (lambda: conv(4, 6, dilation=(1, 2, 3)), "dilation must be an integer from 1"),
         (lambda: conv(4, 6, groups=3), "in_channels must be a positive multiple of groups=3, got 4"),
         (lambda: conv(6, 4, groups=3), "out_channels must be a positive multiple of groups=3, got 4"),

@@ -34,7 +34,7 @@ SIGNATURES = {
 @pytest.mark.parametrize("name", [name for name in mmcv_ops.__all__ if name != "install"])
 def test_signatures(name: str):
     parameters = inspect.signature(getattr(mmcv_ops, name)).parameters.values()
-    positional = [parameter for parameter in parameters if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
+    positional = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     signature = [
         parameter.name if parameter.default is inspect.Parameter.empty else f"{parameter.name}={parameter.default}"
         for parameter in positional
