@@ -25,8 +25,10 @@ from typing import Any
 from benchmarks import environment
 from benchmarks.report import markdown, write_json
 
-SHARES = {"tests": 0.4, "sanitizers": 0.15, "benchmark": 0.34, "model": 0.11}
-"""Share of the time of each part, in the order in which they run."""
+SHARES = {"model": 0.28, "workspace": 0.08, "tests": 0.34, "sanitizers": 0.12, "benchmark": 0.18}
+"""Share of the time of each part, in the order in which they run. What decides about the library comes first."""
+
+_MINUTES, _MINUTES_PER_PART = 10.0, 4.0
 
 _SANITIZERS = ("memcheck", "racecheck", "synccheck")
 _FOUND_ERRORS = 97
@@ -65,14 +67,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     with _sanitizer(options.rehearse) as sanitizer:
-        parts = parts_of(options.parts, 60 * options.minutes, options.out, options.rehearse, sanitizer)
+        minutes = options.minutes or min(_MINUTES, _MINUTES_PER_PART * len(options.parts or SHARES))
+        parts = parts_of(options.parts, 60 * minutes, options.out, options.rehearse, sanitizer)
         return run_parts(parts, options.out, options.rehearse)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(SHARES)}; default: all")
-    parser.add_argument("--minutes", type=float, default=10, help="time for all parts together; default: 10")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help=f"time for all parts together; default: {_MINUTES:g}, or {_MINUTES_PER_PART:g} per part if that is less",
+    )
     out = environment.ROOT / "out" / "gpu"
     parser.add_argument("--out", type=Path, default=out, help="folder for the results; default: out/gpu")
     parser.add_argument("--rehearse", action="store_true", help="run without a GPU, on emulated kernels")
@@ -108,6 +115,8 @@ def _part(name: str, seconds: float, out: Path, rehearse: bool, sanitizer: str |
     if name == "benchmark":
         command = ["tests.benchmarks.rehearse"] if rehearse else ["benchmarks", "--device", "cuda"]
         command += ["--parts", "forward", "backward", "memory"]
+    elif name == "workspace":
+        command = ["tests.benchmarks.rehearse", "workspace"] if rehearse else ["benchmarks.workspace"]
     else:
         command = ["benchmarks.model", "--device", "rehearsal" if rehearse else "cuda"]
     return Part(name, [[*module, *command, *limits]], seconds, results)

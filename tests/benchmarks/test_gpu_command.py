@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import measure
+from benchmarks import gpu, measure
 from benchmarks.gpu import SHARES, Part, main, parts_of, run_parts
 from benchmarks.measure import cases as all_cases
+from benchmarks.operations import OURS, PEER
 from tests.benchmarks.rehearse import main as rehearse
 from tests.cuda import sanitizer_cases
 
@@ -33,11 +34,21 @@ def rehearsed(out: Path, *parts: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_rehearsal_of_tests_and_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    model = rehearsed(tmp_path, "tests", "model")["model"]
+def test_rehearsal_of_tests_model_and_workspace(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results = rehearsed(tmp_path, "model", "workspace", "tests")
+    model, workspace = results["model"], results["workspace"]
     assert "REHEARSAL" in capsys.readouterr().out
-    assert model["rehearsal"] and len(model["results"]) == 2
-    assert all(row["features_differ_by"] < 1e-3 for row in model["results"])
+    assert model["rehearsal"] and [row["mode"] for row in model["results"]] == ["eager", "graphs"]
+    assert all(set(row["timings"]) == {OURS, PEER} for row in model["results"])
+    host = model["results"][0]["host_microseconds"]
+    assert all(host[name][f"conv, {way}"]["calls"] == 6 for name in (OURS, PEER) for way in ("forward", "backward"))
+    assert [profile["contender"] for profile in model["profiles"]] == [OURS, PEER]
+    assert all(len(profile["by_cpu_time"]) == 15 for profile in model["profiles"])
+    assert workspace["rehearsal"] and [row["direction"] for row in workspace["results"]] == ["backward", "forward"]
+    small, large = workspace["results"][0]["limits"]
+    assert small["products"] > large["products"] == 2
+    for part in (model, workspace):
+        assert part["failures"] == part["not_reached"] == []
 
 
 @pytest.mark.exhaustive
@@ -73,7 +84,7 @@ def assert_measured(document: dict[str, Any]):
     assert {row["operation"] for row in document["results"]} == {"deform_conv2d", "deform_roi_pool"}
     for row in document["results"]:
         assert row["device"] == "rehearsal"
-        assert set(row["host_seconds"]) == {"forward", "backward"}
+        assert set(row["host_seconds"]) == set(row["launches"]) == {"forward", "backward"}
     assert set(document["floors"]["rehearsal"]) == {"float16", "bfloat16", "float32", "float32, tf32", "memory"}
 
 
@@ -130,14 +141,25 @@ def test_parts_share_the_time():
     (model,) = parts_of(["model"], 600, Path("out"), False, None)
     assert model.seconds == pytest.approx(600)
     commands = [command for part in parts for command in part.commands]
-    assert commands[0][commands[0].index("gpu") - 1] == "-m"
+    (tests,) = (command for command in commands if "pytest" in command)
+    assert tests[tests.index("gpu") - 1] == "-m"
     assert sum("compute-sanitizer" in command[0] for command in commands) == 3
 
 
 def test_an_unknown_part_is_an_error(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         main(["speed"])
-    assert "parts are tests, sanitizers, benchmark, model, got speed" in capsys.readouterr().err
+    assert "parts are model, workspace, tests, sanitizers, benchmark, got speed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("parts", "seconds"), [(["model"], 240), (["model", "tests"], 480), ([], 600)])
+def test_a_part_alone_takes_four_minutes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parts: list[str], seconds: float
+):
+    planned: list[Part] = []
+    monkeypatch.setattr(gpu, "run_parts", lambda parts, *_: planned.extend(parts))
+    main(["--out", str(tmp_path), *parts])
+    assert sum(part.seconds for part in planned) == pytest.approx(seconds)
 
 
 @pytest.mark.slow
