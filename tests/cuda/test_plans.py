@@ -277,11 +277,9 @@ ANY_CASE = {
 FEW_SPECIALISATIONS = {
     "convolution": (
         "tests/arrays/test_deform_conv2d.py::test_tiny_images",
-        "tests/arrays/test_deform_conv2d.py::test_all_offsets_on_one_pixel",
         "tests/arrays/test_deform_conv2d.py::test_distant_samples_are_zero",
         "tests/arrays/test_deform_conv2d.py::test_nan_coordinates_propagate",
         "tests/cuda/test_deform_conv2d_lists.py::test_all_samples_on_one_pixel",
-        "tests/cuda/test_deform_conv2d_lists.py::test_scratch_memory_keeps_to_the_documented_bound",
     ),
     "fused convolution": ("tests/cuda/test_deform_conv2d_fused.py::test_split_sums",),
     "RoI pooling": (
