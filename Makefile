@@ -1,5 +1,5 @@
-# make test    create .venv, then run the tests (no GPU needed): at most 8 minutes on two cores
-# make test-quick while you edit: without the slow tests, with fewer random examples; at most 90 seconds on two cores
+# make test    create .venv, then run the tests (no GPU needed)
+# make test-quick while you edit: without the tests marked slow, with fewer random examples
 # make test-all also the exhaustive variants: every specialisation for every architecture and under the sanitizers
 # make lint    run ruff, mypy and clang-format
 # make format  fix what ruff and clang-format can fix

@@ -78,6 +78,7 @@ def test_equals_the_reference(dtype: str, precision: str, data: st.DataObject):
     assert_fused(fused(precision, device), data.draw(fused_cases(dtype, max_batch=3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, precision", KINDS, ids=KIND_NAMES)
 @pytest.mark.parametrize(
     "outputs, device",

@@ -19,6 +19,8 @@ from examples.detector.errors import UserError
 from examples.detector.model import build_detector, load_checkpoint, save_checkpoint
 from tests.detector.configurations import assignments
 
+pytestmark = pytest.mark.slow
+
 TINY = assignments(
     network="min_size=64 max_size=64 anchor_sizes=8,16,32,48,64 roi_batch=16 proposals_train=50 proposals_test=20 "
     "score_threshold=0"

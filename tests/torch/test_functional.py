@@ -126,6 +126,7 @@ def operator_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
     return (*tensors, [2, 1], case.spatial_scale, case.sampling_ratio, case.gamma)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("kind", ["conv", "roi"])
 def test_opcheck(kind: str, requires_grad: bool):
@@ -138,6 +139,7 @@ def test_opcheck(kind: str, requires_grad: bool):
     torch.library.opcheck(getattr(namespace, f"{case.operation}_backward").default, backward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("kind", ["conv", "roi"])
 def test_compile_without_graph_breaks(kind: str, backend: str):
@@ -151,6 +153,7 @@ def test_compile_without_graph_breaks(kind: str, backend: str):
         torch.testing.assert_close(compiled[name].grad, eager[name].grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_with_a_dynamic_batch(backend: str):
     torch._dynamo.reset()

@@ -17,6 +17,8 @@ from examples.detector.model import build_detector, save_checkpoint
 from examples.detector.predict import SpatialSupportView, draw_spatial_support
 from tests.detector.configurations import assignments
 
+pytestmark = pytest.mark.slow
+
 SMALL = assignments(network="backbone=small detector=mask min_size=64 max_size=64")
 CATEGORIES = [Category(1, "club"), Category(3, "ring")]
 
