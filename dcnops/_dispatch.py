@@ -105,11 +105,22 @@ def load_backend(library: str) -> ModuleType:
         try:
             return importlib.import_module(_BACKENDS[library])
         except BaseException:
-            # After Ctrl-C, Numba stays half imported, and every later import of it would fail.
-            for name in set(sys.modules) - before:
-                if name.partition(".")[0] in ("dcnops", "numba", "llvmlite"):
-                    del sys.modules[name]
+            _forget_partial_imports(set(sys.modules) - before)
             raise
+
+
+def _forget_partial_imports(new: set[str]) -> None:
+    """Forget the packages among the `new` modules that Ctrl-C left half imported: later imports of them would fail."""
+    partial = {"dcnops", "numba", "llvmlite"}
+    for name in new:
+        package = name.partition(".")[0]
+        if package not in sys.modules or getattr(
+            getattr(sys.modules.get(name), "__spec__", None), "_initializing", False
+        ):
+            partial.add(package)
+    for name in new:
+        if name.partition(".")[0] in partial:
+            sys.modules.pop(name, None)
 
 
 @functools.lru_cache(maxsize=256)

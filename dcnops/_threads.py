@@ -33,9 +33,6 @@ class _Setting:
 def set_num_threads(n: int) -> None:
     """Set the number of threads that a call on NumPy or JAX arrays uses, for the whole process.
 
-    The functions and layers for PyTorch tensors follow `torch.set_num_threads` instead. Results do not depend on the
-    number of threads.
-
     Parameters
     ----------
     n : int
@@ -45,6 +42,11 @@ def set_num_threads(n: int) -> None:
     ------
     ArgumentError
         `n` is not such a number.
+
+    Notes
+    -----
+    The functions and layers for PyTorch tensors follow `torch.set_num_threads` instead. Results do not depend on the
+    number of threads.
 
     Examples
     --------
@@ -64,8 +66,18 @@ def set_num_threads(n: int) -> None:
 def get_num_threads() -> int:
     """Return the number of threads that a call on NumPy or JAX arrays uses.
 
-    The default is the smallest of the number of cores that this process may run on, the CPU quota of its control group
-    (container), and the environment variables OMP_NUM_THREADS and NUMBA_NUM_THREADS. It is determined once per process.
+    Returns
+    -------
+    int
+        The number that `set_num_threads` has set. By default, it is the smallest of the number of cores that this
+        process may run on, the CPU quota of its control group (container), and the environment variables
+        OMP_NUM_THREADS and NUMBA_NUM_THREADS, as they were at the first call of the process.
+
+    Examples
+    --------
+    >>> import dcnops
+    >>> dcnops.get_num_threads() >= 1
+    True
     """
     return _Setting.threads or _default()
 

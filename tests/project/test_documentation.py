@@ -36,8 +36,8 @@ def test_every_public_function_documents_its_parameters_errors_and_an_example():
         text = inspect.getdoc(function) or ""
         signature = inspect.signature(function)
         returns = signature.return_annotation not in (None, "None")
-        described = ("Parameters", "Raises", "Notes") if signature.parameters else ()
-        for section in (*described, *(["Returns"] if returns else []), "Examples"):
+        sections = ["Parameters", "Raises", "Notes"] if signature.parameters else []
+        for section in (*sections, *(["Returns"] if returns else []), "Examples"):
             assert f"\n{section}\n---" in text, f"{function.__name__} has no section {section}"
         for parameter in signature.parameters:
             assert re.search(rf"\b{parameter}\b", text), f"{function.__name__} does not document {parameter}"

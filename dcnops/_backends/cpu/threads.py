@@ -115,7 +115,7 @@ class _Loop:
             raise interruption
 
     def abandon_helpers(self) -> None:
-        """Account for the loss of all helpers, in a child process whose parent forked it in the middle of the loop."""
+        """Account for the loss of all helpers in a child process that was forked in the middle of the loop."""
         was_locked = self._lock.locked()
         self._lock = _thread.allocate_lock()
         if self._busy or was_locked:
