@@ -7,7 +7,8 @@
 # make bench   time the operations and their competitors; prints a table, writes out/benchmark.json
 # make docs    build the documentation; out/site/
 # make gpu     on a machine with a GPU and the packages installed (creates no .venv): GPU tests, sanitizers and benchmarks
-#              in ten minutes; prints one table, writes out/gpu/gpu.json; PARTS="tests sanitizers benchmark model" selects
+#              in ten minutes; prints one table, writes out/gpu/gpu.json; PARTS="model workspace tests sanitizers benchmark"
+#              selects parts, of which one alone takes at most four minutes
 # make clean   delete .venv, build outputs and caches
 
 PYTHON ?= python3

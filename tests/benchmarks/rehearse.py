@@ -21,7 +21,7 @@ class RehearsalMeter(Meter):
 
     shapes = ((32, 3, 2), (16, 6, 5, 4, 2))
     """Shapes of a convolution and of RoI pooling, in place of the standard ones."""
-    workspaces = (2**15, 2**20)
+    workspaces = (2**13, 2**20)
 
     def host_seconds(self, call: Callable[[], object]) -> float | None:
         return self.clock(call)
