@@ -1,5 +1,6 @@
 # make test    create .venv, then run the tests (no GPU needed)
-# make test-all also the exhaustive variants: kernels for every architecture that NVRTC supports
+# make test-quick while you edit: without the tests marked slow, with fewer random examples
+# make test-all also the exhaustive variants: every specialisation for every architecture and under the sanitizers
 # make lint    run ruff, mypy and clang-format
 # make format  fix what ruff and clang-format can fix
 # make demo    train a small DCNv2 detector on synthetic images, evaluate it, draw its detections; out/detector/
@@ -13,7 +14,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test test-all lint format demo bench docs gpu clean
+.PHONY: setup test test-quick test-all lint format demo bench docs gpu clean
 
 setup: .venv/.installed
 
@@ -22,11 +23,16 @@ setup: .venv/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: setup
-	$(BIN)/python -m pytest -n auto
+	$(PYTEST)
+
+test-quick: setup
+	$(PYTEST) -m "not gpu and not exhaustive and not slow" --hypothesis-profile=brief
 
 test-all: setup
-	$(BIN)/python -m pytest -n auto -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,10 +13,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any, NoReturn, TypeAlias
 
-import jax
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
-from jax.experimental.buffer_callback import Buffer, ExecutionContext, buffer_callback
 
 from dcnops._arguments import Padding, Pair, check_layout, check_precision
 from dcnops._dispatch import check_arrays, load_backend
@@ -25,7 +22,13 @@ from dcnops._errors import ArgumentError, DeviceError, DtypeError
 from dcnops._layout import NCHW, Layout
 from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
 
+from . import name_extra
 from .cuda_stream import CudaStream
+
+with name_extra("jax", "jax", "jax.experimental.buffer_callback"):  # JAX is missing or too old
+    import jax
+    from jax.custom_derivatives import SymbolicZero
+    from jax.experimental.buffer_callback import Buffer, ExecutionContext, buffer_callback
 
 Array: TypeAlias = "jax.Array | np.ndarray[Any, Any]"
 _Arrays: TypeAlias = dict[str, Any]

@@ -132,6 +132,11 @@ __device__ __forceinline__ unsigned sample_count(const DeformConvBackwardParams&
   return static_cast<unsigned>(p.range.rows) * (p.size.D * p.size.kh * p.size.kw);
 }
 
+// Entries of all lists of a chunk.
+__device__ __forceinline__ int list_capacity(const DeformConvBackwardParams& p) {
+  return static_cast<int>(4 * sample_count(p));
+}
+
 // One (row, deformable group, tap).
 struct Sample {
   int row, d, k;
@@ -166,10 +171,12 @@ __device__ __forceinline__ bool arrives_last(unsigned* blocks, unsigned count, u
 constexpr int kListsPerThread = 16;
 
 // Computes the starts of all lists from their lengths, and the parts of long lists, in one block. A thread takes
-// kListsPerThread lists at a time, and loads the next lengths before it works on them.
+// kListsPerThread lists at a time, and loads the next lengths before it works on them. If the offsets change during the
+// pass, earlier chunks leave lengths other than 0; no list may exceed the memory for one chunk.
 __device__ __forceinline__ void start_lists(const DeformConvBackwardParams& p, unsigned char* shared) {
   constexpr int warps = kThreads / kWarp, vectors = kListsPerThread / 4;
   constexpr long long step = kThreads * kListsPerThread;
+  const int capacity = list_capacity(p);
   int* warp_sums = reinterpret_cast<int*>(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const long long padded = (p.lists / kListsPerThread + 1) * kListsPerThread;
@@ -179,7 +186,8 @@ __device__ __forceinline__ void start_lists(const DeformConvBackwardParams& p, u
   const auto load = [&](long long at, int4(&lengths)[vectors]) {
 #pragma unroll
     for (int i = 0; i < vectors; ++i) {
-      lengths[i] = at < padded ? __ldcg(reinterpret_cast<const int4*>(p.lengths + at) + i) : make_int4(0, 0, 0, 0);
+      const int4 got = at < padded ? __ldcg(reinterpret_cast<const int4*>(p.lengths + at) + i) : make_int4(0, 0, 0, 0);
+      lengths[i] = make_int4(max(got.x, 0), max(got.y, 0), max(got.z, 0), max(got.w, 0));
     }
   };
   int4 next[vectors];
@@ -212,11 +220,11 @@ __device__ __forceinline__ void start_lists(const DeformConvBackwardParams& p, u
     }
 
     const auto begin_list = [&](int i, int length) {
-      const int begin = start, end = start + length;
+      const int begin = min(start, capacity), end = min(start + length, capacity);
       for (int part = begin + p.part_entries; length > p.part_entries && part < end; part += p.part_entries) {
         p.parts[atomicAdd(&p.counters->parts, 1)] = {at + i, part, min(part + p.part_entries, end)};
       }
-      start = end;
+      start += length;
       return begin;
     };
     if (at < padded) {
@@ -245,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kManyBlocks)
   const auto run_jobs = [&] {
     const long long tiles = array_job_tiles(p.array_jobs);
     for (long long t = blockIdx.x - first_other; t < tiles; t += others)
-      run_array_job_tile<Scalar>(p.array_jobs, t, shared);
+      run_array_job_tile<Scalar, false>(p.array_jobs, t, shared);
   };
   if (blockIdx.x >= count_blocks) {
     run_jobs();
@@ -267,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kManyBlocks)
 // Fills each list from its end. This decrements its length to 0, ready for the next count. Grid: sampling points.
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     DCN_KERNEL(deform_conv2d_fill_lists)(const DeformConvBackwardParams p) {
-  const unsigned samples = sample_count(p), threads = gridDim.x * kThreads;
+  const unsigned samples = sample_count(p), threads = gridDim.x * kThreads, capacity = list_capacity(p);
   for (unsigned s = blockIdx.x * kThreads + threadIdx.x; s < samples; s += threads) {
     const Sample sample = sample_number(p, s);
     const SampleLists lists = lists_of(p, sample.row, sample.d, sample.k);
@@ -284,7 +292,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (lists.weight[i] != Sum(0)) p.entries[start[i] + left[i] - 1] = {column, lists.weight[i]};
+      if (lists.weight[i] == Sum(0)) continue;
+      // Out of range only if the offsets have changed since the entries were counted.
+      const int at = start[i] + left[i] - 1;
+      if (static_cast<unsigned>(at) < capacity) p.entries[at] = {column, lists.weight[i]};
     }
   }
 }
@@ -317,10 +328,13 @@ template <int in_flight, typename EntryAt>
 __device__ __forceinline__ void add_entries(const DeformConvBackwardParams& p, const ListTeam& team, int c, bool loads,
                                             int count, EntryAt entry_at, Sum (&sums)[DCN_VEC]) {
   const int lane = thread_of_block() % 32;
+  const unsigned columns = static_cast<unsigned>(p.range.rows) * (p.size.kh * p.size.kw);
   for (int base = 0; base < count; base += 32) {
     const int here = min(32, count - base);
     ListEntry own = {0, Sum(0)};
     if (lane < here) own = entry_at(base + lane);
+    // An entry that was counted but not filled, because the offsets have changed in between.
+    if (static_cast<unsigned>(own.column) >= columns) own = {0, Sum(0)};
     for (int first = 0; first < here; first += in_flight * team.slots) {
       Sum weight[in_flight];
       ScalarVector grad[in_flight];
@@ -483,7 +497,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
       if (!is_sorted) {
         add_by_search(p, team, order, list, takes_part, c, sums);
       } else {
-        add_entries<4>(p, team, c, takes_part, count, [&](int i) { return entries[order.order[i]]; }, sums);
+        // Equal columns leave gaps in the order. They occur only if the offsets have changed since the count.
+        const auto entry_at = [&](int i) { return entries[min(static_cast<int>(order.order[i]), count - 1)]; };
+        add_entries<4>(p, team, c, takes_part, count, entry_at, sums);
       }
       sum_over_slots(team, sums);
       if (team.slot == 0 && takes_part) add_exclusively(pixel + c, sums);

@@ -32,8 +32,12 @@ __device__ __forceinline__ void write_gradients(const DeformRoIPoolBackwardParam
   }
   if (p.grad_offset) {
     const Sum scale = static_cast<Sum>(size.gamma) * share.scale;
-    const Sum grad_x = is_nan ? not_a_number<Sum>() : weighted(scale * width, dots.slope_x);
-    const Sum grad_y = is_nan ? not_a_number<Sum>() : weighted(scale * height, dots.slope_y);
+    // A slope of 0 stays 0 for an infinite factor as well.
+    const auto offset_gradient = [](Sum factor, Sum slope) {
+      return slope != Sum(0) ? weighted(factor, slope) : Sum(0);
+    };
+    const Sum grad_x = is_nan ? not_a_number<Sum>() : offset_gradient(scale * width, dots.slope_x);
+    const Sum grad_y = is_nan ? not_a_number<Sum>() : offset_gradient(scale * height, dots.slope_y);
     p.grad_offset[offset_index(size, at)] = narrow<OffsetScalar>(grad_x);
     p.grad_offset[offset_index(size, at) + size.P * size.Q] = narrow<OffsetScalar>(grad_y);
   }

@@ -12,6 +12,7 @@ from dcnops._errors import (
     ShapeError,
 )
 from dcnops._prefetch import prefetch
+from dcnops._threads import get_num_threads, set_num_threads
 from dcnops.deform_conv2d import DeformConv2dGradients, deform_conv2d, deform_conv2d_backward
 from dcnops.deform_roi_pool import DeformRoIPoolGradients, deform_roi_pool, deform_roi_pool_backward
 
@@ -34,7 +35,9 @@ __all__ = [
     "deform_conv2d_backward",
     "deform_roi_pool",
     "deform_roi_pool_backward",
+    "get_num_threads",
     "get_workspace",
     "prefetch",
+    "set_num_threads",
     "set_workspace",
 ]

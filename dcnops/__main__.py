@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -40,6 +42,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--input", **sizes, default=(1, 16, 32, 32), metavar=("N", "C", "H", "W"))
     command.add_argument("--weight", **sizes, default=(16, 16, 3, 3), metavar=("O", "C/G", "KH", "KW"))
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # paths may have characters that stdout cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status = _run(options)
+        sys.stdout.flush()
+    except OSError as error:  # a closed pipe (| head) or a full disk
+        # The flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"error: the output cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
+    return status
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run the command and return the exit code."""
     if "library" in options:
         begin = time.perf_counter()
         try:

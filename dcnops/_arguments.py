@@ -5,8 +5,10 @@ All functions raise an `ArgumentError` for an illegal value.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
+import reprlib
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
@@ -22,6 +24,14 @@ PRECISIONS = ("ieee", "tf32", "3xtf32")
 MAX_EXTENT = 2**24
 """Largest padded extent: float32 coordinates represent every integer up to here exactly."""
 
+MAX_FACTOR = (2 - 2**-23) * 2.0**127
+"""Largest spatial_scale and gamma: the largest finite float32."""
+
+_MAX_NAMES = 100
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
+
 
 def expand_pair(name: str, value: Pair, minimum: int = 1) -> tuple[int, int]:
     """Expand an integer or a pair of integers, each at least `minimum`, to (vertical, horizontal)."""
@@ -36,7 +46,7 @@ def expand_pair(name: str, value: Pair, minimum: int = 1) -> tuple[int, int]:
         ):
             return vertical, horizontal
     items = _sequence(value)
-    numbers = [_integer(item) for item in ([value, value] if items is None else items)]
+    numbers = [as_integer(item) for item in ([value, value] if items is None else items)]
     if len(numbers) == 2:
         first, second = numbers
         if (
@@ -45,7 +55,9 @@ def expand_pair(name: str, value: Pair, minimum: int = 1) -> tuple[int, int]:
             and minimum <= min(first, second) <= max(first, second) <= MAX_EXTENT
         ):
             return first, second
-    raise ArgumentError(f"{name} must be an integer from {minimum} to {MAX_EXTENT} or a pair of them, got {value!r}")
+    raise ArgumentError(
+        f"{name} must be an integer from {minimum} to {MAX_EXTENT} or a pair of them, got {shown(value)}"
+    )
 
 
 def expand_padding(value: Padding) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -59,20 +71,23 @@ def expand_padding(value: Padding) -> tuple[tuple[int, int], tuple[int, int]]:
     except ArgumentError:
         raise ArgumentError(
             f"padding must be an integer from 0 to {MAX_EXTENT}, a pair (vertical, horizontal) "
-            f"or ((top, bottom), (left, right)), got {value!r}"
+            f"or ((top, bottom), (left, right)), got {shown(value)}"
         ) from None
     return (height, height), (width, width)
 
 
 def check_sampling(sampling_ratio: int, spatial_scale: float, gamma: float) -> tuple[int, float, float]:
     """Check the sampling parameters of RoI pooling and return them as plain Python numbers."""
-    ratio, scale, factor = _integer(sampling_ratio), _number(spatial_scale), _number(gamma)
+    ratio, scale, factor = as_integer(sampling_ratio), _number(spatial_scale), _number(gamma)
     if ratio is None or not 0 <= ratio <= MAX_EXTENT:
-        raise ArgumentError(f"sampling_ratio must be an integer from 0 to {MAX_EXTENT}, got {sampling_ratio!r}")
+        raise ArgumentError(f"sampling_ratio must be an integer from 0 to {MAX_EXTENT}, got {shown(sampling_ratio)}")
     if scale is None or scale <= 0:
-        raise ArgumentError(f"spatial_scale must be a positive finite number, got {spatial_scale!r}")
+        raise ArgumentError(f"spatial_scale must be a positive finite number, got {shown(spatial_scale)}")
     if factor is None:
-        raise ArgumentError(f"gamma must be a finite number, got {gamma!r}")
+        raise ArgumentError(f"gamma must be a finite number, got {shown(gamma)}")
+    for name, number in (("spatial_scale", scale), ("gamma", factor)):
+        if abs(number) > MAX_FACTOR:
+            raise ArgumentError(f"{name} must be a finite float32, of at most {MAX_FACTOR:.7g} in size, got {number}")
     return ratio, scale, factor
 
 
@@ -80,28 +95,42 @@ def check_layout(layout: object) -> Layout:
     """Return the `Layout` with the given name."""
     known = LAYOUTS.get(layout) if isinstance(layout, str) else None
     if known is None:
-        raise ArgumentError(f"layout must be 'NCHW' or 'NHWC', got {layout!r}")
+        raise ArgumentError(f"layout must be 'NCHW' or 'NHWC', got {shown(layout)}")
     return known
 
 
 def check_needs(needs: Iterable[str], **arguments: object) -> frozenset[str]:
     """Return the names in `needs` for which the call has an argument other than None."""
     try:
-        wanted = frozenset([needs] if isinstance(needs, str) else needs)
+        names = [needs] if isinstance(needs, str) else list(itertools.islice(needs, _MAX_NAMES + 1))
+        wanted = frozenset(names)
     except TypeError:
-        wanted = frozenset([repr(needs)])
-    if not wanted <= arguments.keys():
-        raise ArgumentError(f"needs must be names among {', '.join(arguments)}, got {needs!r}")
+        names, wanted = [], frozenset([""])
+    if len(names) > _MAX_NAMES or not wanted <= arguments.keys():
+        raise ArgumentError(f"needs must be names among {', '.join(arguments)}, got {shown(needs)}")
     return frozenset(name for name in wanted if arguments[name] is not None)
 
 
 def check_precision(precision: object) -> None:
     """Check a precision; None means that the array library's own setting applies."""
     if precision is not None and not (isinstance(precision, str) and precision in PRECISIONS):
-        raise ArgumentError(f"precision must be None, 'ieee', 'tf32' or '3xtf32', got {precision!r}")
+        raise ArgumentError(f"precision must be None, 'ieee', 'tf32' or '3xtf32', got {shown(precision)}")
 
 
-def _integer(value: object) -> int | None:
+def shown(value: object) -> str:
+    """Return `repr(value)` for an error message: shortened, and a description if there is no such text."""
+    try:
+        return _REPR.repr(value)
+    except Exception:
+        if isinstance(value, int):
+            return f"an integer of {value.bit_length()} bits"
+        return f"an object of type {type(value).__qualname__}"
+
+
+def as_integer(value: object) -> int | None:
+    """Return a Python integer for anything that stands for one, and None for anything else."""
+    if type(value) is int:
+        return value
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -110,12 +139,17 @@ def _integer(value: object) -> int | None:
 
 def _number(value: object) -> float | None:
     """Return a finite real number as a float, and None for anything else."""
-    if isinstance(value, Real) and math.isfinite(value):
-        return float(value)
-    return None
+    if not isinstance(value, Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    # Not `math.isfinite`, which `torch.compile` does not trace.
+    return number if -math.inf < number < math.inf else None
 
 
 def _sequence(value: object) -> list[object] | None:
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
         return None
-    return list(value)
+    return list(itertools.islice(value, 3))  # one more than in any legal value

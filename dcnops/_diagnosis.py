@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dcnops._threads import get_num_threads
+
 MINIMUM = {"numpy": (1, 26), "numba": (0, 60), "cupy": (14,), "torch": (2, 6), "jax": (0, 9)}
 """Oldest supported versions, as in pyproject.toml."""
 
@@ -174,11 +176,9 @@ def _cpu_backend() -> Backend:
     try:
         import llvmlite.binding
 
-        from dcnops._backends.cpu.threads import THREADS
-
-        processor = f"{THREADS} threads, {llvmlite.binding.get_host_cpu_name()}"
+        processor = f"{get_num_threads()} threads, {llvmlite.binding.get_host_cpu_name()}"
     except Exception:
-        processor = f"{os.cpu_count()} threads"
+        processor = f"{get_num_threads()} threads"
     return Backend("numpy", f"CPU, {processor}", error)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Container
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from dcnops._dtypes import DTYPES
 from dcnops._errors import DeviceError, DtypeError
+from dcnops._forks import no_fork
 
 _BACKENDS = {"numpy": "dcnops._backends.cpu.backend", "cupy": "dcnops._backends.cuda.backend"}
 _ADVICE = {
@@ -98,7 +100,27 @@ def _check_kinds(
 @functools.cache
 def load_backend(library: str) -> ModuleType:
     """Import the backend for arrays of `library`."""
-    return importlib.import_module(_BACKENDS[library])
+    with no_fork():
+        before = set(sys.modules)
+        try:
+            return importlib.import_module(_BACKENDS[library])
+        except BaseException:
+            _forget_partial_imports(set(sys.modules) - before)
+            raise
+
+
+def _forget_partial_imports(new: set[str]) -> None:
+    """Forget the packages among the `new` modules that Ctrl-C left half imported: later imports of them would fail."""
+    partial = {"dcnops", "numba", "llvmlite"}
+    for name in new:
+        package = name.partition(".")[0]
+        if package not in sys.modules or getattr(
+            getattr(sys.modules.get(name), "__spec__", None), "_initializing", False
+        ):
+            partial.add(package)
+    for name in new:
+        if name.partition(".")[0] in partial:
+            sys.modules.pop(name, None)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,8 +1,8 @@
 """Exceptions of the library; each message names the argument, what it needs and what it got."""
 
 
-class DcnError(Exception):
-    """Base class of all exceptions that dcnops raises itself."""
+class DcnError(RuntimeError):
+    """Base class of all exceptions that dcnops raises itself. PyTorch's operators raise a `RuntimeError` too."""
 
 
 class ShapeError(DcnError, ValueError):
@@ -21,5 +21,5 @@ class DeviceError(DcnError, ValueError):
     """The arrays of one call belong to different libraries or devices."""
 
 
-class KernelCompileError(DcnError, RuntimeError):
+class KernelCompileError(DcnError):
     """A CUDA kernel failed to compile; the message contains the compiler's log."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dcnops._arguments import Padding, Pair, expand_padding, expand_pair
+from dcnops._arguments import Padding, Pair, expand_padding, expand_pair, shown
 from dcnops._dtypes import DTYPES
 from dcnops._errors import ArgumentError, ShapeError
 from dcnops._shapes import output_extent
@@ -14,6 +16,7 @@ from dcnops.deform_conv2d import deform_conv2d, deform_conv2d_backward
 from dcnops.deform_roi_pool import deform_roi_pool, deform_roi_pool_backward
 
 LIBRARIES = ("numpy", "cupy")
+_MOST_VALUES = 2**31  # of an array
 
 
 def prefetch(
@@ -79,20 +82,27 @@ def prefetch(
             )
     """
     if library not in LIBRARIES:
-        raise ArgumentError(f"library must be 'numpy' or 'cupy', got {library!r}")
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise ArgumentError(f"dtypes must be among {', '.join(DTYPES)}, got {dtype!r}")
+        raise ArgumentError(f"library must be 'numpy' or 'cupy', got {shown(library)}")
+    names = list(itertools.islice(dtypes, len(DTYPES) + 1))
+    wrong = [name for name in names if not (isinstance(name, str) and name in DTYPES)]
+    if wrong or len(names) > len(DTYPES):
+        got = shown(wrong[0] if wrong else dtypes)
+        raise ArgumentError(f"dtypes must be among {', '.join(DTYPES)}, got {got}")
+    image, taps = (tuple(itertools.islice(shape, 5)) for shape in (input, weight))
+    for argument, sizes in (("input", image), ("weight", taps)):
+        if len(sizes) != 4 or min(sizes) < 1 or math.prod(sizes) >= _MOST_VALUES:
+            needed = f"4 positive numbers with a product of less than {_MOST_VALUES}"
+            raise ShapeError(f"{argument} must be {needed}, got {shown(sizes)}")
     xp = importlib.import_module(library)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "precision": precision}
-    for name in dtypes:
+    for name in names:
         dtype = importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name
 
         def zeros(*shape: int, dtype: Any = dtype) -> Any:
             return xp.zeros(shape, dtype)
 
-        _convolve(zeros, tuple(input), tuple(weight), deform_groups, options, backward)
-        _pool(zeros, tuple(input), expand_pair("output_size", output_size), backward)
+        _convolve(zeros, image, taps, deform_groups, options, backward)
+        _pool(zeros, image, expand_pair("output_size", output_size), backward)
 
 
 def _convolve(
@@ -103,10 +113,6 @@ def _convolve(
     options: dict[str, Any],
     backward: bool,
 ) -> None:
-    if len(input) != 4 or len(weight) != 4:
-        raise ShapeError(
-            f"input and weight must be 4 numbers, (N, C, H, W) and (O, C/G, kh, kw), got {input}, {weight}"
-        )
     kernel, step = weight[2:], expand_pair("stride", options["stride"])
     sides, dilation = expand_padding(options["padding"]), expand_pair("dilation", options["dilation"])
     size = [

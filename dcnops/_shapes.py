@@ -149,7 +149,7 @@ class DeformConvGeometry:
         """
         shapes = (tuple(input.shape), tuple(offset.shape), tuple(weight.shape))
         mask_shape = None if mask is None else tuple(mask.shape)
-        _check_conv_ranks(*shapes, mask_shape, layout)
+        check_conv_ranks(*shapes, mask_shape, layout)
         strides, sides = expand_pair("stride", stride), expand_padding(padding)
         dilations = expand_pair("dilation", dilation)
         bias_shape = None if bias is None else tuple(bias.shape)
@@ -170,7 +170,9 @@ class DeformConvGeometry:
         layout: Layout,
     ) -> DeformConvGeometry:
         """Infer the sizes from shapes of the right rank and expanded parameters."""
-        N, C, H, W = layout.sizes(input)
+        N, C, H, W = _image_sizes(input, layout)
+        if min(weight) < 1:
+            raise ShapeError(f"weight must be [O >= 1, C/G >= 1, kh >= 1, kw >= 1], got shape {weight}")
         O, channels_per_group, kh, kw = weight
         (sh, sw), (dh, dw) = stride, dilation
         (pad_top, pad_bottom), (pad_left, pad_right) = padding
@@ -283,12 +285,9 @@ class DeformRoIPoolGeometry:
         Only the shapes of the arrays are read. `layout` is that of `input`.
         """
         shape = tuple(input.shape)
-        if len(shape) != 4:
-            raise ShapeError(f"input must have 4 dimensions [{layout.text('N', 'C', 'H', 'W')}], got shape {shape}")
+        check_roi_ranks(shape, tuple(rois.shape), layout)
         N, C, H, W = _image_sizes(shape, layout)
         _check_pixels("input", "height*width", H * W)
-        if len(rois.shape) != 2 or rois.shape[1] != 5:
-            raise ShapeError(f"rois must be [R, 5] (image, x1, y1, x2, y2), got shape {tuple(rois.shape)}")
         R = rois.shape[0]
         P, Q = expand_pair("output_size", output_size)
         _check_pixels("output_size", "bins", P * Q)
@@ -305,14 +304,14 @@ class DeformRoIPoolGeometry:
 
 
 @_cached
-def _check_conv_ranks(
+def check_conv_ranks(
     input: tuple[int, ...],
     offset: tuple[int, ...],
     weight: tuple[int, ...],
     mask: tuple[int, ...] | None,
-    layout: Layout,
+    layout: Layout = NCHW,
 ) -> None:
-    """Check the shapes of a convolution as far as possible without its parameters."""
+    """Check the number of dimensions of the arrays of a convolution."""
     for name, shape, order, letters in (
         ("input", input, layout, ("N", "C", "H", "W")),
         ("weight", weight, NCHW, ("O", "C/G", "kh", "kw")),
@@ -321,9 +320,14 @@ def _check_conv_ranks(
     ):
         if shape is not None and len(shape) != 4:
             raise ShapeError(f"{name} must have 4 dimensions [{order.text(*letters)}], got shape {shape}")
-    _image_sizes(input, layout)
-    if min(weight) < 1:
-        raise ShapeError(f"weight must be [O >= 1, C/G >= 1, kh >= 1, kw >= 1], got shape {weight}")
+
+
+def check_roi_ranks(input: tuple[int, ...], rois: tuple[int, ...], layout: Layout = NCHW) -> None:
+    """Check the number of dimensions of feature maps and regions."""
+    if len(input) != 4:
+        raise ShapeError(f"input must have 4 dimensions [{layout.text('N', 'C', 'H', 'W')}], got shape {input}")
+    if len(rois) != 2 or rois[1] != 5:
+        raise ShapeError(f"rois must be [R, 5] (image, x1, y1, x2, y2), got shape {rois}")
 
 
 def _image_sizes(input: tuple[int, ...], layout: Layout) -> tuple[int, int, int, int]:

@@ -90,7 +90,8 @@ def deform_roi_pool(
     A is 0 outside [-1, H] x [-1, W]; inside, it clamps the position to the image and interpolates bilinearly. Without
     `offset` and `mask` this is ``torchvision.ops.roi_align(..., aligned=True)``. A pixel with interpolation weight 0
     does not contribute, even if it is infinite or NaN. The formula also applies to inverted and empty regions, and to
-    regions outside the image. A non-finite region or a NaN offset makes the bin NaN, an infinite offset makes it 0.
+    regions outside the image. A non-finite region or a NaN offset makes the bin NaN, an infinite offset makes it 0
+    for any `gamma`.
     On a GPU the values of `rois` are not checked, and the bins of a region of a nonexistent feature map are NaN. With
     `sampling_ratio` 0 a bin has at most 2**24 samples along an axis.
 

@@ -88,6 +88,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="training steps of each network; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and images; default: %(default)s")
     options = parser.parse_args()
+    for name, value, low, high in (("steps", options.steps, 1, 10**6), ("seed", options.seed, 0, 2**62)):
+        if not low <= value <= high:
+            parser.error(f"--{name} must be between {low} and {high}, got {value!s:.60}")
     results = {}
     for name in ("regular", "deformable"):
         torch.manual_seed(options.seed)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +33,40 @@ settings.register_profile(
 settings.register_profile("brief", settings.get_profile("default"), max_examples=15)
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000, derandomize=False)
 settings.load_profile("default")
+
+
+def share_of_examples(share: float) -> settings:
+    """Return settings that give a slow test this share of the examples of the profile."""
+    return settings(max_examples=max(1, round(share * settings.default.max_examples)))
+
+
+NEEDED_PACKAGES = {
+    "arrays/test_precision.py": ("torch", "cupy"),
+    "benchmarks": ("torch", "torchvision"),
+    "cuda/test_disassembly.py": ("cupy",),
+    "cuda/test_kernels_compile.py": ("cupy",),
+    "detector": ("torch", "torchvision", "pycocotools", "tensorboard"),
+    "jax": ("jax",),
+    "project/test_comparison.py": ("torch", "torchvision"),
+    "torch": ("torch", "torchvision"),
+}
+"""Optional packages without which a file or folder of tests is left out."""
+
+
+def _missing(paths: Iterable[str] = NEEDED_PACKAGES) -> dict[str, list[str]]:
+    """Return the packages that are missing, by the path that needs them."""
+    packages = {path: [name for name in NEEDED_PACKAGES[path] if _is_missing(name)] for path in paths}
+    return {path: names for path, names in packages.items() if names}
+
+
+def _is_missing(package: str) -> bool:
+    return sys.modules.get(package, package) is None or importlib.util.find_spec(package) is None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out tests that need packages that are missing."""
+    relative = collection_path.relative_to(Path(__file__).parent).as_posix()
+    return True if relative in NEEDED_PACKAGES and _missing([relative]) else None
 
 
 class Runner(Protocol):
@@ -169,13 +206,17 @@ def run(request: pytest.FixtureRequest) -> Runner:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the registers and spills of every kernel that the compile tests recorded."""
-    by_architecture = dict(
-        value
-        for report in terminalreporter.stats.get("passed", [])
-        for name, value in report.user_properties
-        if name == "kernel_resources"
-    )
+    """Name the tests that were left out, and print the registers and spills that the compile tests recorded."""
+    if missing := _missing():
+        packages = sorted({name for names in missing.values() for name in names})
+        paths = ", ".join(f"tests/{path}" for path in missing)
+        terminalreporter.write_line(f"left out because {', '.join(packages)} cannot be imported: {paths}")
+    by_architecture: dict[int, dict[str, tuple[int, int]]] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "kernel_resources":
+                worst = by_architecture.setdefault(value[0], {})
+                worst.update({kernel: max(used, worst.get(kernel, used)) for kernel, used in value[1].items()})
     if not by_architecture:
         return
     architectures = sorted(by_architecture)

@@ -180,7 +180,8 @@ class DeformRoIPool:
             start = self.scale * self.rois[r, low] - of(0.5)
             region = (self.scale * self.rois[r, low + 2] - of(0.5)) - start
             length = region / of(bins)
-            first = (start + of(bin) * length) + (self.gamma * region) * offset
+            counts = offset != 0 and not np.isinf(offset)  # otherwise the factor does not matter
+            first = (start + of(bin) * length) + ((self.gamma * region) * offset if counts else offset)
             if not np.isfinite(region) or np.isnan(first):
                 return region, None
             count = self.sampling_ratio or int(min(max(np.ceil(length), 0), 2**24))
@@ -241,8 +242,10 @@ class DeformRoIPool:
             if is_nan:
                 grad_offset[r, :, p, q] = grad_mask[r, p, q] = np.nan
             else:
-                grad_offset[r, 0, p, q] = times(factor * width, slope_x)
-                grad_offset[r, 1, p, q] = times(factor * height, slope_y)
+                with np.errstate(over="ignore"):
+                    factors = self.coordinate(factor * width), self.coordinate(factor * height)
+                grad_offset[r, 0, p, q] = times(factors[0], slope_x) if slope_x else 0
+                grad_offset[r, 1, p, q] = times(factors[1], slope_y) if slope_y else 0
                 grad_mask[r, p, q] = share * value
         gradients = {"input": grad_input, "offset": grad_offset, "mask": grad_mask}
         return {name: gradient for name, gradient in gradients.items() if self.given[name]}

@@ -1,5 +1,10 @@
 """PyTorch adapter: the operations on tensors, with gradients, and layers built on them."""
 
+from .. import name_extra
+
+with name_extra("torch", "torch"):
+    import torch as _torch  # noqa: F401 -- first, for the error without PyTorch
+
 from .checkpoints import rename_state_dict
 from .convert import convert_to_deformable, param_groups
 from .deform_conv2d_layers import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack

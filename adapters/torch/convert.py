@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -11,9 +13,12 @@ from torch import nn
 
 from dcnops._errors import ArgumentError
 
-from .deform_conv2d_layers import DeformConv2dPack, ModulatedDeformConv2dPack, OffsetBranchConv, OffsetConv2d
+from .deform_conv2d_layers import DeformConv2dPack, ModulatedDeformConv2dPack
 from .deform_roi_pool_layers import RoIPoolBase
-from .functional import type_name
+from .functional import named_padding, type_name
+from .zero_layers import OffsetProjection, ZeroLayer
+
+_DEFORMABLE = {"DeformConvBase", "DeformConv2d", "ModulatedDeformConv2d", "DeformConv", "ModulatedDeformConv", "DCNv2"}
 
 LayerSelector: TypeAlias = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
 
@@ -23,13 +28,14 @@ def convert_to_deformable(
     where: LayerSelector,
     modulated: bool = True,
     deform_groups: int = 1,
-    mask_scale: float = 1.0,
+    mask_scale: float = 2.0,
 ) -> list[str]:
     """Replace convolutions of a model with deformable convolutions, in place.
 
     The new layers take over the parameter objects of the old layers, so state dicts of the plain model still load, with
     only the ``conv_offset`` keys missing. Their branches start at zero and are trainable even if the convolution is
-    frozen. The function draws no random numbers.
+    frozen. By default, the model gives the same output as before until it is trained. The function draws no random
+    numbers.
 
     Parameters
     ----------
@@ -42,7 +48,10 @@ def convert_to_deformable(
     deform_groups : int
         D, the number of deformable groups of each layer.
     mask_scale : float
-        See `ModulatedDeformConv2dPack`. With 2, the converted model initially gives the same output as before.
+        Masks are ``mask_scale * sigmoid(logits)``. With 2 they start at 1, which keeps the features of a pretrained
+        model; the authors' published code does the same. With 1, as in the text of the paper and in mmcv, they start at
+        1/2, and each layer halves its output, apart from the bias. Checkpoints of mmcv, detectron2 and the DCNv2
+        extension need 1: they do not record the scale.
 
     Returns
     -------
@@ -88,8 +97,13 @@ def param_groups(
     weight_decay: float | None = None,
     *,
     roi_offset_lr_mult: float = 1.0,
+    pattern: str | Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Return parameter groups for an optimiser, with a lower learning rate for the offset branches of convolutions.
+
+    Branches are recognised in the layers of this package, and by name in others: modules named with "offset" and
+    "conv", such as ``conv_offset``, ``conv_offset_mask``, ``offset_conv`` and ``conv2_offset``, and with "offset" alone
+    next to a deformable convolution, inside it, or one level above. `pattern` names others.
 
     Parameters
     ----------
@@ -97,12 +111,14 @@ def param_groups(
     lr : float
         The learning rate.
     offset_lr_mult : float
-        Learning rate multiplier of the ``conv_offset`` branches; 0.1 in the papers.
+        Learning rate multiplier of the branches of convolutions; 0.1 in the papers.
     weight_decay : float, optional
         Weight decay of all groups; by default the optimiser's own.
     roi_offset_lr_mult : float
         Learning rate multiplier of the branches of deformable RoI pooling; 1 in the papers. These branches form a
         separate group only if it is not 1.
+    pattern : str or sequence of str
+        Shell-style patterns for the names in ``model.named_modules()`` of further branches, such as ``"*.p_conv"``.
 
     Returns
     -------
@@ -113,7 +129,13 @@ def param_groups(
     Raises
     ------
     ArgumentError
-        `lr` or a factor is negative.
+        `lr` or a factor is negative, or nothing in the model has a name of `pattern`.
+
+    Warns
+    -----
+    UserWarning
+        `offset_lr_mult` is not 1, and the model has no branch that is recognised, or a deformable convolution without
+        one. Its branch then has the full learning rate.
 
     Examples
     --------
@@ -128,7 +150,7 @@ def param_groups(
     for name, value in factors.items():
         if value < 0:
             raise ArgumentError(f"{name} must not be negative, got {value}")
-    branches = [module.conv_offset for module in model.modules() if isinstance(module, OffsetBranchConv)]
+    branches = _find_branches(model, [pattern] if isinstance(pattern, str) else pattern, offset_lr_mult != 1)
     # All parameters of a pooling layer belong to its branches.
     poolings = [module for module in model.modules() if isinstance(module, RoIPoolBase) and roi_offset_lr_mult != 1]
     conv_parameters, pool_parameters = (
@@ -147,13 +169,57 @@ def param_groups(
     return [group for group in groups if group["params"]]
 
 
+def _find_branches(model: nn.Module, patterns: Sequence[str], warn: bool) -> list[nn.Module]:
+    """Return the offset branches of convolutions, and warn about deformable convolutions that seem to have none."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parents = {name: name.rpartition(".")[0] for name in modules}
+    deformable = {name for name, module in modules.items() if _is_deformable(module)}
+    # The scope of a layer: itself, its siblings, and those of its parent.
+    scopes = {name: (name, parents[name], parents[parents[name]]) for name in deformable}
+    nearby = {scope for names in scopes.values() for scope in names}
+    branches = {
+        name: module for name, module in modules.items() if name and _is_branch(name, module, parents[name] in nearby)
+    }
+    for each in patterns:
+        matches = {name: module for name, module in modules.items() if name and fnmatchcase(name, each)}
+        if not matches:
+            raise ArgumentError(f"pattern must match a module of the model, but nothing is named {each!r}")
+        branches.update(matches)
+    owners = {parents[name] for name in branches}
+    without = [repr(name) for name, names in scopes.items() if owners.isdisjoint(names)]
+    if without and warn:
+        layers = f"{', '.join(without[:3])}{' ...' if len(without) > 3 else ''}"
+        text = f"param_groups recognises no offset branch of the deformable convolutions {layers}"
+        warnings.warn(f"{text}; name the branches with pattern=", stacklevel=3)
+    elif warn and not branches and not any(isinstance(module, RoIPoolBase) for module in modules.values()):
+        text = "param_groups recognises no offset branch in the model, so that offset_lr_mult changes nothing"
+        warnings.warn(f"{text}; name the branches with pattern=", stacklevel=3)
+    return list(branches.values())
+
+
+def _is_deformable(module: nn.Module) -> bool:
+    """Return True for the deformable convolutions of this package, torchvision, mmcv, detectron2 and the extension."""
+    names = {kind.__name__ for kind in type(module).__mro__}
+    return not isinstance(module, ZeroLayer) and not names.isdisjoint(_DEFORMABLE)
+
+
+def _is_branch(name: str, module: nn.Module, near_deformable: bool) -> bool:
+    """Return True if a module is the offset branch of a convolution, by its type or its name."""
+    last = name.rpartition(".")[2]
+    if any(isinstance(part, (nn.Linear, OffsetProjection)) for part in module.modules()):
+        return False  # a branch of RoI pooling
+    words = re.split(r"[_\d]+", last.lower())
+    named = not {"offset", "offsets"}.isdisjoint(words)
+    return isinstance(module, ZeroLayer) or (named and ("conv" in words or near_deformable))
+
+
 def _find_matches(model: nn.Module, where: LayerSelector) -> dict[nn.Module, str]:
     """Return the modules to replace, each with one of its names."""
     modules = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
     found: dict[nn.Module, str] = {}
     if callable(where):
         for name, module in modules:
-            if isinstance(module, nn.Conv2d) and not isinstance(module, OffsetConv2d) and where(name, module):
+            if isinstance(module, nn.Conv2d) and not isinstance(module, ZeroLayer) and where(name, module):
                 found[module] = name
         if not found:
             raise ArgumentError("where must match a convolution of the model, but the function is true for none")
@@ -192,14 +258,12 @@ def _replacement(
 
 def _symmetric_padding(name: str, conv: nn.Conv2d) -> tuple[int, int]:
     """Return the (vertical, horizontal) padding of a convolution, resolving "same" and "valid"."""
-    if conv.padding == "valid":
-        return 0, 0
-    if conv.padding == "same":
-        vertical, horizontal = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size))
-        if vertical % 2 or horizontal % 2:
+    if isinstance(conv.padding, str):
+        (top, bottom), (left, right) = named_padding(conv.padding, conv.kernel_size, conv.stride, conv.dilation)
+        if top != bottom or left != right:
             raise ArgumentError(
                 f"where must match layers that pad both sides alike, but {name} has padding='same' "
                 f"with kernel_size={conv.kernel_size}"
             )
-        return vertical // 2, horizontal // 2
+        return top, left
     return conv.padding  # type: ignore[return-value]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dcnops._backends.cuda import plans
+from dcnops._backends.cuda.kernel_constants import VECTOR_BYTES
 from dcnops._backends.cuda.programs import ArrayForm, Replay, SignatureCache
 from dcnops._backends.cuda.workspace import get_workspace
 from dcnops._dtypes import DTYPES
@@ -19,7 +21,7 @@ from . import devices
 Needs: TypeAlias = tuple[bool, ...]
 
 _NAMES = ("input", "offset", "weight", "bias", "mask")
-_DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
+DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 
 
 class ConvCall:
@@ -53,7 +55,11 @@ class ConvCall:
         ]
         self._device, self._index, self._dtype = input.device, input.get_device(), input.dtype
         self._forward = devices.recorded_programs().record(plans.deform_conv2d, g, self._forms, self._options)
-        self._strides = _strides(self._forward.program.results[0])
+        self._output_shape, self._output_strides = g.output_shape, _strides(self._forward.program.results[0])
+        self._strides = [
+            None if tensor is None else (tensor.contiguous() if i in self.copied else tensor).stride()
+            for i, tensor in enumerate(tensors)
+        ]
         self._backward: dict[tuple[Needs, bool, bool], Replay] = {}
 
     @property
@@ -66,7 +72,7 @@ class ConvCall:
     ) -> Tensor:
         """Return the output of tensors that were made contiguous where that is needed."""
         device, replay = self._device, self._forward
-        output = torch.empty_strided(self._geometry.output_shape, self._strides, dtype=self._dtype, device=device)
+        output = torch.empty_strided(self._output_shape, self._output_strides, dtype=self._dtype, device=device)
         # Not a tensor: with deterministic algorithms enabled, torch fills the memory of new tensors.
         scratch = torch.UntypedStorage(replay.program.scratch_bytes, device=device)
         addresses = [0, input.data_ptr(), offset.data_ptr(), weight.data_ptr()]
@@ -78,18 +84,30 @@ class ConvCall:
         replay.issue(addresses, devices.current_stream(self._index))
         return output
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        input: Tensor,
-        offset: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        needs: Needs,
-    ) -> list[Tensor | None]:
-        """Return the gradients that are needed, in the memory format of their arguments; None for the others."""
-        key = (needs, is_channels_last(grad_out), torch.are_deterministic_algorithms_enabled())
+    def backward(self, grad_out: Tensor, tensors: Sequence[Any], needs: Needs) -> list[Tensor | None]:
+        """Return the gradients that are needed, in the memory format of their arguments; None for the others.
+
+        Hooks may have changed the memory order or alignment of the saved `tensors`: `save_on_cpu` does, with pinned
+        memory.
+        """
+        grad_out_last = False
+        if not grad_out.is_contiguous():
+            grad_out_last = is_channels_last(grad_out)
+            if not grad_out_last:
+                grad_out = grad_out.contiguous()
+        input, offset, weight, bias, mask = tensors
+        strides = self._strides
+        if (
+            input.stride() != strides[0]
+            or offset.stride() != strides[1]
+            or weight.stride() != strides[2]
+            or (mask is not None and mask.stride() != strides[4])
+        ):
+            input, offset, weight, bias, mask = (
+                None if tensor is None else tensor.new_empty_strided(tensor.shape, order).copy_(tensor)
+                for tensor, order in zip(tensors, strides)
+            )
+        key = (needs, grad_out_last, torch.are_deterministic_algorithms_enabled())
         replay = self._backward.get(key)
         if replay is None:
             replay = self._backward[key] = self._record_backward(*key)
@@ -100,6 +118,9 @@ class ConvCall:
         ]
         scratch = torch.UntypedStorage(replay.program.scratch_bytes, device=self._device)
         addresses = [0, grad_out.data_ptr(), input.data_ptr(), offset.data_ptr(), weight.data_ptr()]
+        if (addresses[1] | addresses[2] | addresses[4]) % VECTOR_BYTES:
+            grad_out, input, weight = grad_out.clone(), input.clone(), weight.clone()
+            addresses[1:5] = grad_out.data_ptr(), input.data_ptr(), offset.data_ptr(), weight.data_ptr()
         if mask is not None:
             addresses += (mask.data_ptr(),)
         addresses += [gradient.data_ptr() for gradient in gradients if gradient is not None]
@@ -126,7 +147,7 @@ def can_be_prepared(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor 
     tensors = [tensor for tensor in (input, offset, weight, bias, mask) if tensor is not None]
     legal = (torch.float32, input.dtype) if input.dtype.itemsize == 2 else (input.dtype,)
     return (
-        input.dtype in _DTYPE_NAMES
+        input.dtype in DTYPE_NAMES
         and (bias is None or bias.dtype == input.dtype)
         and (mask is None or mask.dtype == offset.dtype)
         and weight.dtype in legal
@@ -164,15 +185,18 @@ def _gradients_in_order(engine: Any, geometry: DeformConvGeometry, *arguments: A
     return {name: gradients[name] for name in _NAMES if name in gradients}
 
 
-def _form(tensor: Tensor, in_place: bool) -> ArrayForm:
-    """Return what a plan sees of a tensor, or of its contiguous copy."""
-    name = _DTYPE_NAMES[tensor.dtype]
+def numpy_dtype(dtype: torch.dtype) -> Any:
+    name = DTYPE_NAMES[dtype]
     if name == "bfloat16":
         import ml_dtypes
 
-        dtype = np.dtype(ml_dtypes.bfloat16)
-    else:
-        dtype = np.dtype(name)
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def _form(tensor: Tensor, in_place: bool) -> ArrayForm:
+    """Return what a plan sees of a tensor, or of its contiguous copy."""
+    dtype = numpy_dtype(tensor.dtype)
     channels_last = in_place and is_channels_last(tensor)
     has_strides = in_place and not channels_last and not tensor.is_contiguous()
     strides = tuple(stride * dtype.itemsize for stride in tensor.stride()) if has_strides else None

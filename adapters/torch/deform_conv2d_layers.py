@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dcnops._arguments import Pair, check_precision, expand_pair
 from dcnops._errors import ArgumentError, DtypeError, ShapeError
 from dcnops._shapes import output_extent
 
 from .devices import is_autocast_enabled
-from .functional import deform_conv2d, is_tensor_proxy, type_name
+from .functional import deform_conv2d, is_tensor_proxy, named_padding, type_name
+from .zero_layers import Device, ZeroLayer
 
 
 class DeformConvBase(nn.Module):
@@ -21,6 +24,9 @@ class DeformConvBase(nn.Module):
     weight: Tensor
     bias: Tensor | None
     precision: str | None = None  # of modules that were pickled without it
+    # Attributes of `torch.nn.Conv2d` that containers of convolutions read, such as mmcv's ConvModule.
+    transposed = False
+    output_padding = (0, 0)
 
     def __init__(
         self,
@@ -28,12 +34,14 @@ class DeformConvBase(nn.Module):
         out_channels: int,
         kernel_size: Pair,
         stride: Pair = 1,
-        padding: Pair = 0,
+        padding: Pair | str = 0,
         dilation: Pair = 1,
         groups: int = 1,
         bias: bool = True,
         *,
         precision: str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_precision(precision)
@@ -44,12 +52,13 @@ class DeformConvBase(nn.Module):
         self.out_channels = out_channels
         self.kernel_size = expand_pair("kernel_size", kernel_size)
         self.stride = expand_pair("stride", stride)
-        self.padding = expand_pair("padding", padding, minimum=0)
         self.dilation = expand_pair("dilation", dilation)
+        self.padding = symmetric_padding(padding, self.kernel_size, self.stride, self.dilation)
         self.groups = groups
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        shape = out_channels, in_channels // groups, *self.kernel_size
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels))
+            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
@@ -62,15 +71,16 @@ class DeformConvBase(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def convolve(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        bias = getattr(self, "bias", None)  # the layers of mmcv have no attribute
         geometry = self.stride, self.padding, self.dilation
-        return deform_conv2d(input, offset, self.weight, self.bias, *geometry, mask, precision=self.precision)
+        return deform_conv2d(input, offset, self.weight, bias, *geometry, mask, precision=self.precision)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1)):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
-        text = text if self.bias is not None else f"{text}, bias=False"
+        text = f"{text}, bias=False" if getattr(self, "bias", None) is None else text
         return text if self.precision is None else f"{text}, precision={self.precision!r}"
 
 
@@ -85,13 +95,16 @@ class DeformConv2d(DeformConvBase):
     in_channels, out_channels : int
         C and O.
     kernel_size, stride, dilation : int or (vertical, horizontal)
-    padding : int or (vertical, horizontal), in pixels
+    padding : int, (vertical, horizontal), "same" or "valid"
+        In pixels, or by name as in `torch.nn.Conv2d`.
     groups : int
         G, the number of weight groups; divides C and O.
     bias : bool
         Add a bias.
     precision : "ieee", "tf32" or "3xtf32", optional
         Arithmetic of float32 products on a GPU, see `deform_conv2d`.
+    device, dtype : optional
+        Of the parameters, as in `torch.nn.Conv2d`.
 
     Attributes
     ----------
@@ -118,19 +131,20 @@ class DeformConv2d(DeformConvBase):
         return self.convolve(input, offset, mask)
 
 
-class OffsetConv2d(nn.Conv2d):
-    """Offset branch of a deformable convolution. It starts at zero, also after `reset_parameters`."""
+class OffsetBranch(ZeroLayer, DeformConvBase):
+    """Regular convolution that predicts the offsets of a deformable one. It starts at zero; see `ZeroLayer`."""
 
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve `input` [N, C, H, W], giving [N, O, oh, ow]."""
+        numbers = (self.stride, self.padding, self.dilation, self.groups)
+        return functional.conv2d(input, self.weight, self.bias, *numbers)
 
 
 class OffsetBranchConv(DeformConvBase):
     """Deformable convolution with a branch `conv_offset` that predicts `channels_per_tap` values per sampling point."""
 
     channels_per_tap: int
+    branch_type: type[ZeroLayer] = OffsetBranch
 
     def __init__(
         self,
@@ -138,21 +152,30 @@ class OffsetBranchConv(DeformConvBase):
         out_channels: int,
         kernel_size: Pair,
         stride: Pair = 1,
-        padding: Pair = 0,
+        padding: Pair | str = 0,
         dilation: Pair = 1,
         groups: int = 1,
         deform_groups: int = 1,
         bias: bool = True,
         *,
         precision: str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        geometry = kernel_size, stride, padding, dilation
-        super().__init__(in_channels, out_channels, *geometry, groups, bias, precision=precision)
+        geometry = (kernel_size, stride, padding, dilation, groups)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(in_channels, out_channels, *geometry, bias=bias, precision=precision, **options)
         check_divisible("in_channels", in_channels, "deform_groups", deform_groups)
         self.deform_groups = deform_groups
         channels = self.channels_per_tap * self.sampling_points
         branch_geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
-        self.conv_offset = OffsetConv2d(in_channels, channels, *branch_geometry)
+        self.conv_offset = self.branch_type(in_channels, channels, *branch_geometry, **options)
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias again, and set the branch to zero."""
+        super().reset_parameters()
+        if hasattr(self, "conv_offset"):  # not yet, when the constructor of the base class calls this method
+            self.conv_offset.reset_parameters()
 
     def run_branch(self, input: Tensor) -> Tensor:
         """Check `input` [N, C, H, W] and return the values that the branch predicts.
@@ -161,15 +184,19 @@ class OffsetBranchConv(DeformConvBase):
         """
         if not is_tensor_proxy(input):
             check_input(input, self.in_channels)
-            for axis, size, padding, kernel, stride, dilation in zip(
-                ("height", "width"), input.shape[2:], self.padding, self.kernel_size, self.stride, self.dilation
-            ):
-                output_extent(axis, size, 2 * padding, kernel, stride, dilation)
+            if not torch.compiler.is_compiling():  # a check of a size that can change would fix or bound it
+                self._check_extents(input)
             dtype = self.weight.dtype
             if input.dtype != dtype and not is_autocast_enabled(input.device):
                 raise DtypeError(f"input must be {dtype} like the layer's weights, got {input.dtype}")
         values: Tensor = self.conv_offset(input)
         return values
+
+    def _check_extents(self, input: Tensor) -> None:
+        for axis, size, padding, kernel, stride, dilation in zip(
+            ("height", "width"), input.shape[2:], self.padding, self.kernel_size, self.stride, self.dilation
+        ):
+            output_extent(axis, size, 2 * padding, kernel, stride, dilation)
 
     @property
     def sampling_points(self) -> int:
@@ -186,7 +213,7 @@ class DeformConv2dPack(OffsetBranchConv):
 
     Parameters
     ----------
-    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, precision
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, precision, device, dtype
         See `DeformConv2d`. The branch always has a bias.
     deform_groups : int
         D, the number of deformable groups; divides C.
@@ -195,8 +222,9 @@ class DeformConv2dPack(OffsetBranchConv):
     ----------
     weight, bias
         See `DeformConv2d`.
-    conv_offset : torch.nn.Conv2d, C to 2*D*kh*kw channels
-        The branch, with the kernel size, stride, padding and dilation of the layer. Weight and bias start at zero.
+    conv_offset : Module, C to 2*D*kh*kw channels
+        The branch, a regular convolution with the kernel size, stride, padding and dilation of the layer. Weight and
+        bias start at zero. The module is no `torch.nn.Conv2d`, so that code that initialises these leaves it at zero.
 
     Examples
     --------
@@ -221,8 +249,10 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
 
     Parameters
     ----------
-    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias, precision
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias
         See `DeformConv2dPack`.
+    precision, device, dtype : optional
+        See `DeformConv2d`.
     mask_scale : float
         The masks are ``mask_scale * sigmoid(logits)``. With 1, as in the paper, they start at 1/2 and the layer's
         output, apart from the bias, is initially half that of a `torch.nn.Conv2d`. With 2 they start at 1 and both
@@ -232,10 +262,9 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
     ----------
     weight, bias
         See `DeformConv2d`.
-    conv_offset : torch.nn.Conv2d, C to 3*D*kh*kw channels
-        The branch, with the kernel size, stride, padding and dilation of the layer. The first ``2*D*kh*kw`` channels
-        are the offsets (dy and dx of the first tap, dy and dx of the second, ...), the others the logits of the masks.
-        Weight and bias start at zero.
+    conv_offset : Module, C to 3*D*kh*kw channels
+        The branch; see `DeformConv2dPack`. The first ``2*D*kh*kw`` channels are the offsets (dy and dx of the first
+        tap, dy and dx of the second, ...), the others the logits of the masks.
 
     Examples
     --------
@@ -256,7 +285,7 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
         out_channels: int,
         kernel_size: Pair,
         stride: Pair = 1,
-        padding: Pair = 0,
+        padding: Pair | str = 0,
         dilation: Pair = 1,
         groups: int = 1,
         deform_groups: int = 1,
@@ -264,9 +293,11 @@ class ModulatedDeformConv2dPack(OffsetBranchConv):
         *,
         mask_scale: float = 1.0,
         precision: str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        geometry = kernel_size, stride, padding, dilation
-        super().__init__(in_channels, out_channels, *geometry, groups, deform_groups, bias, precision=precision)
+        geometry = (kernel_size, stride, padding, dilation, groups, deform_groups, bias)
+        super().__init__(in_channels, out_channels, *geometry, precision=precision, device=device, dtype=dtype)
         self.mask_scale = mask_scale
 
     def forward(self, input: Tensor) -> Tensor:
@@ -291,6 +322,21 @@ def check_input(input: object, channels: int) -> None:
         raise DtypeError(f"input must be a torch.Tensor, got {type_name(input)}")
     if input.ndim != 4 or input.shape[1] != channels:
         raise ShapeError(f"input must be [N, C = {channels}, H, W], got shape {tuple(input.shape)}")
+
+
+def symmetric_padding(
+    padding: Pair | str, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int]:
+    """Return the (vertical, horizontal) padding of a layer."""
+    if not isinstance(padding, str):
+        return expand_pair("padding", padding, minimum=0)
+    (top, bottom), (left, right) = named_padding(padding, kernel_size, stride, dilation)
+    if top != bottom or left != right:
+        raise ArgumentError(
+            f"padding='same' must pad both sides alike in a layer, which kernel_size={kernel_size} does not; "
+            "the function deform_conv2d can pad them differently"
+        )
+    return top, left
 
 
 def check_divisible(name: str, channels: int, divisor_name: str, divisor: int) -> None:

@@ -14,6 +14,7 @@ from dcnops._errors import ArgumentError, ShapeError
 
 from .deform_conv2d_layers import scaled_masks
 from .functional import deform_roi_pool
+from .zero_layers import Device, OffsetProjection
 
 
 class RoIPoolBase(nn.Module):
@@ -91,14 +92,6 @@ class HiddenLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-class ZeroLinear(nn.Linear):
-    """Last layer of an offset branch: zero, so that pooling starts as RoIAlign."""
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-
 class OffsetBranchRoIPool(RoIPoolBase):
     """RoI pooling with a branch `offset_fc` that predicts `values_per_bin` values from the RoIAlign features."""
 
@@ -114,6 +107,8 @@ class OffsetBranchRoIPool(RoIPoolBase):
         gamma: float = 0.1,
         *,
         num_fcs: int = 1,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(output_size, spatial_scale, sampling_ratio, gamma)
         sizes = {"output_channels": output_channels, "deform_fc_channels": deform_fc_channels, "num_fcs": num_fcs}
@@ -126,9 +121,10 @@ class OffsetBranchRoIPool(RoIPoolBase):
         layers: list[nn.Module] = []
         features = output_channels * bins
         for _ in range(num_fcs - 1):
-            layers += [HiddenLinear(features, deform_fc_channels), nn.ReLU(inplace=True)]
+            hidden = HiddenLinear(features, deform_fc_channels, device=device, dtype=dtype)
+            layers += [hidden, nn.ReLU(inplace=True)]
             features = deform_fc_channels
-        layers.append(ZeroLinear(features, self.values_per_bin * bins))
+        layers.append(OffsetProjection(features, self.values_per_bin * bins, device=device, dtype=dtype))
         self.offset_fc = nn.Sequential(*layers)
 
     def run_branch(self, input: Tensor, rois: Tensor) -> Tensor:
@@ -158,6 +154,8 @@ class DeformRoIPoolPack(OffsetBranchRoIPool):
         Width of the branch's hidden layers, if it has any.
     num_fcs : int
         Fully connected layers of the branch: one in the paper, three in mmcv.
+    device, dtype : optional
+        Of the parameters, as in `torch.nn.Linear`.
 
     Attributes
     ----------
@@ -195,7 +193,7 @@ class ModulatedDeformRoIPoolPack(OffsetBranchRoIPool):
 
     Parameters
     ----------
-    output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma, num_fcs
+    output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma, num_fcs, device, dtype
         See `DeformRoIPoolPack`; `num_fcs` is 3 by default.
     mask_scale : float
         The masks are ``mask_scale * sigmoid(logits)``: 1 as in the paper, 2 to start as RoIAlign.
@@ -227,9 +225,12 @@ class ModulatedDeformRoIPoolPack(OffsetBranchRoIPool):
         *,
         num_fcs: int = 3,
         mask_scale: float = 1.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        sizes = (output_size, output_channels, deform_fc_channels)
         numbers = (spatial_scale, sampling_ratio, gamma)
-        super().__init__(output_size, output_channels, deform_fc_channels, *numbers, num_fcs=num_fcs)
+        super().__init__(*sizes, *numbers, num_fcs=num_fcs, device=device, dtype=dtype)
         self.mask_scale = mask_scale
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
@@ -319,7 +320,7 @@ class MultiScaleDeformRoIPool(nn.Module):
         features : mapping of str to Tensor [N, C, H, W]
             The feature maps. Names that are not in `featmap_names` are ignored.
         boxes : sequence of N Tensors [R_n, 4], in pixels of the image
-            Boxes (x1, y1, x2, y2) of each image.
+            Boxes (x1, y1, x2, y2) of each image, of any dtype. They are converted to at least float32.
         image_shapes : sequence of N (height, width)
             Sizes of the images before they were padded to a batch. The scale of a level is its longer side divided by
             that of the largest image, rounded to the nearest power of two.
@@ -343,7 +344,9 @@ class MultiScaleDeformRoIPool(nn.Module):
                 f"boxes and image_shapes must have one entry for each image, got {len(boxes)} and {len(image_shapes)}"
             )
         maps = [features[name] for name in self.featmap_names]
-        rois = torch.cat([nn.functional.pad(item, (1, 0), value=image) for image, item in enumerate(boxes)])
+        # A 16-bit number cannot hold the index of every image, nor every coordinate.
+        precise = [item.to(torch.promote_types(item.dtype, torch.float32)) for item in boxes]
+        rois = torch.cat([nn.functional.pad(item, (1, 0), value=image) for image, item in enumerate(precise)])
         height, width = (max(sizes) for sizes in zip(*image_shapes))
         # The padding of the batch distorts the scale least along the longer side.
         extent, axis = max((height, -2), (width, -1))
@@ -368,8 +371,7 @@ class MultiScaleDeformRoIPool(nn.Module):
 
     def _levels(self, boxes: Tensor, exponents: Sequence[int]) -> Tensor:
         """Return an index into `featmap_names` for each of `boxes` [R, 4]; level k has stride ``2**exponents[k]``."""
-        # The area of a box can overflow float16.
-        x1, y1, x2, y2 = boxes.to(torch.promote_types(boxes.dtype, torch.float32)).unbind(1)
+        x1, y1, x2, y2 = boxes.unbind(1)
         size = torch.sqrt((x2 - x1) * (y2 - y1))
         level = torch.floor(self.canonical_level + torch.log2(size / self.canonical_scale) + 1e-6)
         # Inverted and NaN boxes have a NaN size. They go to the finest level.

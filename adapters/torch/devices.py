@@ -1,4 +1,4 @@
-"""Devices that the operators support, and the context in which CuPy follows torch on one of them."""
+"""Devices that the operators support, and the context in which the backends follow torch on one of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcnops._backends.cuda.deform_roi_pool_programs import RoIPoolPrograms
 from dcnops._backends.cuda.programs import ProgramCache
 from dcnops._errors import DeviceError
+from dcnops._threads import call_threads
 
 from ..cuda_stream import CudaStream
 
@@ -46,11 +48,19 @@ def recorded_programs() -> ProgramCache:
     return PROGRAMS
 
 
+def roi_pool_programs() -> RoIPoolPrograms:
+    """Return the prepared calls of RoI pooling of the CUDA backend; the first call imports CuPy."""
+    from dcnops._backends.cuda.cupy_engine import ROI_POOL_PROGRAMS
+
+    return ROI_POOL_PROGRAMS
+
+
 @contextlib.contextmanager
 def on_device_of(tensor: Tensor) -> Iterator[None]:
-    """Make CuPy use the tensor's device, torch's current stream and torch's memory; do nothing on a CPU."""
+    """Follow torch: on a GPU its device, current stream and memory, on a CPU its number of threads."""
     if tensor.device.type == "cpu":
-        yield
+        with call_threads(torch.get_num_threads()):
+            yield
         return
     import cupy
 

@@ -77,8 +77,8 @@ def deform_roi_pool(
         samples_x = g.sampling_ratio or _adaptive_samples(bin_width)
         p = torch.arange(g.P, device=input.device)[:, None]
         q = torch.arange(g.Q, device=input.device)
-        top = start[1] + p * bin_height + g.gamma * height * shift[r, 1]
-        left = start[0] + q * bin_width + g.gamma * width * shift[r, 0]
+        top = start[1] + p * bin_height + _displacement(g.gamma * height, shift[r, 1])
+        left = start[0] + q * bin_width + _displacement(g.gamma * width, shift[r, 0])
         i = (torch.arange(samples_y, device=input.device).to(compute_dtype) + 0.5) * bin_height / max(samples_y, 1)
         j = (torch.arange(samples_x, device=input.device).to(compute_dtype) + 0.5) * bin_width / max(samples_x, 1)
         y = (top[:, :, None, None] + i[:, None]).expand(g.P, g.Q, samples_y, samples_x)
@@ -93,6 +93,11 @@ def deform_roi_pool(
     if mask is not None:
         output = output * mask.to(compute_dtype)[:, None]
     return output.to(input.dtype)
+
+
+def _displacement(factor: Tensor, offset: Tensor) -> Tensor:
+    """Return `factor * offset`, but an infinite offset for an infinite offset, even if the factor is 0."""
+    return torch.where(torch.isinf(offset), offset.detach(), factor * offset)
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -1,4 +1,6 @@
-"""Eager calls on plain CUDA tensors, past the dispatcher: an `autograd.Function` replays the recorded programs.
+"""Eager calls on plain tensors, past the dispatcher: an `autograd.Function` calls the backend.
+
+On CUDA tensors, it issues recorded programs.
 
 All other calls go through the registered operator: compilation, export, tracing, tensor subclasses, functorch, dispatch
 and function modes, forward-mode derivatives, calls under the profiler, which only sees operators, and calls that are
@@ -14,14 +16,14 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
 
+from dcnops._arguments import expand_pair
 from dcnops._backends.cuda.workspace import get_workspace
 from dcnops._explain import is_explaining
 
-from . import devices, operators
-from .cuda_calls import CALLS, ConvCall, can_be_prepared, is_dense
+from . import cpu_calls, cuda_roi_calls, devices, operators
+from .cuda_calls import CALLS, ConvCall, can_be_prepared
+from .cuda_roi_calls import ROI_CALLS, RoICall
 
-_TENSOR = frozenset((Tensor, Parameter))
-_TENSOR_OR_NONE = frozenset((Tensor, Parameter, type(None)))
 _ALIGNMENT_MASK = 15
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -29,15 +31,26 @@ _function_modes = torch._C._len_torch_function_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _jit_tracing = torch._C._get_tracing_state
 _is_profiling = torch._C._autograd._profiler_enabled
+_in_inference_mode = torch.is_inference_mode_enabled
 
 
 def is_plain(required: tuple[Any, ...], optional: tuple[Any, ...]) -> bool:
-    """Check for plain tensors on the current GPU and for the absence of modes that have to see the operator."""
+    """Check for plain tensors, and that no mode is active that has to see the operator."""
+    # Loops, because calls are what costs most here.
+    for tensor in required:
+        if tensor is None:
+            return False
+    may_be_view = _in_inference_mode()  # tensors do not know there
+    for tensor in (*required, *optional):
+        kind = type(tensor)
+        if kind is Tensor or kind is Parameter:
+            # Views such as ``x.conj().imag`` are stored with the opposite sign.
+            if (may_be_view or tensor._base is not None) and tensor.is_neg():
+                return False
+        elif tensor is not None:
+            return False
     return (
-        _TENSOR.issuperset(map(type, required))
-        and _TENSOR_OR_NONE.issuperset(map(type, optional))
-        and devices.is_on_current_gpu(required[0])
-        and _dispatch_modes() == 0
+        _dispatch_modes() == 0
         and _function_modes() == 0
         and _functorch_level() is None
         and forward_ad._current_level < 0
@@ -45,6 +58,10 @@ def is_plain(required: tuple[Any, ...], optional: tuple[Any, ...]) -> bool:
         and not _is_profiling()
         and not is_explaining()
     )
+
+
+def _is_plain_gradient(grad_out: Tensor) -> bool:
+    return (grad_out.is_cpu or devices.is_on_current_gpu(grad_out)) and is_plain((grad_out,), ())
 
 
 def deform_conv2d(
@@ -59,10 +76,13 @@ def deform_conv2d(
     precision: str,
 ) -> Tensor | None:
     """Compute the operator of tensors that are `is_plain`; return None where the operator itself has to be called."""
+    tensors = input, offset, weight, bias, mask
+    if not devices.is_on_current_gpu(input):
+        cpu_call = cpu_calls.conv_call(*tensors, stride, padding, dilation, precision)
+        return None if cpu_call is None else _convolve(cpu_call, *tensors)
     call = _find(input, offset, weight, bias, mask, stride, padding, dilation, precision)
     if call is None:
         return None
-    tensors = input, offset, weight, bias, mask
     if call.copied:
         tensors = tuple(  # type: ignore[assignment]
             tensor.contiguous() if i in call.copied and tensor is not None else tensor
@@ -70,10 +90,27 @@ def deform_conv2d(
         )
     if (tensors[0].data_ptr() | tensors[2].data_ptr()) & _ALIGNMENT_MASK:
         return None
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        output: Tensor = _DeformConv2d.apply(call, *tensors)
+    return _convolve(call, *tensors)
+
+
+def _convolve(
+    call: ConvCall | cpu_calls.ConvCall,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or offset.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (mask is not None and mask.requires_grad)
+    ):
+        output: Tensor = _DeformConv2d.apply(call, input, offset, weight, bias, mask)
         return output
-    return call.forward(*tensors)
+    return call.forward(input, offset, weight, bias, mask)
 
 
 def _find(
@@ -109,7 +146,7 @@ def _find(
 
 class _DeformConv2d(Function):
     @staticmethod
-    def forward(ctx: Any, call: ConvCall, *tensors: Any) -> Tensor:
+    def forward(ctx: Any, call: ConvCall | cpu_calls.ConvCall, *tensors: Any) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.call = call
         return call.forward(*tensors)
@@ -118,10 +155,111 @@ class _DeformConv2d(Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         call, tensors = ctx.call, ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or not is_plain((grad_out,), ()):
-            # The operator, which has a gradient of its own.
-            gradients = operators.deform_conv2d_backward(grad_out, *tensors, *call.numbers, list(needs))
+        if torch.is_grad_enabled() or not _is_plain_gradient(grad_out):
+            # The operator, which has a gradient of its own, and takes weights in the dtype of the input.
+            input, offset, weight, *others = tensors
+            rounded = weight.to(input.dtype)
+            first, second, grad_weight, *rest = operators.deform_conv2d_backward(
+                grad_out, input, offset, rounded, *others, *call.numbers, list(needs)
+            )
+            gradients = first, second, grad_weight.to(weight.dtype), *rest
             return (None, *operators.none_unless_needed(gradients, needs))
-        if not is_dense(grad_out) or grad_out.data_ptr() & _ALIGNMENT_MASK:
-            grad_out = grad_out.clone(memory_format=torch.contiguous_format)
-        return (None, *call.backward(grad_out, *tensors, needs))
+        return (None, *call.backward(grad_out, tensors, needs))
+
+
+def deform_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    output_size: Any,
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+) -> Tensor | None:
+    """Compute the operator of tensors that are `is_plain`; return None where the operator itself has to be called."""
+    if not devices.is_on_current_gpu(input):
+        numbers = output_size, spatial_scale, sampling_ratio, gamma
+        cpu_call = cpu_calls.roi_call(input, rois, offset, mask, *numbers)
+        return None if cpu_call is None else _pool(cpu_call, input, rois, offset, mask)
+    # The first axis of all tensors but `input` is the number of regions, which may change from call to call.
+    key = (
+        input.shape, input.stride(), input.dtype, input.device,
+        rois.shape[1:], rois.dtype, rois.device,
+        offset is not None and (offset.shape[1:], offset.dtype, offset.device),
+        mask is not None and (mask.shape[1:], mask.dtype, mask.device),
+        expand_pair("output_size", output_size), spatial_scale, sampling_ratio, type(sampling_ratio), gamma,
+    )  # fmt: skip
+    try:
+        call = ROI_CALLS.get(key)
+    except TypeError:  # no hash, hence not a number
+        return None
+    if call is None:
+        call = _prepare_roi_call(key, input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma)
+        if call is None:
+            return None
+    input = input.contiguous(memory_format=call.memory_format)
+    if input.data_ptr() & _ALIGNMENT_MASK:
+        return None
+    if offset is not None:
+        if offset.shape[0] != rois.shape[0]:
+            return None
+        offset = offset.contiguous()
+    if mask is not None:
+        if mask.shape[0] != rois.shape[0]:
+            return None
+        mask = mask.contiguous()
+    if rois.dtype is not call.rois_dtype:
+        rois = rois.to(call.rois_dtype)
+    return _pool(call, input, rois.contiguous(), offset, mask)
+
+
+def _pool(
+    call: RoICall | cpu_calls.RoICall, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or rois.requires_grad
+        or (offset is not None and offset.requires_grad)
+        or (mask is not None and mask.requires_grad)
+    ):
+        output: Tensor = _DeformRoIPool.apply(call, input, rois, offset, mask)
+        return output
+    return call.forward(input, rois, offset, mask)
+
+
+def _prepare_roi_call(key: Any, *arguments: Any) -> RoICall | None:
+    call = None
+    if cuda_roi_calls.can_be_prepared(*arguments[:4]):
+        call = ROI_CALLS.add(key, lambda: RoICall(*arguments))
+        if call is None:
+            ROI_CALLS.see(key)
+    return call
+
+
+class _DeformRoIPool(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: RoICall | cpu_calls.RoICall,
+        input: Tensor,
+        rois: Tensor,
+        offset: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(input, rois, offset, mask)
+        ctx.call = call
+        return call.forward(input, rois, offset, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        call, tensors = ctx.call, ctx.saved_tensors
+        _, input, _, offset, mask = ctx.needs_input_grad
+        needs = (input, offset, mask)
+        if torch.is_grad_enabled() or not (_is_plain_gradient(grad_out) and call.has_backward(needs)):
+            # The operator can be differentiated again, and can be deterministic.
+            gradients = operators.deform_roi_pool_backward(grad_out, *tensors, *call.numbers, list(needs))
+            input, offset, mask = operators.none_unless_needed(gradients, needs)
+        else:
+            input, offset, mask = call.backward(grad_out, tensors, needs)
+        return None, input, None, offset, mask

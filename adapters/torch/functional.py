@@ -12,10 +12,11 @@ from torch.overrides import handle_torch_function
 
 from dcnops._arguments import Padding, Pair, check_precision, check_sampling, expand_padding, expand_pair
 from dcnops._dtypes import DTYPES
-from dcnops._errors import DeviceError, DtypeError
+from dcnops._errors import ArgumentError, DeviceError, DtypeError
 
-from . import eager, operators
+from . import devices, eager, operators
 from .devices import check_device, is_autocast_enabled
+from .flops import register_formulas
 from .precision import operator_precision
 
 _FLOAT_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
@@ -28,7 +29,7 @@ def deform_conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Pair = 1,
-    padding: Padding = 0,
+    padding: Padding | str = 0,
     dilation: Pair = 1,
     mask: Tensor | None = None,
     *,
@@ -47,7 +48,8 @@ def deform_conv2d(
     weight : Tensor [O, C/G, kh, kw]
     bias : Tensor [O], optional
     stride, dilation : int or (vertical, horizontal)
-    padding : int, (vertical, horizontal) or ((top, bottom), (left, right)), in pixels
+    padding : int, (vertical, horizontal), ((top, bottom), (left, right)), "same" or "valid"
+        In pixels, or by name as in `torch.nn.functional.conv2d`.
     mask : Tensor [N, D*kh*kw, oh, ow], optional
     precision : "ieee", "tf32" or "3xtf32", optional
         Arithmetic of float32 products on a GPU, forward and backward. The default is that of `set_float32_precision`,
@@ -94,6 +96,9 @@ def deform_conv2d(
     >>> deform_conv2d(image, offset, torch.ones(1, 1, 1, 1))[0, 0, 0]
     tensor([0.5000, 1.5000, 2.5000, 1.5000])
     """
+    if isinstance(padding, str) and isinstance(weight, Tensor):
+        strides, dilations = expand_pair("stride", stride), expand_pair("dilation", dilation)
+        padding = named_padding(padding, weight.shape[2:], strides, dilations)
     if not torch.compiler.is_compiling() and eager.is_plain((input, offset, weight), (bias, mask)):
         output = _call_eagerly(input, offset, weight, bias, mask, stride, padding, dilation, precision)
         if output is not None:
@@ -166,6 +171,13 @@ def deform_roi_pool(
     tensor([[ 2.5000,  4.5000],
             [10.5000, 12.5000]])
     """
+    if not torch.compiler.is_compiling() and eager.is_plain((input, rois), (offset, mask)):
+        if is_autocast_enabled(input.device):
+            (input,), (offset, mask) = _promote_dtypes((input,), (offset, mask))
+        numbers = (output_size, spatial_scale, sampling_ratio, gamma)
+        output = eager.deform_roi_pool(input, rois, offset, mask, *numbers)
+        if output is not None:
+            return output
     if proxies := _tensor_proxies(input, rois, offset, mask):
         return handle_torch_function(
             deform_roi_pool,
@@ -186,6 +198,21 @@ def deform_roi_pool(
     return _call_operator(operators.deform_roi_pool, input, rois, offset, mask, size, scale, ratio, factor)
 
 
+def named_padding(
+    padding: str, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return ((top, bottom), (left, right)) of a padding by name, as in `torch.nn.functional.conv2d`."""
+    if padding not in ("same", "valid"):
+        raise ArgumentError(f"padding must be numbers of pixels, 'same' or 'valid', got {padding!r}")
+    if padding == "valid":
+        return (0, 0), (0, 0)
+    if max(stride) > 1:
+        raise ArgumentError(f"stride must be 1 with padding='same', got {stride}")
+    vertical, horizontal = (d * (k - 1) for d, k in zip(dilation, kernel_size))
+    # An odd number of pixels has the larger half at the bottom and on the right.
+    return (vertical // 2, -(-vertical // 2)), (horizontal // 2, -(-horizontal // 2))
+
+
 def _call_eagerly(
     input: Tensor,
     offset: Tensor,
@@ -200,9 +227,11 @@ def _call_eagerly(
     """Compute `deform_conv2d` of plain tensors past the dispatcher; return None where that is not possible."""
     if precision is not None:
         check_precision(precision)
-    if torch.is_autocast_enabled("cuda"):
+    if not (input.is_cpu or input.is_cuda):
+        return None
+    if torch.is_autocast_enabled(input.device.type):
         # The kernels round float32 weights themselves, and do not round their gradient.
-        is_wide = weight.dtype == torch.float32
+        is_wide = weight.dtype == torch.float32 and devices.is_on_current_gpu(input)
         data, (offset, mask) = _promote_dtypes((input, bias) if is_wide else (input, bias, weight), (offset, mask))
         input, bias = data[:2]
         if not is_wide or input.dtype not in _SIXTEEN_BIT_DTYPES:
@@ -221,6 +250,8 @@ def _call_operator(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
             "the operations of dcnops have no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); "
             "use torch.autograd.grad or backward()"
         )
+    if not torch.compiler.is_compiling():
+        register_formulas()
     try:
         return operator(*arguments)
     except RuntimeError as error:

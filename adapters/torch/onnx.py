@@ -17,6 +17,7 @@ import torch
 
 from dcnops._errors import ArgumentError, DcnError, ShapeError
 
+from .. import name_extra
 from . import operators
 
 _LOWEST_OPSET = 19
@@ -99,15 +100,16 @@ def export(
     if opset_version < _LOWEST_OPSET:
         raise _opset_error(opset_version)
     try:
-        program = torch.onnx.export(
-            model,
-            args,
-            f,
-            dynamo=True,
-            opset_version=opset_version,
-            custom_translation_table={**translation_table(), **(custom_translation_table or {})},
-            **kwargs,
-        )
+        with name_extra("onnx", "onnx", "onnxscript", "onnx_ir"):
+            program = torch.onnx.export(
+                model,
+                args,
+                f,
+                dynamo=True,
+                opset_version=opset_version,
+                custom_translation_table={**translation_table(), **(custom_translation_table or {})},
+                **kwargs,
+            )
     except torch.onnx.OnnxExporterError as error:
         cause = _dcnops_cause(error)
         if cause is None:
@@ -330,7 +332,8 @@ def _axis_neighbours(
     start = low * constant(spatial_scale) - half
     region = (high * constant(spatial_scale) - half) - start
     length = region / constant(float(np.size(bins)))
-    position = (start + constant(bins) * length) + (constant(gamma) * region) * shift
+    displacement = op.Where(op.IsInf(shift), shift, (constant(gamma) * region) * shift)
+    position = (start + constant(bins) * length) + displacement
     position = position + constant(np.arange(samples) + 0.5) * length / constant(float(samples))
     # region - region is NaN for an infinite region: such a region gives NaN, an infinite offset gives 0.
     position = position + (region - region)

@@ -16,33 +16,51 @@ import torch
 from torch import Tensor
 
 import dcnops
-from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
+from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry, check_conv_ranks, check_roi_ranks
 
 from . import differentiable
-from .arrays import as_array, as_tensor
+from .arrays import as_array, as_tensor, coordinate_dtype
 from .devices import DEVICES, on_device_of
+from .flops import register_formulas
 from .precision import precision_now
 
 _CONV_TENSORS = "Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask"
-_CONV_NUMBERS = "int[] stride, int[] padding, int[] dilation, str precision"
+_CONV_NUMBERS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, str precision"
 _ROI_TENSORS = "Tensor input, Tensor rois, Tensor? offset, Tensor? mask"
-_ROI_NUMBERS = "int[] output_size, float spatial_scale, int sampling_ratio, float gamma"
+_ROI_NUMBERS = "SymInt[] output_size, float spatial_scale, SymInt sampling_ratio, float gamma"
 
-_LIBRARY = torch.library.Library("dcnops", "DEF")
-for _schema in (
+_SCHEMAS = (
     f"deform_conv2d({_CONV_TENSORS}, {_CONV_NUMBERS}) -> Tensor",
     f"deform_conv2d_backward(Tensor grad_out, {_CONV_TENSORS}, {_CONV_NUMBERS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"deform_roi_pool({_ROI_TENSORS}, {_ROI_NUMBERS}) -> Tensor",
     f"deform_roi_pool_backward(Tensor grad_out, {_ROI_TENSORS}, {_ROI_NUMBERS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor)",
-):
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+)
+
+
+def _implementation_library() -> torch.library.Library:
+    """Define the operators, unless this module was imported before; return the library of their implementations.
+
+    Torch allows one definition per process. Implementations of an earlier import are removed.
+    """
+    libraries: dict[str, Any] = vars(torch.ops.dcnops)
+    if "_implementations" in libraries:
+        libraries["_implementations"]._destroy()
+    else:
+        libraries["_definitions"] = torch.library.Library("dcnops", "DEF")
+        for schema in _SCHEMAS:
+            libraries["_definitions"].define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    libraries["_implementations"] = library = torch.library.Library("dcnops", "IMPL")
+    return library
+
+
+_LIBRARY = _implementation_library()
 
 deform_conv2d = torch.ops.dcnops.deform_conv2d.default
 deform_roi_pool = torch.ops.dcnops.deform_roi_pool.default
 deform_conv2d_backward = torch.ops.dcnops.deform_conv2d_backward.default
-_roi_backward = torch.ops.dcnops.deform_roi_pool_backward.default
+deform_roi_pool_backward = torch.ops.dcnops.deform_roi_pool_backward.default
 
 
 def _padding_pairs(padding: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -54,6 +72,11 @@ def _arrays(**tensors: Tensor | None) -> dict[str, Any]:
     return {name: as_array(tensor) for name, tensor in tensors.items()}
 
 
+def _coordinates(rois: Tensor, input: Tensor) -> Tensor:
+    """Return the regions in the form that the kernels take. A conversion by CuPy would be compiled at first use."""
+    return rois.to(coordinate_dtype(input)).contiguous() if input.is_cuda and rois.is_floating_point() else rois
+
+
 def _needed_names(needs: Sequence[bool], *names: str) -> list[str]:
     return [name for name, need in zip(names, needs) if need]
 
@@ -61,7 +84,7 @@ def _needed_names(needs: Sequence[bool], *names: str) -> list[str]:
 def _gradient_tensors(gradients: Sequence[Any], arguments: Sequence[Tensor | None]) -> list[Tensor]:
     """Convert gradient arrays to tensors, each in the memory format of its argument."""
     return [
-        _empty_gradient(arguments) if array is None else _match_memory_format(argument, as_tensor(array))
+        _empty_gradient(arguments) if array is None else match_memory_format(argument, as_tensor(array))
         for array, argument in zip(gradients, arguments)
     ]
 
@@ -72,13 +95,24 @@ def _empty_gradient(arguments: Sequence[Tensor | None]) -> Tensor:
     return input.new_empty(0)
 
 
-def _match_memory_format(reference: Tensor | None, images: Tensor) -> Tensor:
+def match_memory_format(reference: Tensor | None, images: Tensor) -> Tensor:
     """Convert `images` to channels_last if `reference` has that memory format."""
-    if reference is None or reference.ndim != 4 or reference.is_contiguous():
-        return images
-    if not reference.is_contiguous(memory_format=torch.channels_last):
+    if reference is None or not _is_channels_last(reference):
         return images
     return images.contiguous(memory_format=torch.channels_last)
+
+
+def _is_channels_last(images: Tensor) -> bool:
+    """Check for the channels_last memory format that is not contiguous as well."""
+    if images.ndim != 4:
+        return False
+    if not images._has_symbolic_sizes_strides:
+        return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    _, C, H, W = images.shape
+    strides = zip(images.stride(), (C * H * W, 1, C * W, C))
+    return statically_known_true(C != 1) and all(statically_known_true(a == b) for a, b in strides)
 
 
 # Implementations
@@ -94,7 +128,7 @@ def _conv_forward_kernel(
             stride=stride, padding=_padding_pairs(padding), dilation=dilation,
             precision=precision_now(precision),
         )  # fmt: skip
-        return _match_memory_format(input, as_tensor(output))
+        return match_memory_format(input, as_tensor(output))
 
 
 def _conv_backward_kernel(
@@ -118,7 +152,7 @@ def _roi_forward_kernel(
 ) -> Tensor:  # fmt: skip
     with on_device_of(input):
         output = dcnops.deform_roi_pool(
-            **_arrays(input=input, rois=rois, offset=offset, mask=mask),
+            **_arrays(input=input, rois=_coordinates(rois, input), offset=offset, mask=mask),
             output_size=output_size, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio, gamma=gamma,
         )  # fmt: skip
         return as_tensor(output)
@@ -130,7 +164,7 @@ def _roi_backward_kernel(
 ) -> list[Tensor]:  # fmt: skip
     with on_device_of(input):
         gradients = dcnops.deform_roi_pool_backward(
-            **_arrays(grad_out=grad_out, input=input, rois=rois, offset=offset, mask=mask),
+            **_arrays(grad_out=grad_out, input=input, rois=_coordinates(rois, input), offset=offset, mask=mask),
             output_size=output_size, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio, gamma=gamma,
             needs=_needed_names(needs, "input", "offset", "mask"),
             deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -139,29 +173,63 @@ def _roi_backward_kernel(
 
 
 # Output shapes, for tracing
+#
+# A comparison of symbolic sizes becomes a guard of the compiled program, which then refuses other sizes or is compiled
+# again. Symbolic sizes are therefore not checked here but where they are known: when the operator runs.
 
 
-def _conv_geometry(*args: Any) -> DeformConvGeometry:
-    input, offset, weight, bias, mask, stride, padding, dilation = args[:8]
-    return DeformConvGeometry.of(input, offset, weight, bias, mask, stride, _padding_pairs(padding), dilation)
+def _has_symbols(*arguments: Any) -> bool:
+    """Check for a tensor with symbolic sizes or a symbolic number."""
+    return any(
+        argument._has_symbolic_sizes_strides
+        if isinstance(argument, Tensor)
+        else _has_symbols(*argument)
+        if isinstance(argument, (list, tuple))
+        else isinstance(argument, (torch.SymInt, torch.SymFloat))
+        for argument in arguments
+    )
+
+
+def _check_conv(arguments: Sequence[Any], grad_out: Tensor | None = None) -> None:
+    input, offset, weight, bias, mask, stride, padding, dilation, _ = arguments
+    if _has_symbols(grad_out, *arguments):
+        check_conv_ranks(input.shape, offset.shape, weight.shape, None if mask is None else mask.shape)
+        return
+    pairs = _padding_pairs(padding)
+    geometry = DeformConvGeometry.of(input, offset, weight, bias, mask, stride, pairs, dilation)
+    if grad_out is not None:
+        geometry.check_grad_out(tuple(grad_out.shape))
+
+
+def _check_roi_pool(arguments: Sequence[Any], grad_out: Tensor | None = None) -> None:
+    if _has_symbols(grad_out, *arguments):
+        check_roi_ranks(arguments[0].shape, arguments[1].shape)
+        return
+    geometry = DeformRoIPoolGeometry.of(*arguments)
+    if grad_out is not None:
+        geometry.check_grad_out(tuple(grad_out.shape))
 
 
 def _conv_forward_shape(*args: Any) -> Tensor:
-    return _match_memory_format(args[0], args[0].new_empty(_conv_geometry(*args).output_shape))
+    _check_conv(args)
+    input, offset, weight = args[:3]
+    return match_memory_format(input, input.new_empty((input.shape[0], weight.shape[0], *offset.shape[2:])))
 
 
 def _conv_backward_shape(grad_out: Tensor, *args: Any) -> list[Tensor]:
-    _conv_geometry(*args[:-1]).check_grad_out(tuple(grad_out.shape))
+    _check_conv(args[:-1], grad_out)
     return _gradient_shapes(args[:5], args[-1])
 
 
 def _roi_forward_shape(*args: Any) -> Tensor:
-    output: Tensor = args[0].new_empty(DeformRoIPoolGeometry.of(*args).output_shape)
+    _check_roi_pool(args)
+    input, rois, output_size = args[0], args[1], args[4]
+    output: Tensor = input.new_empty((rois.shape[0], input.shape[1], *output_size))
     return output
 
 
 def _roi_backward_shape(grad_out: Tensor, *args: Any) -> list[Tensor]:
-    DeformRoIPoolGeometry.of(*args[:-1]).check_grad_out(tuple(grad_out.shape))
+    _check_roi_pool(args[:-1], grad_out)
     return _gradient_shapes((args[0], args[2], args[3]), args[-1])
 
 
@@ -169,7 +237,7 @@ def _gradient_shapes(arguments: Sequence[Tensor | None], needs: Sequence[bool]) 
     return [
         _empty_gradient(arguments)
         if argument is None or not need
-        else _match_memory_format(argument, argument.new_empty(argument.shape))
+        else match_memory_format(argument, argument.new_empty(argument.shape))
         for argument, need in zip(arguments, needs)
     ]
 
@@ -195,6 +263,7 @@ def _register_autograd(name: str, gradient: Callable[..., tuple[Any, ...]], tens
         backward = staticmethod(gradient)
 
     def kernel(*arguments: Any) -> Any:
+        register_formulas()
         if torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in arguments[:tensors]
         ):
@@ -213,7 +282,7 @@ def _conv_gradient(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 
 def _roi_gradient(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     needs = [bool(ctx.needs_input_grad[i]) for i in (0, 2, 3)]
-    gradients = _roi_backward(grad_out, *ctx.saved_tensors, *ctx.numbers, needs)
+    gradients = deform_roi_pool_backward(grad_out, *ctx.saved_tensors, *ctx.numbers, needs)
     input, offset, mask = none_unless_needed(gradients, needs)
     return (input, None, offset, mask, None, None, None, None)
 

@@ -16,32 +16,9 @@ __device__ __forceinline__ long long array_job_tiles(const ArrayJobsParams& p) {
   return tiles;
 }
 
-// Scalar rows from images of the type From.
-template <typename Scalar, typename From>
-__device__ __forceinline__ void transpose_to_rows(const ArrayJob& job, int t, unsigned char* shared) {
-  if (job.P == 1) {
-    copy_rows<Scalar, From>(job, t);
-  } else if (SmallImages<Scalar>::fit(job)) {
-    small_pixels_to_rows<Scalar, From>(job, t, shared);
-  } else {
-    pixels_to_rows<Scalar, From>(job, t, shared);
-  }
-}
-
-// Images of the type To from rows of sums.
-template <typename To>
-__device__ __forceinline__ void transpose_to_pixels(const ArrayJob& job, int t, unsigned char* shared) {
-  if (job.P == 1) {
-    copy_rows<To, Accumulator<To>>(job, t);
-  } else if (SmallImages<To>::fit(job)) {
-    small_rows_to_pixels<To>(job, t, shared);
-  } else {
-    rows_to_pixels<To>(job, t, shared);
-  }
-}
-
-// Runs tile t of all jobs. Block: kThreads threads in x, all with the same t.
-template <typename Scalar>
+// Runs tile t of all jobs. Block: kThreads threads in x, all with the same t. Without `ends_pass`, the jobs that turn
+// sums into results are left out.
+template <typename Scalar, bool ends_pass>
 __device__ __forceinline__ void run_array_job_tile(const ArrayJobsParams& p, long long t, unsigned char* shared) {
 #pragma unroll 1
   for (int i = 0; i < kMaxArrayJobs; ++i) {
@@ -51,22 +28,36 @@ __device__ __forceinline__ void run_array_job_tile(const ArrayJobsParams& p, lon
       switch (job.task) {
         case kPixelsToRows:
         case kPixelsToRoundedRows:
-          transpose_to_rows<Scalar, Scalar>(job, tile, shared);
+          if (job.P == 1) {
+            copy_rows<Scalar, Scalar>(job, tile);
+          } else if (SmallImages<Scalar>::fit(job)) {
+            small_pixels_to_rows<Scalar>(job, tile, shared);
+          } else {
+            pixels_to_rows<Scalar>(job, tile, shared);
+          }
           break;
         case kWidePixelsToRows:
-          if constexpr (sizeof(Scalar) == 2) transpose_to_rows<Scalar, Accumulator<Scalar>>(job, tile, shared);
+          wide_pixels_to_rows<Scalar>(job, tile);
           break;
         case kRowsToPixels:
-          transpose_to_pixels<Scalar>(job, tile, shared);
+          if constexpr (ends_pass) {
+            if (job.P == 1) {
+              copy_rows<Scalar, Accumulator<Scalar>>(job, tile);
+            } else if (SmallImages<Scalar>::fit(job)) {
+              small_rows_to_pixels<Scalar>(job, tile, shared);
+            } else {
+              rows_to_pixels<Scalar>(job, tile, shared);
+            }
+          }
           break;
         case kRowsToWidePixels:
-          if constexpr (sizeof(Scalar) == 2) transpose_to_pixels<Accumulator<Scalar>>(job, tile, shared);
+          if constexpr (ends_pass) rows_to_wide_pixels<Accumulator<Scalar>>(job, tile);
           break;
         case kSumPixels:
           sum_pixels<Scalar>(job, tile, shared);
           break;
         case kSumRows:
-          sum_rows<Scalar>(job, tile, shared);
+          if constexpr (ends_pass) sum_rows<Scalar>(job, tile, shared);
           break;
         case kSumRowParts:
           sum_row_part<Scalar>(job, tile, shared);

@@ -69,7 +69,10 @@ __device__ __forceinline__ BinAxis bin_axis(const DeformRoIPoolBins& bins, const
   BinAxis axis;
   axis.region = end - start;
   axis.length = axis.region / static_cast<Sum>(parts);
-  const Sum shift = rounded_product(rounded_product(static_cast<Sum>(size.gamma), axis.region), offset);
+  // No offset moves nothing and an infinite one moves a bin out of reach, even if gamma * region is infinite or 0.
+  const bool scales = offset != Sum(0) && is_finite(offset);
+  const Sum shift =
+      scales ? rounded_product(rounded_product(static_cast<Sum>(size.gamma), axis.region), offset) : offset;
   axis.start = start + rounded_product(static_cast<Sum>(part), axis.length) + shift;
   axis.samples = size.sampling_ratio;
   if (axis.samples == 0) {
@@ -119,6 +122,8 @@ __device__ __forceinline__ WarpBin find_bin(const DeformRoIPoolBins& bins, const
   const bool axis_is_nan = __any_sync(kAllLanes, is_nan(bin.axis)) != 0;
   bin.share = bin_share(bins, at, axis_is_nan, __shfl_sync(kAllLanes, bin.axis.samples, 0),
                         __shfl_sync(kAllLanes, bin.axis.samples, kHalf));
+  // One index for the warp, even if the regions change while its lanes read them.
+  bin.share.image = __shfl_sync(kAllLanes, bin.share.image, 0);
   if (bin.share.image < 0) bin.axis.last = bin.axis.first;
   bin.first_y = __shfl_sync(kAllLanes, bin.axis.first, 0);
   bin.last_y = __shfl_sync(kAllLanes, bin.axis.last, 0);

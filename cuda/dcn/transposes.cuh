@@ -150,30 +150,19 @@ __device__ __forceinline__ float round_if<float>(float value, bool rounds) {
   return rounds ? round_to_tf32(value) : value;
 }
 
-// Rounds an element, unless it has the type already.
-template <typename T, typename From>
-__device__ __forceinline__ T convert(From value) {
-  if constexpr (sizeof(From) == sizeof(T)) {
-    return value;
-  } else {
-    return narrow<T>(value);
-  }
-}
-
-template <typename T, typename From>
+template <typename T>
 __device__ __forceinline__ void pixels_to_rows(const ArrayJob& job, int t, unsigned char* shared) {
   using Tile = TransposeTile<T>;
   const Tile tile(job, t, shared);
   const bool rounds = job.task == kPixelsToRoundedRows;
-  const int width = sizeof(From) == sizeof(T) ? pixels_at_once(job, tile, job.source) : 1;
+  const int width = pixels_at_once(job, tile, job.source);
   if (width == Tile::kVector) {
     read_pixels<Tile::kVector>(job, tile);
   } else if (width == 2) {
     read_pixels<2>(job, tile);
   } else {
-    const From* source = static_cast<const From*>(job.source) + tile.first(job);
-    visit_pixels(tile,
-                 [&](int c, int p) { tile.at(c, p) = convert<T>(source[static_cast<long long>(c) * job.P + p]); });
+    const T* source = static_cast<const T*>(job.source) + tile.first(job);
+    visit_pixels(tile, [&](int c, int p) { tile.at(c, p) = source[static_cast<long long>(c) * job.P + p]; });
   }
   __syncthreads();
   T* target = static_cast<T*>(job.target) + tile.row * job.C + tile.channel;
@@ -266,29 +255,26 @@ struct SmallImages {
   }
 };
 
-template <typename T, typename From>
-__device__ __forceinline__ void copy_elements(T* to, const From* from, int count) {
-  int in_vectors = 0;
-  if constexpr (sizeof(From) == sizeof(T)) {
-    using Elements = Vector<T, 16 / sizeof(T)>;
-    constexpr int vector = 16 / sizeof(T);
-    in_vectors = is_aligned(from, 16) && is_aligned(to, 16) ? count / vector * vector : 0;
+template <typename T>
+__device__ __forceinline__ void copy_elements(T* to, const T* from, int count) {
+  using Elements = Vector<T, 16 / sizeof(T)>;
+  constexpr int vector = 16 / sizeof(T);
+  const int in_vectors = is_aligned(from, 16) && is_aligned(to, 16) ? count / vector * vector : 0;
 #pragma unroll 1
-    for (int i = threadIdx.x * vector; i < in_vectors; i += blockDim.x * vector) {
-      *reinterpret_cast<Elements*>(to + i) = *reinterpret_cast<const Elements*>(from + i);
-    }
+  for (int i = threadIdx.x * vector; i < in_vectors; i += blockDim.x * vector) {
+    *reinterpret_cast<Elements*>(to + i) = *reinterpret_cast<const Elements*>(from + i);
   }
 #pragma unroll 1
-  for (int i = in_vectors + threadIdx.x; i < count; i += blockDim.x) to[i] = convert<T>(from[i]);
+  for (int i = in_vectors + threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
 }
 
-template <typename T, typename From>
+template <typename T>
 __device__ __forceinline__ void small_pixels_to_rows(const ArrayJob& job, int t, unsigned char* shared) {
   constexpr int vector = SmallImages<T>::kVector;
   const SmallImages<T> tile(job, t);
   const bool rounds = job.task == kPixelsToRoundedRows;
   T* memory = reinterpret_cast<T*>(shared);
-  copy_elements(memory, static_cast<const From*>(job.source) + tile.first, tile.channels * job.P);
+  copy_elements(memory, static_cast<const T*>(job.source) + tile.first, tile.channels * job.P);
   __syncthreads();
   T* target = static_cast<T*>(job.target) + tile.first_of_rows(job);
   const bool is_vector = job.C % vector == 0 && is_aligned(target, 16);
@@ -331,8 +317,7 @@ __device__ __forceinline__ void small_rows_to_pixels(const ArrayJob& job, int t,
 template <typename T, typename From>
 __device__ __forceinline__ void copy_rows(const ArrayJob& job, int t) {
   constexpr unsigned elements = TransposeTile<T>::kSide * TransposeTile<T>::kSide, vector = 16 / sizeof(From);
-  const bool to_rows = job.task != kRowsToPixels && job.task != kRowsToWidePixels;
-  const bool rounds = job.task == kPixelsToRoundedRows;
+  const bool to_rows = job.task != kRowsToPixels, rounds = job.task == kPixelsToRoundedRows;
   const long long skipped = static_cast<long long>(job.range.first_image) * job.C;
   const long long all = static_cast<long long>(job.range.rows) * job.C, begin = static_cast<long long>(t) * elements;
   const From* source = static_cast<const From*>(job.source) + begin + (to_rows ? skipped : 0);
@@ -356,4 +341,38 @@ __device__ __forceinline__ void copy_rows(const ArrayJob& job, int t) {
   }
 #pragma unroll 1
   for (unsigned i = in_vectors + threadIdx.x; i < count; i += blockDim.x) target[i] = converted(source[i]);
+}
+
+// Transposes of whole images in the type of sums, for filters in mixed precision. They are small, so that the cache
+// holds what consecutive threads read at a distance. Tile: kWideTileElements elements of the target.
+constexpr int kWideTileElements = 4096;
+
+template <typename T>
+__device__ __forceinline__ void wide_pixels_to_rows(const ArrayJob& job, int t) {
+  const Accumulator<T>* source = static_cast<const Accumulator<T>*>(job.source);
+  T* target = static_cast<T*>(job.target);
+  const long long all = static_cast<long long>(job.range.rows) * job.C;
+#pragma unroll 1
+  for (int e = threadIdx.x; e < kWideTileElements; e += blockDim.x) {
+    const long long i = static_cast<long long>(t) * kWideTileElements + e;
+    if (i >= all) return;
+    const unsigned row = static_cast<unsigned>(i / job.C), c = static_cast<unsigned>(i % job.C);
+    const unsigned image = row / job.P, p = row % job.P;
+    target[i] = narrow<T>(source[(static_cast<long long>(image) * job.C + c) * job.P + p]);
+  }
+}
+
+template <typename Sum>
+__device__ __forceinline__ void rows_to_wide_pixels(const ArrayJob& job, int t) {
+  const Sum* source = static_cast<const Sum*>(job.source);
+  Sum* target = static_cast<Sum*>(job.target);
+  const long long all = static_cast<long long>(job.range.rows) * job.C;
+#pragma unroll 1
+  for (int e = threadIdx.x; e < kWideTileElements; e += blockDim.x) {
+    const long long i = static_cast<long long>(t) * kWideTileElements + e;
+    if (i >= all) return;
+    const unsigned channel = static_cast<unsigned>(i / job.P), p = static_cast<unsigned>(i % job.P);
+    const unsigned image = channel / job.C, c = channel % job.C;
+    target[i] = source[(static_cast<long long>(image) * job.P + p) * job.C + c];
+  }
 }

@@ -2,45 +2,65 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
+
+# OpenMP reads this when torch is imported. By default, its waiting threads keep the cores busy, which makes an
+# iteration many times slower if another program uses the machine as well.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import contextlib
+import dataclasses
+import io
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .command_line import parse
-from .command_options import (
-    AblateOptions,
-    DemoOptions,
-    EvaluateOptions,
-    FlopsOptions,
-    PredictOptions,
-    SpatialSupportOptions,
-    SynthOptions,
-    TrainOptions,
-)
-from .config import Config, describe_options
-from .data import CocoDataset, check_categories, find_data, find_images, write_synthetic
-from .engine import (
-    Interrupted,
-    Kind,
-    build_and_train,
-    coco_metrics,
-    detect,
-    evaluated_kinds,
-    is_main,
-    load_results,
-    metrics_table,
-    session,
-    world_size,
-    write_results,
-)
-from .errors import UserError
-from .model import cost_rows, cost_table, load_detector
-from .predict import AMP_TYPES, draw_checkpoints, predict, write_predictions
-from .recipes import run_ablation, run_demo
+
+def _report_missing(error: ModuleNotFoundError) -> int:
+    """Name the extra that installs a missing package, and return the exit code."""
+    package = str(error.name).partition(".")[0]
+    if package == "examples":
+        raise error
+    print(f"error: the package {package} is missing: pip install -e '.[detector]'", file=sys.stderr)
+    return 2
+
+
+try:
+    from .command_line import parse
+    from .command_options import (
+        AblateOptions,
+        DemoOptions,
+        EvaluateOptions,
+        FlopsOptions,
+        PredictOptions,
+        SpatialSupportOptions,
+        SynthOptions,
+        TrainOptions,
+    )
+    from .config import Config, describe_options
+    from .data import CocoDataset, check_categories, find_data, find_images, write_synthetic
+    from .engine import (
+        Interrupted,
+        Kind,
+        build_and_train,
+        coco_metrics,
+        detect,
+        evaluated_kinds,
+        is_main,
+        load_results,
+        metrics_table,
+        session,
+        world_size,
+        write_results,
+    )
+    from .errors import UserError, printable
+    from .model import cost_rows, cost_table, load_detector
+    from .predict import AMP_TYPES, draw_checkpoints, predict, write_predictions
+    from .recipes import run_ablation, run_demo
+except ModuleNotFoundError as error:
+    sys.exit(_report_missing(error))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     The code is 2 after a mistake of the user, which is printed as one line on stderr. After a signal that ended a
     training run, it is 128 + the number of the signal.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # paths and names may have characters that stdout cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     epilogs = {"train": f"options for --set, with their defaults:\n{describe_options()}"}
     try:
         command, options = parse(
@@ -58,27 +80,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "Faster and Mask R-CNN with deformable convolution and RoI pooling (Deformable ConvNets v2).",
         )
         COMMANDS[command][0](options)
+        sys.stdout.flush()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' in process {rank}'}: {error}", file=sys.stderr)
-        return 2
+        return _report_error(str(error))
+    except ModuleNotFoundError as error:
+        return _report_missing(error)
     except Interrupted as interruption:
-        print(interruption, file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(interruption, file=sys.stderr)
         return interruption.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of the pipe has closed it; the flush at exit must not write into it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # the reader of the pipe has closed it
         return 0
+    except OSError as error:  # of a disk that is full or read-only, a path that is too long, and the like
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _discard_output()
+        return _report_error(f"{error.filename or 'output'}: {error.strerror or error}")
     return 0
+
+
+def _discard_output() -> None:
+    """Keep the flush at exit from failing again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report_error(message: str) -> int:
+    rank = os.environ.get("RANK") or "0"
+    print(f"error{'' if rank == '0' else f' in process {rank}'}: {printable(message)}", file=sys.stderr)
+    return 2
 
 
 def run_train(options: TrainOptions) -> None:
     config = _config(options)
-    masks = config.network.detector == "mask"
+    masks, negatives = config.network.detector == "mask", config.training.negative_images
     train_annotations, train_images = _data(options, "train", "train_")
-    train_set = CocoDataset(train_annotations, train_images, masks=masks, keep_empty=False)
+    train_set = CocoDataset(train_annotations, train_images, masks=masks, keep_empty=False, negatives=negatives)
     val_set = None
     if options.val_annotations or options.data:
         val_annotations, val_images = _data(options, "val", "val_")
@@ -140,7 +180,7 @@ def run_spatial_support(options: SpatialSupportOptions) -> None:
         paths = draw_checkpoints(
             options.checkpoint, options.image, options.out, device, options, assignments=options.set
         )
-    print("\n".join(map(str, paths)))
+    print("\n".join(printable(str(path)) for path in paths))
 
 
 def run_flops(options: FlopsOptions) -> None:
@@ -238,4 +278,5 @@ def _report(dataset: CocoDataset, results: list[dict[str, object]], kinds: tuple
 
 
 if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # notebooks export a backend that other environments may lack
     sys.exit(main())

@@ -97,17 +97,16 @@ def _type_arguments(kind: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": _path if kind is Path else kind}
 
 
-def _bounded(kind: Callable[[str], float], minimum: float, maximum: float | None) -> Callable[[str], float]:
+def _bounded(kind: Callable[[str], float], minimum: float, maximum: float) -> Callable[[str], float]:
     noun = "a whole number" if kind is int else "a number"
-    bounds = f"of at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not minimum <= value <= (math.inf if maximum is None else maximum):
-            raise argparse.ArgumentTypeError(f"must be {noun} {bounds}, got {text!r}")
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"must be {noun} between {minimum} and {maximum}, got {text!r:.60}")
         return value
 
     return parse
@@ -120,7 +119,7 @@ def _numbers(count: int) -> Callable[[str], tuple[float, ...]]:
         except ValueError:
             values = ()
         if len(values) != count or not all(map(math.isfinite, values)):
-            raise argparse.ArgumentTypeError(f"must be {count} numbers with commas between them, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be {count} numbers with commas between them, got {text!r:.60}")
         return values
 
     return parse

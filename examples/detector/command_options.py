@@ -92,7 +92,7 @@ class EvaluateOptions(DataOption, SetOption, AutocastOption, DeviceOption):
     images: Path | None = option(None, "folder of the images of --annotations")
     split: Literal["train", "val"] = option("val", "split of --data to evaluate on")
     out: Path | None = option(None, "folder for metrics.json and the detections; default: only print the metrics")
-    batch_size: int = option(1, "images per forward pass", 1)
+    batch_size: int = option(1, "images per forward pass", 1, 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +132,11 @@ class SynthOptions:
     """Write a synthetic COCO data set of deformed shapes."""
 
     folder: Path = required("folder to create", positional=True)
-    train: int = option(1000, "number of training images")
-    val: int = option(200, "number of validation images")
-    size: int = option(160, "width and height of the images, pixels")
-    deformation: float = option(1.0, "strength of the deformation, 0 to 2; 0: all shapes upright")
-    seed: int = option(0, "seed of all random numbers")
+    train: int = option(1000, "number of training images", 0, 10**6)
+    val: int = option(200, "number of validation images", 0, 10**6)
+    size: int = option(160, "width and height of the images, pixels", 32, 4096)
+    deformation: float = option(1.0, "strength of the deformation, 0 to 2; 0: all shapes upright", 0, 2)
+    seed: int = option(0, "seed of all random numbers", 0, 2**63 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class AblateOptions(DataOption, SetOption, DeviceOption):
     variants: tuple[str, ...] = option(
         ABLATION_VARIANTS, "presets; MIMIC sets the regions to mimic: fg, bg, all or none", metavar="PRESET[:MIMIC]"
     )
-    seeds: int = option(3, "runs per variant", 1)
+    seeds: int = option(3, "runs per variant", 1, 1000)
     data: Path | None = option(
         None,
         f"COCO data set, as for train; default: {' + '.join(map(str, ABLATION_IMAGES))} synthetic images",

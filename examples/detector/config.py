@@ -15,6 +15,7 @@ from .errors import UserError
 from .presets import PRESETS
 
 T = TypeVar("T")
+MOST_NUMBERS = 100  # in an option such as network.anchor_sizes
 
 
 def option(default: T, help: str, minimum: float | None = None, maximum: float | None = None, **metadata: Any) -> T:
@@ -37,38 +38,45 @@ class NetworkConfig:
     )
     frozen_stages: int = option(-1, "number of frozen stages: 2 is conv1 and conv2; -1: 2, or 0 for small", -1, 5)
     mask_scale: float = option(
-        1.0, "masks are mask_scale * sigmoid: 1 in the paper; 2 makes the initial network equal to the regular one", 0
+        1.0,
+        "masks are mask_scale * sigmoid: 1 in the paper; 2 makes the initial network equal to the regular one",
+        0,
+        1000,
     )
-    gamma: float = option(0.1, "factor of the offsets in RoI pooling")
-    deform_groups: int = option(1, "deformable groups of a convolution", 1)
+    gamma: float = option(0.1, "factor of the offsets in RoI pooling", -1000, 1000)
+    deform_groups: int = option(1, "deformable groups of a convolution", 1, 64)
     share_branch: bool = option(True, "share one offset branch of RoI pooling among all pyramid levels")
     deform_mask_pool: bool = option(
         False, "make the 14x14 pooling of the mask head deformable too, with a separate branch"
     )
-    sampling_ratio: int = option(2, "sampling points of a RoI bin along each axis; 0: adaptive", 0)
-    neck_channels: int = option(0, "channels of the maps that RoIs are pooled from; 0: 256, or 64 for small", 0)
-    head_channels: int = option(0, "width of the fully connected layers; 0: 1024, or 256 for small", 0)
-    min_size: int = option(800, "length of the shorter side of the resized image, pixels", 1)
-    max_size: int = option(1333, "maximum length of the longer side, pixels", 1)
+    sampling_ratio: int = option(2, "sampling points of a RoI bin along each axis; 0: adaptive", 0, 64)
+    neck_channels: int = option(0, "channels of the maps that RoIs are pooled from; 0: 256, or 64 for small", 0, 2048)
+    head_channels: int = option(0, "width of the fully connected layers; 0: 1024, or 256 for small", 0, 8192)
+    min_size: int = option(800, "length of the shorter side of the resized image, pixels", 1, 16384)
+    max_size: int = option(1333, "maximum length of the longer side, pixels", 1, 16384)
     anchor_sizes: tuple[float, ...] = option(
-        (32, 64, 128, 256, 512), "sides of the anchors, pixels; with FPN five, one per level", 1
+        (32, 64, 128, 256, 512), "sides of the anchors, pixels; with FPN five, one per level", 1, 1e5
     )
-    anchor_ratios: tuple[float, ...] = option((0.5, 1, 2), "height / width of the anchors", 0.01)
-    rpn_batch: int = option(256, "anchors per image in the RPN loss", 1)
+    anchor_ratios: tuple[float, ...] = option((0.5, 1, 2), "height / width of the anchors", 0.01, 100)
+    rpn_batch: int = option(256, "anchors per image in the RPN loss", 1, 10**6)
     rpn_positive_fraction: float = option(0.5, "maximum fraction of positive anchors in rpn_batch", 0, 1)
     rpn_positive_iou: float = option(0.7, "minimum IoU of a positive anchor", 0, 1)
     rpn_negative_iou: float = option(0.3, "anchors with a lower IoU are negative", 0, 1)
     rpn_nms: float = option(0.7, "IoU threshold of NMS of the proposals", 0, 1)
-    rpn_candidates_train: int = option(0, "proposals before NMS in training; 0: 12000, or 2000 per level with FPN", 0)
-    rpn_candidates_test: int = option(0, "proposals before NMS in testing; 0: 6000, or 1000 per level with FPN", 0)
-    proposals_train: int = option(2000, "proposals after NMS in training", 1)
-    proposals_test: int = option(1000, "proposals after NMS in testing", 1)
-    roi_batch: int = option(512, "RoIs per image in the loss of the head", 1)
+    rpn_candidates_train: int = option(
+        0, "proposals before NMS in training; 0: 12000, or 2000 per level with FPN", 0, 10**6
+    )
+    rpn_candidates_test: int = option(
+        0, "proposals before NMS in testing; 0: 6000, or 1000 per level with FPN", 0, 10**6
+    )
+    proposals_train: int = option(2000, "proposals after NMS in training", 1, 10**6)
+    proposals_test: int = option(1000, "proposals after NMS in testing", 1, 10**6)
+    roi_batch: int = option(512, "RoIs per image in the loss of the head", 1, 10**6)
     roi_positive_fraction: float = option(0.25, "maximum fraction of positive RoIs in roi_batch", 0, 1)
     roi_positive_iou: float = option(0.5, "minimum IoU of a positive RoI; other RoIs are background", 0, 1)
     score_threshold: float = option(0.05, "drop detections with a lower score", 0, 1)
     detection_nms: float = option(0.5, "IoU threshold of NMS of the detections of a class", 0, 1)
-    max_detections: int = option(100, "maximum number of detections per image", 1)
+    max_detections: int = option(100, "maximum number of detections per image", 1, 10**5)
 
     def resolve(self) -> NetworkConfig:
         """Return a copy with the values 0 and -1 replaced by the numbers for this backbone and detector."""
@@ -87,29 +95,30 @@ class NetworkConfig:
 class TrainingConfig:
     """Training recipe: section 5.1 of the paper, completed by Detectron's defaults."""
 
-    epochs: int = option(16, "passes over the data", 1)
-    batch_size: int = option(2, "images per process and iteration", 1)
-    lr: float = option(0.02, "learning rate for lr_batch images per iteration, scaled to the actual number", 0)
-    lr_batch: int = option(16, "images per iteration, over all processes, that lr refers to", 1)
-    lr_steps: tuple[float, ...] = option((10, 14), "epochs after which the learning rate is divided by 10", 0)
-    warmup_iterations: int = option(500, "iterations of linear warm-up", 0)
+    epochs: int = option(16, "passes over the data", 1, 10**6)
+    batch_size: int = option(2, "images per process and iteration", 1, 4096)
+    lr: float = option(0.02, "learning rate for lr_batch images per iteration, scaled to the actual number", 0, 1000)
+    lr_batch: int = option(16, "images per iteration, over all processes, that lr refers to", 1, 10**6)
+    lr_steps: tuple[float, ...] = option((10, 14), "epochs after which the learning rate is divided by 10", 0, 1e6)
+    warmup_iterations: int = option(500, "iterations of linear warm-up", 0, 10**9)
     warmup_factor: float = option(1 / 3, "factor of the learning rate at the start of the warm-up", 0, 1)
     optimizer: Literal["sgd", "adamw"] = option("sgd", "adamw learns faster from scratch; use it with lr=0.001")
     momentum: float = option(0.9, "momentum of SGD, beta1 of AdamW", 0, 1)
-    weight_decay: float = option(1e-4, "weight decay of all parameters", 0)
-    offset_lr_mult: float = option(0.1, "learning rate factor of the offset convolutions", 0)
-    roi_offset_lr_mult: float = option(1.0, "learning rate factor of the offset branches of RoI pooling", 0)
-    clip_norm: float = option(0.0, "maximum norm of the gradient; 0: no clipping", 0)
+    weight_decay: float = option(1e-4, "weight decay of all parameters", 0, 1000)
+    offset_lr_mult: float = option(0.1, "learning rate factor of the offset convolutions", 0, 1000)
+    roi_offset_lr_mult: float = option(1.0, "learning rate factor of the offset branches of RoI pooling", 0, 1000)
+    clip_norm: float = option(0.0, "maximum norm of the gradient; 0: no clipping", 0, 1e9)
     flip: float = option(0.5, "probability of a horizontal flip", 0, 1)
     amp: Literal["none", "float16", "bfloat16"] = option("none", "autocast to a 16-bit type")
+    negative_images: bool = option(False, "also train on images without annotations, as negative examples")
     group_aspect_ratios: bool = option(True, "do not mix wide and tall images in a batch")
-    workers: int = option(2, "data-loading processes", 0)
+    workers: int = option(2, "data-loading processes", 0, 256)
     seed: int = option(0, "seed of all random numbers", 0, 2**63 - 1)
-    save_every: int = option(500, "iterations between checkpoints, in addition to one per epoch", 1)
+    save_every: int = option(500, "iterations between checkpoints, in addition to one per epoch", 1, 10**9)
     log_offsets_every: int = option(
-        200, "iterations between histograms of offsets and masks in TensorBoard; 0: none", 0
+        200, "iterations between histograms of offsets and masks in TensorBoard; 0: none", 0, 10**9
     )
-    evaluate_every: int = option(1, "epochs between evaluations; 0: only after the last", 0)
+    evaluate_every: int = option(1, "epochs between evaluations; 0: only after the last", 0, 10**6)
 
 
 @dataclass(frozen=True)
@@ -119,14 +128,14 @@ class MimickingConfig:
     regions: Literal["auto", "fg", "bg", "all", "none"] = option(
         "auto", "RoIs to mimic: foreground, background, all or none; auto: the preset's choice, fg or none"
     )
-    boxes: int = option(32, "maximum number of RoIs to mimic per image", 1)
-    crop: int = option(224, "width and height of the crops, pixels; 224 gives features of 14x14", 32)
-    weight: float = option(0.1, "weight of the loss of equation 3", 0)
-    classifier_weight: float = option(0.1, "weight of the cross-entropy loss of the crops", 0)
+    boxes: int = option(32, "maximum number of RoIs to mimic per image", 1, 10**4)
+    crop: int = option(224, "width and height of the crops, pixels; 224 gives features of 14x14", 32, 4096)
+    weight: float = option(0.1, "weight of the loss of equation 3", 0, 1e6)
+    classifier_weight: float = option(0.1, "weight of the cross-entropy loss of the crops", 0, 1e6)
     reduction: Literal["sum", "mean"] = option("sum", "reduction of the loss over the RoIs of an image")
     features: Literal["after", "before"] = option("after", "compare features after or before their last ReLU")
     detach: bool = option(False, "stop the gradient of the mimicking loss at the crop features")
-    chunk: int = option(32, "crops per forward pass; limits the memory for activations", 1)
+    chunk: int = option(32, "crops per forward pass; limits the memory for activations", 1, 10**4)
 
 
 @dataclass(frozen=True)
@@ -238,7 +247,7 @@ def _parse(text: str, name: str, kind: Any) -> Any:
         try:
             return kind(text)
         except ValueError:
-            raise UserError(f"{name} must be {_kind_name(kind)}, got {text!r}") from None
+            raise UserError(f"{name} must be {_kind_name(kind)}, got {_short(text)}") from None
     return text
 
 
@@ -253,17 +262,25 @@ def _check(value: Any, name: str, kind: Any, metadata: Mapping[str, Any]) -> Any
             raise UserError(f"{name} must be numbers with commas between them, got {value!r}")
         if not value and name != "training.lr_steps":
             raise UserError(f"{name} must have at least one number")
+        if len(value) > MOST_NUMBERS:
+            raise UserError(f"{name} must have at most {MOST_NUMBERS} numbers, got {len(value)}")
         return tuple(_check(item, name, float, metadata) for item in value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (number and kind is float) and not (isinstance(value, kind) and number == (kind is int)):
-        raise UserError(f"{name} must be {_kind_name(kind)}, got {value!r}")
-    low, high = metadata["minimum"], metadata["maximum"]
-    if number and not math.isfinite(value):
+        raise UserError(f"{name} must be {_kind_name(kind)}, got {_short(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} must be finite, got {value!r}")
-    if number and not ((low is None or value >= low) and (high is None or value <= high)):
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise UserError(f"{name} must be {bounds}, got {value!r}")
+    low, high = metadata["minimum"], metadata["maximum"]
+    if number and not low <= value <= high:
+        raise UserError(f"{name} must be between {low:g} and {high:g}, got {_short(value)}")
     return kind(value)
+
+
+def _short(value: object) -> str:
+    """Describe a wrong value; Python does not print integers of more than 4300 digits."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)[:60]
 
 
 def _kind_name(kind: Any) -> str:

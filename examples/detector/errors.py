@@ -1,4 +1,4 @@
-"""The error that the commands print without a traceback."""
+"""The error that the commands print without a traceback, and text that a terminal can show."""
 
 from __future__ import annotations
 
@@ -8,3 +8,16 @@ class UserError(Exception):
 
     Any function of the detector may raise it. The message says in one sentence what is needed and what was given.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    r"""Replace line breaks, escape sequences of terminals and unpaired surrogates by escapes such as ``\n``.
+
+    Names in files may contain them. Everything that is printed or drawn with a name in it passes through here.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchvision.ops import roi_align
 
 import dcnops
 from dcnops import ArgumentError
+from dcnops._backends.cpu import deform_roi_pool as cpu
+from dcnops._backends.cuda import backend as cuda
 from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.plans import deform_roi_pool_common
+from dcnops._shapes import DeformRoIPoolGeometry
 from tests.cases import DTYPES, RoIPoolCase, assert_close, assert_correct, make_roi_pool, roi_pool_cases
 from tests.conftest import EmulatedRunner
 from tests.reference import DeformRoIPool
@@ -24,13 +27,14 @@ from tests.reference import DeformRoIPool
 
 @given(case=roi_pool_cases(dtypes=("float32", "float64"), offset=False, mask=False, rois_dtype="float64"))
 def test_without_offset_it_equals_torchvisions_roi_align(run, case: RoIPoolCase):
+    torch, ops = pytest.importorskip("torch"), pytest.importorskip("torchvision.ops")
     rois = case.rois.astype(case.input.dtype)
     if case.sampling_ratio == 0:  # torchvision does not support adaptive sampling of inverted regions
         rois[:, 1:3], rois[:, 3:5] = np.sort(rois[:, [[1, 3], [2, 4]]], axis=2).transpose(2, 0, 1)
     case = case.with_arrays(rois=rois)
     image = torch.from_numpy(case.input).requires_grad_()
     P, Q = case.grad_out.shape[2:]
-    expected = roi_align(
+    expected = ops.roi_align(
         image, torch.from_numpy(case.rois), (P, Q), case.spatial_scale, case.sampling_ratio or -1, aligned=True
     )
     assert_close(run.forward(case), expected.detach().numpy().astype(np.float64), case.dtype, slack=4)
@@ -186,6 +190,33 @@ def test_unusual_offsets(run, value: float):
     assert_correct(run, case)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 3e38, -3e38])
+@pytest.mark.parametrize("roi", [(1, 1, 3, 3), (1, 1, 1, 1), (3, 1, 1, 1)])
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_an_infinite_offset_makes_0_in_any_region_and_with_any_gamma(run, value: float, roi: tuple, gamma: float):
+    case = make_roi_pool(R=1, N=1, spatial_scale=1.0, gamma=gamma, seed=3)
+    case = case.with_arrays(rois=np.array([[0, *roi]], np.float32))
+    case.offset[:, 1] = value
+    assert (run.forward(case) == 0).all()
+    assert all((gradient == 0).all() for gradient in run.backward(case).values())
+    assert_correct(run, case)
+
+
+@pytest.mark.parametrize("zero_offsets", [False, True])
+def test_a_huge_gamma_does_not_matter_without_offsets(run, zero_offsets: bool):
+    case = make_roi_pool(R=3, spatial_scale=1.0, offset=False, seed=4)
+    expected = run.forward(case)
+    offset = np.zeros((3, 2, *expected.shape[2:]), np.float32) if zero_offsets else None
+    np.testing.assert_array_equal(run.forward(dataclasses.replace(case, offset=offset, gamma=3e38)), expected)
+
+
+def test_a_region_that_overflows_when_it_is_scaled_is_not_finite(run):
+    case = make_roi_pool(R=1, N=1, spatial_scale=3e38, offset=False)
+    case = case.with_arrays(rois=np.array([[0, 1, 1, 5, 5]], np.float32))
+    assert np.isnan(run.forward(case)).all()
+    assert_correct(run, case)
+
+
 @pytest.mark.parametrize("size", [1e5, 1e20, 3e38])
 def test_huge_regions_are_fast(run, size: float):
     """Adaptive sampling has size^2 samples; those outside the image are counted but not visited."""
@@ -236,6 +267,45 @@ def test_numpy_regions_of_nonexistent_feature_maps_are_an_error(index: float):
         dcnops.deform_roi_pool(**case.arguments())
     with pytest.raises(ArgumentError, match=match):
         dcnops.deform_roi_pool_backward(case.grad_out, **case.arguments())
+
+
+def test_numpy_indices_of_feature_maps_beyond_2_to_the_24_are_exact():
+    geometry = DeformRoIPoolGeometry(2**24 + 4, 1, 1, 1, 3, 1, 1, 1, 1.0, 0.1)
+    rois = np.array([[2.0**24 + 3, 0, 0, 1, 1], [2.0**24 + 1, 0, 0, 1, 1], [0, 0, 0, 1, 1]])
+    assert cpu._image_indices(geometry, rois).tolist() == [2**24 + 3, 2**24 + 1, 0]
+
+
+def test_kernels_refuse_more_images_than_their_indices_can_hold():
+    many = SimpleNamespace(shape=(2**24 + 1, 1, 1, 1), dtype=np.dtype(np.float16))
+    with pytest.raises(ArgumentError, match=r"input must have at most 16777216 images .*, got 16777217"):
+        cuda.deform_roi_pool(None, many, None, None, None)
+    with pytest.raises(ArgumentError, match=r"input must have at most 16777216 images .*, got 16777217"):
+        cuda.deform_roi_pool_backward(None, None, many, None, None, None, frozenset(), False)
+
+
+def test_numpy_regions_may_change_during_a_call(monkeypatch: pytest.MonkeyPatch):
+    """Another thread may write to an array after it was checked; the loops must not read or write out of range."""
+    case = make_roi_pool(N=2, R=9, C=17, sampling_ratio=0, dtype="float32", seed=5)
+    original = case.rois.copy()
+    expected = [dcnops.deform_roi_pool(**case.arguments())]
+    expected += dcnops.deform_roi_pool_backward(case.grad_out, **case.arguments())
+    parallel = cpu.parallel
+
+    for column, values in ((0, [1e9, -5, np.nan]), (slice(1, 5), [3e38, -1e9, np.inf])):
+        for value in values:
+
+            def change(*args: Any, column: Any = column, value: float = value, **options: Any) -> None:
+                case.rois[:, column] = value
+                parallel(*args, **options)
+
+            case.rois[...] = original
+            monkeypatch.setattr(cpu, "parallel", change)
+            output = dcnops.deform_roi_pool(**case.arguments())
+            case.rois[...] = original
+            gradients = dcnops.deform_roi_pool_backward(case.grad_out, **case.arguments())
+            if column == 0:
+                for array, reference in zip([output, *gradients], expected, strict=True):
+                    np.testing.assert_array_equal(array, reference)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

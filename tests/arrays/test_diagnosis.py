@@ -140,6 +140,7 @@ print(sum(sum(loop.stats.cache_misses.values()) for loop in loops if hasattr(loo
 """
 
 
+@pytest.mark.slow
 def test_prefetched_calls_compile_nothing(tmp_path: Path) -> None:
     def run(*command: str) -> str:
         env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
@@ -150,12 +151,30 @@ def test_prefetched_calls_compile_nothing(tmp_path: Path) -> None:
     assert int(run("-c", MISSES)) == 0
 
 
+def test_output_that_cannot_be_written() -> None:
+    code = "import sys, dcnops.__main__ as m; m.format_report = lambda environment: 'text'; sys.exit(m.main([]))"
+    code = f"import dcnops._diagnosis as d; d.inspect_environment = lambda: d.Environment({{}}, None, [], []); {code}"
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()  # as `head` does
+    assert (process.stderr.read(), process.wait()) == ("", 0)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the output cannot be written (No space left on device)\n"
+
+
 def test_prefetch_refuses_wrong_arguments() -> None:
+    for name in ("input", "weight"):
+        for sizes in ((1, -4, 9, 9), (0, 4, 9, 9), (1, 10**12, 9, 9), (10**400, 1, 1, 1)):
+            with pytest.raises(ValueError, match=rf"^{name} must be 4 positive numbers with a product of less than"):
+                dcnops.prefetch(**{name: sizes})
     with pytest.raises(dcnops.ArgumentError, match="library must be 'numpy' or 'cupy', got 'torch'"):
         dcnops.prefetch("torch")
     with pytest.raises(dcnops.ArgumentError, match=r"dtypes must be among .* got 'int8'"):
         dcnops.prefetch(dtypes=["int8"])
-    with pytest.raises(dcnops.ShapeError, match="input and weight must be 4 numbers"):
+    with pytest.raises(dcnops.ShapeError, match="input must be 4 positive numbers"):
         dcnops.prefetch(input=(1, 2, 3))
     with pytest.raises(dcnops.ShapeError, match="weight must be"):
         dcnops.prefetch(input=(1, 4, 9, 9), weight=(4, 3, 3, 3))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import tracemalloc
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +26,11 @@ def fake_cupy(array: np.ndarray, device: int = 0) -> Any:
     fake = kind()
     fake.device = type("Device", (), {"id": device})
     return fake
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise ValueError("no text")
 
 
 class JaxArray:
@@ -55,6 +61,10 @@ def zeros(*shape: int) -> np.ndarray:
 
 def astype(dtype: Any) -> Callable[[np.ndarray], np.ndarray]:
     return lambda array: array.astype(dtype)
+
+
+def as_tensor(array: np.ndarray) -> Any:
+    return pytest.importorskip("torch").from_numpy(array)
 
 
 ErrorTable = dict[str, tuple[dict[str, Any], type[DcnError], str]]
@@ -156,10 +166,10 @@ FORWARD_ERRORS: ErrorTable = {
             "mask must be in native byte order, got dtype('>f4'); pass mask.astype('float32')",
         ),
         "torch tensor": (
-            {"input": lambda x: torch.from_numpy(x)},
+            {"input": as_tensor},
             NEEDS_ARRAY.format("input") + "torch.Tensor; dcnops works on arrays: pass tensor.detach().numpy()",
         ),
-        "torch mask": ({"mask": lambda m: torch.from_numpy(m)}, NEEDS_ARRAY.format("mask")),
+        "torch mask": ({"mask": as_tensor}, NEEDS_ARRAY.format("mask")),
         "JAX array": ({"weight": JaxArray()}, NEEDS_ARRAY.format("weight") + "jaxlib"),
         "list": ({"input": lambda x: x.tolist()}, NEEDS_ARRAY.format("input") + "list; pass numpy.asarray(...)"),
         "masked array": ({"input": lambda x: np.ma.masked_less(x, 0)}, NEEDS_ARRAY.format("input") + "numpy.ma."),
@@ -202,6 +212,15 @@ ROI_ERRORS: ErrorTable = {
         "NaN scale": ({"spatial_scale": float("nan")}, "spatial_scale must be a positive finite number"),
         "infinite gamma": ({"gamma": float("inf")}, "gamma must be a finite number, got inf"),
         "gamma text": ({"gamma": "0.1"}, "gamma must be a finite number, got '0.1'"),
+        "gamma beyond float32": ({"gamma": -1e39}, "gamma must be a finite float32, of at most 3.402823e+38"),
+        "scale beyond float32": ({"spatial_scale": 1e39}, "spatial_scale must be a finite float32, of at most"),
+        "scale beyond float64": ({"spatial_scale": 10**400}, "spatial_scale must be a positive finite number, got"),
+        "gamma beyond text": ({"gamma": 10**5000}, "gamma must be a finite number, got an integer of 16610 bits"),
+        "gamma fraction": ({"gamma": Fraction(10**400)}, "gamma must be a finite number, got Fraction(1000"),
+        "endless output size": ({"output_size": itertools.count()}, "output_size must be an integer from 1 to"),
+        "huge sampling ratio": (
+            {"sampling_ratio": 10**5000}, "sampling_ratio must be an integer from 0 to 16777216, got an integer of 166"
+        ),
         "image index": (
             {"rois": lambda r: np.concatenate([r[:, :1] + 2, r[:, 1:]], 1)},
             "rois must hold indices of feature maps from 0 to N-1=1 in column 0, got",
@@ -214,7 +233,7 @@ ROI_ERRORS: ErrorTable = {
             {"offset": None, "mask": astype(np.float16)}, "mask must be float32 beside float32 input, got float16"
         ),
         "list of boxes": ({"rois": [zeros(3, 4), zeros(2, 4)]}, NEEDS_ARRAY.format("rois") + "list"),
-        "torch rois": ({"rois": lambda r: torch.from_numpy(r)}, NEEDS_ARRAY.format("rois")),
+        "torch rois": ({"rois": as_tensor}, NEEDS_ARRAY.format("rois")),
     }),
     **errors(DeviceError, {
         "rois elsewhere": ({"rois": fake_cupy}, "rois must be a numpy array like input, got a cupy array"),
@@ -231,12 +250,19 @@ BACKWARD_ERRORS: ErrorTable = {
     }),
     **errors(DtypeError, {
         "grad_out dtype": ({"grad_out": astype(np.float64)}, "grad_out must be float32 like input, got float64"),
-        "grad_out library": ({"grad_out": lambda g: torch.from_numpy(g)}, NEEDS_ARRAY.format("grad_out")),
+        "grad_out library": ({"grad_out": as_tensor}, NEEDS_ARRAY.format("grad_out")),
     }),
     **errors(ArgumentError, {
         "unknown need": ({"needs": ("input", "biases")}, NEEDS_NAMES + ", got ('input', 'biases')"),
         "needs is nothing": ({"needs": None}, NEEDS_NAMES),
         "needs unhashable": ({"needs": [["input"]]}, "needs must be names among"),
+        "needs without end": ({"needs": itertools.repeat("input")}, NEEDS_NAMES + ", got repeat('input')"),
+        "stride without end": ({"stride": itertools.repeat(1)}, "stride must be an integer from 1"),
+        "padding without end": ({"padding": itertools.cycle([(0, 1)])}, "padding must be an integer from 0"),
+        "dilation of a huge range": ({"dilation": range(10**12)}, "dilation must be an integer from 1"),
+        "stride beyond text": ({"stride": 10**5000}, "got an integer of 16610 bits"),
+        "padding of a million": ({"padding": [1] * 10**6}, "got [1, 1, 1, 1, 1, 1, ...]"),
+        "stride without text": ({"stride": Unprintable()}, "got <Unprintable instance at "),
     }),
 }  # fmt: skip
 ROI_BACKWARD_ERRORS: ErrorTable = {
@@ -249,6 +275,13 @@ ROI_BACKWARD_ERRORS: ErrorTable = {
         "unknown need": ({"needs": "rois"}, "needs must be names among input, offset, mask, got 'rois'"),
     }),
 }  # fmt: skip
+
+
+def test_prefetch_refuses_names_without_end():
+    with pytest.raises(ArgumentError, match=r"dtypes must be among .*, got repeat"):
+        dcnops.prefetch(dtypes=itertools.repeat("float32"))  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="input and weight must be 4 numbers"):
+        dcnops.prefetch(input=itertools.count(1))  # type: ignore[arg-type]
 
 
 def assert_raises(function: Callable[..., Any], bad: dict[str, Any], error: type[DcnError], message: str) -> None:
@@ -302,7 +335,7 @@ def test_backends_have_the_same_signatures():
     [(ShapeError, ValueError), (ArgumentError, ValueError), (DeviceError, ValueError), (DtypeError, TypeError)],
 )
 def test_errors_are_also_the_usual_python_errors(error: type[Exception], base: type[Exception]):
-    assert issubclass(error, base) and issubclass(error, DcnError)
+    assert issubclass(error, base) and issubclass(error, DcnError) and issubclass(error, RuntimeError)
 
 
 @st.composite

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import importlib.util
 import multiprocessing
 import os
 import pickle
@@ -16,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numba.core import caching
 
 import dcnops
 from dcnops import DcnError
-from dcnops.adapters.torch import deform_conv2d
+from dcnops._backends.cpu import compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM = 100  # calls before the first measurement
@@ -72,6 +74,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is measured on Linux only")
 def test_memory_does_not_grow() -> None:
     rng = np.random.default_rng(0)
@@ -189,7 +192,16 @@ def in_child(seed: int) -> bytes:
     return pickle.dumps(random_call(np.random.default_rng(seed)))
 
 
-@pytest.fixture(params=["fork", "spawn", "forkserver"])
+def each_start_method(exhaustive: str) -> pytest.MarkDecorator:
+    """Parametrise `start_method`; the default run leaves out the method `exhaustive`."""
+    methods = ("fork", "spawn", "forkserver")
+    marks = {exhaustive: pytest.mark.exhaustive}
+    return pytest.mark.parametrize(
+        "start_method", [pytest.param(name, marks=marks.get(name, ())) for name in methods], indirect=True
+    )
+
+
+@pytest.fixture
 def start_method(request: pytest.FixtureRequest) -> str:
     """Start method of worker processes, after this process has started its threads."""
     if request.param not in multiprocessing.get_all_start_methods():
@@ -198,6 +210,8 @@ def start_method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.mark.slow
+@each_start_method(exhaustive="forkserver")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process with threads
 def test_worker_processes(start_method: str) -> None:
     expected = [in_child(seed) for seed in range(4)]
@@ -212,6 +226,10 @@ class Samples:
         return 6
 
     def __getitem__(self, index: int) -> Any:
+        import torch  # here, because the worker processes of other tests do without it
+
+        from dcnops.adapters.torch import deform_conv2d
+
         random = torch.Generator().manual_seed(index)
         image = torch.randn(1, 4, 9, 8, generator=random)
         offset = torch.randn(1, 18, 9, 8, generator=random)
@@ -219,8 +237,11 @@ class Samples:
         return deform_conv2d(image, offset, weight, padding=1)[0]
 
 
+@pytest.mark.slow
+@each_start_method(exhaustive="spawn")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_data_loaders_of_torch(start_method: str) -> None:
+    torch = pytest.importorskip("torch")
     samples = Samples()
     expected = torch.stack([samples[index] for index in range(len(samples))])
     options: dict[str, Any] = {"batch_size": 2, "num_workers": 2, "timeout": 120}
@@ -242,18 +263,65 @@ def use(cache: Path, code: str = USE) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
-@pytest.mark.parametrize("damage", [b"", b"garbage", None])
-def test_a_corrupted_cache_is_rebuilt(pattern: str, damage: bytes | None, tmp_path: Path) -> None:
-    assert use(tmp_path).returncode == 0
-    files = sorted(tmp_path.rglob(pattern))
+LOOPS = """
+from dcnops._backends.cpu.compiled import kernel
+
+@kernel
+def double(x):
+    return 2 * x
+"""
+
+
+def load_loops(folder: Path) -> Any:
+    """Import a new module with a compiled function and return the function. Its cache is in `folder`."""
+    source = folder / "loops.py"
+    if not source.exists():
+        source.write_text(LOOPS)
+    spec = importlib.util.spec_from_file_location("loops", source)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.double
+
+
+def misses(function: Any) -> int:
+    """Call the function, and return how many compilations that took."""
+    assert function(3.5) == 7
+    return sum(function.stats.cache_misses.values())
+
+
+DAMAGES = pytest.mark.parametrize("damage", [b"", b"garbage", None])
+CACHE_FILES = pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
+
+
+def damage_files(folder: Path, pattern: str, damage: bytes | None) -> dict[Path, bytes]:
+    files = sorted(folder.rglob(pattern))
     assert files
     for file in files:
         file.write_bytes(file.read_bytes()[:-20] if damage is None else damage)
-    damaged = {file: file.read_bytes() for file in files}
+    return {file: file.read_bytes() for file in files}
+
+
+@CACHE_FILES
+@DAMAGES
+def test_a_corrupted_cache_is_rebuilt(pattern: str, damage: bytes | None, tmp_path: Path) -> None:
+    assert misses(load_loops(tmp_path)) == 1
+    assert misses(load_loops(tmp_path)) == 0
+    damaged = damage_files(tmp_path, pattern, damage)
+    assert misses(load_loops(tmp_path)) == 1
+    assert all(file.read_bytes() != content for file, content in damaged.items())
+    assert misses(load_loops(tmp_path)) == 0
+
+
+@pytest.mark.exhaustive
+@CACHE_FILES
+@DAMAGES
+def test_a_corrupted_cache_of_the_operations_is_rebuilt(pattern: str, damage: bytes | None, tmp_path: Path) -> None:
+    assert use(tmp_path).returncode == 0
+    damaged = damage_files(tmp_path, pattern, damage)
     result = use(tmp_path)
     assert result.returncode == 0, result.stderr
-    assert all(file.read_bytes() != damaged[file] for file in files)
+    assert all(file.read_bytes() != content for file, content in damaged.items())
     assert use(tmp_path, f"{USE}\nfrom dcnops._backends.cpu import deform_conv2d_loops\n{HITS}").stdout.strip() == "0"
 
 
@@ -262,21 +330,141 @@ HITS = (
 )
 
 
-def test_a_missing_cache_folder_is_only_a_warning(tmp_path: Path) -> None:
-    code = f"from numba.core.caching import CacheImpl\nCacheImpl._locator_classes = []\n{USE}"
-    result = use(tmp_path, code)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("cannot keep its compiled CPU code") == 1 and "NUMBA_CACHE_DIR" in result.stderr
+def warnings_of(folder: Path) -> list[str]:
+    """Compile and call two functions, and return the warnings."""
+    compiled._warn.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert misses(load_loops(folder)) == 1
+    return [str(warning.message) for warning in caught]
 
 
-def test_a_full_disk_is_only_a_warning(tmp_path: Path) -> None:
-    full = """
-import errno
-from numba.core.caching import IndexDataCacheFile
-def save(self, key, data):
-    raise OSError(errno.ENOSPC, "No space left on device", "some.nbi")
-IndexDataCacheFile.save = save
+def test_a_missing_cache_folder_is_only_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    (warning,) = warnings_of(tmp_path)
+    assert warning.startswith("dcnops cannot keep its compiled CPU code") and "NUMBA_CACHE_DIR" in warning
+
+
+def test_a_full_disk_is_only_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "some.nbi")
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, "save", save)
+    (warning,) = warnings_of(tmp_path)
+    assert "some.nbi: No space left on device" in warning
+
+
+FORKS = """
+import os, signal, sys, threading, time, warnings
+import numpy as np, dcnops
+warnings.simplefilter("ignore", DeprecationWarning)
+def call():
+    dcnops.deform_roi_pool(np.ones((1, 1, 4, 4), np.float32), np.array([[0, 0, 0, 3, 3]], np.float32), output_size=1)
+def compile():
+    from numba.core.compiler_lock import global_compiler_lock
+    with global_compiler_lock:  # as every compilation does
+        begun.set()
+        time.sleep(0.3)
+def first_call():
+    begun.set()
+    call()
+if sys.argv[1] == "compile":
+    call()
+begun = threading.Event()
+other = threading.Thread(target=compile if sys.argv[1] == "compile" else first_call)
+other.start()
+begun.wait()
+time.sleep(0.1)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    call()
+    os._exit(0)
+other.join()
+assert os.waitpid(child, 0)[1] == 0, "the child hangs"
 """
-    result = use(tmp_path, full + USE)
-    assert result.returncode == 0, result.stderr
-    assert "some.nbi: No space left on device" in result.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("step", ["import", "compile"])
+def test_a_fork_next_to_a_first_call(step: str) -> None:
+    subprocess.run([sys.executable, "-c", FORKS, step], cwd=ROOT, check=True, timeout=300)
+
+
+INTERRUPTED = """
+import builtins, sys
+import numpy as np, dcnops
+original, hits = builtins.__import__, 0
+def interrupt(name, *args, **kwargs):
+    global hits
+    hits += name.startswith("numba.core")
+    if hits == 40:
+        hits += 1
+        raise KeyboardInterrupt
+    return original(name, *args, **kwargs)
+builtins.__import__ = interrupt
+def call():
+    x = np.ones((1, 1, 4, 4), np.float32)
+    return dcnops.deform_roi_pool(x, np.array([[0, 0, 0, 3, 3]], np.float32), output_size=1).item()
+try:
+    call()
+except KeyboardInterrupt:
+    print(call())
+"""
+
+
+def test_a_call_works_after_an_interrupted_import() -> None:
+    command = [sys.executable, "-c", INTERRUPTED]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "1.0", result.stderr
+
+
+INTERPRETED = """
+import sys
+from numba import config
+assert config.DISABLE_JIT
+import dcnops, numpy as np
+from tests.cases import assert_close, make_conv, make_roi_pool
+np.seterr(all="raise")
+for case in (make_conv(N=1, C=4, O=4, H=3, W=4, G=2, D=2), make_roi_pool(N=1, C=2, R=2, output_size=2)):
+    assert_close(getattr(dcnops, case.operation)(**case.arguments()), case.expected(), "float32")
+    gradients = getattr(dcnops, f"{case.operation}_backward")(case.grad_out, **case.arguments())._asdict()
+    for name, expected in case.expected_gradients().items():
+        assert_close(gradients[name], expected, "float32", name)
+"""
+
+
+def test_the_backend_works_without_the_compiler() -> None:
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    subprocess.run([sys.executable, "-W", "error", "-c", INTERPRETED], cwd=ROOT, env=environment, check=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_no_error_state_of_numpy_changes_a_call(dtype: type) -> None:
+    def calls() -> list[np.ndarray]:
+        x = np.full((1, 2, 4, 4), 1e-4, dtype)
+        x[0, 0, 0] = np.finfo(dtype).max
+        grad_out = np.full((1, 1, 4, 4), np.finfo(dtype).max, dtype)
+        grad_out[0, 0, 0, :2] = np.inf, -np.inf
+        offset, mask = np.full((1, 2, 4, 4), 0.1, dtype), np.full((1, 1, 4, 4), 3, dtype)
+        arrays = convolve(x, offset, np.full((1, 2, 1, 1), 1e-4, dtype), mask=mask, grad_out=grad_out)
+        arrays += dcnops.deform_conv2d_backward(
+            grad_out, x, offset, np.ones((1, 2, 1, 1), dtype), np.zeros(1, dtype), needs="bias"
+        )[3:4]
+        rois = np.array([[0, 1e-300, 0, 3, 3], [0, 0, 0, 1e300, 3]])
+        options = {"spatial_scale": 3e38, "gamma": -3e38, "output_size": 1}
+        shift = np.full((2, 2, 1, 1), np.inf, dtype)
+        arrays += pool(x, rois, shift, np.ones((2, 1, 1), dtype), grad_out=np.ones((2, 2, 1, 1), dtype), **options)
+        return arrays
+
+    with np.errstate(all="ignore"):
+        expected = calls()
+    with np.errstate(all="raise"):
+        strict = calls()
+    with warnings.catch_warnings(), np.errstate(all="warn"):
+        warnings.simplefilter("error")
+        warned = calls()
+    for arrays in (strict, warned):
+        for array, reference in zip(arrays, expected, strict=True):
+            np.testing.assert_array_equal(array, reference)

@@ -19,7 +19,7 @@ from tests.cuda.emulated_cupy import emulated_cupy
 class RehearsalMeter(Meter):
     """Wall clock in place of a GPU's meter."""
 
-    shapes = ((32, 6, 5), (16, 6, 5, 8, 3))
+    shapes = ((32, 3, 2), (16, 6, 5, 4, 2))
     """Shapes of a convolution and of RoI pooling, in place of the standard ones."""
     workspaces = (2**13, 2**20)
 

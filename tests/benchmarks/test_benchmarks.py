@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from benchmarks import correctness, deform_conv2d, deform_roi_pool, report
-from benchmarks.__main__ import main
+from benchmarks.__main__ import PARTS, main
 from benchmarks.contenders import POOLING, layer_tensors, prepare_torch, to_numpy
+from benchmarks.cpu_meter import CpuMeter
+from benchmarks.environment import run_module
 from benchmarks.measure import time_in_turn
 from benchmarks.operations import MODULATED, OURS, PEER, PLAIN, Arrays, Case, load
 from tests.cases import Case as TestCase
@@ -44,6 +46,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=ROOT, check=False, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_wrong_contender_is_not_timed(tmp_path: Path):
     path = tmp_path / "benchmark.json"
     done = run("-c", WRONG, *TINY, "--parts", "forward", "backward", "--output", str(path))
@@ -57,13 +60,20 @@ def test_a_wrong_contender_is_not_timed(tmp_path: Path):
         assert set(pool["timings"][direction]) == {OURS, PEER}
 
 
-def test_a_tiny_run(tmp_path: Path):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "parts",
+    [("forward", "backward"), pytest.param(PARTS, marks=pytest.mark.exhaustive)],  # the others start many processes
+    ids=" ".join,
+)
+def test_a_tiny_run(parts: tuple[str, ...], tmp_path: Path):
     path = tmp_path / "folder" / "benchmark.json"
-    done = run("-m", "benchmarks", *TINY, "--output", str(path))
+    done = run("-m", "benchmarks", *TINY, "--parts", *parts, "--output", str(path))
     assert done.returncode == 0, done.stderr
     printed = " ".join(done.stdout.split())
-    for title in ("deform_conv2d forward, cpu, batch 1", "deform_roi_pool backward", "| 4x6x5x8x3 |", "cpu, cold"):
+    for title in ("deform_conv2d forward, cpu, batch 1", "deform_roi_pool backward", "| 4x6x5x8x3 |"):
         assert title in printed
+    assert ("cpu, cold" in printed) == ("first-call" in parts)
     document = json.loads(path.read_text())
     assert set(document) >= {"date", "environment", "results", "first_call_seconds", "targets", "failures"}
     assert set(document["environment"]) >= {"cpu", "python", "numpy", "numba", "torch", "torchvision", "commit"}
@@ -81,16 +91,29 @@ def test_a_tiny_run(tmp_path: Path):
                 assert 0 < timed["min_ms"] <= timed["median_ms"] <= timed["max_ms"]
                 assert timed["rounds"] >= 3
             assert set(row["ratios"][direction]) == ratios
-            assert set(row["peak_extra_bytes"][direction]) == with_memory
+            assert set(row["peak_extra_bytes"].get(direction, {})) == (with_memory if "memory" in parts else set())
     assert set(pool["errors"][MODULATED]) == {"output", "input", "offset", "mask"}
     assert conv["column_bytes"] == 4 * 9 * 6 * 5 * 4
     assert pool["column_bytes"] is None
-    assert [target["name"] for target in document["targets"]] == [
+    first_calls = [
         "first call cold, import and forward, s",
         "first backward call cold, s",
         "first call warm, import and forward, s",
         "first backward call warm, s",
     ]
+    assert [target["name"] for target in document["targets"]] == (first_calls if "first-call" in parts else [])
+
+
+@pytest.mark.slow
+def test_memory_of_a_call():
+    assert (
+        CpuMeter().peak_extra_bytes(deform_roi_pool.OPERATION, Case("cpu", (4, 6, 5, 8, 3)), OURS, "forward", int) >= 0
+    )
+
+
+def test_first_calls():
+    seconds = run_module("benchmarks.first_call", "cpu")
+    assert list(seconds) == ["import", "forward", "backward"] and min(seconds.values()) > 0
 
 
 def test_shapes_must_fit_an_operation(capsys: pytest.CaptureFixture[str]):

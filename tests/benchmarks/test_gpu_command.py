@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, measure
 from benchmarks.gpu import SHARES, Part, main, parts_of, run_parts
+from benchmarks.measure import cases as all_cases
 from benchmarks.operations import OURS, PEER
 from tests.benchmarks.rehearse import main as rehearse
+from tests.cuda import sanitizer_cases
 
 
 def python(code: str) -> list[str]:
@@ -31,13 +33,11 @@ def rehearsed(out: Path, *parts: str) -> dict[str, Any]:
     return {part["name"]: part["results"] for part in document["parts"]}
 
 
-def test_rehearsal_of_all_parts_but_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    results = rehearsed(tmp_path, "model", "workspace", "tests", "sanitizers")
+@pytest.mark.slow
+def test_rehearsal_of_tests_model_and_workspace(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results = rehearsed(tmp_path, "model", "workspace", "tests")
     model, workspace = results["model"], results["workspace"]
     assert "REHEARSAL" in capsys.readouterr().out
-    log = (tmp_path / "sanitizers.log").read_text()
-    assert all(f"--tool {tool}" in log for tool in ("memcheck", "racecheck", "synccheck"))
-    assert log.count("deterministic: correct") == 18
     assert model["rehearsal"] and [row["mode"] for row in model["results"]] == ["eager", "graphs"]
     assert all(set(row["timings"]) == {OURS, PEER} for row in model["results"])
     host = model["results"][0]["host_microseconds"]
@@ -51,8 +51,34 @@ def test_rehearsal_of_all_parts_but_the_benchmark(tmp_path: Path, capsys: pytest
         assert part["failures"] == part["not_reached"] == []
 
 
+@pytest.mark.exhaustive
+def test_rehearsal_of_the_sanitizers(tmp_path: Path):
+    rehearsed(tmp_path, "sanitizers")
+    log = (tmp_path / "sanitizers.log").read_text()
+    assert all(f"--tool {tool}" in log for tool in ("memcheck", "racecheck", "synccheck"))
+    assert log.count("deterministic: correct") == 18
+
+
+def test_the_cases_for_the_sanitizers_are_correct(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", ["sanitizer_cases", "--rehearse"])
+    assert sanitizer_cases.main() == 0
+    assert capsys.readouterr().out.count("deterministic: correct") == 6
+
+
+@pytest.mark.exhaustive
 def test_rehearsal_of_the_benchmark(tmp_path: Path):
-    document = rehearsed(tmp_path, "benchmark")["benchmark"]
+    assert_measured(rehearsed(tmp_path, "benchmark")["benchmark"])
+
+
+@pytest.mark.slow
+def test_rehearsal_of_some_rows_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measure, "cases", lambda *arguments: list(all_cases(*arguments))[::8])
+    path = tmp_path / "benchmark.json"
+    assert rehearse(["--parts", "forward", "backward", "memory", "--output", str(path)]) == 0
+    assert_measured(json.loads(path.read_text()))
+
+
+def assert_measured(document: dict[str, Any]):
     assert document["rehearsal"]
     assert document["targets"] == document["failures"] == document["not_reached"] == []
     assert {row["operation"] for row in document["results"]} == {"deform_conv2d", "deform_roi_pool"}
@@ -71,6 +97,7 @@ def test_rows_after_the_time_limit_are_reported(tmp_path: Path, capsys: pytest.C
     assert f"{len(document['not_reached'])} rows were not reached in 0 minutes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_parts_that_fail_hang_or_do_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pid_file = tmp_path / "pid"
     hanging = (
@@ -135,6 +162,7 @@ def test_a_part_alone_takes_four_minutes(
     assert sum(part.seconds for part in planned) == pytest.approx(seconds)
 
 
+@pytest.mark.slow
 def test_a_missing_gpu_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     if os.environ.get("CUDA_VISIBLE_DEVICES") is None and Path("/dev/nvidia0").exists():
         pytest.skip("this machine has a GPU")

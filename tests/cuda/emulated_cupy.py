@@ -10,10 +10,11 @@ from unittest import mock
 import numpy as np
 
 from dcnops._backends.cuda import backend as cuda
+from dcnops._backends.cuda.deform_roi_pool_programs import RoIPoolPrograms
 from dcnops._backends.cuda.programs import ProgramCache
 from tests.cases import Case
 from tests.cuda.emulator import HostArrays, host_engine
-from tests.cuda.emulator.host_engine import prepare_program
+from tests.cuda.emulator.host_engine import prepare_program, prepare_roi_pool_program
 
 
 class _Device:
@@ -51,8 +52,11 @@ class StandIn(HostArrays):
 def emulated_cupy(**engine_options: Any) -> Iterator[StandIn]:
     """Make the public functions run the CUDA backend on the host engine, with arrays of this module."""
     stand_in, engine = StandIn(), host_engine(**engine_options)
-    programs = ProgramCache(engine, prepare_program)
-    with mock.patch.multiple(cuda, cupy=stand_in, ENGINE=engine, PROGRAMS=programs):
+    caches = {
+        "PROGRAMS": ProgramCache(engine, prepare_program),
+        "ROI_POOL_PROGRAMS": RoIPoolPrograms(engine, prepare_roi_pool_program),
+    }
+    with mock.patch.multiple(cuda, cupy=stand_in, ENGINE=engine, **caches):
         yield stand_in
 
 

@@ -51,6 +51,7 @@ SHARED_CONSTANTS: dict[str, dict[str, int]] = {
         "kMaxArrayJobs": kernel_constants.MAX_ARRAY_JOBS,
         "kSumTileChannels": kernel_constants.SUM_TILE_CHANNELS,
         "kFillTileElements": kernel_constants.FILL_TILE_ELEMENTS,
+        "kWideTileElements": kernel_constants.WIDE_TILE_ELEMENTS,
         "TransposeTile<Half>::kSide": kernel_constants.TRANSPOSE_TILE_SIDE[2],
         "TransposeTile<float>::kSide": kernel_constants.TRANSPOSE_TILE_SIDE[4],
         "TransposeTile<double>::kSide": kernel_constants.TRANSPOSE_TILE_SIDE[8],

@@ -230,6 +230,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_planted_bugs_are_caught(name: str):
     deterministic = name == "no order"

@@ -17,7 +17,7 @@ from dcnops._backends.cuda.kernel_source import compile_options, kernel_source
 from tests.cuda.kernel_matrix import UNITS, Specialisation, specialisations
 
 DISASSEMBLER = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin" / "nvdisasm"
-ARCHITECTURES = (80, 90, 100, 120)
+ARCHITECTURES = (90, *(pytest.param(architecture, marks=pytest.mark.exhaustive) for architecture in (80, 100, 120)))
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)", re.MULTILINE)
 
@@ -90,6 +90,7 @@ def count(found: Counter[str], pattern: str) -> int:
     return sum(number for instruction, number in found.items() if re.match(pattern, instruction))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel, suffix, product", EXPECTED, ids=["-".join(filter(None, names)) for names in EXPECTED])
 def test_instructions_follow_the_design(kernel: str, suffix: str, product: str, architecture: int):
@@ -107,6 +108,7 @@ def test_instructions_follow_the_design(kernel: str, suffix: str, product: str, 
         assert count(found, "RED") == count(found, VECTOR_ADDITIONS), f"scalar additions in {dict(found)}"
 
 
+@pytest.mark.slow
 def test_the_check_finds_double_precision_and_atomics():
     doubles = next(
         s for s in specialisations() if s.unit == "deform_conv2d_backward" and s.macros["DCN_SUFFIX"] == "f64"
@@ -115,6 +117,7 @@ def test_the_check_finds_double_precision_and_atomics():
     assert count(found, DOUBLES) and count(found, ATOMICS)
 
 
+@pytest.mark.slow
 def test_3xtf32_has_three_times_the_products_of_tf32():
     counts = {
         suffix: count(

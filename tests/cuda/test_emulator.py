@@ -546,6 +546,7 @@ def sanitized_case(name: str) -> None:
     print("survived", flush=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(is_sanitized(), reason="starts sanitized processes itself")
 @pytest.mark.parametrize("name", FINDINGS)
 def test_the_sanitizers_report_the_line(name: str) -> None:
@@ -561,6 +562,7 @@ def test_the_sanitizers_report_the_line(name: str) -> None:
         assert expected in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(is_sanitized(), reason="starts sanitized processes itself")
 def test_pytest_keeps_the_report(tmp_path: Path) -> None:
     (tmp_path / "test_case.py").write_text(

@@ -1,24 +1,27 @@
-"""NVRTC builds all specialisations for all architectures that it supports, without a GPU. No kernel may spill.
+"""NVRTC builds all specialisations without a GPU. No kernel may spill.
 
-The default run covers one architecture of each generation. The test run prints the registers of each kernel at its end.
+The default run builds the widest vectors and those of one element, each for one architecture, and each unit for every
+generation. The exhaustive run builds everything for all architectures. The test run prints the registers of each kernel
+at its end.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cupy_backends.cuda.libs import nvrtc
 
 from dcnops._backends.cuda.kernel_source import compile_options, kernel_source
-from tests.cuda.kernel_matrix import UNITS, constant_assertions, specialisations, struct_assertions
+from tests.cuda.kernel_matrix import UNITS, Specialisation, constant_assertions, specialisations, struct_assertions
 
 GENERATIONS = (75, 80, 90, 100, 120)
-ARCHITECTURES = [
-    pytest.param(architecture, marks=() if architecture in GENERATIONS else pytest.mark.exhaustive)
-    for architecture in nvrtc.getSupportedArchs()
-]
+"""One architecture of each generation."""
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -49,12 +52,39 @@ def resources(log: str) -> dict[str, tuple[int, int]]:
     return used
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_kernel_compiles_without_spills(architecture: int, record_property):
-    worst: dict[str, tuple[int, int]] = {}
+def typical() -> Iterator[Specialisation]:
+    """Yield the specialisations with the widest vectors, which need most registers, and those without vectors."""
+    widest: dict[tuple[object, ...], int] = {}
     for specialisation in specialisations():
-        if not specialisation.is_for(architecture):
-            continue
+        kind, vector = _kind_and_vector(specialisation)
+        widest[kind] = max(vector, widest.get(kind, 0))
+    for specialisation in specialisations():
+        kind, vector = _kind_and_vector(specialisation)
+        one_type = specialisation.macros.get("DCN_OFFSET_SCALAR") == specialisation.macros["DCN_SCALAR"]
+        if vector == widest[kind] or (vector == 1 and one_type):
+            yield specialisation
+
+
+def _kind_and_vector(specialisation: Specialisation) -> tuple[tuple[object, ...], int]:
+    macros = specialisation.macros
+    return (specialisation.unit, macros["DCN_SUFFIX"]), int(macros.get("DCN_VEC", 0))
+
+
+def share(architecture: int) -> list[Specialisation]:
+    """Return the specialisations of the default run for one of `GENERATIONS`; those of a unit take turns."""
+    turns: Counter[str] = Counter()
+    chosen = []
+    for specialisation in typical():
+        candidates = [generation for generation in GENERATIONS if specialisation.is_for(generation)]
+        if candidates[turns[specialisation.unit] % len(candidates)] == architecture:
+            chosen.append(specialisation)
+        turns[specialisation.unit] += 1
+    return chosen
+
+
+def assert_compile_without_spills(chosen: Iterable[Specialisation], architecture: int, record_property: Any) -> None:
+    worst: dict[str, tuple[int, int]] = {}
+    for specialisation in chosen:
         log = compile_with_nvrtc(
             kernel_source(specialisation.unit),
             f"{specialisation.unit}.cu",
@@ -71,6 +101,31 @@ def test_every_kernel_compiles_without_spills(architecture: int, record_property
             )
             worst[kernel] = max(worst.get(kernel, (0, 0)), (registers, spills))
     record_property("kernel_resources", (architecture, worst))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", GENERATIONS)
+def test_typical_specialisations_compile_without_spills(architecture: int, record_property):
+    assert_compile_without_spills(share(architecture), architecture, record_property)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("architecture", nvrtc.getSupportedArchs())
+def test_every_specialisation_compiles_for_every_architecture(architecture: int, record_property):
+    everything = [s for s in specialisations() if s.is_for(architecture)]
+    assert_compile_without_spills(everything, architecture, record_property)
+
+
+def test_shares_have_every_kernel_in_every_dtype_and_on_every_generation():
+    shares = {architecture: share(architecture) for architecture in GENERATIONS}
+    chosen = list(itertools.chain(*shares.values()))
+    assert Counter(chosen) == Counter(typical())
+    for key in ("DCN_SUFFIX", "DCN_OFFSET_SCALAR", "DCN_PRODUCT", "DCN_OUTPUTS"):
+        built, all_of_them = ({(s.unit, s.macros.get(key)) for s in some} for some in (chosen, specialisations()))
+        assert built == all_of_them
+    for architecture, own in shares.items():
+        units = {s.unit for s in specialisations() if s.is_for(architecture)}
+        assert {s.unit for s in own} >= units - {"array_jobs"}  # fewer specialisations than generations
 
 
 def test_the_spill_check_sees_a_spill():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import sys
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.kernel_source import kernel_source
 from dcnops._backends.cuda.plans.array_jobs import ArrayJobsParams, ArrayTask, is_channels_last
+from dcnops._backends.cuda.plans.deform_conv2d_backward import ListLimits
 from tests.cases import DTYPES, Case, RoIPoolCase, assert_correct, conv_cases, make_conv, make_roi_pool, roi_pool_cases
 from tests.conftest import EmulatedRunner, assert_same_bits
 from tests.cuda.emulator import run_sanitized
@@ -207,6 +210,43 @@ def test_scratch_memory_of_roi_pooling_is_bounded(channels_last: bool, dtype: st
     assert parts == transpose + bounds if channels_last else parts <= transpose + bounds + sums + chunk_bytes
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_arrays_may_change_during_a_call(deterministic: bool):
+    """Kernels that read the same values one after the other must stay within their lists and images."""
+    rng = np.random.default_rng(0)
+    conv = make_conv(N=3, C=32, O=4, H=7, W=6, seed=3)
+    pool = make_roi_pool(N=3, C=16, R=9, seed=4)
+
+    def memory(address: int, *shape: int) -> np.ndarray:
+        size = 4 * math.prod(shape)
+        return np.frombuffer((ctypes.c_char * size).from_address(address), np.float32).reshape(shape)
+
+    def change(params: Any) -> None:
+        if hasattr(params, "lengths"):  # samples on many pixels, on one, and on none
+            offset = memory(params.offset, params.size.N, *conv.offset.shape[1:])
+            offset[...] = rng.choice([4, 0, 1e9]) * rng.standard_normal(offset.shape)
+        if hasattr(params, "bins"):
+            rois = memory(params.bins.rois, *pool.rois.shape)
+            rois[:, 0] = rng.choice([0, 2, -1, 1e9, np.nan], len(rois))
+            rois[:, 1:] = rng.choice([5, 1e9]) * rng.standard_normal((len(rois), 4))
+
+    for case, options in ((conv, {"limits": ListLimits(part_entries=7, sorted_entries=40)}), (pool, {})):
+        runner = EmulatedRunner(chunk_bytes=20_000, deterministic=deterministic, backward=options)
+        runner.programs = None
+        compiled = runner.engine.kernel
+
+        def changing(unit: str, kernel: str, macros: Any, compiled: Any = compiled) -> Any:
+            def launch(grid: Any, block: Any, shared_bytes: int, params: Any) -> None:
+                change(params)
+                compiled(unit, kernel, macros)(grid, block, shared_bytes, params)
+
+            return launch
+
+        runner.engine.kernel = changing
+        for _ in range(4):
+            runner.backward(case)
+
+
 # Kernels with planted bugs. The emulator must catch each bug: otherwise the tests above would miss such bugs too.
 
 
@@ -228,6 +268,7 @@ ROI_BARRIERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ROI_BARRIERS)
 def test_a_missing_barrier_of_roi_pooling_is_caught(before: str):
     old, new = ROI_BARRIERS[before]
@@ -258,6 +299,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_planted_bugs_are_caught(name: str):
     case = make_conv(N=2, C=96, O=2, H=6, W=6, seed=1)
@@ -281,6 +323,7 @@ BROKEN_BOUNDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN_BOUNDS)
 def test_broken_bounds_are_caught_by_the_sanitizers(name: str):
     result = run_sanitized(["-m", "tests.cuda.test_plans", name], timeout=300)
@@ -289,35 +332,68 @@ def test_broken_bounds_are_caught_by_the_sanitizers(name: str):
     assert ("AddressSanitizer" in report or "runtime error" in report) and ".cu" in report, report[-3000:]
 
 
-def test_the_kernels_are_clean_under_the_sanitizers():
-    selection = [
+ANY_CASE = {
+    "convolution": (
         "tests/arrays/test_deform_conv2d.py::test_any_offset_equals_the_reference[emulated]",
-        "tests/arrays/test_deform_conv2d.py::test_tiny_images",
         "tests/arrays/test_operations.py::test_equals_the_reference",
         "tests/arrays/test_operations.py::test_equals_the_reference_in_16_bits",
+        "tests/cuda/test_deform_conv2d_lists.py::test_equals_the_reference",
+        "tests/cuda/test_deform_conv2d_lists.py::test_memory_orders",
+        "tests/cuda/test_plans.py::test_the_chunk_size_does_not_change_results",
+        "tests/cuda/test_plans.py::test_the_deterministic_path_equals_the_reference",
+        "tests/cuda/test_plans.py::test_channels_last_images_keep_their_memory_order",
+        "tests/cuda/test_plans.py::test_parts_of_the_output_of_a_branch_are_read_in_place",
+        "tests/cuda/test_plans.py::test_wide_weights_are_rounded_and_their_gradient_is_not",
+    ),
+    "fused convolution": (
+        "tests/cuda/test_deform_conv2d_fused.py::test_equals_the_reference",
+        "tests/cuda/test_deform_conv2d_fused.py::test_any_offset_follows_the_reference",
+        "tests/cuda/test_deform_conv2d_fused.py::test_tiles_of_every_width",
+    ),
+    "RoI pooling": (
+        "tests/arrays/test_deform_roi_pool.py::test_every_path_of_the_kernels",
+        "tests/arrays/test_deform_roi_pool.py::test_the_output_may_be_channels_last",
+    ),
+}
+"""Tests that draw cases of all data types and vector widths, each of which has to be compiled."""
+
+FEW_SPECIALISATIONS = {
+    "convolution": (
+        "tests/arrays/test_deform_conv2d.py::test_tiny_images",
+        "tests/arrays/test_deform_conv2d.py::test_distant_samples_are_zero",
+        "tests/arrays/test_deform_conv2d.py::test_nan_coordinates_propagate",
+        "tests/cuda/test_deform_conv2d_lists.py::test_all_samples_on_one_pixel",
+        "tests/cuda/test_plans.py::test_arrays_may_change_during_a_call",
+    ),
+    "fused convolution": ("tests/cuda/test_deform_conv2d_fused.py::test_split_sums",),
+    "RoI pooling": (
         "tests/arrays/test_deform_roi_pool.py::test_unusual_offsets",
         "tests/arrays/test_deform_roi_pool.py::test_unusual_regions",
         "tests/arrays/test_deform_roi_pool.py::test_non_finite_regions_make_nan",
         "tests/arrays/test_deform_roi_pool.py::test_huge_regions_are_fast",
         "tests/arrays/test_deform_roi_pool.py::test_regions_of_nonexistent_feature_maps_are_nan_in_the_kernels",
-        "tests/cuda/test_deform_conv2d_fused.py::test_equals_the_reference",
-        "tests/cuda/test_deform_conv2d_fused.py::test_split_sums",
-        "tests/cuda/test_deform_conv2d_fused.py::test_any_offset_follows_the_reference",
-        "tests/cuda/test_deform_conv2d_fused.py::test_tiles_of_every_width",
-        "tests/arrays/test_deform_roi_pool.py::test_every_path_of_the_kernels",
         "tests/arrays/test_deform_roi_pool.py::test_more_channels_than_a_warp_and_more_bins_than_a_tile",
-        "tests/arrays/test_deform_roi_pool.py::test_the_output_may_be_channels_last",
-        "tests/cuda/test_deform_conv2d_lists.py::test_equals_the_reference",
-        "tests/cuda/test_deform_conv2d_lists.py::test_all_samples_on_one_pixel",
-        "tests/cuda/test_deform_conv2d_lists.py::test_memory_orders",
-        "tests/cuda/test_plans.py::test_the_chunk_size_does_not_change_results",
-        "tests/cuda/test_plans.py::test_the_deterministic_path_equals_the_reference",
-        "tests/cuda/test_plans.py::test_channels_last_images_keep_their_memory_order",
-    ]
+    ),
+}
+
+
+def assert_clean_under_the_sanitizers(selection: tuple[str, ...]) -> None:
     arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not cpu and not gpu"]
     result = run_sanitized([*arguments, "--hypothesis-profile=brief", *selection], timeout=900)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " passed" in result.stdout and "failed" not in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", FEW_SPECIALISATIONS)
+def test_the_kernels_are_clean_under_the_sanitizers(operation: str):
+    assert_clean_under_the_sanitizers(FEW_SPECIALISATIONS[operation])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("operation", ANY_CASE)
+def test_all_specialisations_are_clean_under_the_sanitizers(operation: str):
+    assert_clean_under_the_sanitizers(ANY_CASE[operation])
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from threading import Thread
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from dcnops._backends.cuda import plans
+from dcnops._backends.cuda import cupy_programs, plans
 from dcnops._backends.cuda.engine import Device, Engine
 from dcnops._backends.cuda.programs import ArrayForm, Fill, Launch, Product, Program, ProgramCache, Recorder
 from dcnops._shapes import DeformConvGeometry
@@ -96,3 +99,24 @@ def test_a_signature_is_recorded_at_its_second_sight_and_dropped_when_memory_is_
         cache.run(plans.deform_conv2d, case.geometry(), runner._arrays(case), "ieee")
         sizes.append(len(cache.replays))
     assert sizes[:3] == [0, 1, 1] and cache.replays.nbytes <= 5000
+
+
+def test_the_runtime_gives_a_thread_a_context_before_its_first_launch(monkeypatch: pytest.MonkeyPatch):
+    """Autograd's threads start without one, and torch's allocator may have no reason to ask the runtime for it."""
+    order: list[str] = []
+    driver = SimpleNamespace(launchKernel=lambda *arguments: order.append("launch"))
+    runtime = SimpleNamespace(
+        getDevice=lambda: 3, setDevice=lambda device: order.append(f"device {device}"), memsetAsync=None
+    )
+    monkeypatch.setattr(cupy_programs, "driver", driver)
+    monkeypatch.setattr(cupy_programs, "runtime", runtime)
+
+    def run() -> None:
+        for _ in range(2):
+            cupy_programs.issue([(0, 0, 1, 32, 1, 0, 0)], [0], 0, 0)
+
+    for _ in range(2):
+        thread = Thread(target=run)
+        thread.start()
+        thread.join()
+    assert order == ["device 3", "launch", "launch"] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -14,8 +15,11 @@ from PIL import Image
 from examples.detector.__main__ import COMMANDS, main
 from examples.detector.config import Config
 from examples.detector.data import Category
+from examples.detector.errors import UserError
 from examples.detector.model import build_detector, load_checkpoint, save_checkpoint
 from tests.detector.configurations import assignments
+
+pytestmark = pytest.mark.slow
 
 TINY = assignments(
     network="min_size=64 max_size=64 anchor_sizes=8,16,32,48,64 roi_batch=16 proposals_train=50 proposals_test=20 "
@@ -132,7 +136,7 @@ def test_wrong_commands(fails, data, tmp_path):
     assert "--device" in fails("train", "--data", data, "--out", out, "--device", "tpu", "--backbone", "small")
     for number in ("0", "a"):
         message = fails("evaluate", "--data", data, "--checkpoint", "x", "--batch-size", number)
-        assert "must be a whole number of at least 1" in message
+        assert "must be a whole number between 1 and 4096" in message
     for share in ("7", "nan", "high"):
         message = fails("predict", "a.png", "--checkpoint", "x", "--out", out, "--threshold", share)
         assert "must be a number between 0 and 1" in message
@@ -142,7 +146,8 @@ def test_wrong_commands(fails, data, tmp_path):
     file = data / "annotations" / "instances_val.json"
     assert "cannot be made a folder" in fails("evaluate", "--data", data, "--checkpoint", "x", "--out", file)
     assert "not allowed with" in fails("evaluate", "--data", data, "--checkpoint", "x", "--results", "y")
-    assert "32 to 4096 pixels" in fails("synth", out, "--size", "8")
+    assert "must be a whole number between 32 and 4096, got '8'" in fails("synth", out, "--size", "8")
+    assert len(fails("synth", out, "--train", "9" * 10_000)) < 200
     assert not out.exists()
 
 
@@ -155,6 +160,53 @@ def test_missing_files(fails, run, data, tmp_path):
     assert "nothing" in fails("predict", nothing, "--checkpoint", run / "model.pth", "--out", out)
     assert "checkpoint" in fails("train", "--data", data, "--out", out, "--backbone", "small", "--resume")
     assert not out.exists() or not any(out.iterdir())
+
+
+def test_paths_that_are_too_long(fails, data, run, tmp_path):
+    name = "a" * 300
+    checkpoint = run / "model.pth"
+    assert name in fails("train", "--data", tmp_path / name, "--out", tmp_path)
+    assert name in fails("train", "--data", data, "--out", tmp_path / name, "--backbone", "small", "--device", "cpu")
+    assert name in fails("train", "--data", data, "--out", tmp_path, "--weights", f"{name}.pth", "--device", "cpu")
+    assert name in fails("predict", name, "--checkpoint", checkpoint, "--out", tmp_path)
+    assert name in fails("predict", data / "images", "--checkpoint", name, "--out", tmp_path)
+    assert name in fails("evaluate", "--results", name, "--data", data)
+    assert name in fails("synth", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device", "out/table.md"), "out/table.md: No space left on device"),
+        (OSError(28, "No space left on device"), "output: No space left on device"),
+        (
+            ModuleNotFoundError(name="tensorboard.compat"),
+            "the package tensorboard is missing: pip install -e '.[detector]'",
+        ),
+        (UserError("red \x1b[31m\n"), r"red \x1b[31m\n"),
+    ],
+)
+def test_errors_of_the_environment(fails, monkeypatch, error, message):
+    def fail(options: object) -> None:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "flops", (fail, COMMANDS["flops"][1]))
+    monkeypatch.setenv("RANK", "")
+    assert fails("flops") == f"error: {message}\n"
+
+
+def test_names_that_stdout_cannot_encode(tmp_path, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    assert main(["synth", str(tmp_path / "ö"), "--train", "0", "--val", "0"]) == 0
+    assert written.getvalue().startswith(b"0 + 0 images in ") and rb"\xf6" in written.getvalue()
+
+
+def test_a_missing_package_is_named(tmp_path):
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('examples.detector', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: the package torch is missing: pip install -e '.[detector]'\n"
 
 
 def test_categories_of_a_checkpoint_and_of_the_data(fails, data, tmp_path):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
-from examples.detector.config import Config, NetworkConfig, describe_options
+from examples.detector.__main__ import COMMANDS
+from examples.detector.config import SECTIONS, Config, NetworkConfig, describe_options
 from examples.detector.errors import UserError
 
 
@@ -54,18 +56,22 @@ def test_assignments():
         ("network.gamma=wide", "network.gamma must be a number, got 'wide'"),
         ("network.gamma=nan", "network.gamma must be finite, got nan"),
         ("network.deform_groups=1.5", "network.deform_groups must be a whole number, got '1.5'"),
-        ("network.deform_groups=0", "network.deform_groups must be at least 1, got 0"),
+        ("network.deform_groups=0", "network.deform_groups must be between 1 and 64, got 0"),
         ("network.rpn_nms=1.5", "network.rpn_nms must be between 0 and 1, got 1.5"),
         ("network.share_branch=perhaps", "network.share_branch must be true or false, got 'perhaps'"),
         ("network.preset=dcnv3", "network.preset must be one of regular-roipool, regular, dconv-c5"),
         ("network.backbone=vgg16", "network.backbone must be one of resnet50, resnet101"),
         ("network.anchor_sizes=", "network.anchor_sizes must have at least one number"),
         ("network.anchor_sizes=32,x", "network.anchor_sizes must be a number, got 'x'"),
-        ("network.anchor_sizes=0", "network.anchor_sizes must be at least 1, got 0"),
+        ("network.anchor_sizes=0", "network.anchor_sizes must be between 1 and 100000, got 0.0"),
         ("network.max_size=500", "network.max_size must be at least min_size=800, got 500"),
         ("network.rpn_negative_iou=0.8", "network.rpn_negative_iou must be at most rpn_positive_iou=0.7, got 0.8"),
         ("training.seed=99999999999999999999", "training.seed must be between 0 and"),
-        ("training.lr=-1", "training.lr must be at least 0, got -1"),
+        ("training.lr=-1", "training.lr must be between 0 and 1000, got -1.0"),
+        ("training.workers=99999", "training.workers must be between 0 and 256, got 99999"),
+        ("network.deform_groups=" + "9" * 5000, "network.deform_groups must be a whole number, got '9999"),
+        ("training.lr=1e400", "training.lr must be finite, got inf"),
+        ("network.anchor_sizes=" + "8," * 1000, "network.anchor_sizes must have at most 100 numbers, got 1000"),
         ("training.amp=half", "training.amp must be one of none, float16, bfloat16, got 'half'"),
     ],
 )
@@ -99,12 +105,24 @@ def test_json_round_trip():
         {"training": {"epochs": 2.0}},
         {"network": {"anchor_sizes": 3}},
         {"network": {"preset": ["dcnv2"]}},
+        {"training": {"lr": 10**400}},
+        {"training": {"seed": 10**5000}},
         {"network": 3},
     ],
 )
 def test_wrong_dictionaries(values):
     with pytest.raises(UserError):
         Config.from_dict(values)  # type: ignore[arg-type]
+
+
+def test_every_number_has_bounds():
+    """Also on the command line."""
+    for kind in [*SECTIONS.values(), *(options for _, options in COMMANDS.values())]:
+        for item in dataclasses.fields(kind):
+            numbers = re.fullmatch(r"(int|float|tuple\[float, \.\.\.\])( \| None)?", str(item.type))
+            if numbers and "numbers" not in item.metadata:
+                low, high = item.metadata["minimum"], item.metadata["maximum"]
+                assert low is not None and high is not None and low < high, (kind, item.name)
 
 
 def test_every_option_is_described():

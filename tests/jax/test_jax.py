@@ -328,6 +328,7 @@ def run_python(code: str, **environment: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_no_deadlock_on_few_cores() -> None:
     """Many concurrent computations from several threads, with arrays that XLA does not copy."""
     run_python("""
@@ -357,6 +358,7 @@ threads = [threading.Thread(target=work) for _ in range(4)]
 """)
 
 
+@pytest.mark.slow
 def test_several_devices() -> None:
     """Sharded arrays, `shard_map` without communication, and an error for arrays on different devices."""
     run_python(

@@ -63,6 +63,8 @@ export(DeformConv2dPack(3, 4, 3).eval(), (torch.rand(1, 3, 8, 8),), "model.onnx"
     "jax": """
 import jax, numpy as np
 from dcnops.adapters.jax import deform_conv2d
+
+pytestmark = pytest.mark.slow
 x, weight = np.ones((1, 2, 5, 5), np.float32), np.ones((2, 2, 1, 1), np.float32)
 assert jax.grad(lambda o: deform_conv2d(x, o, weight).sum())(np.zeros((1, 2, 5, 5), np.float32)).shape == (1, 2, 5, 5)
 """,
@@ -122,7 +124,9 @@ def test_the_source_distribution_contains_the_project(wheel: Path):
     assert {path.as_posix() for name in PROJECT for path in files(name)} <= held
 
 
-@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize(
+    "extra", ["torch", "jax", *(pytest.param(extra, marks=pytest.mark.exhaustive) for extra in ("plots", "onnx"))]
+)
 def test_the_wheel_works_with_each_extra(extra: str, wheel: Path, tmp_path: Path):
     """The packages come from this environment, the library from the wheel."""
     venv.create(tmp_path / "venv", with_pip=False)
@@ -137,3 +141,28 @@ def test_the_wheel_works_with_each_extra(extra: str, wheel: Path, tmp_path: Path
     command = [str(python), "-c", place + EXTRAS[extra]]
     result = subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+MISSING = """
+import importlib, sys
+for package, module in (
+    ("torch", "dcnops.adapters.torch"),
+    ("jax", "dcnops.adapters.jax"),
+    ("matplotlib", "dcnops.adapters.torch.spatial_support.plots"),
+):
+    loaded = sys.modules.get(package)
+    sys.modules[package] = None
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        print(error.name, error)
+    del sys.modules[package]
+"""
+
+
+def test_missing_packages_are_named_with_their_extra() -> None:
+    done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        f"{package} the package {package} is missing: pip install 'dcnops[{extra}]'"
+        for package, extra in (("torch", "torch"), ("jax", "jax"), ("matplotlib", "plots"))
+    ]

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
+@pytest.mark.slow
 def test_site_builds_without_warnings(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     result = subprocess.run(
@@ -44,13 +45,14 @@ def test_no_placeholders_are_left() -> None:
         assert not re.findall(r"@[A-Z]+@|TODO|FIXME|XXX", page.read_text(encoding="utf-8")), page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_python_blocks_run(page: Path) -> None:
-    """Run the blocks of a page in one namespace; blocks that need a GPU are only compiled."""
+    """Run the blocks of a page in one namespace; blocks that need a GPU or mmdetection are only compiled."""
     namespace: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     assert blocks or page.name != "README.md"
     for block in blocks:
         code = compile(block, str(page), "exec")
-        if "cupy" not in block:
+        if "cupy" not in block and "import mmdet" not in block:
             exec(code, namespace)

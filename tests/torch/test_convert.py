@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -69,16 +70,23 @@ def test_resnet50_gets_13_layers_and_misses_26_keys(modulated: bool):
     assert (layer.conv_offset.stride, layer.conv_offset.padding) == ((2, 2), (1, 1))
 
 
-@pytest.mark.parametrize("modulated, mask_scale", [(False, 1.0), (True, 2.0)])
-def test_converted_model_computes_the_same(modulated: bool, mask_scale: float):
+@pytest.mark.parametrize("modulated", [False, True])
+def test_converted_model_computes_the_same(modulated: bool):
     model, x = net(dilation=2, padding=2), torch.randn(2, 3, 12, 12)
     expected = model(x)
-    assert convert_to_deformable(model, "*.conv2", modulated, 2, mask_scale) == ["first.conv2", "second.conv2"]
+    assert convert_to_deformable(model, "*.conv2", modulated, 2) == ["first.conv2", "second.conv2"]
     torch.testing.assert_close(model(x), expected)
     output = excite_branches(model)(x)
     assert not torch.allclose(output, expected)
     output.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_masks_of_the_paper_halve_the_output():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False)), torch.randn(2, 3, 6, 6)
+    expected = model(x) / 2
+    convert_to_deformable(model, "0", mask_scale=1)
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_parameters_stay_the_same_objects_and_no_random_numbers_are_drawn():
@@ -109,6 +117,7 @@ def test_function_as_selector():
     model = net()
     assert convert_to_deformable(model, where, modulated=False) == ["first.conv2", "second.conv2"]
     assert seen == ["stem", "first.conv1", "first.conv2", "second.conv1", "second.conv2"]
+    model.first.conv2 = mmcv_ops.DeformConv2dPack(4, 4, 3)
     with pytest.raises(ArgumentError, match="the function is true for none"):
         convert_to_deformable(model, where)  # branches are convolutions too, but are skipped
 
@@ -210,8 +219,70 @@ def test_param_groups():
     assert [group["weight_decay"] for group in optimiser.param_groups] == [1e-4, 1e-4]
 
 
+class Align(mmcv_ops.ModulatedDeformConv2d):
+    """A layer with a branch of several modules, as in EDVR and BasicVSR++."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8, 3, padding=1)
+        self.conv_offset = nn.Sequential(nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 27, 3))
+
+
+class Separate(nn.Module):
+    """A branch next to the layer that uses its output."""
+
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, nn.Conv2d(8, 18, 3, padding=1))
+        self.align = layer
+
+
+def slow_parameters(model: nn.Module, **options) -> list[str]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[p] for group in param_groups(model, 1.0, **options) for p in group["params"] if group["lr"] == 0.1]
+
+
+@pytest.mark.parametrize(
+    "name", ["conv_offset", "conv_offset_mask", "offset_conv", "conv2_offset", "offset", "offsets1"]
+)
+@pytest.mark.parametrize("kind", [DeformConv2d, torchvision.ops.DeformConv2d, mmcv_ops.DeformConv2d])
+def test_param_groups_recognises_branches_by_name(name: str, kind: type[nn.Module]):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for layer, prefix in ((kind(8, 8, 3), ""), (nn.ModuleDict({"dcn": kind(8, 8, 3)}), "0.")):
+            model = nn.Sequential(Separate(name, layer)) if prefix else Separate(name, layer)
+            assert slow_parameters(model) == [f"{prefix}{name}.weight", f"{prefix}{name}.bias"]
+        assert slow_parameters(nn.Sequential(Align(), net())) == [
+            f"0.conv_offset.{index}.{leaf}" for index in (0, 2) for leaf in ("weight", "bias")
+        ]
+
+
+def test_param_groups_leaves_other_offsets_alone():
+    """Heads of detectors predict offsets of boxes, and RoI pooling those of bins."""
+    head = nn.ModuleDict({"offset_head": nn.Conv2d(8, 2, 1), "reg": nn.Conv2d(8, 2, 1)})
+    pool = nn.ModuleDict({"offset_fc": nn.Sequential(nn.Linear(8, 8))})
+    model = nn.ModuleDict({"body": Align(), "head": head, "pool": pool, "packed": ModulatedDeformRoIPoolPack(3, 4, 8)})
+    assert all(name.startswith("body.conv_offset.") for name in slow_parameters(model))
+
+
+def test_param_groups_takes_a_pattern_and_warns_without_a_branch():
+    model = nn.Sequential(Separate("p_conv", DeformConv2d(8, 8, 3)), Align())
+    expected = ["0.p_conv.weight", "0.p_conv.bias"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for pattern in ("*.p_conv", ["*.p_conv", "1.conv_offset"]):
+            assert slow_parameters(model, pattern=pattern)[:2] == expected
+        assert slow_parameters(model, offset_lr_mult=1) == []
+    with pytest.warns(UserWarning, match=r"no offset branch of the deformable convolutions '0\.align'; name") as told:
+        slow_parameters(model)
+    assert told[0].filename == __file__
+    with pytest.warns(UserWarning, match="in the model, so that offset_lr_mult changes nothing; name"):
+        slow_parameters(net())
+    with pytest.raises(ArgumentError, match=r"pattern must match .* nothing is named '\*\.q_conv'"):
+        slow_parameters(model, pattern="*.q_conv")
+
+
 def test_param_groups_without_branches():
-    (group,) = param_groups(net(), 0.1)
+    (group,) = param_groups(net(), 0.1, 1)
     assert len(group["params"]) == len(list(net().parameters()))
     for wrong, message in (
         ({"lr": -1}, "lr must not be"),

@@ -225,7 +225,7 @@ class TestTheOperatorIsCalled:
 
 @pytest.fixture
 def autocast() -> Iterator[None]:
-    """Autocast on the emulated GPU, whose tensors are CPU tensors."""
+    """Autocast on the emulated GPU. Its tensors are CPU tensors."""
     with torch.autocast("cpu", torch.bfloat16):
         torch.set_autocast_enabled("cuda", True)
         yield
@@ -243,6 +243,10 @@ def test_float32_weights_under_autocast(autocast: None, replayed: list[str]):
         # The operator rounds the gradient of the weights, a replay does not.
         weight = found[1 + list(arguments).index("weight")]
         assert not torch.equal(weight, weight.bfloat16().float())
+    tensors = [arguments[name] for name in NAMES]
+    gradients = torch.autograd.grad(deform_conv2d(**arguments).float().square().sum(), tensors, create_graph=True)
+    second = torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), tensors)
+    assert [tensor.dtype for tensor in (*gradients, *second)] == [torch.float32] * 10
     with torch.no_grad():
         for name in ("input", "offset", "mask", "bias"):
             arguments[name] = arguments[name].bfloat16()
@@ -310,6 +314,36 @@ def test_checkpoints_and_hooks_of_saved_tensors():
     assert len(saved) == len(NAMES)
 
 
+def shifted(tensor: Tensor) -> Tensor:
+    """A copy that is not aligned for vectors."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].reshape(tensor.shape)
+
+
+@pytest.mark.parametrize("unpack", [Tensor.contiguous, shifted])
+def test_hooks_may_change_the_memory_order_and_alignment(unpack: Callable[[Tensor], Tensor], replayed: list[str]):
+    arguments = arguments_of(make_conv(N=2, C=8, O=8))
+    for name in ("input", "weight"):
+        arguments[name] = arguments[name].detach().to(memory_format=torch.channels_last).requires_grad_()
+    expected = [results(arguments) for _ in range(2)][-1]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        found = results(arguments)
+    assert replayed == ["forward", "backward"] * 2
+    for tensor, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=0)
+
+
+def test_negative_views(replayed: list[str]):
+    """Tensors that torch stores with the opposite sign."""
+    arguments = arguments_of(make_conv(dtype="float64"), requires_grad=False)
+    expected = [deform_conv2d(**arguments) for _ in range(2)][-1]
+    for name in NAMES:
+        for context in (torch.no_grad(), torch.inference_mode()):
+            with context:
+                tensor = torch._neg_view(-arguments[name])  # as ``x.conj().imag``
+                assert tensor.is_neg()
+                torch.testing.assert_close(deform_conv2d(**{**arguments, name: tensor}), expected)
+
+
 def test_in_place_changes_of_saved_tensors_are_detected():
     arguments = warm_arguments()
     output = deform_conv2d(**arguments)
@@ -354,6 +388,7 @@ def test_a_call_costs_few_function_calls(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(cupy_programs, "driver", SimpleNamespace(launchKernel=nothing))
     monkeypatch.setattr(cupy_programs, "runtime", SimpleNamespace(memsetAsync=nothing))
+    monkeypatch.setattr(cupy_programs, "_THREAD", SimpleNamespace(has_context=True))
     monkeypatch.setattr(cupy_programs, "CublasSession", Session)
     monkeypatch.setattr(cupy_programs, "multiply", nothing)
     engine = host_engine()

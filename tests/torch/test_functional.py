@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dcnops
 from dcnops import ArgumentError, DeviceError, DtypeError, ShapeError
-from dcnops.adapters.torch import deform_conv2d, deform_roi_pool, differentiable
+from dcnops.adapters.torch import deform_conv2d, deform_roi_pool, differentiable, operators
 from tests.arrays.test_errors import FORWARD_ERRORS, ROI_ERRORS, roi_arguments
 from tests.arrays.test_errors import arguments as array_arguments
 from tests.cases import (
@@ -56,23 +58,33 @@ def as_function(case: Case, names: tuple[str, ...]) -> Any:
     return lambda *values: call(case, {**fixed, **dict(zip(names, values))})
 
 
+# Fast mode compares derivatives along random directions, which involve every entry.
+each_check = pytest.mark.parametrize(
+    "fast_mode", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["random directions", "every entry"]
+)
+
+
+@pytest.mark.slow
+@each_check
 @pytest.mark.parametrize("mask", [False, True], ids=["plain", "modulated"])
 @pytest.mark.parametrize("kind", ["conv", "roi"])
-def test_first_and_second_gradients(kind: str, mask: bool):
+def test_first_and_second_gradients(kind: str, mask: bool, fast_mode: bool):
     case = differentiable_case(kind, mask=mask)
     inputs = [tensors_of(case, requires_grad=True)[name] for name in case.needs]
     function = as_function(case, case.needs)
     assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=fast_mode)
 
 
+@pytest.mark.slow
+@each_check
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_second_gradients_of_adaptive_pooling_across_the_border(sampling_ratio: int):
+def test_second_gradients_of_adaptive_pooling_across_the_border(sampling_ratio: int, fast_mode: bool):
     case = make_roi_pool(
         N=1, C=1, H=4, W=4, R=2, output_size=(2, 1), dtype="float64", sampling_ratio=sampling_ratio, seed=11
     )
     inputs = [tensors_of(case, requires_grad=True)[name] for name in case.needs]
-    assert torch.autograd.gradgradcheck(as_function(case, case.needs), inputs)
+    assert torch.autograd.gradgradcheck(as_function(case, case.needs), inputs, fast_mode=fast_mode)
 
 
 def assert_differentiable_path(case: Case):
@@ -114,6 +126,7 @@ def operator_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
     return (*tensors, [2, 1], case.spatial_scale, case.sampling_ratio, case.gamma)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("kind", ["conv", "roi"])
 def test_opcheck(kind: str, requires_grad: bool):
@@ -126,6 +139,7 @@ def test_opcheck(kind: str, requires_grad: bool):
     torch.library.opcheck(getattr(namespace, f"{case.operation}_backward").default, backward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("kind", ["conv", "roi"])
 def test_compile_without_graph_breaks(kind: str, backend: str):
@@ -139,6 +153,7 @@ def test_compile_without_graph_breaks(kind: str, backend: str):
         torch.testing.assert_close(compiled[name].grad, eager[name].grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_with_a_dynamic_batch(backend: str):
     torch._dynamo.reset()
@@ -290,20 +305,21 @@ def record_backward(operation: str, monkeypatch: pytest.MonkeyPatch) -> list[dic
 
 def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch):
     calls = record_backward("deform_conv2d", monkeypatch)
-    t = tensors_of(make_conv())
-    t["weight"].requires_grad_()
-    deform_conv2d(**t).sum().backward()
+    case = differentiable_case("conv")
+    arguments = operator_arguments(case, requires_grad=False)
+    arguments[2].requires_grad_()
+    torch.ops.dcnops.deform_conv2d(*arguments).sum().backward()
     assert [call["needs"] for call in calls] == [["weight"]]
 
 
 @pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("kind", ["conv", "roi"])
 def test_deterministic_switch_of_torch(kind: str, enabled: bool, monkeypatch: pytest.MonkeyPatch):
-    case = make_conv() if kind == "conv" else make_roi_pool()
+    case = differentiable_case(kind)
     calls = record_backward(case.operation, monkeypatch)
     torch.use_deterministic_algorithms(enabled)
     try:
-        call(case, tensors_of(case, requires_grad=True)).sum().backward()
+        getattr(torch.ops.dcnops, case.operation)(*operator_arguments(case, requires_grad=True)).sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
     assert [call["deterministic"] for call in calls] == [enabled]
@@ -387,9 +403,32 @@ def test_wrong_types_dtypes_and_devices(changes: dict[str, Any], error: type[Exc
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"offset": torch.zeros(1, 18, 4, 4)}, {"offset": torch.zeros(1, 18, 3, 3).int()}, {"padding": -1}],
+    ids=lambda changes: ",".join(changes),
+)
+def test_wrong_arguments_raise_the_type_of_error_that_torchvision_raises(changes: dict[str, Any]):
+    shapes = {"input": (1, 4, 5, 5), "offset": (1, 18, 3, 3), "weight": (4, 4, 3, 3)}
+    arguments = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    for function in (torchvision.ops.deform_conv2d, deform_conv2d):
+        with pytest.raises(RuntimeError):
+            function(**{**arguments, **changes})
+
+
 def test_regions_that_are_not_a_tensor():
     with pytest.raises(DtypeError, match=r"rois must be a torch\.Tensor, got builtins\.list"):
         deform_roi_pool(torch.zeros(1, 1, 2, 2), [[0, 0, 0, 1, 1]], output_size=1)
+
+
+def test_operators_can_be_imported_again():
+    importlib.reload(operators)
+    case = differentiable_case("conv")
+    output = torch.ops.dcnops.deform_conv2d(*operator_arguments(case, requires_grad=True))
+    torch.testing.assert_close(output, deform_conv2d(**tensors_of(case)))
+    output.sum().backward()
+    meta = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in operator_arguments(case, False)]
+    assert torch.ops.dcnops.deform_conv2d(*meta).shape == output.shape
 
 
 def test_meta_tensors_give_the_shape():

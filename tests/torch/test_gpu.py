@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Thread
 
 import pytest
 import torch
@@ -56,6 +57,35 @@ def test_output_and_gradients(make, dtype: str):
         output.backward(to_tensor(case.grad_out).cuda())
         for name in case.needs:
             assert_close(to_numpy(arguments[name].grad.cpu()), expected[name], dtype, name)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_regions_that_change_from_call_to_call(dtype: str, channels_last: bool):
+    for R in (3, 3, 0, 1, 500, 3):  # planned, then prepared
+        case = make_roi_pool(C=16, R=R, output_size=7, dtype=dtype, rois_dtype=dtype, seed=R)
+        arguments = on_gpu(case)
+        if channels_last:
+            arguments["input"] = arguments["input"].to(memory_format=torch.channels_last)
+        leaves = [arguments[name].requires_grad_() for name in case.needs]
+        output = deform_roi_pool(**arguments)
+        assert_close(to_numpy(output.cpu()), case.expected(), dtype)
+        gradients = torch.autograd.grad(output, leaves, to_tensor(case.grad_out).cuda())
+        expected = case.expected_gradients()
+        for name, gradient in zip(case.needs, gradients):
+            assert_close(to_numpy(gradient.cpu()), expected[name], dtype, name)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_the_first_launch_of_a_thread(kind: str):
+    case = CASES[kind]
+    arguments = on_gpu(case)
+    outputs = [call(case, arguments) for _ in range(3)]
+    thread = Thread(target=lambda: outputs.append(call(case, arguments)))
+    thread.start()
+    thread.join()
+    assert len(outputs) == 4
+    torch.testing.assert_close(outputs[3], outputs[2])
 
 
 @pytest.mark.parametrize("kind", CASES)

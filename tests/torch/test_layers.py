@@ -27,6 +27,7 @@ from dcnops.adapters.torch import (
     MultiScaleDeformRoIPool,
     checkpoints,
     convert,
+    dcn_v2,
     deform_conv2d,
     deform_conv2d_layers,
     deform_roi_pool,
@@ -34,6 +35,7 @@ from dcnops.adapters.torch import (
     functional,
     mmcv_ops,
     onnx,
+    zero_layers,
 )
 
 ROIS = torch.tensor([[0, 1.5, 2.0, 9.0, 7.5], [1, 0.0, 0.0, 12.0, 10.0], [0, -3.0, 4.0, 5.0, 30.0]])
@@ -301,16 +303,117 @@ def test_channels_last_modules():
         torch.testing.assert_close(converted(x.contiguous(memory_format=torch.channels_last)), expected)
 
 
-def test_meta_initialisation_keeps_the_branch_zero():
-    """Frameworks that build models on the meta device call to_empty, then reset_parameters of every module."""
+def network_with_branches() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(4, 4, 1),
+        DeformConv2dPack(4, 4, 3),
+        ModulatedDeformConv2dPack(4, 4, 3),
+        mmcv_ops.DeformConv2dPack(4, 4, 3),
+        mmcv_ops.ModulatedDeformConv2dPack(4, 4, 3),
+        dcn_v2.DCN(4, 4, 3, 1, 1),
+        DeformRoIPoolPack(3, 4),
+        ModulatedDeformRoIPoolPack(3, 4, 8),
+        mmcv_ops.ModulatedDeformRoIPoolPack(3, 4, 8),
+        dcn_v2.DCNPooling(1.0, 3, 4, no_trans=False, deform_fc_dim=8),
+    )
+
+
+def assert_branches_are_zero(network: nn.Sequential) -> None:
+    branches = [branch for branch in network.modules() if isinstance(branch, zero_layers.ZeroLayer)]
+    assert len(branches) == 10
+    assert not any(parameter.any() for branch in branches for parameter in branch.parameters())
+
+
+def initialise_by_type(layer: nn.Module) -> None:
+    if isinstance(layer, (nn.Conv2d, nn.Linear, DeformConv2d)):
+        nn.init.kaiming_normal_(layer.weight)
+
+
+def initialise_by_name(layer: nn.Module) -> None:
+    if "Conv" in type(layer).__name__ or "Linear" in type(layer).__name__:
+        nn.init.normal_(layer.weight, 0, 0.02)
+
+
+def initialise_by_base(layer: nn.Module) -> None:
+    """Do what the initialisers of mmengine do."""
+    if {"Conv2d", "Linear"} & {kind.__name__ for kind in (type(layer), *type(layer).__bases__)}:
+        nn.init.kaiming_normal_(layer.weight)
+
+
+@pytest.mark.parametrize("initialise", [initialise_by_type, initialise_by_name, initialise_by_base])
+def test_initialisers_of_networks_leave_branches_at_zero(initialise):
+    network = network_with_branches()
+    before = network[0].weight.clone()
+    network.apply(initialise)
+    assert not torch.equal(network[0].weight, before)
+    assert_branches_are_zero(network)
+
+
+def test_resetting_a_layer_resets_its_branch():
+    for layer in network_with_branches():
+        if hasattr(layer, "reset_parameters"):
+            excite(layer)
+            before = layer.weight.clone()
+            layer.reset_parameters()
+            assert not torch.equal(layer.weight, before)
+            assert not any(p.any() for m in layer.children() for p in m.parameters())
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_branches_that_leave_the_meta_device_are_zero(reset: bool):
+    """Frameworks call to_empty, some of them then reset_parameters of every module."""
     with torch.device("meta"):
-        model = nn.Sequential(ModulatedDeformConv2dPack(4, 6, 3), ModulatedDeformRoIPoolPack(3, 4, 8))
-    model.to_empty(device="cpu")
-    for module in model.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    assert not model[0].conv_offset.weight.any() and model[0].weight.any()
-    assert model[1].offset_fc[0].weight.any() and not model[1].offset_fc[-1].weight.any()
+        network = network_with_branches()
+    # Memory that holds numbers, as an allocator may return it.
+    network._apply(lambda tensor: torch.full_like(tensor, 7, device="cpu"))
+    if reset:
+        for module in network.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        assert all(layer.weight.unique().numel() > 1 for layer in (network[2], network[7].offset_fc[0]))
+    assert_branches_are_zero(network)
+
+
+def test_parameters_are_created_as_those_of_torch():
+    for kind, *arguments in (
+        (DeformConv2d, 4, 6, 3),
+        (ModulatedDeformConv2dPack, 4, 6, 3),
+        (ModulatedDeformRoIPoolPack, 3, 4),
+    ):
+        layer = kind(*arguments, device="meta", dtype=torch.float64)
+        assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float64)}
+
+
+def test_skip_init_keeps_the_branch_zero():
+    """Memory without an initial value is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        conv = nn.utils.skip_init(ModulatedDeformConv2dPack, 4, 6, 3)
+        pool = nn.utils.skip_init(ModulatedDeformRoIPoolPack, 3, 4, 8)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert conv.weight.isnan().all() and not conv.conv_offset.weight.any() and not conv.conv_offset.bias.any()
+    assert pool.offset_fc[0].weight.isnan().all() and not pool.offset_fc[-1].weight.any()
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("kernel_size", [3, (5, 1), (2, 4)])
+def test_padding_by_name(padding: str, kernel_size: Any):
+    """Even kernels are padded more at the bottom and on the right, which layers cannot do."""
+    x = image(2, 4, 9, 12)
+    plain = nn.Conv2d(4, 6, kernel_size, padding=padding, dilation=1 if kernel_size == 3 else (1, 3))
+    expected = plain(x)
+    offset = x.new_zeros(2, 2 * plain.weight[0, 0].numel(), *expected.shape[2:])
+    arguments = {"padding": padding, "dilation": plain.dilation}
+    torch.testing.assert_close(deform_conv2d(x, offset, plain.weight, plain.bias, **arguments), expected)
+    if padding == "same" and kernel_size == (2, 4):
+        with pytest.raises(ArgumentError, match=r"padding='same' must pad both sides alike in a layer"):
+            DeformConv2dPack(4, 6, kernel_size, **arguments)
+        return
+    layer = DeformConv2dPack(4, 6, kernel_size, **arguments)
+    layer.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_reprs():
@@ -405,11 +508,19 @@ def test_boxes_without_a_size():
     assert output.isnan().flatten(1).all(1).tolist() == [False, False, True, False]
 
 
-def test_half_precision_boxes_find_their_level():
-    pool = MultiScaleDeformRoIPool(["0", "1", "2", "3"], DeformRoIPool(2))
-    boxes = torch.tensor([[0.0, 0, 300, 300], [0, 0, 400, 400]])  # areas overflow float16
-    exponents = [2, 3, 4, 5]
-    assert pool._levels(boxes.half(), exponents).tolist() == pool._levels(boxes, exponents).tolist() == [2, 2]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_boxes_of_low_precision(dtype: torch.dtype):
+    """Indices of images, areas and scaled coordinates need more precision than 16 bits have."""
+    count = 299
+    maps = {"0": torch.arange(count, dtype=torch.float32)[:, None, None, None].expand(count, 1, 8, 8)}
+    pool = MultiScaleDeformRoIPool(["0"], DeformRoIPool(1))
+    boxes = [torch.tensor([[4, 4, 28, 28]], dtype=dtype)] * count
+    assert pool(maps, boxes, [(32, 32)] * count).flatten().tolist() == list(range(count))
+    names = ["0", "1", "2", "3"]
+    features = {name: image(1, 2, 128 >> k, 128 >> k) for k, name in enumerate(names)}
+    pool = MultiScaleDeformRoIPool(names, DeformRoIPool(2))
+    exact = torch.tensor([[0.0, 0, 300, 300], [0, 0, 400, 400]])  # areas overflow float16
+    assert torch.equal(pool(features, [exact.to(dtype)], [(512, 512)]), pool(features, [exact], [(512, 512)]))
 
 
 def test_pyramid_pooling_in_a_detector_of_torchvision():
@@ -432,7 +543,8 @@ conv, pyramid = functools.partial(DeformConv2d, kernel_size=3), MultiScaleDeform
         (lambda: DeformConv2d(4, 6, 0), "kernel_size must be an integer from 1"),
         (lambda: conv(4, 6, stride=0), "stride must be an integer from 1"),
         (lambda: conv(4, 6, padding=-1), "padding must be an integer from 0"),
-        (lambda: conv(4, 6, padding="same"), "padding must be an integer from 0"),
+        (lambda: conv(4, 6, padding="full"), "padding must be numbers of pixels, 'same' or 'valid', got 'full'"),
+        (lambda: conv(4, 6, padding="same", stride=2), r"stride must be 1 with padding='same', got \(2, 2\)"),
         (lambda: conv(4, 6, dilation=(1, 2, 3)), "dilation must be an integer from 1"),
         (lambda: conv(4, 6, groups=3), "in_channels must be a positive multiple of groups=3, got 4"),
         (lambda: conv(6, 4, groups=3), "out_channels must be a positive multiple of groups=3, got 4"),
@@ -508,7 +620,7 @@ def test_fx_traces_pooling_layers(kind: type):
         pool([1.0], ROIS)
 
 
-DOCUMENTED = [checkpoints, convert, deform_conv2d_layers, deform_roi_pool_layers, functional, mmcv_ops, onnx]
+DOCUMENTED = [checkpoints, convert, dcn_v2, deform_conv2d_layers, deform_roi_pool_layers, functional, mmcv_ops, onnx]
 
 
 @pytest.mark.parametrize("module", DOCUMENTED)

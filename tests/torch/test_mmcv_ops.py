@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import pytest
@@ -30,10 +31,10 @@ SIGNATURES = {
 }
 
 
-@pytest.mark.parametrize("name", mmcv_ops.__all__)
+@pytest.mark.parametrize("name", [name for name in mmcv_ops.__all__ if name != "install"])
 def test_signatures(name: str):
     parameters = inspect.signature(getattr(mmcv_ops, name)).parameters.values()
-    positional = [parameter for parameter in parameters if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
+    positional = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     signature = [
         parameter.name if parameter.default is inspect.Parameter.empty else f"{parameter.name}={parameter.default}"
         for parameter in positional
@@ -81,6 +82,11 @@ def test_functions_reject_wrong_arguments():
         mmcv_ops.DeformConv2d(4, 6, 3, deform_groups=3)
     with pytest.raises(ShapeError, match="for deform_groups=1"):
         mmcv_ops.DeformConv2d(4, 6, 3, padding=1)(x, offset)
+    for kind in (mmcv_ops.DeformConv2d, mmcv_ops.DeformConv2dPack):
+        for options, message in (({"bias": True}, "bias must be False"), ({"groups": 3}, "multiple of groups=3")):
+            with pytest.raises(ArgumentError, match=message) as caught:
+                kind(4, 6, 3, **options)
+            assert isinstance(caught.value, AssertionError)  # what mmcv raises
 
 
 def test_convolutions():
@@ -93,6 +99,76 @@ def test_convolutions():
     torch.testing.assert_close(layer(x, offset, mask), expected)
 
 
+CONVOLUTIONS = [getattr(mmcv_ops, name) for name in mmcv_ops.__all__ if "Conv2d" in name]
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_layers_are_convolutions_to_mmcv(kind: type[nn.Module]):
+    """ConvModule reads the attributes of torch's convolution, mmengine's optimisers ask for the base class."""
+    layer, regular = kind(4, 4, 3), nn.Conv2d(4, 4, 3)
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+        assert getattr(layer, name) == getattr(regular, name)
+    assert (layer.transposed, layer.output_padding) == (False, (0, 0))
+    v1 = isinstance(layer, mmcv_ops.DeformConv2d)
+    assert v1 != isinstance(layer, mmcv_ops.ModulatedDeformConv2d)
+    assert hasattr(layer, "bias") == hasattr(layer, "init_weights") == (not v1)
+    assert "bias=False" in repr(layer) if v1 else "bias" not in repr(layer)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_old_name_of_deform_groups(kind: type[nn.Module]):
+    with pytest.warns(DeprecationWarning, match="old name of deform_groups") as told:
+        layer = kind(4, 4, 3, deformable_groups=2)
+    assert layer.deform_groups == 2 and told[0].filename == __file__
+    if hasattr(layer, "conv_offset"):
+        assert layer.conv_offset.out_channels in (36, 54)
+    with pytest.warns(DeprecationWarning), pytest.raises(ArgumentError, match="got 4 and 2"):
+        kind(4, 4, 3, deform_groups=4, deformable_groups=2)
+
+
+def test_init_weights_initialises_the_whole_layer():
+    layer = mmcv_ops.ModulatedDeformConv2dPack(4, 6, 3)
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 9)
+    layer.init_weights()
+    assert 0 < layer.weight.abs().max() <= 1 / 6 and not layer.bias.any()
+    assert not layer.conv_offset.weight.any() and not layer.conv_offset.bias.any()
+
+
+def test_larger_offsets():
+    """mmcv reads the offsets of an image from its buffer as if they had the size of the output."""
+    x, weight = torch.randn(2, 4, 8, 9), torch.randn(6, 4, 3, 3)
+    offset, mask = torch.randn(2, 18, 8, 9, requires_grad=True), torch.rand(2, 9, 8, 9)
+    first = offset.detach().numpy().reshape(2, -1)[:, : 18 * 20].reshape(2, 18, 4, 5)
+    masks = mask.numpy().reshape(2, -1)[:, : 9 * 20].reshape(2, 9, 4, 5)
+    expected = ours.deform_conv2d(x, torch.from_numpy(first), weight, None, 2, 1, mask=torch.from_numpy(masks))
+    call = functools.partial(mmcv_ops.modulated_deform_conv2d, weight=weight, stride=2, padding=1)
+    output = call(x, offset, mask, allow_larger_offsets=True)
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    used = offset.grad.flatten(1).split([18 * 20, 18 * 52], dim=1)
+    assert used[0].any() and not used[1].any()
+    # Offsets of the right size, and masks alone.
+    fitting = offset[:, :, :4, :5].detach()
+    same = ours.deform_conv2d(x, fitting, weight, None, 2, 1, mask=torch.from_numpy(masks))
+    assert torch.equal(call(x, fitting, mask, allow_larger_offsets=True), same)
+    for given in ((offset, mask), (fitting, mask)):
+        with pytest.raises(ShapeError, match=r"oh=4, ow=5\], got .*; with allow_larger_offsets=True, the first values"):
+            call(x, *given)
+    for option in (False, True):
+        with pytest.raises(ShapeError, match=r"offset must be .*\(2, 18, 3, 5\)$"):
+            call(x, offset[:, :, :3, :5], mask, allow_larger_offsets=option)
+    layer = mmcv_ops.ModulatedDeformConv2d(4, 6, 3, 2, 1, bias=False, allow_larger_offsets=True)
+    layer.weight = nn.Parameter(weight)
+    assert torch.equal(layer(x, offset, mask), expected)
+    layer.allow_larger_offsets = False
+    with pytest.raises(ShapeError, match="allow_larger_offsets"):
+        layer(x, offset, mask)
+    for layer.allow_larger_offsets, given in ((True, offset), (False, fitting)):
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x, given, mask[:, :, :4, :5]), layer(x, given, mask[:, :, :4, :5]))
+
+
 def test_initial_weights():
     """Kaiming's rule in v1, 1/sqrt(C*K) regardless of groups in v2; biases and branches are zero."""
     v1 = mmcv_ops.DeformConv2dPack(32, 64, 3, groups=2)
@@ -101,7 +177,7 @@ def test_initial_weights():
         largest = layer.weight.abs().max().item()
         assert 0.98 * bound < largest <= bound
         assert not layer.conv_offset.weight.any() and not layer.conv_offset.bias.any()
-    assert v1.bias is None and not v2.bias.any()
+    assert not v2.bias.any()
 
 
 def test_state_dict_keys():

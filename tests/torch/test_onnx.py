@@ -17,6 +17,8 @@ from dcnops.adapters.torch import ModulatedDeformConv2dPack, ModulatedDeformRoIP
 from tests.cases import Case, assert_close, make_conv, make_roi_pool
 from tests.torch.tensors import call, tensors_of, to_numpy, to_tensor
 
+pytestmark = pytest.mark.slow
+
 
 def with_offsets(case: Case, *values: float) -> Case:
     """Replace offsets at evenly spaced positions by `values`."""

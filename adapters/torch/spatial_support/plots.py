@@ -11,20 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.collections import EllipseCollection
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dcnops._errors import ArgumentError, ShapeError
 
+from ... import name_extra
 from .locations import Bins, SamplingPoints, effective_bin_locations, effective_sampling_locations
 from .nodes import LayerNode, Node, RoINode, as_node
 from .saliency import SaliencyRegion, effective_receptive_field, error_bounded_saliency_region
 from .statistics import LayerStatistics
+
+with name_extra("plots", "matplotlib"):
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+    from matplotlib.collections import EllipseCollection
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
 Picture = NDArray[np.floating[Any]]
 
@@ -177,7 +180,7 @@ def plot_statistics(statistics: Mapping[str, LayerStatistics]) -> Figure:
         limit = np.quantile(lengths, 0.995) if regions and len(lengths) else shared_limit
         mean = f"mean {lengths.mean() if len(lengths) else 0:.2f} {'of the region' if regions else 'px'}"
         _histogram(left, lengths, float(limit) or 1.0, BLUE, f"{mean}, {row.outside:.1%} off the map")
-        left.set_ylabel(_shorten(row.name), rotation=0, ha="right", va="center", fontsize=7)
+        left.set_ylabel(_title(_shorten(row.name)), rotation=0, ha="right", va="center", fontsize=7, parse_math=False)
         if row.masks is None:
             right.axis("off")
         else:
@@ -257,11 +260,11 @@ def plot_spatial_support(
     parts = figure.subfigures(1, len(networks), wspace=0.02, squeeze=False)[0]
     search = {"bound": bound, "budget": budget, "batch_size": batch_size, "progress": progress}
     for number, (part, (title, network)) in enumerate(zip(parts, networks.items())):
-        part.suptitle(title, fontsize=11, fontweight="bold")
+        part.suptitle(_title(title), fontsize=11, fontweight="bold", parse_math=False)
         panels = part.subplots(3, len(nodes), squeeze=False)
         for column, (name, node) in enumerate(resolved.items()):
             labels = _draw_views(panels[:, column], network, image, node, picture, depth, search)
-            panels[0, column].set_title(name, fontsize=9)
+            panels[0, column].set_title(_title(name), fontsize=9, parse_math=False)
             for panel, (view, result) in zip(panels[:, column], labels):
                 panel.set_xlabel(result, fontsize=7)
                 if number == 0 and column == 0:
@@ -356,6 +359,11 @@ def _histogram(axes: Axes, values: Any, limit: float, colour: str, text: str) ->
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.text(0.99, 0.93, text, transform=axes.transAxes, ha="right", va="top", fontsize=7)
+
+
+def _title(text: str) -> str:
+    """Escape the characters of a title that matplotlib cannot draw, except for line breaks."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _shorten(name: str) -> str:

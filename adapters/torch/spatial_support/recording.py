@@ -256,16 +256,23 @@ def _convolution(
     return Operation(call, input, None if offset is None else run)
 
 
+def _scale_rois(rois: Tensor, scale: float) -> Tensor:
+    """Convert regions [R, 5] to pixels of the map, in at least float32."""
+    precise = rois.to(torch.promote_types(rois.dtype, torch.float32))
+    return precise * precise.new_tensor([1, scale, scale, scale, scale])
+
+
 def _read_dcnops_roi_pool(*args: Any) -> Operation:
     input, rois, offset, mask, size, scale, ratio, gamma = args
-    scaled = rois * rois.new_tensor([1, scale, scale, scale, scale])
-    return _pooling(input, scaled, None if offset is None else gamma * offset, mask, _pair(size), ratio)
+    return _pooling(
+        input, _scale_rois(rois, scale), None if offset is None else gamma * offset, mask, _pair(size), ratio
+    )
 
 
 def _read_torchvision_roi_align(
     input: Tensor, rois: Tensor, scale: float, height: int, width: int, ratio: int, aligned: bool
 ) -> Operation:
-    scaled = rois * rois.new_tensor([1, scale, scale, scale, scale])
+    scaled = _scale_rois(rois, scale)
     if not aligned:  # no shift by half a pixel, and sides of at least one pixel
         image, x1, y1, x2, y2 = scaled.unbind(1)
         x2, y2 = x1 + (x2 - x1).clamp(min=1), y1 + (y2 - y1).clamp(min=1)

@@ -9,9 +9,30 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
 from numba.core.caching import FunctionCache
+from numba.core.compiler_lock import global_compiler_lock
+
+from dcnops._forks import hold_in_forks
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+# A process that is forked while another thread compiles could never compile anything itself.
+hold_in_forks(global_compiler_lock)
+
+INTERPRETED: bool = bool(numba.config.DISABLE_JIT)
+"""True if NUMBA_DISABLE_JIT is set: the loops run as Python functions."""
+
+
+def quiet(function: Function) -> Function:
+    """Let a function compute infinities and NaN without NumPy's warnings, whatever `np.seterr` says."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return function(*args, **kwargs)
+
+    return cast(Function, call)
 
 
 def _options(fastmath: set[str]) -> dict[str, Any]:
@@ -24,6 +45,8 @@ def kernel(function: Function) -> Function:
 
     Numba recompiles a cached function if its own file changes, but not if the file of a function that it calls changes.
     """
+    if INTERPRETED:
+        return quiet(function)
     dispatcher = numba.njit(**_options({"contract"}))(function)
     try:
         dispatcher._cache = _Cache(function)  # like njit(cache=True), which uses Numba's own class

@@ -25,9 +25,11 @@ from dcnops._backends.cpu.arrays import (
     rounded,
     strip_count,
 )
-from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, parallel, serial_if_small
+from dcnops._backends.cpu.compiled import quiet
+from dcnops._backends.cpu.threads import PIECES_PER_THREAD, parallel, serial_if_small
 from dcnops._explain import LOGGER
 from dcnops._shapes import DeformConvGeometry
+from dcnops._threads import threads_of_call
 
 # Tuned for 2 MB of L2 cache per core. Halving or doubling a value changes little.
 _BLOCK_CHANNELS = 128
@@ -74,7 +76,7 @@ def _blocks(geometry: DeformConvGeometry, limit: int) -> Iterator[_Block]:
 
 def _choose_tile(pixels: int, bytes_per_pixel: int) -> int:
     """Return the pixels per tile: a multiple of ROWS that fits the cache and leaves work for every thread."""
-    share = -(-pixels // (THREADS * PIECES_PER_THREAD))
+    share = -(-pixels // (threads_of_call() * PIECES_PER_THREAD))
     return max(1, min(_TILE_PIXELS, _TILE_BYTES // bytes_per_pixel, share) // loops.ROWS) * loops.ROWS
 
 
@@ -141,6 +143,7 @@ def _chunks(
         )
 
 
+@quiet
 def deform_conv2d(
     geometry: DeformConvGeometry,
     input: Array,
@@ -181,7 +184,9 @@ def _add_block_output(chunk: _Chunk, block: _Block, bias: Array, out: Array) -> 
     packed = aligned_empty((block.Gb, panels, length, lanes), dtype)
     parallel(loops.pack_weight, block.Gb * panels, chunk.weight, packed, block.g0, block.group_c0, block.cw, og)
     tile = _choose_tile(chunk.pixels, block.Gb * (length + panels * lanes) * dtype.itemsize)
-    LOGGER.debug("%d channels, %d pixels in tiles of %d, %d threads", block.width, chunk.pixels, tile, THREADS)
+    LOGGER.debug(
+        "%d channels, %d pixels in tiles of %d, %d threads", block.width, chunk.pixels, tile, threads_of_call()
+    )
 
     def scratch() -> tuple[Any, ...]:
         columns = aligned_empty((block.Gb, tile, length), dtype)
@@ -195,6 +200,7 @@ def _add_block_output(chunk: _Chunk, block: _Block, bias: Array, out: Array) -> 
     )  # fmt: skip
 
 
+@quiet
 def deform_conv2d_backward(
     geometry: DeformConvGeometry,
     grad_out: Array,
@@ -297,7 +303,7 @@ def _add_block_gradients(
     span = min(round_up(chunk.pixels, tile), max(1, _SPAN_BYTES // row_bytes // tile) * tile)
     LOGGER.debug(
         "%d channels, %d pixels in spans of %d and tiles of %d, %d threads",
-        block.width, chunk.pixels, span, tile, THREADS,
+        block.width, chunk.pixels, span, tile, threads_of_call(),
     )  # fmt: skip
 
     image = packed = gradients = grad_image = None
@@ -330,7 +336,7 @@ def _add_block_gradients(
             )  # fmt: skip
     if grad_weight is not None:
         # An even number would map the rows of the columns to few sets of the first-level cache.
-        together = min(_PANELS_TOGETHER, block.Gb * panels // THREADS) | 1
+        together = min(_PANELS_TOGETHER, block.Gb * panels // threads_of_call()) | 1
         parallel(
             loops.weight_gradient, block.Gb * -(-panels // together),
             sizes, image, chunk.offset, chunk.mask, grad_out, grad_weight, block.c0, block.cw, block.o0, og,

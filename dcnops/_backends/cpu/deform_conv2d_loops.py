@@ -39,7 +39,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from dcnops._backends.cpu.compiled import inner, kernel
+from dcnops._backends.cpu.compiled import INTERPRETED, inner, kernel
 
 ROWS = 6
 """Rows of the register tile. With two vectors per row, its 12 sums fit the 16 AVX registers and hide the latency."""
@@ -159,6 +159,25 @@ def _generate_sums(
     builder.position_at_end(done)
     for target, new in zip(targets, new_sums):
         builder.store(new, target, align=itemsize)
+
+
+def _interpreted_tile_product(
+    a: Any, a_start: int, a_row: int, a_depth: int, a_rows: int, b: Any, b_start: int, b_depth: int, c: Any,
+    c_start: int, c_row: int, depth: int, accumulate: bool,
+) -> None:  # fmt: skip
+    """Compute `_tile_product` without the compiler."""
+    lanes = panel_lanes(a.itemsize)
+    a, b, c = a.reshape(-1), b.reshape(-1), c.reshape(-1)
+    for row in range(ROWS):
+        target = c[c_start + row * c_row :][:lanes]
+        if not accumulate:
+            target[:] = 0
+        for k in range(depth if row < a_rows else 0):
+            target += a[a_start + row * a_row + k * a_depth] * b[b_start + k * b_depth :][:lanes]
+
+
+if INTERPRETED:
+    _tile_product = _interpreted_tile_product
 
 
 @kernel

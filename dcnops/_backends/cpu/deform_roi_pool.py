@@ -23,10 +23,12 @@ from dcnops._backends.cpu.arrays import (
     rounded,
     strip_count,
 )
-from dcnops._backends.cpu.threads import PIECES_PER_THREAD, THREADS, parallel
+from dcnops._backends.cpu.compiled import quiet
+from dcnops._backends.cpu.threads import PIECES_PER_THREAD, parallel
 from dcnops._errors import ArgumentError
 from dcnops._explain import LOGGER
 from dcnops._shapes import DeformRoIPoolGeometry
+from dcnops._threads import threads_of_call
 
 _SPAN_BYTES = 2**23
 
@@ -37,7 +39,8 @@ class _LoopArguments:
 
     geometry: DeformRoIPoolGeometry
     dtype: np.dtype[Any]  # dtype of computation
-    rois: Array  # [R, 5]
+    images: Array  # [R] of int64: checked, and not shared with the caller
+    rois: Array  # [R, 5], of which the loops read columns 1 to 4
     offset: Array  # [R, 2, P*Q], or an empty array for None
     mask: Array  # [R, P*Q], or an empty array for None
 
@@ -46,7 +49,8 @@ class _LoopArguments:
         """Arguments that all loops share: sizes, scale, gamma and the arrays."""
         g = self.geometry
         sizes = (g.H, g.W, g.P, g.Q, g.sampling_ratio)
-        return sizes, self.dtype.type(g.spatial_scale), self.dtype.type(g.gamma), self.rois, self.offset, self.mask
+        scale, gamma = self.dtype.type(g.spatial_scale), self.dtype.type(g.gamma)
+        return sizes, scale, gamma, self.images, self.rois, self.offset, self.mask
 
     def list_scratch(self) -> tuple[Array, ...]:
         """Return the scratch memory that a thread needs to list the pixels of a bin."""
@@ -57,6 +61,7 @@ class _LoopArguments:
         return axes, np.empty(longest, np.int64), np.empty((3, longest), self.dtype)
 
 
+@quiet
 def deform_roi_pool(
     geometry: DeformRoIPoolGeometry,
     input: Array,
@@ -72,7 +77,7 @@ def deform_roi_pool(
     g = geometry
     arguments = _loop_arguments(geometry, input, rois, offset, mask)
     out = np.empty((g.R, g.C, g.bins), arguments.dtype)
-    LOGGER.debug("%d rows of bins, %d threads", g.R * g.P, THREADS)
+    LOGGER.debug("%d rows of bins, %d threads", g.R * g.P, threads_of_call())
     if g.R:
         parallel(
             loops.pool_bins, g.R * g.P,
@@ -83,6 +88,7 @@ def deform_roi_pool(
     return np.ascontiguousarray(result.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) if channels_last else result
 
 
+@quiet
 def deform_roi_pool_backward(
     geometry: DeformRoIPoolGeometry,
     grad_out: Array,
@@ -103,7 +109,7 @@ def deform_roi_pool_backward(
     image = _channels_last(arguments, input) if needs & {"offset", "mask"} else None
 
     span = max(1, _SPAN_BYTES // (g.bins * g.C * arguments.dtype.itemsize))
-    LOGGER.debug("%d regions in spans of %d, %d threads", g.R, span, THREADS)
+    LOGGER.debug("%d regions in spans of %d, %d threads", g.R, span, threads_of_call())
     for first in range(0, g.R if needs else 0, span):
         last = min(first + span, g.R)
         part = loop_array(grad_out[first:last], arguments.dtype, last - first, g.C, g.bins)
@@ -140,24 +146,30 @@ def _loop_arguments(
     geometry: DeformRoIPoolGeometry, input: Array, rois: Array, offset: Array | None, mask: Array | None
 ) -> _LoopArguments:
     g = geometry
-    images = rois[:, 0]
-    with np.errstate(invalid="ignore"):
-        wrong = np.flatnonzero(~((images >= 0) & (images < g.N) & (images == np.floor(images))))
-    if len(wrong):
-        raise ArgumentError(
-            f"rois must hold indices of feature maps from 0 to N-1={g.N - 1} in column 0, "
-            f"got {images[wrong[0]]} in row {wrong[0]}"
-        )
     dtype = compute_dtype(input)
-    with np.errstate(over="ignore"):
-        loop_rois = loop_array(rois, dtype, g.R, 5)
     return _LoopArguments(
         geometry,
         dtype,
-        loop_rois,
+        _image_indices(g, rois),
+        loop_array(rois, dtype, g.R, 5),
         np.empty((0, 0, 0), dtype) if offset is None else loop_array(offset, dtype, g.R, 2, g.bins),
         np.empty((0, 0), dtype) if mask is None else loop_array(mask, dtype, g.R, g.bins),
     )
+
+
+def _image_indices(geometry: DeformRoIPoolGeometry, rois: Array) -> Array:
+    """Return a checked copy of column 0 of the regions.
+
+    The dtype of coordinates cannot hold every index, and the caller's array may change during the call.
+    """
+    given = rois[:, 0].copy()
+    wrong = np.flatnonzero(~((given >= 0) & (given < geometry.N) & (given == np.floor(given))))
+    if len(wrong):
+        raise ArgumentError(
+            f"rois must hold indices of feature maps from 0 to N-1={geometry.N - 1} in column 0, "
+            f"got {given[wrong[0]]} in row {wrong[0]}"
+        )
+    return given.astype(np.int64)
 
 
 def _channels_last(arguments: _LoopArguments, input: Array) -> Array:
@@ -177,8 +189,8 @@ def _balanced_rows(arguments: _LoopArguments, first: int, last: int) -> Array:
     if g.sampling_ratio:
         return items
     costs = np.empty(g.R, arguments.dtype)
-    sizes, scale, _, rois, _, _ = arguments.shared
+    sizes, scale, _, _, rois, _, _ = arguments.shared
     parallel(loops.region_costs, g.R, sizes, scale, rois, costs)
     by_cost = items[np.argsort(-costs[items // g.P], kind="stable")]
-    pieces = THREADS * PIECES_PER_THREAD
+    pieces = threads_of_call() * PIECES_PER_THREAD
     return np.concatenate([by_cost[piece::pieces] for piece in range(pieces)])

@@ -15,7 +15,10 @@ scale, gamma : float
     In the dtype of the arrays.
 image : array [N, H*W + 1, C]
     Channels-last; the last pixel of each image is zero.
+images : array of int64 [R]
+    Image of each region.
 rois : array [R, 5]
+    Regions, of which columns 1 to 4 are read.
 offset : array [R, 2, P*Q], or empty
 mask : array [R, P*Q], or empty
 axes : array [4, max(H, W)]
@@ -61,6 +64,15 @@ def _sample_range(start: Any, length: Any, samples: int, extent: int) -> Any:
 
 
 @exact
+def _shift(gamma: Any, region: Any, offset: Any) -> Any:
+    """Return the distance by which an offset moves a bin.
+
+    No offset moves nothing and an infinite one moves a bin out of reach, even if `gamma * region` is infinite or 0.
+    """
+    return (gamma * region) * offset if np.isfinite(offset) and offset != 0 else offset
+
+
+@exact
 def _add_axis_weights(
     low: Any, high: Any, scale: Any, gamma: Any, offset: Any, bin: int, bins: int, ratio: int, extent: int,
     weights: Any, slopes: Any,
@@ -74,7 +86,7 @@ def _add_axis_weights(
     start = scale * low - real(0.5)
     region = (scale * high - real(0.5)) - start
     length = region / real(bins)
-    position = (start + real(bin) * length) + (gamma * region) * offset
+    position = (start + real(bin) * length) + _shift(gamma, region, offset)
     if not np.isfinite(region) or np.isnan(position):
         return 0, 0, 0, region, True
     samples = _sample_count(length, ratio)
@@ -157,8 +169,8 @@ def region_costs(sizes: Any, scale: Any, rois: Any, costs: Any, begin: int, end:
 
 @kernel
 def pool_bins(
-    sizes: Any, scale: Any, gamma: Any, rois: Any, offset: Any, mask: Any, image: Any, order: Any, out: Any,
-    axes: Any, pixels: Any, weights: Any, row: Any, begin: int, end: int,
+    sizes: Any, scale: Any, gamma: Any, images: Any, rois: Any, offset: Any, mask: Any, image: Any, order: Any,
+    out: Any, axes: Any, pixels: Any, weights: Any, row: Any, begin: int, end: int,
 ) -> None:  # fmt: skip
     """Pool into `out` [R, C, P*Q]; work item i is row ``order[i] % P`` of the bins of region ``order[i] // P``.
 
@@ -169,7 +181,7 @@ def pool_bins(
     real = type(scale)
     for item in range(begin, end):
         r, p = order[item] // P, order[item] % P
-        n = int(rois[r, 0])
+        n = images[r]
         for q in range(Q):
             bin = p * Q + q
             length, share, _, _, nan = _list_pixels(sizes, scale, gamma, rois, offset, r, bin, axes, pixels, weights)
@@ -189,9 +201,8 @@ def pool_bins(
                 x3 = image[n, _pixel_or_zero(w3, pixels[i + 3], zero)]
                 for c in range(sums.shape[0]):
                     sums[c] += (w0 * x0[c] + w1 * x1[c]) + (w2 * x2[c] + w3 * x3[c])
-            if length:
-                for c in range(sums.shape[0]):
-                    sums[c] *= factor
+            for c in range(sums.shape[0]):
+                sums[c] *= factor
         for c in range(row.shape[1]):
             for q in range(Q):
                 out[r, c, p * Q + q] = row[q, c]
@@ -213,8 +224,8 @@ def _masked_product(factor: Any, value: Any) -> Any:
 
 @kernel
 def sampling_gradients(
-    sizes: Any, scale: Any, gamma: Any, rois: Any, offset: Any, mask: Any, image: Any, order: Any, first: int,
-    grad_out: Any, grad_offset: Any, grad_mask: Any,
+    sizes: Any, scale: Any, gamma: Any, images: Any, rois: Any, offset: Any, mask: Any, image: Any, order: Any,
+    first: int, grad_out: Any, grad_offset: Any, grad_mask: Any,
     axes: Any, pixels: Any, weights: Any, begin: int, end: int,
 ) -> None:  # fmt: skip
     """Compute the offset and mask gradients; work items as in `pool_bins`.
@@ -230,7 +241,7 @@ def sampling_gradients(
     real = type(scale)
     for item in range(begin, end):
         r, p = order[item] // P, order[item] % P
-        n = int(rois[r, 0])
+        n = images[r]
         for bin in range(p * Q, (p + 1) * Q):
             length, share, height, width, nan = _list_pixels(
                 sizes, scale, gamma, rois, offset, r, bin, axes, pixels, weights
@@ -245,14 +256,15 @@ def sampling_gradients(
                 grad_mask[r, bin] = share * value
             if grad_offset.size:
                 factor = gamma * (share * mask[r, bin] if mask.size else share)
-                grad_offset[r, 0, bin] = slope_x if nan else _masked_product(factor * width, slope_x)
-                grad_offset[r, 1, bin] = slope_y if nan else _masked_product(factor * height, slope_y)
+                # A slope of 0 stays 0 for an infinite factor as well.
+                grad_offset[r, 0, bin] = slope_x if nan or slope_x == 0 else _masked_product(factor * width, slope_x)
+                grad_offset[r, 1, bin] = slope_y if nan or slope_y == 0 else _masked_product(factor * height, slope_y)
 
 
 @kernel
 def scatter_bins(
-    sizes: Any, scale: Any, gamma: Any, rois: Any, offset: Any, mask: Any, first: int, grad_out: Any, grad_image: Any,
-    axes: Any, pixels: Any, weights: Any, begin: int, end: int,
+    sizes: Any, scale: Any, gamma: Any, images: Any, rois: Any, offset: Any, mask: Any, first: int, grad_out: Any,
+    grad_image: Any, axes: Any, pixels: Any, weights: Any, begin: int, end: int,
 ) -> None:  # fmt: skip
     """Scatter the gradients of the regions from `first` on to the input gradient; a work item is a channel.
 
@@ -265,7 +277,7 @@ def scatter_bins(
     """
     P, Q = sizes[2:4]
     for r in range(first, first + grad_out.shape[0]):
-        n = int(rois[r, 0])
+        n = images[r]
         for bin in range(P * Q):
             length, share, _, _, nan = _list_pixels(sizes, scale, gamma, rois, offset, r, bin, axes, pixels, weights)
             factor = share * mask[r, bin] if mask.size else share

@@ -9,11 +9,13 @@ import cupy
 import numpy
 from cupy._core import _routines_linalg as cupy_linalg
 
+from dcnops._arguments import MAX_EXTENT
 from dcnops._backends.cuda import plans
-from dcnops._backends.cuda.cupy_engine import ENGINE, PROGRAMS
-from dcnops._backends.cuda.engine import Engine, dtype_name
+from dcnops._backends.cuda.cupy_engine import ENGINE, PROGRAMS, ROI_POOL_PROGRAMS
+from dcnops._backends.cuda.engine import dtype_name
 from dcnops._backends.cuda.plans.array_jobs import is_channels_last, is_evenly_spaced, sum_dtype
 from dcnops._backends.cuda.workspace import get_workspace
+from dcnops._errors import ArgumentError
 from dcnops._explain import is_explaining
 from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
 
@@ -66,9 +68,10 @@ def deform_roi_pool(
 
     With `channels_last` the result [R, C, P, Q] is stored as [R, P, Q, C].
     """
+    _check_image_indices(input)
     with input.device:
         arrays = _images(input), _coordinates(rois, input), contiguous(offset), contiguous(mask)
-        return plans.deform_roi_pool(_engine(), geometry, *arrays, channels_last)
+        return _run_prepared(plans.deform_roi_pool, geometry, arrays, channels_last)
 
 
 def deform_roi_pool_backward(
@@ -82,9 +85,13 @@ def deform_roi_pool_backward(
     deterministic: bool,
 ) -> dict[str, cupy.ndarray]:
     """See `dcnops.deform_roi_pool_backward`; the arguments have been checked."""
+    _check_image_indices(input)
     with input.device:
         arrays = _images(grad_out), _images(input), _coordinates(rois, input), contiguous(offset), contiguous(mask)
-        return plans.deform_roi_pool_backward(_engine(), geometry, *arrays, needs, deterministic, get_workspace())
+        options = needs, deterministic, get_workspace()
+        run = _run_prepared if needs and not (deterministic and "input" in needs) else _run_plan
+        gradients: dict[str, cupy.ndarray] = run(plans.deform_roi_pool_backward, geometry, arrays, *options)
+        return gradients
 
 
 def contiguous(array: Any) -> Any:
@@ -108,6 +115,15 @@ def _sampling(array: Any) -> Any:
     return array if array is None or is_evenly_spaced(array) else contiguous(array)
 
 
+def _check_image_indices(input: cupy.ndarray) -> None:
+    """Check that the kernels, which read regions in the dtype of coordinates, can tell all images apart."""
+    if input.shape[0] > MAX_EXTENT and input.dtype != numpy.float64:
+        raise ArgumentError(
+            f"input must have at most {MAX_EXTENT} images in RoI pooling of {input.dtype} arrays on a GPU, "
+            f"got {input.shape[0]}"
+        )
+
+
 def _coordinates(rois: cupy.ndarray, input: cupy.ndarray) -> cupy.ndarray:
     """Return the regions in the dtype of the coordinates for `input`."""
     if dtype_name(rois.dtype) == "bfloat16":
@@ -119,12 +135,19 @@ def _coordinates(rois: cupy.ndarray, input: cupy.ndarray) -> cupy.ndarray:
 def _run(plan: Callable[..., Any], geometry: Any, arrays: tuple[Any, ...], *options: Hashable) -> Any:
     """Run a plan, or replay what it launched in an earlier call of the same signature."""
     if is_explaining():
-        return plan(ENGINE.explaining, geometry, *arrays, *options)
+        return _run_plan(plan, geometry, arrays, *options)
     return PROGRAMS.run(plan, geometry, arrays, *options)
 
 
-def _engine() -> Engine:
-    return ENGINE.explaining if is_explaining() else ENGINE
+def _run_prepared(plan: Callable[..., Any], geometry: Any, arrays: tuple[Any, ...], *options: Hashable) -> Any:
+    """Run a plan of RoI pooling, prepared by an earlier call that may have had another number of regions."""
+    if is_explaining():
+        return _run_plan(plan, geometry, arrays, *options)
+    return ROI_POOL_PROGRAMS.run(plan, geometry, arrays, *options)
+
+
+def _run_plan(plan: Callable[..., Any], geometry: Any, arrays: tuple[Any, ...], *options: Hashable) -> Any:
+    return plan(ENGINE.explaining if is_explaining() else ENGINE, geometry, *arrays, *options)
 
 
 def _precision(precision: str | None, input: cupy.ndarray) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import cupy
 
 from dcnops._backends.cuda.cublas import CublasSession, matmul
-from dcnops._backends.cuda.cupy_programs import CupyProgram
+from dcnops._backends.cuda.cupy_programs import CupyProgram, CupyRoIPoolProgram
+from dcnops._backends.cuda.deform_roi_pool_programs import RoIPoolPrograms
 from dcnops._backends.cuda.engine import Device, Engine, Launcher
 from dcnops._backends.cuda.programs import ProgramCache
 from dcnops._errors import KernelCompileError
@@ -75,3 +76,4 @@ def _current_stream() -> int:
 
 ENGINE = Engine(cupy, _compile, matmul, _current_device, _pointer, CublasSession)
 PROGRAMS = ProgramCache(ENGINE, CupyProgram, _current_stream)
+ROI_POOL_PROGRAMS = RoIPoolPrograms(ENGINE, CupyRoIPoolProgram, _current_stream)

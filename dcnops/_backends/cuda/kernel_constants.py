@@ -32,6 +32,9 @@ SUM_TILE_CHANNELS = 32
 
 FILL_TILE_ELEMENTS = 4096
 
+WIDE_TILE_ELEMENTS = 4096
+"""Elements of a tile of a transpose in the type of sums."""
+
 # The fused forward convolution.
 
 FUSED_TILE_ROWS = 128

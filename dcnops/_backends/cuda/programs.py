@@ -339,7 +339,7 @@ class Replay(NamedTuple):
 
 
 class SignatureCache(Generic[_Value]):
-    """What was made for signatures that were seen twice, bounded in bytes.
+    """Cache of values that are made for signatures seen twice, bounded in bytes.
 
     Nothing is made for a signature that is seen for the first time, so that changing sizes do not pay for recording.
     The oldest values are dropped when memory runs short.
@@ -450,7 +450,7 @@ class _AddressRange:
 
 
 class _MemorylessArray(np.ndarray):
-    """An array whose elements must not be touched; filling it is recorded."""
+    """Array without elements; filling it is recorded."""
 
     recorder: Recorder
 

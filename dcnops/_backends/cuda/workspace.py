@@ -19,11 +19,6 @@ _chosen: int | None = None
 def set_workspace(nbytes: int | None) -> None:
     """Set the limit of the scratch memory of a call on a GPU, for all later calls of this process.
 
-    A backward convolution, and a forward one in float32 without TF32, process their columns (im2col) in chunks that fit
-    the limit. A larger limit means fewer launches and products, which pays for batches of many images. A single image
-    may need more than the limit, and what the weights need does not count. Results depend on the limit only in the
-    order of sums, that is, in their last digits.
-
     Parameters
     ----------
     nbytes : int or None
@@ -34,6 +29,13 @@ def set_workspace(nbytes: int | None) -> None:
     ------
     ArgumentError
         `nbytes` is not a positive integer.
+
+    Notes
+    -----
+    A backward convolution, and a forward one in float32 without TF32, process their columns (im2col) in chunks that fit
+    the limit. A larger limit means fewer launches and products, which pays for batches of many images. A single image
+    may need more than the limit, and what the weights need does not count. Results depend on the limit only in the
+    order of sums, that is, in their last digits.
 
     Examples
     --------
@@ -48,12 +50,23 @@ def set_workspace(nbytes: int | None) -> None:
 
 
 def get_workspace() -> int:
-    """Return the limit of the scratch memory of a call on a GPU, in bytes, see `set_workspace`.
+    """Return the limit of the scratch memory of a call on a GPU, see `set_workspace`.
+
+    Returns
+    -------
+    int
+        In bytes.
 
     Raises
     ------
     ArgumentError
         The environment variable ``DCNOPS_WORKSPACE`` is not a positive number of bytes.
+
+    Examples
+    --------
+    >>> import dcnops
+    >>> dcnops.get_workspace() // 2**20
+    128
     """
     global _chosen
     if _chosen is None:

@@ -1,6 +1,6 @@
 """Data: COCO files, the synthetic data set, images, batches and JSON files."""
 
-from .batches import AspectRatioBatches, Batch, MirroredImages, load_batches
+from .batches import AspectRatioBatches, Batch, MirroredImages, load_batches, prepare_worker, worker_errors
 from .coco import (
     Category,
     CocoDataset,
@@ -30,9 +30,11 @@ __all__ = [
     "load_batches",
     "load_train_and_val",
     "pad_elongated",
+    "prepare_worker",
     "read_image",
     "read_json",
     "to_picture",
+    "worker_errors",
     "write_json",
     "write_synthetic",
 ]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing.queues
+import os
 import signal
+import sys
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
@@ -122,7 +126,7 @@ def load_batches(
         num_workers=config.workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=prepare_worker,
         generator=torch.Generator(),
     )
     for batch in loader:
@@ -156,11 +160,38 @@ def _collate(samples: list[tuple[int, Tensor, dict[str, Any]] | UserError]) -> B
     return Batch(list(indices), list(images), list(targets))
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Keep a data-loading process alive when a terminal or a cluster sends a signal to all processes.
+def prepare_worker(worker: int) -> None:
+    """Prepare a data-loading process, as ``worker_init_fn``.
 
-    The main process may still need images to finish its iteration. It ends these processes itself; if it fails to,
-    SIGTERM takes effect after a while.
+    It must survive when a terminal or a cluster sends a signal to all processes, because the main process may still
+    need images to finish its iteration. The main process ends these processes itself; if it fails to, SIGTERM takes
+    effect after a while.
+
+    The process ends if it cannot pass on its images, for example without shared memory. By default Python drops them,
+    and the main process would wait for ever.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
+
+    def stop(error: Exception, item: object) -> None:
+        print(f"a data-loading process cannot pass on its images: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(stop)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turn the end of a data-loading process into a `UserError`; it may be noticed anywhere in the main process."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a data-loading process ended ({str(error).splitlines()[0]}): give the program more memory, more shared "
+            "memory (/dev/shm; docker run --shm-size=8g), or set training.workers=0"
+        ) from None

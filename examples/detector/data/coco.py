@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,18 +13,19 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import ExifTags
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import UserError
-from .images import read_image
+from ..errors import UserError, printable
+from .images import open_image, read_image
 from .json_files import read_json
 
 MIN_SIDE = 0.01  # pixels; float32 still resolves such a box after resizing
 MAX_COORDINATE = 1e5  # pixels; pycocotools allocates memory proportional to a polygon's length
+MAX_PIXELS = 2**31  # of an image; pycocotools counts in 32 bits
 
 
 class Category(NamedTuple):
@@ -45,11 +47,13 @@ class CocoDataset(Dataset[Sample]):
     Invalid input is handled by these rules:
 
     - A file that is unreadable, not in COCO's instance format, or has duplicate ids is an error.
-    - An image that is missing, unreadable, or of another size than the JSON file says is left out with its
-      annotations. Only file headers are read for this check. It is an error if all images are missing, or if an image
-      turns out to be damaged when it is decoded.
+    - An image that is missing, unreadable, outside of the folder `images` (also by a symbolic link), or of another size
+      than the JSON file says is left out with its annotations. Only file headers are read for this check. It is an
+      error if all images are missing, or if an image turns out to be damaged when it is decoded.
     - As in COCO, annotations refer to the stored pixels: EXIF orientation is ignored. Images of any mode become RGB,
       see `read_image`.
+    - ``iscrowd`` must be 0 or 1, also as a boolean or a text. ``area`` must be a number of at least 0; if it is absent
+      or NaN, the area of the mask or the box is used. Anything else is an error.
     - An annotation is left out if its image or category is unknown, if its box is not four finite numbers, if it has
       neither a box nor a segmentation to derive one from, or if a side of the box inside the image is shorter than
       0.01 pixels. Boxes are clipped to the image.
@@ -67,6 +71,9 @@ class CocoDataset(Dataset[Sample]):
         Add masks to the targets.
     keep_empty : bool
         Keep images without targets, as an evaluation must count false positives in them.
+    negatives : bool
+        Without `keep_empty`: keep images that have no annotations in the JSON file, as negative examples. Images that
+        have only crowd regions or unusable annotations may show objects, and are left out.
     """
 
     # Ground truth for the evaluation: the usable part of the JSON file with missing iscrowd, bbox and area filled in.
@@ -77,7 +84,9 @@ class CocoDataset(Dataset[Sample]):
     sizes: list[tuple[int, int]]  # width and height by index
     report: list[str]  # a line for each kind of invalid input, with a count and an example
 
-    def __init__(self, annotations: Path, images: Path | None, *, masks: bool, keep_empty: bool) -> None:
+    def __init__(
+        self, annotations: Path, images: Path | None, *, masks: bool, keep_empty: bool, negatives: bool = False
+    ) -> None:
         data = _read_instances(annotations)
         self._folder = images
         self._masks = masks
@@ -91,9 +100,11 @@ class CocoDataset(Dataset[Sample]):
         known_images = {item["id"] for item in data["images"]}
         image_of = {item["id"]: item for item in usable}
         kept = []
+        annotated, crowded = set(), set()  # ids of images with any annotations, and with crowd regions
         targets: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in image_of}
         for annotation in data["annotations"]:
             problem = None
+            annotated.add(annotation["image_id"])
             image = image_of.get(annotation["image_id"])
             if annotation["image_id"] not in known_images:
                 problem = "annotations of images that the json does not have"
@@ -107,14 +118,21 @@ class CocoDataset(Dataset[Sample]):
                 left_out.add(problem, f"id {annotation['id']}")
                 continue
             kept.append(annotation)
-            if not annotation["iscrowd"]:
+            if annotation["iscrowd"]:
+                crowded.add(annotation["image_id"])
+            else:
                 targets[annotation["image_id"]].append(annotation)
 
-        empty = [item for item in usable if not targets[item["id"]]]
         if not keep_empty:
-            for item in empty:
-                left_out.add("images without annotations to train on", item["file_name"])
-            usable = [item for item in usable if targets[item["id"]]]
+            empty = {item["id"] for item in usable if not targets[item["id"]]}
+            if negatives and len(empty) < len(usable):  # negative examples alone teach nothing
+                empty &= annotated
+            for item in usable:
+                if item["id"] in crowded & empty:
+                    left_out.add("images with crowd regions only, which are not trained on", item["file_name"])
+                elif item["id"] in empty:
+                    left_out.add("images without annotations to train on", item["file_name"])
+            usable = [item for item in usable if item["id"] not in empty]
         self.report = left_out.lines()
         if not usable:
             details = "; ".join(self.report) or "it lists none"
@@ -209,10 +227,10 @@ def find_data(root: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
     raise UserError(f"{root} must have {wanted}")
 
 
-def load_train_and_val(root: Path, *, masks: bool) -> tuple[CocoDataset, CocoDataset]:
-    """Load the training and the validation set of a folder, see `find_data`."""
+def load_train_and_val(root: Path, *, masks: bool, negatives: bool = False) -> tuple[CocoDataset, CocoDataset]:
+    """Load the training and the validation set of a folder, see `find_data` and `CocoDataset`."""
     return (
-        CocoDataset(*find_data(root, "train"), masks=masks, keep_empty=False),
+        CocoDataset(*find_data(root, "train"), masks=masks, keep_empty=False, negatives=negatives),
         CocoDataset(*find_data(root, "val"), masks=masks, keep_empty=True),
     )
 
@@ -229,7 +247,9 @@ class _LeftOut:
         self._examples.setdefault(kind, example)
 
     def lines(self) -> list[str]:
-        return [f"left out {count} {kind}, e.g. {self._examples[kind]}" for kind, count in self._counts.items()]
+        return [
+            printable(f"left out {count} {kind}, e.g. {self._examples[kind]}") for kind, count in self._counts.items()
+        ]
 
 
 def _id(item: dict[str, Any]) -> int:
@@ -259,13 +279,21 @@ def _read_instances(path: Path) -> dict[str, Any]:
         raise refuse(f"it must be an object with images, annotations and categories, got a {type(data).__name__}")
     needs: dict[str, dict[str, str]] = {
         "images": {"id": "whole", "file_name": "text", "width": "size", "height": "size"},
-        "annotations": {"id": "whole", "image_id": "whole", "category_id": "whole"},
+        "annotations": {
+            "id": "whole",
+            "image_id": "whole",
+            "category_id": "whole",
+            "iscrowd": "flag",
+            "area": "area",
+        },
         "categories": {"id": "whole", "name": "text"},
     }
     tests = {
         "whole": ("a whole number", _is_whole),
         "size": ("a positive whole number", lambda value: _is_whole(value) and value > 0),
         "text": ("a text", lambda value: isinstance(value, str) and value != ""),
+        "flag": ("0 or 1", lambda value: _flag(value) is not None),
+        "area": ("a number of at least 0", lambda value: _is_missing(value) or (is_finite(value) and value >= 0)),
     }
     for section, fields in needs.items():
         items = data.get(section)
@@ -282,6 +310,10 @@ def _read_instances(path: Path) -> dict[str, Any]:
             if item["id"] in ids:
                 raise refuse(f"{section} has id {item['id']} more than once")
             ids.add(item["id"])
+    for index, item in enumerate(data["images"]):
+        if item["width"] * item["height"] >= MAX_PIXELS:
+            size = f"{item['width']}x{item['height']}"
+            raise refuse(f"images[{index}] needs less than {MAX_PIXELS} pixels, got {size:.40}")
     if not data["categories"]:
         raise refuse("it has no categories")
     return data
@@ -290,17 +322,26 @@ def _read_instances(path: Path) -> dict[str, Any]:
 def _usable_pictures(
     items: list[dict[str, Any]], folder: Path, annotations: Path, left_out: _LeftOut
 ) -> list[dict[str, Any]]:
+    root = os.path.realpath(folder)
+
     def problem_of(item: dict[str, Any]) -> tuple[str, str] | None:
         name, wanted = item["file_name"], (item["width"], item["height"])
+        turned = False
         try:
-            with Image.open(folder / name) as image:
+            if not Path(real := os.path.realpath(folder / name)).is_relative_to(root):
+                return "pictures outside of the folder of images", f"{name} ({real})"
+            with open_image(folder / name) as image:
                 size = image.size
+                if size == wanted[::-1] != wanted:
+                    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
         except FileNotFoundError:
             return "missing pictures", name
         except Exception as error:  # decoders raise all kinds of errors on damaged files
             return "unreadable pictures", f"{name} ({error})"
         if size != wanted:
             sizes = f"{name} ({size[0]}x{size[1]}, json {wanted[0]}x{wanted[1]})"
+            if turned:
+                return "pictures that their EXIF orientation turns, while the json must describe stored pixels", sizes
             return "pictures of another size than the json says", sizes
         return None
 
@@ -338,10 +379,24 @@ def _normalise(annotation: dict[str, Any], width: int, height: int, masks: bool)
     x, y, w, h = box
     if min(w, h, min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)) < MIN_SIDE:
         return f"annotations whose box has less than {MIN_SIDE} pixels on a side inside the image"
-    if area is None or not is_finite(area) or area < 0:
+    if _is_missing(area):
         area = w * h if code is None else float(rle_tools.area(code))
-    annotation.update(bbox=box, area=area, iscrowd=int(bool(annotation.get("iscrowd"))))
+    annotation.update(bbox=box, area=area, iscrowd=_flag(annotation.get("iscrowd")))
     return None
+
+
+def _flag(value: object) -> int | None:
+    """Return the meaning of a flag in a JSON file; None if it has none. An absent flag is 0."""
+    if value is None:
+        return 0
+    if isinstance(value, str):
+        return {"0": 0, "false": 0, "1": 1, "true": 1}.get(value.lower())
+    return int(value) if isinstance(value, (int, float)) and value in (0, 1) else None
+
+
+def _is_missing(value: object) -> bool:
+    """Check that a number in a JSON file is absent, null or NaN."""
+    return value is None or value != value
 
 
 def encode_segmentation(segmentation: object, height: int, width: int) -> dict[str, Any] | None:
@@ -357,9 +412,10 @@ def encode_segmentation(segmentation: object, height: int, width: int) -> dict[s
         return None
     counts = segmentation.get("counts")
     if isinstance(counts, list):
-        runs_fit = all(_is_whole(run) and run >= 0 for run in counts) and sum(counts) == height * width
-        code = rle_tools.frPyObjects(segmentation, height, width) if runs_fit else {}
-        return code or None
+        if not all(_is_whole(run) and run >= 0 for run in counts) or sum(counts) != height * width:
+            return None
+        code = rle_tools.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+        return code
     if isinstance(counts, str) and counts.isascii() and _covered(counts.encode()) == height * width:
         return {"size": [height, width], "counts": counts.encode()}
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch.nn import functional
 
 from ..errors import UserError
 
-# Suffixes of the images in a folder; a file given by name may have any format that Pillow reads.
-SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Formats that are decoded, whatever the name of a file says. Pillow would start other programs for some formats.
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of the images in a folder
 LARGEST_ASPECT = 32
 
 
@@ -28,18 +30,32 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_file():
+        path = Path(os.path.expanduser(pattern))
+        if os.path.isfile(path):
             found[path] = None
             continue
-        candidates = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-        images = sorted(item for item in candidates if item.suffix.lower() in SUFFIXES and item.is_file())
+        is_folder = os.path.isdir(path)
+        candidates = path.iterdir() if is_folder else map(Path, glob.glob(str(path), recursive=True))
+        images = sorted(item for item in candidates if item.suffix.lower() in SUFFIXES and os.path.isfile(item))
         if not images:
-            if path.is_dir():
+            if is_folder:
                 raise UserError(f"{pattern}: there is no image in this folder (looked for {', '.join(SUFFIXES)})")
             raise UserError(f"{pattern}: there is no such image, folder or glob with images")
         found.update(dict.fromkeys(images))
     return list(found)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open an image file in one of `FORMATS`.
+
+    Raises
+    ------
+    OSError
+        The file does not exist, is a folder, a pipe or a device (which could block), or has another format.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("it is not a regular file")
+    return Image.open(path, formats=FORMATS)
 
 
 def read_image(path: Path, largest: int | None = None, *, upright: bool = True) -> tuple[Tensor, tuple[int, int]]:
@@ -63,7 +79,7 @@ def read_image(path: Path, largest: int | None = None, *, upright: bool = True) 
         with warnings.catch_warnings():
             # Between once and twice the limit Pillow only warns.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            with open_image(path) as file:
                 width, height = file.size
                 if upright and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # turned by a quarter
                     width, height = height, width
@@ -71,7 +87,7 @@ def read_image(path: Path, largest: int | None = None, *, upright: bool = True) 
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: is not an image that Pillow can read") from None
+        raise UserError(f"{path}: is not an image in the format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise UserError(f"{path}: has more than {limit} million pixels, the most that is opened") from None

@@ -24,5 +24,8 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: object, indent: int | None = None) -> None:
     """Write a JSON file without NaN; `path` keeps its old content until the new content is complete."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=indent, allow_nan=False) + "\n"
+    partial.unlink(missing_ok=True)  # of a program that was killed, or a link
+    with partial.open("x", encoding="utf-8") as file:
+        file.write(text)
     os.replace(partial, path)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ..errors import UserError
 
 T = TypeVar("T")
+ADVICE = "start several processes with torchrun, or unset WORLD_SIZE for one"
 
 
 def rank() -> int:
@@ -45,11 +46,13 @@ def session(device: str | torch.device = "auto") -> Iterator[torch.device]:
 
     `device` is ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for a GPU if there is one; under `torchrun`, GPU LOCAL_RANK.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = _choose(device, int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else None)
+    processes = _number("WORLD_SIZE", 1)
+    if processes > 1:
+        _check_variables(processes)
+    chosen = _choose(device, _number("LOCAL_RANK", 0) if processes > 1 else None)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if processes == 1:
+    if processes <= 1:
         yield chosen
         return
     if chosen.type == "cuda":
@@ -60,6 +63,23 @@ def session(device: str | torch.device = "auto") -> Iterator[torch.device]:
         yield chosen
     finally:
         dist.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    """Read a whole number from an environment variable; notebooks and clusters may export an empty one."""
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UserError(f"the environment variable {name} must be a whole number, got {text!r:.60}: {ADVICE}")
+    return int(text)
+
+
+def _check_variables(processes: int) -> None:
+    """Check the variables of `torchrun`; clusters may export some of them for each job."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"WORLD_SIZE is {processes}, but {', '.join(missing)} not set: {ADVICE}")
+    if _number("RANK", 0) >= processes:
+        raise UserError(f"RANK must be less than WORLD_SIZE={processes}, got {_number('RANK', 0)}: {ADVICE}")
 
 
 def _active() -> bool:

@@ -19,8 +19,18 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..config import NetworkConfig
-from ..data import Category, CocoDataset, Sample, encode_segmentation, is_finite, read_json, write_json
-from ..errors import UserError
+from ..data import (
+    Category,
+    CocoDataset,
+    Sample,
+    encode_segmentation,
+    is_finite,
+    prepare_worker,
+    read_json,
+    worker_errors,
+    write_json,
+)
+from ..errors import UserError, printable
 from ..predict import coco_results, evaluating, infer
 from .distributed import gather_lists, is_main, rank, world_size
 
@@ -70,12 +80,13 @@ def detect(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=list,
+        worker_init_fn=prepare_worker,
         pin_memory=device.type == "cuda",
     )
     results = []
     quiet = None if progress and is_main() else True  # None: show it on a terminal
     bar = tqdm(total=len(share), desc="detecting", unit="image", leave=False, disable=quiet)
-    with evaluating(model), bar:
+    with evaluating(model), worker_errors(), bar:
         for batch in loader:
             for sample in batch:
                 if isinstance(sample, UserError):
@@ -143,7 +154,7 @@ def metrics_table(metrics: Metrics, categories: Sequence[Category]) -> str:
         overall.append([TITLES[kind], *(_number(getattr(scores, name)) for name in SUMMARY)])
     by_category = [["AP by category", *(TITLES[kind] for kind in metrics)]]
     by_category += [
-        [category.name, *(_number(scores.per_category[category.id]) for scores in metrics.values())]
+        [printable(category.name), *(_number(scores.per_category[category.id]) for scores in metrics.values())]
         for category in categories
     ]
     width = max(len(row[0]) for row in overall + by_category)
@@ -190,7 +201,7 @@ def load_results(path: Path, coco: pycocotools.coco.COCO) -> tuple[list[dict[str
         )
     fields: set[str] = set(FIELDS.values())
     for index, result in enumerate(results):
-        if problem := _problem(result, coco):
+        if problem := _normalise(result, coco):
             raise UserError(f"{path}: detection number {index + 1} {problem}")
         fields &= set(result)
         if not fields:
@@ -201,8 +212,15 @@ def load_results(path: Path, coco: pycocotools.coco.COCO) -> tuple[list[dict[str
 def _evaluate(truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: Kind, package: Package) -> Scores:
     """Run the standard package on a copy of the data, which it may change."""
     COCO, COCOeval = _classes(package)
-    ids = {image["id"] for image in truth["images"]}
-    found = _of_kind((result for result in results if result["image_id"] in ids), kind)
+    # The packages cannot use all ids: faster-coco-eval has no negative ones.
+    number = {image["id"]: index for index, image in enumerate(truth["images"], 1)}
+    for item in truth["images"]:
+        item["id"] = number[item["id"]]
+    for item in truth["annotations"]:
+        item["image_id"] = number[item["image_id"]]
+    found = _of_kind((result for result in results if result["image_id"] in number), kind)
+    for item in found:
+        item["image_id"] = number[item["image_id"]]
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = truth
@@ -262,15 +280,15 @@ def _of_kind(results: Iterable[dict[str, Any]], kind: Kind) -> list[dict[str, An
         raise UserError(f"the {TITLES[kind]} AP cannot be evaluated: some detections have no {FIELDS[kind]}") from None
 
 
-def _problem(result: Any, coco: pycocotools.coco.COCO) -> str | None:
-    """Return the problem with an entry of a results file, or None."""
+def _normalise(result: Any, coco: pycocotools.coco.COCO) -> str | None:
+    """Encode the mask of an entry of a results file in place; return the problem if the entry is unusable."""
     if not isinstance(result, dict):
         return f"must be an object, got {_json_type(result)}"
     for key in ("image_id", "category_id", "score"):
         if key not in result:
             return f"has no {key}"
     for key, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
-        if not isinstance(result[key], int) or result[key] not in known:
+        if type(result[key]) is not int or result[key] not in known:
             return f"has the {key} {_short(result[key])}, which is not in the annotations"
     if not is_finite(result["score"]):
         return f"has the score {_short(result['score'])}, which is no number"
@@ -280,8 +298,10 @@ def _problem(result: Any, coco: pycocotools.coco.COCO) -> str | None:
         return f"has the bbox {_short(result['bbox'])}, which is not [x, y, width, height]"
     if "segmentation" in result:
         image = coco.imgs[result["image_id"]]
-        if encode_segmentation(result["segmentation"], image["height"], image["width"]) is None:
+        code = encode_segmentation(result["segmentation"], image["height"], image["width"])
+        if code is None:
             return f"has a segmentation that is no mask of {image['width']}x{image['height']} pixels"
+        result["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
     return None
 
 

@@ -1,7 +1,8 @@
-"""SIGINT and SIGTERM as requests to stop after the current iteration."""
+"""Signals of terminals and clusters as requests to stop after the current iteration."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -10,7 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+# Clusters send SIGUSR1 before the end of a job, and a terminal SIGHUP when it is closed. Windows has neither.
+NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 SAME_REQUEST = 1.0  # seconds; launchers forward a signal that the process has already received
 
 
@@ -23,7 +25,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequests:
-    """Context that stores the first signal in `received` and raises `Interrupted(text)` at the second."""
+    """Context that stores the first signal in `received` and raises `Interrupted(text)` at the second.
+
+    Signals that the process ignores, such as SIGHUP under nohup, stay ignored.
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -33,7 +38,8 @@ class StopRequests:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequests:
-        self._previous = {number: signal.signal(number, self._handle) for number in NUMBERS}
+        chosen = [number for number in NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle) for number in chosen}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,5 +65,6 @@ class StopRequests:
         self.received, self._since = number, now
         if again or self._at_once:
             raise Interrupted(number, self.text)
-        # Not print, which the signal may have interrupted.
-        os.write(2, b"\nstopping after this iteration; once more to stop at once\n")
+        # Not print, which the signal may have interrupted. The terminal may be gone.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this iteration; once more to stop at once\n")

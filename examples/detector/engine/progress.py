@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +16,11 @@ from tqdm import tqdm
 from dcnops.adapters.torch.spatial_support import LayerStatistics
 
 from ..errors import UserError
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 LOG_EVERY = 20  # iterations averaged in a line of text and a point in TensorBoard
 
@@ -36,6 +41,8 @@ class Progress:
             self.writer = SummaryWriter(str(folder), purge_step=first + 1)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+        except UnicodeEncodeError:
+            raise UserError(f"{folder}: TensorBoard needs a name in UTF-8, give --out another folder") from None
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=first, unit="it", dynamic_ncols=True, disable=not self.terminal)
         self.sums: dict[str, float] = {}
@@ -48,7 +55,8 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self.bar.close()
         self.writer.close()
 
     def iteration(self, done: int, losses: Mapping[str, float], lr: float, gradient_norm: float) -> None:
@@ -60,7 +68,7 @@ class Progress:
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
         if self.terminal:
-            self.bar.set_postfix_str(f"{_describe(losses)}, lr {lr:.3g}, {self._memory()}", refresh=False)
+            self.bar.set_postfix_str(f"{_describe(losses)}, lr {lr:.3g}{self._memory()}", refresh=False)
             self.bar.update()
         if done % LOG_EVERY and done != self.total:
             return
@@ -78,7 +86,7 @@ class Progress:
             remaining = timedelta(seconds=round((self.total - done) * self.seconds / (done - self.first)))
             print(
                 f"iteration {done}/{self.total}, epoch {epoch}: {_describe(means)}, lr {lr:.3g}, "
-                f"{each:.3g} s/iteration, ETA {remaining}, {self._memory()}",
+                f"{each:.3g} s/iteration, ETA {remaining}{self._memory()}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -112,10 +120,12 @@ class Progress:
     def _memory(self) -> str:
         if self.device.type == "cuda":
             size = torch.cuda.max_memory_allocated(self.device)
+        elif resource is None:
+            return ""
         else:
             unit = 1 if sys.platform == "darwin" else 1024
             size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return f"{size / 2**20:.0f} MiB"
+        return f", {size / 2**20:.0f} MiB"
 
 
 def _describe(losses: Mapping[str, float]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-import signal
 import sys
+import warnings
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,20 +21,22 @@ from dcnops.adapters.torch import param_groups
 from dcnops.adapters.torch.spatial_support import OffsetObserver
 
 from ..config import Config, TrainingConfig
-from ..data import AspectRatioBatches, Batch, CocoDataset, check_categories, load_batches
+from ..data import AspectRatioBatches, Batch, CocoDataset, check_categories, load_batches, worker_errors
 from ..errors import UserError
 from ..model import (
     MimickingDetector,
     build_detector,
+    config_of,
     load_backbone,
     load_checkpoint,
     restore_model,
     save_checkpoint,
+    tensor_problem,
 )
 from ..predict import AMP_TYPES
 from .distributed import gather_lists, is_main, rank, world_size
 from .evaluation import SUMMARY, Metrics, coco_metrics, detect, evaluated_kinds, metrics_table, write_results
-from .interruption import Interrupted, StopRequests
+from .interruption import NUMBERS, Interrupted, StopRequests
 from .progress import Progress
 
 CHECKPOINT, MODEL = "checkpoint.pth", "model.pth"
@@ -88,7 +90,8 @@ def train(
     Raises
     ------
     Interrupted
-        SIGINT or SIGTERM was received. A checkpoint is saved first, unless a second signal asks to stop at once.
+        SIGINT, SIGTERM, SIGUSR1 or SIGHUP was received. A checkpoint is saved first, unless a second signal asks to
+        stop at once.
     """
     options = config.training
     if val_set is not None:
@@ -120,6 +123,7 @@ def train(
             save_checkpoint(out / name, model, config, train_set.categories, done, extra)
 
     with ExitStack() as stack:
+        stack.enter_context(worker_errors())
         requests = stack.enter_context(StopRequests(f"interrupted; the last checkpoint is in {out}: {hint}"))
         loader = stack.enter_context(closing(load_batches(train_set, batches, options, device, first)))
         progress = None
@@ -144,13 +148,14 @@ def train(
             step = trainer.step(batch, done - 1, requests.received, observer)
             if step.not_finite:
                 raise _not_finite(done, batch, step, train_set)
+            epoch, rest = divmod(done, len(batches))
+            # First, because after SIGHUP there is no terminal to write to.
+            if rest == 0 or step.stop or done % options.save_every == 0:
+                save(CHECKPOINT, done, {**run, **trainer.state()})
             if progress and observer:
                 progress.offsets(done, observer.statistics())
             if progress:
                 progress.iteration(done, step.losses, step.lr, step.gradient_norm)
-            epoch, rest = divmod(done, len(batches))
-            if rest == 0 or step.stop or done % options.save_every == 0:
-                save(CHECKPOINT, done, {**run, **trainer.state()})
             if step.stop:
                 raise Interrupted(
                     step.stop,
@@ -220,7 +225,9 @@ class Trainer:
         self.device = device
         self.iterations_per_epoch = iterations_per_epoch
         self.lr = config.lr * config.batch_size * world_size() / config.lr_batch
-        groups = param_groups(model, self.lr, config.offset_lr_mult, roi_offset_lr_mult=config.roi_offset_lr_mult)
+        with warnings.catch_warnings():  # regular presets have no branches
+            warnings.filterwarnings("ignore", "param_groups recognises no offset branch in the model")
+            groups = param_groups(model, self.lr, config.offset_lr_mult, roi_offset_lr_mult=config.roi_offset_lr_mult)
         self.lrs = [group["lr"] for group in groups]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = _optimizer(groups, config)
@@ -240,7 +247,7 @@ class Trainer:
         for group, lr in zip(self.optimizer.param_groups, self.lrs):
             group["lr"] = lr * factor
 
-        flags = torch.tensor([stop == signal.SIGINT, stop == signal.SIGTERM], device=self.device)
+        flags = torch.tensor([stop == number for number in NUMBERS], device=self.device)
         dtype = AMP_TYPES[self.config.amp]
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None), observer or nullcontext():
             losses: dict[str, Tensor] = self.parallel(batch.images, batch.targets)
@@ -261,7 +268,8 @@ class Trainer:
         shared = torch.cat([flags, wrong[None], values.detach()])
         if world_size() > 1:
             dist.all_reduce(shared)
-        interrupts, terminations, not_finite, *sums, norm_value = torch.cat([shared, norm[None]]).tolist()
+        numbers = torch.cat([shared, norm[None]]).tolist()
+        received, (not_finite, *sums, norm_value) = numbers[: len(flags)], numbers[len(flags) :]
         self.skipped = 0 if math.isfinite(norm_value) else self.skipped + 1
         if not_finite or self.skipped > MOST_SKIPPED:
             sums = values.tolist()
@@ -274,7 +282,7 @@ class Trainer:
             norm_value,
             self.lr * factor,
             bool(not_finite) or self.skipped > MOST_SKIPPED,
-            signal.SIGINT if interrupts else signal.SIGTERM if terminations else 0,
+            next((number for number, count in zip(NUMBERS, received) if count), 0),
         )
 
     def state(self) -> dict[str, Any]:
@@ -286,9 +294,24 @@ class Trainer:
 
     def load_state(self, content: dict[str, Any]) -> None:
         """Restore the result of `state`."""
-        self.optimizer.load_state_dict(content["optimizer"])
+        own, saved = self.optimizer.state_dict()["param_groups"], content["optimizer"]
+        if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
+            raise ValueError("the parameters are other ones")
+        for index, values in saved["state"].items():
+            for value in values.values():
+                # Adam's number of steps is a tensor without axes.
+                own_value = value if value.ndim == 0 else self.parameters[index]
+                if tensor_problem(value, own_value):
+                    raise ValueError(f"the state of parameter {index} is wrong")
+        if not all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in content["scaler"].values()):
+            raise ValueError("the scale of the loss is wrong")
+        # The options of the groups are those of the configuration.
+        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
         self.scaler.load_state_dict(content["scaler"])
         if isinstance(self.model, MimickingDetector):
+            own_values = self.model.classifier.state_dict()
+            if any(tensor_problem(value, own_values[name]) for name, value in content["crop_classifier"].items()):
+                raise ValueError("the classifier of the crops is wrong")
             self.model.classifier.load_state_dict(content["crop_classifier"])
 
 
@@ -320,10 +343,10 @@ def _resume(
 ) -> int:
     """Restore the state in a checkpoint and return the number of finished iterations."""
     content = load_checkpoint(path)
-    now, then = config.to_dict(), content["config"]
+    now, then = config.to_dict(), config_of(content, path).to_dict()
     for section, values in now.items():
         for name, value in values.items():
-            before = then.get(section, {}).get(name)
+            before = then[section][name]
             if value != before and (section, name) not in CHANGEABLE:
                 changeable = ", ".join(f"{section}.{name}" for section, name in CHANGEABLE)
                 raise UserError(
@@ -337,7 +360,7 @@ def _resume(
     restore_model(model, content["model"], path)
     try:
         trainer.load_state(content)
-    except (KeyError, TypeError, ValueError, RuntimeError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{path}: cannot be resumed, its state of the optimiser does not fit the network") from None
     iteration: int = content["iteration"]
     return iteration

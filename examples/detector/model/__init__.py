@@ -1,15 +1,17 @@
 """Detectors: networks, weights, checkpoints, R-CNN feature mimicking and costs."""
 
-from .checkpoint import load_checkpoint, load_detector, restore_model, save_checkpoint
+from .checkpoint import config_of, load_checkpoint, load_detector, restore_model, save_checkpoint
 from .flops import Count, cost_rows, cost_table, count
 from .mimicking import MimickingDetector
 from .network import build_detector
+from .state_files import tensor_problem
 from .weights import load_backbone
 
 __all__ = [
     "Count",
     "MimickingDetector",
     "build_detector",
+    "config_of",
     "cost_rows",
     "cost_table",
     "count",
@@ -18,4 +20,5 @@ __all__ = [
     "load_detector",
     "restore_model",
     "save_checkpoint",
+    "tensor_problem",
 ]

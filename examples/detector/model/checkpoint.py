@@ -18,6 +18,7 @@ from ..config import Config
 from ..data import Category
 from ..errors import UserError
 from .network import build_detector
+from .state_files import check_archive, tensor_problem
 
 FORMAT = 1
 FIELDS = {"config": dict, "categories": list, "model": dict, "iteration": int}
@@ -46,25 +47,32 @@ def save_checkpoint(
     }
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)  # of a save that was killed, or a link
+        with partial.open("xb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
-    # torch reports a full disk as RuntimeError.
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise UserError(f"{path}: cannot be written ({error})") from error
+        # torch hides the error of a full disk behind a RuntimeError.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"{path}: cannot be written ({cause})") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a file written by `save_checkpoint`, with tensors on the CPU, without running code from the file."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: there is no such checkpoint")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: is not a checkpoint of this program, or only a part of one")
+    try:
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise UserError(f"{path}: is not a checkpoint of this program, or only a part of one")
+        check_archive(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -80,6 +88,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     for name, kind in FIELDS.items():
         if not isinstance(content.get(name), kind):
             raise UserError(f"{path}: is not a complete checkpoint ({name!r} is missing or no {kind.__name__})")
+    if type(content["iteration"]) is bool or content["iteration"] < 0:
+        raise UserError(f"{path}: is not a checkpoint of this program (its iteration is {content['iteration']})")
     content["categories"] = _categories(content["categories"], path)
     return content
 
@@ -91,14 +101,8 @@ def restore_model(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
         if name not in state or name not in own:
             problem = "is missing in the checkpoint" if name in own else "is unknown to the network"
             raise UserError(f"{path}: does not fit the configured network, {name} {problem}")
-        if not isinstance(state[name], Tensor) or state[name].shape != own[name].shape:
-            shape = list(getattr(state[name], "shape", []))
-            raise UserError(
-                f"{path}: does not fit the configured network, {name} has the shape {shape}, "
-                f"but {list(own[name].shape)} is needed"
-            )
-        if not state[name].isfinite().all():
-            raise UserError(f"{path}: has values in {name} that are not finite")
+        if mismatch := tensor_problem(state[name], own[name]):
+            raise UserError(f"{path}: does not fit the configured network, {name} {mismatch}")
     model.load_state_dict(state)
 
 
@@ -110,15 +114,19 @@ def load_detector(
     Return the model on `device` in evaluation mode, its configuration and its categories.
     """
     content = load_checkpoint(path)
-    try:
-        config = Config.from_dict(content["config"])
-    except UserError as error:
-        raise UserError(f"{path}: has a configuration that this program cannot use, {error}") from None
-    config = config.set(assignments)
+    config = config_of(content, path).set(assignments)
     model = build_detector(config.network, len(content["categories"]))
     restore_model(model, content["model"], path)
     model.to(device).eval()
     return model, config, content["categories"]
+
+
+def config_of(content: Mapping[str, Any], path: Path) -> Config:
+    """Return the configuration in a checkpoint; options that an earlier version did not have get their defaults."""
+    try:
+        return Config.from_dict(content["config"])
+    except UserError as error:
+        raise UserError(f"{path}: has a configuration that this program cannot use, {error}") from None
 
 
 def _categories(values: list[Any], path: Path) -> list[Category]:
@@ -127,6 +135,8 @@ def _categories(values: list[Any], path: Path) -> list[Category]:
         if not (isinstance(value, list) and list(map(type, value)) == [int, str]):
             raise UserError(f"{path}: is not a complete checkpoint (category {value!r:.40} is not [id, name])")
         categories.append(Category(*value))
+    if len({category.id for category in categories}) < len(categories):
+        raise UserError(f"{path}: is not a checkpoint of this program (has several categories with the same id)")
     return categories
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from dcnops.adapters.torch import DeformConv2dPack, ModulatedDeformConv2dPack
+from dcnops.adapters.torch.zero_layers import ZeroLayer
 
 from ..config import NetworkConfig
 from ..presets import PRESETS, Cost
@@ -22,7 +23,7 @@ NUM_ROIS = 1000
 NUM_DETECTIONS = 100  # with masks from Mask R-CNN
 NUM_CATEGORIES = 80
 
-COUNTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, DeformConv2dPack, ModulatedDeformConv2dPack)
+COUNTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, ZeroLayer, DeformConv2dPack, ModulatedDeformConv2dPack)
 
 
 class Count(NamedTuple):

@@ -91,7 +91,7 @@ class MimickingDetector(nn.Module):
 
     def _chunk(self, crops: Tensor) -> Tensor:
         heads, side = self.detector.roi_heads, self.config.crop
-        whole = crops.new_tensor([[0, 0, side, side]])
+        whole = torch.tensor([[0.0, 0, side, side]], device=crops.device)
         maps = self.detector.backbone(crops)
         pooled = heads.box_roi_pool(maps, [whole] * len(crops), [(side, side)] * len(crops))
         hidden: Tensor = functional.relu(heads.box_head.fc6(pooled.flatten(1)))
@@ -108,8 +108,10 @@ def labels_of(boxes: Tensor, truth: Tensor, labels: Tensor, threshold: float) ->
 
 def cut_crops(images: Tensor, boxes: Sequence[Tensor], side: int) -> Tensor:
     """Crop boxes [R_n, 4] of each of the images [N, 3, H, W] and resize them bilinearly to [3, side, side]."""
-    crops: Tensor = roi_align(images, [item.to(images.dtype) for item in boxes], (side, side), 1.0, -1, aligned=True)
-    return crops.detach()
+    dtype = torch.promote_types(images.dtype, torch.float32)  # 16-bit coordinates would be off by pixels
+    regions = [item.to(dtype) for item in boxes]
+    crops: Tensor = roi_align(images.to(dtype), regions, (side, side), 1.0, -1, aligned=True)
+    return crops.to(images.dtype).detach()
 
 
 def mimic_loss(crop_features: Tensor, features: Tensor, numbers: Sequence[int], reduction: str) -> Tensor:

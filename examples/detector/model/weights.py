@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +16,20 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from dcnops.adapters.torch import rename_state_dict
 
 from ..errors import UserError
+from .state_files import check_archive, tensor_problem
+
+FIRST = "conv1.weight"  # first parameter of every backbone
+# Prefixes of the names in a wrapped network, and in a larger network that has other parts too.
+WRAPPERS, PARTS = {"module", "model"}, {"backbone", "body", "encoder"}
 
 
 def load_backbone(detector: GeneralizedRCNN, source: str, backbone: str) -> list[str]:
     """Load the weights of a classification network into the backbone of a detector.
 
     `source` is "imagenet" or the name of torchvision weights for `backbone` (IMAGENET1K_V1, IMAGENET1K_V2), downloaded
-    on first use; or a file with torchvision's parameter names: .pth or .pt, .safetensors, .npz. Return the missing
-    parameters, which all belong to offset branches.
+    on first use; or a file with torchvision's parameter names: .pth or .pt, .safetensors, .npz. The names may have
+    prefixes of wrappers, such as ``module.`` or ``_orig_mod.``. Of a detector, its ``backbone.`` is taken. Return the
+    missing parameters, which all belong to offset branches.
     """
     path = Path(source)
     if path.suffix in (".pth", ".pt", ".safetensors", ".npz"):
@@ -32,6 +39,7 @@ def load_backbone(detector: GeneralizedRCNN, source: str, backbone: str) -> list
     else:
         state = _download(source, backbone)
     body = detector.backbone.body
+    state = _unwrap(state, source)
     state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     own = body.state_dict()
     state = dict(rename_state_dict(state, body))
@@ -42,20 +50,33 @@ def load_backbone(detector: GeneralizedRCNN, source: str, backbone: str) -> list
         kind, names = ("lacks", lost) if lost else ("has the unknown", unexpected)
         raise UserError(f"{source} {kind} {', '.join(names[:3])}{', ...' * (len(names) > 3)}: no weights of {backbone}")
     for name, value in state.items():
-        if name in own and value.shape != own[name].shape:
-            needed, got = tuple(own[name].shape), tuple(value.shape)
-            raise UserError(f"{name} of {source} must have the shape {needed} in {backbone}, got {got}")
+        if name in own and (problem := tensor_problem(value, own[name])):
+            raise UserError(f"{source} does not fit {backbone}, {name} {problem}")
     body.load_state_dict(state, strict=False)
     return missing
 
 
+def _unwrap(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Remove the prefixes of wrappers from the names in a state dict."""
+    names = {name: name.replace("_orig_mod.", "") for name in state}  # compiled modules may be anywhere in the network
+    starts = (name.removesuffix(FIRST) for name in names.values() if name.endswith(FIRST))
+    prefix = min((start for start in starts if set(start.split(".")) <= WRAPPERS | PARTS | {""}), key=len, default="")
+    if PARTS & set(prefix.split(".")):
+        names = {old: new for old, new in names.items() if new.startswith(prefix)}
+    unwrapped = {new.removeprefix(prefix): state[old] for old, new in names.items()}
+    if len(unwrapped) < len(names):
+        raise UserError(f"{source} has several parameters with the same name, in different wrappers")
+    return unwrapped
+
+
 def _read(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"there is no file of weights {path}")
     try:
+        check_archive(path)
         if path.suffix == ".npz":
             with np.load(path) as arrays:
-                return {name: torch.from_numpy(arrays[name]).float() for name in arrays}
+                return {name: torch.from_numpy(arrays[name]) for name in arrays}
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -69,9 +90,11 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
+    ):
         raise UserError(f"{path} must hold a state dict of tensors")
-    return {name.removeprefix("module."): value for name, value in loaded.items()}
+    return loaded
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Tensor]:

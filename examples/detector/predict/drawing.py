@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
+from ..errors import printable
 from .inference import RLE, decode_rle
 
 Colour = tuple[int, int, int]
@@ -88,7 +89,7 @@ def draw_detections(
     for index in order:
         draw.rectangle(_inside(corners[index], width, height), outline=colours[index], width=1 if masks else line)
     shares = ["" if scores is None else f"{100 * float(scores[index]):.0f}%" for index in range(len(classes))]
-    texts = [(f"{names[label]} {share}".strip(), share) for label, share in zip(classes, shares)]
+    texts = [(f"{printable(names[label])} {share}".strip(), share) for label, share in zip(classes, shares)]
     _draw_tags(draw, (width, height), corners, texts, colours)
     return picture
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .drawing import draw_detections
 from .inference import Detections, coco_results, evaluating, infer
 
 LARGEST = 4096  # pixels; larger images are shrunk before the network and in the pictures
+LONGEST_NAME = 240  # bytes; file systems allow 255, including a number and the suffix
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def write_predictions(
             for number, prediction in enumerate(predictions, 1):
                 target = _available_path(out, prediction.path.stem, taken)
                 taken.add(_normalised(target))
-                _draw(prediction, list(names.values())).save(target)
+                _draw(prediction, list(names.values())).save(target, "PNG")  # the name may be "..png"
                 found = coco_results(prediction.detections, number, categories)
                 detections += [{**entry, "category_name": names[entry["category_id"]]} for entry in found]
                 width, height = prediction.size
@@ -107,6 +109,7 @@ def _normalised(path: Path) -> str:
 
 def _available_path(out: Path, stem: str, taken: set[str]) -> Path:
     """Return ``out/STEM.png``, or if that is taken the first available of ``out/STEM-2.png`` and so on."""
+    stem = os.fsdecode(os.fsencode(stem)[:LONGEST_NAME])
     target, number = out / f"{stem}.png", 1
     while _normalised(target) in taken:
         number += 1

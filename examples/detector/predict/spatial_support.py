@@ -48,9 +48,9 @@ class SpatialSupportView:
     )
     category: str | None = option(None, "category to explain in figure 2; default: that with the best score")
     layer: str = option("backbone.body.layer4", "layer to take the pixels of figure 1 from")
-    depth: int = option(3, "number of stacked layers to follow sampling points through", 1)
+    depth: int = option(3, "number of stacked layers to follow sampling points through", 1, 100)
     bound: float = option(0.1, "maximum relative error of the response to the saliency region", 0, 1)
-    budget: int = option(4000, "masked images to try in the search for a saliency region", 1)
+    budget: int = option(4000, "masked images to try in the search for a saliency region", 1, 10**6)
 
 
 class _PreparedImage(NamedTuple):

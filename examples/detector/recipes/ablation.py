@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import statistics
 import time
@@ -16,6 +17,7 @@ from ..config import Config
 from ..data import (
     AspectRatioBatches,
     CocoDataset,
+    is_finite,
     load_batches,
     load_train_and_val,
     read_json,
@@ -137,6 +139,7 @@ def run_ablation(
     its checkpoint. The output folder holds ``table.md``, ``results.json``, ``plot.png``, ``runs/`` and the synthetic
     ``data/``.
     """
+    importlib.import_module("matplotlib.figure")  # missing packages are reported before hours of training
     chosen = [Variant.parse(text) for text in variants]
     if len(set(chosen)) < len(chosen):
         raise UserError(f"each variant can be there once, got {' '.join(variants)}")
@@ -154,7 +157,9 @@ def run_ablation(
             train_images, val_images = ABLATION_IMAGES
             write_synthetic(folder, train=train_images, val=val_images, size=SIZE, deformation=1, seed=0)
             (folder / ".complete").touch()
-        train_set, val_set = load_train_and_val(folder, masks=config.network.detector == "mask")
+        train_set, val_set = load_train_and_val(
+            folder, masks=config.network.detector == "mask", negatives=config.training.negative_images
+        )
 
         costs = {variant: count(variant.configure(config).network) for variant in chosen}
         seconds: dict[Variant, float] = {}
@@ -221,7 +226,10 @@ def _seconds_per_iteration(runs: Path, train_set: CocoDataset, device: torch.dev
     if not path.exists():
         model, config, _ = load_detector(runs / "seed0" / MODEL, device)
         write_json(path, statistics.median(_durations(model, config.set(["training.workers=0"]), train_set, device)))
-    return float(read_json(path))
+    seconds = read_json(path)
+    if not is_finite(seconds) or seconds <= 0:
+        raise UserError(f"{path}: must hold a positive number, got {seconds!r:.40}")
+    return float(seconds)
 
 
 def _durations(model: torch.nn.Module, config: Config, train_set: CocoDataset, device: torch.device) -> Iterator[float]:
@@ -240,13 +248,25 @@ def _durations(model: torch.nn.Module, config: Config, train_set: CocoDataset, d
 
 
 def _row(out: Path, variant: Variant, seeds: int, cost: Count, seconds: float) -> Row:
-    found = {}
+    found: dict[int, dict[str, dict[str, Any]]] = {}
     for seed in range(seeds):
         path = out / "runs" / variant.folder / f"seed{seed}" / "metrics.json"
         if path.exists():
             content = read_json(path)
-            found[seed] = {kind: {name: values[name] for name in SUMMARY} for kind, values in content.items()}
+            try:
+                found[seed] = {
+                    kind: {name: _metric(values[name]) for name in SUMMARY} for kind, values in content.items()
+                }
+            except (AttributeError, KeyError, TypeError):
+                raise UserError(f"{path}: is not a file of metrics that this program has written") from None
     return Row(variant, tuple(found), tuple(found.values()), cost, seconds)
+
+
+def _metric(value: object) -> float | None:
+    """Check that a value is a metric, which is None without ground truth."""
+    if value is None or is_finite(value):
+        return value  # type: ignore[return-value]
+    raise TypeError
 
 
 def _write(out: Path, rows: Sequence[Row], experiment: Experiment, device: torch.device) -> None:

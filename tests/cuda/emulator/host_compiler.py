@@ -7,6 +7,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -23,10 +24,13 @@ _MAX_THREADS = 1024
 _MAX_SHARED_BYTES = 232_448
 """Limit of a block on sm_90."""
 
-_COMMON = ("-std=c++17", "-g", "-fPIC", "-shared", "-pthread")
-_PLAIN = (*_COMMON, "-O2")
+_KERNEL = re.compile(r"\bDCN_KERNEL\((\w+)\)\(")
+
+_COMMON = ("-std=c++17", "-fPIC", "-shared", "-pthread")
+_PLAIN = (*_COMMON, "-g", "-O2")
 _SANITIZED = (
     *_COMMON,
+    "-g1",  # reports need lines only
     "-O1",
     "-fno-omit-frame-pointer",
     "-fsanitize=address,undefined,float-cast-overflow",
@@ -108,8 +112,9 @@ class HostCompiler:
         """
         scheduler = self._build(_scheduler(), self._flags, (f"-I{_HERE}",))
         defines = tuple(option for option in options if option.startswith("-D"))
+        entries = (f'#line 1 "entry of {name}"\nCUDA_ON_CPU_ENTRY({name})\n' for name in _kernels(source, kernel))
         unit = self._build(
-            f'{source}\n#line 1 "entry of {kernel}"\nCUDA_ON_CPU_ENTRY({kernel})\n',
+            f"{source}\n{''.join(entries)}",
             (*self._flags, *defines),
             ("-include", str(_HERE / "emulator.h"), f"-L{self.cache}"),
             # The unit finds the scheduler in its own folder, so that the folder can be moved.
@@ -155,8 +160,12 @@ class HostKernel:
     def __init__(self, compiler: HostCompiler, library: ctypes.CDLL, name: str) -> None:
         self.name = name
         self._compiler = compiler
-        self._params_size: int = library.cuda_on_cpu_params_size()
-        self._run: Callable[..., bytes | None] = library.cuda_on_cpu_run
+        params_size, run = library[f"{name}_params_size"], library[f"{name}_run"]
+        params_size.restype = ctypes.c_uint
+        run.restype = ctypes.c_char_p
+        run.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+        self._params_size: int = params_size()
+        self._run: Callable[..., bytes | None] = run
 
     def __call__(self, grid: int, block: tuple[int, int], shared_bytes: int, params: ctypes.Structure) -> None:
         """Run the kernel to its end.
@@ -191,6 +200,13 @@ class HostKernel:
             raise KernelFault(f"{self.name}: {report.decode()} (schedule {settings.schedule}{seed})")
 
 
+def _kernels(source: str, kernel: str) -> list[str]:
+    """Return the names of all kernels of the unit of `kernel`: they are compiled at once."""
+    suffix = kernel.rpartition("_")[2]
+    unit = [f"{name}_{suffix}" for name in _KERNEL.findall(source)]
+    return unit if kernel in unit else [kernel]
+
+
 def _default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcnops-cuda-on-cpu"
 
@@ -222,9 +238,5 @@ def _load(path: Path) -> ctypes.CDLL:
     with _LOADING:
         library = _LOADED.get(path)
         if library is None:
-            library = ctypes.CDLL(str(path))
-            library.cuda_on_cpu_params_size.restype = ctypes.c_uint
-            library.cuda_on_cpu_run.restype = ctypes.c_char_p
-            library.cuda_on_cpu_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-            _LOADED[path] = library
+            library = _LOADED[path] = ctypes.CDLL(str(path))
         return library

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dcnops._backends.cuda.deform_roi_pool_programs import RoIPoolProgram
 from dcnops._backends.cuda.engine import Device, Engine
 from dcnops._backends.cuda.programs import Launch, Matrices, Product, Program
 from tests.cuda.emulator.host_compiler import HostCompiler
@@ -125,6 +126,11 @@ def prepare_program(program: Program) -> Callable[[Sequence[int], int], None]:
                 ctypes.memset(addresses[step.location.base] + step.location.offset, 0, step.nbytes)
 
     return issue
+
+
+def prepare_roi_pool_program(program: RoIPoolProgram) -> Callable[[Sequence[int], int, int], None]:
+    """Return a function that issues a program of RoI pooling for the addresses and the regions of a call."""
+    return lambda addresses, stream, regions: prepare_program(program.for_regions(regions))(addresses, stream)
 
 
 def _matrices(matrices: Matrices, addresses: Sequence[int]) -> np.ndarray:

@@ -113,9 +113,9 @@ struct KernelParams<void (*)(P)> {
 
 }  // namespace cuda_on_cpu
 
-#define CUDA_ON_CPU_ENTRY(kernel)                                                                                      \
-  extern "C" unsigned cuda_on_cpu_params_size() { return sizeof(cuda_on_cpu::KernelParams<decltype(&kernel)>::type); } \
-  extern "C" const char* cuda_on_cpu_run(const void* params, const cuda_on_cpu::LaunchConfig* config) {                \
-    using Params = cuda_on_cpu::KernelParams<decltype(&kernel)>::type;                                                 \
-    return cuda_on_cpu::launch([](const void* p) { kernel(*static_cast<const Params*>(p)); }, params, *config);        \
+#define CUDA_ON_CPU_ENTRY(kernel)                                                                                   \
+  extern "C" unsigned kernel##_params_size() { return sizeof(cuda_on_cpu::KernelParams<decltype(&kernel)>::type); } \
+  extern "C" const char* kernel##_run(const void* params, const cuda_on_cpu::LaunchConfig* config) {                \
+    using Params = cuda_on_cpu::KernelParams<decltype(&kernel)>::type;                                              \
+    return cuda_on_cpu::launch([](const void* p) { kernel(*static_cast<const Params*>(p)); }, params, *config);     \
   }

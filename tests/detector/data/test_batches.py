@@ -7,12 +7,14 @@ import signal
 import time
 from collections import Counter
 from contextlib import closing
+from multiprocessing.queues import Queue
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from examples.detector.config import Config
-from examples.detector.data import AspectRatioBatches, MirroredImages, load_batches
+from examples.detector.data import AspectRatioBatches, MirroredImages, load_batches, prepare_worker, worker_errors
 from examples.detector.errors import UserError
 
 WIDE, TALL = (64, 48), (48, 64)
@@ -35,6 +37,17 @@ class Images:
         masks[0, 2:5, 3:10] = masks[1, :, 0] = 1
         boxes = torch.tensor([[3, 2, 10, 5], [0, 0, 1, height]], dtype=torch.float32)
         return image, {"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks, "image_id": index}
+
+
+class Unsendable:
+    """Batch that cannot be passed to another process, as without shared memory."""
+
+    def __reduce__(self):
+        raise RuntimeError("no shared memory")
+
+
+def unsendable(samples):
+    return Unsendable()
 
 
 def make(sizes=MIXED, batch_size=2, *, seed=0, group=True, world_size=1) -> list[AspectRatioBatches]:
@@ -179,3 +192,28 @@ def children() -> set[int]:
         pytest.skip("needs Linux's /proc")
     with open(tasks) as file:
         return set(map(int, file.read().split()))
+
+
+def test_a_process_that_cannot_pass_on_its_images_is_an_error(capfd):
+    loader = DataLoader([1, 2], num_workers=1, collate_fn=unsendable, worker_init_fn=prepare_worker)
+    with (
+        pytest.raises(UserError, match=r"a data-loading process ended \(.*training\.workers=0") as caught,
+        worker_errors(),
+    ):
+        list(loader)
+    assert str(caught.value).isprintable()
+    assert "cannot pass on its images: no shared memory" in capfd.readouterr().err
+
+
+def test_data_loading_processes_survive_the_signals_of_clusters():
+    numbers = [signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM]
+    before = [signal.getsignal(number) for number in numbers]
+    feeder_error = Queue._on_queue_feeder_error
+    try:
+        prepare_worker(0)
+        assert [signal.getsignal(number) for number in numbers[:3]] == [signal.SIG_IGN] * 3
+        assert callable(signal.getsignal(signal.SIGTERM))
+    finally:
+        Queue._on_queue_feeder_error = staticmethod(feeder_error)
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +58,10 @@ class Folder:
         self.json["annotations"].append({"id": number, "image_id": image, "category_id": category, **fields})
         return number
 
-    def load(self, *, masks: bool = True, keep_empty: bool = True) -> CocoDataset:
+    def load(self, *, masks: bool = True, keep_empty: bool = True, negatives: bool = False) -> CocoDataset:
         file = self.root / "annotations" / "instances_train.json"
         file.write_text(json.dumps(self.json))
-        return CocoDataset(file, self.root / "images", masks=masks, keep_empty=keep_empty)
+        return CocoDataset(file, self.root / "images", masks=masks, keep_empty=keep_empty, negatives=negatives)
 
 
 @pytest.fixture
@@ -244,8 +246,56 @@ def test_images_without_targets(tmp_path):
     assert target["masks"].shape == (0, HEIGHT, WIDTH) and target["masks"].dtype == torch.uint8
     data = folder.load(keep_empty=False)
     assert data.image_ids == [2]
-    assert data.report == ["left out 2 images without annotations to train on, e.g. 1.png"]
+    assert data.report == [
+        "left out 1 images without annotations to train on, e.g. 1.png",
+        "left out 1 images with crowd regions only, which are not trained on, e.g. 3.png",
+    ]
     assert len(data[0][1]["boxes"]) == 1
+
+
+def test_negative_images(tmp_path):
+    folder = Folder(tmp_path, images=4)
+    folder.annotate(image=2)
+    folder.annotate(image=3, iscrowd=1)
+    folder.annotate(image=4, bbox=[1, 2])
+    data = folder.load(keep_empty=False, negatives=True)
+    # Images with crowds or unusable annotations may show objects.
+    assert data.image_ids == [1, 2] and data[0][1]["masks"].shape == (0, HEIGHT, WIDTH)
+    del folder.json["annotations"][0]
+    with pytest.raises(UserError, match="no usable image"):
+        folder.load(keep_empty=False, negatives=True)
+
+
+def test_only_crowds(folder):
+    folder.annotate(iscrowd=1)
+    with pytest.raises(UserError, match=r"no usable image \(left out 1 images with crowd regions only"):
+        folder.load(keep_empty=False)
+
+
+@pytest.mark.parametrize(
+    "value, meaning",
+    [(None, 0), (0, 0), (1, 1), (True, 1), (1.0, 1), ("0", 0), ("1", 1), ("False", 0), ("true", 1)],
+)
+def test_flags_of_crowds(folder, value, meaning):
+    folder.annotate(iscrowd=value)
+    assert folder.load().coco.anns[1]["iscrowd"] == meaning
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("iscrowd", value) for value in (2, -1, 0.5, float("nan"), "", "no crowd", [0], {})]
+    + [("area", value) for value in ("30", -1, float("inf"), True, [30], 10**400)],
+)
+def test_flags_and_areas_without_a_meaning(folder, field, value):
+    folder.annotate()
+    folder.annotate(**{field: value})
+    with pytest.raises(UserError, match=rf"instances_train\.json .*annotations\[1\] needs .* as '{field}', got"):
+        folder.load()
+
+
+def test_unknown_areas_are_computed(folder):
+    folder.annotate(area=float("nan"))
+    assert folder.load().coco.anns[1]["area"] == 30
 
 
 def test_nothing_left(folder):
@@ -267,6 +317,56 @@ def test_orientation_tags_are_ignored(folder):
     folder.image(2, picture, exif=tags)
     image, _ = folder.load()[1]
     assert image[0, 0, 0] == 1 and image[0, 0, -1] == 0
+
+
+def test_turned_pictures_are_explained(folder):
+    tags = Image.Exif()
+    tags[0x0112] = 6  # a quarter of a turn
+    folder.image(2, Image.new("RGB", (HEIGHT, WIDTH)), exif=tags)
+    (line,) = folder.load().report
+    assert "left out 1 pictures that their EXIF orientation turns" in line and "2.png (12x20, json 20x12)" in line
+
+
+def test_names_that_lead_out_of_the_folder(tmp_path):
+    folder = Folder(tmp_path)
+    pictures = folder.root / "images"
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "secret.png")
+    (pictures / "link.png").symlink_to(tmp_path / "secret.png")
+    (pictures / "folder").symlink_to(tmp_path)
+    names = ["../secret.png", str(tmp_path / "secret.png"), "link.png", "folder/secret.png", "sub/../../secret.png"]
+    for number, name in enumerate(names, 2):
+        folder.json["images"].append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT})
+    data = folder.load()
+    assert data.image_ids == [1]
+    assert data.report == [
+        f"left out 5 pictures outside of the folder of images, e.g. ../secret.png ({tmp_path}/secret.png)"
+    ]
+    # An absolute name, a link inside the folder, and a link to the folder itself lead nowhere else.
+    (pictures / "inside.png").symlink_to(pictures / "1.png")
+    folder.json["images"] = folder.json["images"][:1]
+    for number, name in enumerate([str(pictures / "1.png"), "inside.png"], 2):
+        folder.json["images"].append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT})
+    folder.load()
+    (tmp_path / "other").symlink_to(pictures)
+    data = CocoDataset(tmp_path / "annotations/instances_train.json", tmp_path / "other", masks=True, keep_empty=True)
+    assert len(data) == 3 and data.report == []
+
+
+@pytest.mark.parametrize("name", ["pipe.png", ".", "nul\0.png", "\ud800.png", "a" * 300, "\x1b]0;title\x07\x1b[31m\n"])
+def test_names_of_unusable_files(folder, name):
+    os.mkfifo(folder.root / "images" / "pipe.png")
+    folder.json["images"].append({"id": 2, "file_name": name, "width": WIDTH, "height": HEIGHT})
+    data = folder.load()
+    (line,) = data.report
+    assert data.image_ids == [1] and line.isprintable()
+    assert re.match("left out 1 (unreadable|missing) pictures, e.g. ", line)
+
+
+def test_names_in_errors_are_printable(folder):
+    folder.json["images"] = [{"id": 2, "file_name": "\x1b[31m\n\ud800", "width": WIDTH, "height": HEIGHT}]
+    with pytest.raises(UserError) as caught:
+        folder.load()
+    assert str(caught.value).isprintable() and r"\x1b[31m\n\ud800" in str(caught.value)
 
 
 def test_pictures_left_out(tmp_path):
@@ -360,6 +460,7 @@ def test_missing_and_binary_files(tmp_path):
         ("images", "file_name", ""),
         ("images", "width", 0),
         ("images", "height", 12.5),
+        ("images", "height", "12"),
         ("annotations", "id", None),
         ("annotations", "image_id", "1"),
         ("annotations", "category_id", [1]),
@@ -371,6 +472,12 @@ def test_wrong_types_are_refused(folder, section, field, value):
     folder.annotate()
     folder.json[section][0][field] = value
     with pytest.raises(UserError, match=rf"instances_train\.json .*{section}\[0\] needs .* as '{field}', got"):
+        folder.load()
+
+
+def test_sizes_that_no_mask_can_have(folder):
+    folder.json["images"][0]["width"] = 10**9
+    with pytest.raises(UserError, match=rf"images\[0\] needs less than {2**31} pixels, got 1000000000x12"):
         folder.load()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,26 @@ def test_decompression_bombs_are_refused(picture, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     with pytest.raises(UserError, match=r"large\.png: has more than 0 million pixels"):
         read_image(path)
+
+
+@pytest.mark.parametrize("format", ["EPS", "PPM", "ICO", "TGA"])
+def test_other_formats_are_not_decoded(picture, format, monkeypatch):
+    """Whatever the name says: Pillow would start Ghostscript for PostScript."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("Ghostscript was started"))
+    with pytest.raises(UserError, match=r"is not an image in the format JPEG, PNG, BMP, TIFF, WEBP or GIF"):
+        read_image(picture("a.jpg", format=format))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "MPO"])
+def test_formats_are_recognised_by_their_content(picture, format):
+    assert read_image(picture("a.dat", format=format))[1] == (60, 40)
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    for path in (tmp_path / "a.jpg", tmp_path):
+        with pytest.raises(UserError, match="it is not a regular file"):
+            read_image(path)
 
 
 def test_finding_images(picture, tmp_path):

@@ -25,6 +25,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from examples.detector.data import CocoDataset, find_data, write_synthetic
 from examples.detector.engine import Kind, coco_metrics, detect, distributed, load_results, metrics_table, write_results
+from examples.detector.engine.evaluation import _normalise
 from examples.detector.errors import UserError
 from examples.detector.predict import decode_rle, encode_rle
 
@@ -180,6 +181,8 @@ def test_results_files_and_table(example, tmp_path):
     assert table[1].split()[:2] == ["box", f"{metrics['bbox'].AP:.3f}"]
     assert table[2].split()[-1] == f"{metrics['segm'].APl:.3f}"
     assert table[-1].split() == ["never", "seen", "-", "-"]
+    odd: Any = [type("Category", (), entry | {"name": f"\x1b[31m\n{entry['id']}"}) for entry in CATEGORIES]
+    assert metrics_table(metrics, odd).splitlines()[-1].startswith(r"\x1b[31m\n9 ")
     assert len({len(line) for line in table[:3]}) == 1
 
 
@@ -195,6 +198,9 @@ GOOD = {**WITHOUT_BOX, "bbox": [1, 2, 3, 4]}
         (["x"], "number 1 must be an object, got a string"),
         ([GOOD, {**GOOD, "image_id": 99}], "number 2 has the image_id 99, which is not in the annotations"),
         ([{**GOOD, "image_id": [1]}], r"has the image_id \[1\]"),
+        ([{**GOOD, "image_id": True}], "has the image_id True"),
+        ([{**GOOD, "image_id": 2.0}], "has the image_id 2.0"),
+        ([{**GOOD, "image_id": "2"}], "has the image_id '2'"),
         ([{**GOOD, "category_id": 1}], "has the category_id 1"),
         ([{"image_id": 2, "category_id": 3, "bbox": [1, 2, 3, 4]}], "has no score"),
         ([{**GOOD, "score": "high"}], "has the score 'high'"),
@@ -214,6 +220,32 @@ def test_errors_name_the_wrong_entry(example, tmp_path, content, message):
         load_results(path, example[0])
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_masks_of_results_are_encoded(example):
+    """Polygons and plain run lengths give the same numbers as compressed ones."""
+    coco, _ = example
+    plain = {"size": [float(SIZE)] * 2, "counts": [0, SIZE * 5, SIZE * (SIZE - 5)]}
+    polygon = [[0, 0, 5, 0, 5, SIZE, 0, SIZE]]
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[:, :5] = 1
+    for segmentation in (plain, polygon, encode_rle(mask)):
+        entry = {**WITHOUT_BOX, "segmentation": copy.deepcopy(segmentation)}
+        assert _normalise(entry, coco) is None
+        assert entry["segmentation"] == encode_rle(mask)
+
+
+@pytest.mark.parametrize("package", ["pycocotools", "faster-coco-eval"])
+def test_all_ids_can_be_evaluated(example, package):
+    coco, results = example
+    expected = coco_metrics(coco, results, coco.imgs, ("bbox", "segm"), package=package)
+    truth, moved = copy.deepcopy((coco.dataset, results))
+    for entry in [*truth["annotations"], *moved]:
+        entry["image_id"] -= 5
+    for image in truth["images"]:
+        image["id"] -= 5
+    found = coco_metrics(index(truth), moved, range(-4, 4), ("bbox", "segm"), package=package)
+    assert repr(found) == repr(expected)
 
 
 def test_results_that_are_missing_or_empty(example, tmp_path):
@@ -292,6 +324,7 @@ with distributed.session("cpu"):
 """
 
 
+@pytest.mark.exhaustive  # test_training.py has another test with two processes
 def test_two_processes_give_the_result_of_one(tmp_path):
     make_dataset(tmp_path)
     with socket.socket() as free:
@@ -326,6 +359,28 @@ def test_one_process_needs_no_group(monkeypatch):
     for name in ("meta", "gpu", "cuda:99"):
         with pytest.raises(UserError, match=f"--device.*{name}"), distributed.session(name):
             pass
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT not set: start .* torchrun"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, got 'two': .* unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "-1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK must be a whole number"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "RANK must be less than WORLD_SIZE=2",
+        ),
+    ],
+)
+def test_variables_of_clusters(monkeypatch, variables, message):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, variables.get(name, ""))
+    with pytest.raises(UserError, match=message), distributed.session("cpu"):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "")
+    with distributed.session("cpu"):
+        assert distributed.world_size() == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -12,6 +12,7 @@ import torch
 
 from examples.detector.data import AspectRatioBatches, Batch, load_batches
 from examples.detector.engine import Interrupted, Trainer, detect, rank, session, train, world_size
+from examples.detector.engine.distributed import gather_lists
 from examples.detector.engine.training import Step
 from examples.detector.errors import UserError
 
@@ -54,6 +55,7 @@ def main(folder: Path) -> None:
         step = trainer.step(batch, 0)
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         results = detect(build(config), images, CPU, progress=False)
+        shares = gather_lists([rank()] * (1 + rank()))
 
         trained = build(config, seed=rank())
         metrics = train(trained, config, images, images, folder / "out", device)
@@ -72,7 +74,8 @@ def main(folder: Path) -> None:
                 "gradients": gradients,
                 "stepped": model.state_dict(),
                 "trained": trained.state_dict(),
-                "results": repr(results),
+                "results": results,
+                "shares": shares,
                 "evaluated": metrics is not None,
                 "stopped": stopped,
                 "resumed": resumed.state_dict(),

@@ -13,6 +13,8 @@ from examples.detector.model import Count, cost_rows, cost_table, count
 from examples.detector.model.flops import count_presets
 from examples.detector.presets import PRESETS, Preset
 
+pytestmark = pytest.mark.slow
+
 INCREMENTS = {
     "dconv-c5": (248_886, 1_045_094_400, 261_273_600),
     "dconv-c4c5": (497_826, 2_090_188_800, 1_306_368_000),

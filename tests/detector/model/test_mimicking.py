@@ -17,6 +17,8 @@ from examples.detector.model import MimickingDetector, build_detector, load_chec
 from examples.detector.model.mimicking import cut_crops, labels_of, mimic_loss
 from tests.detector.configurations import assignments
 
+pytestmark = pytest.mark.slow
+
 SMALL = assignments(network="backbone=small min_size=96 max_size=128 anchor_sizes=12,24,48,64,96 roi_batch=32")
 DETECTORS = ["faster", "mask"]
 

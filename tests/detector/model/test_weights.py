@@ -76,6 +76,27 @@ def test_branches_of_a_file_are_loaded(state, detector, tmp_path):
                 value.zero_()
 
 
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"backbone.{name}",
+        lambda name: f"module.backbone.body.{name}",
+        lambda name: name.replace("layer1.", "layer1._orig_mod."),
+    ],
+    ids=["compiled", "compiled and parallel", "backbone", "detector", "compiled part"],
+)
+def test_prefixes_of_wrappers(state, detector, tmp_path, rename):
+    renamed = {rename(name): value for name, value in state.items()}
+    if next(iter(renamed)).partition("conv1")[0].endswith(("backbone.", "body.")):
+        renamed["roi_head.fc.weight"] = torch.zeros(2)  # other parts of a detector are ignored
+    torch.save(renamed, tmp_path / "weights.pth")
+    detector.backbone.body.conv1.weight.data.zero_()
+    assert all("conv_offset" in name for name in load_backbone(detector, str(tmp_path / "weights.pth"), "resnet50"))
+    assert torch.equal(detector.backbone.body.conv1.weight, state["conv1.weight"])
+
+
 def test_names_of_torchvision(state, detector, monkeypatch):
     asked = []
 
@@ -117,7 +138,21 @@ def test_wrong_weights(state, detector, tmp_path):
     more = {**state, "layer5.weight": torch.zeros(1)}
     assert "has the unknown layer5.weight" in message(save(more, tmp_path / "more.pth"))
     other = {**state, "conv1.weight": torch.zeros(64, 1, 7, 7)}
-    assert "conv1.weight of" in message(save(other, tmp_path / "grey.pth"))
+    assert "conv1.weight has the shape [64, 1, 7, 7]" in message(save(other, tmp_path / "grey.pth"))
+    for suffix in (".pth", ".npz"):
+        infinite = {**state, "conv1.weight": torch.full((64, 3, 7, 7), float("inf"))}
+        assert "not finite" in message(save(infinite, tmp_path / f"infinite{suffix}"))
+        path = save(state, tmp_path / f"damaged{suffix}")
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        assert "is damaged" in message(path)
+    torch.save({**state, "conv1.weight": state["conv1.weight"].int()}, tmp_path / "whole.pth")
+    assert "conv1.weight has the data type torch.int32" in message(tmp_path / "whole.pth")
+    torch.save(dict(enumerate(state.values())), tmp_path / "numbers.pth")
+    assert "must hold a state dict" in message(tmp_path / "numbers.pth")
+    torch.save({**state, "_orig_mod.conv1.weight": state["conv1.weight"]}, tmp_path / "twice.pth")
+    assert "several parameters with the same name" in message(tmp_path / "twice.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     assert "must hold a state dict" in message(tmp_path / "list.pth")
     after = detector.state_dict()

@@ -148,6 +148,20 @@ def test_threshold_and_json(picture, network, tmp_path):
         write_predictions(iter(everything), tmp_path / "file", CATEGORIES, inputs=paths)
 
 
+def test_names_that_cannot_be_drawn_or_written(picture, network, tmp_path):
+    longest = "a" * 251
+    paths = [picture(f"one/{longest}.png"), picture(f"two/{longest}.bmp"), picture("\x1b[31m\n.png")]
+    paths.insert(0, picture("..jpg", format="JPEG"))
+    names = [Category(4, "a\nb\x1b[31m"), Category(8, "\ud800$\\frac{$")]
+    predictions = list(predict(network, paths, CPU, threshold=0, progress=False))
+    write_predictions(iter(predictions), tmp_path / "out", names, inputs=paths)
+    report = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    written = [image["picture"] for image in report["images"]]
+    assert written == ["..png", f"{'a' * 240}.png", f"{'a' * 240}-2.png", "\x1b[31m\n.png"]
+    assert all(Image.open(tmp_path / "out" / name).format == "PNG" for name in written)
+    assert [category["name"] for category in report["categories"]] == [category.name for category in names]
+
+
 def pixels_of(image: Image.Image, colour: tuple[int, int, int]) -> Any:
     return (np.asarray(image) == colour).all(2)
 

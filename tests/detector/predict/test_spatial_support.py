@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import shutil
 
 import matplotlib.image
@@ -15,6 +16,8 @@ from examples.detector.data import Category, write_synthetic
 from examples.detector.model import build_detector, save_checkpoint
 from examples.detector.predict import SpatialSupportView, draw_spatial_support
 from tests.detector.configurations import assignments
+
+pytestmark = pytest.mark.slow
 
 SMALL = assignments(network="backbone=small detector=mask min_size=64 max_size=64")
 CATEGORIES = [Category(1, "club"), Category(3, "ring")]
@@ -80,10 +83,12 @@ def test_regions_of_the_background_and_of_categories():
     torch.manual_seed(1)
     network = build_detector(config.network, 2)
     view = SpatialSupportView(figure=2, budget=10)
-    for roi, category, title in (((), None, "background"), (((5, 5, 30, 40),), "ring", "ring")):
+    odd = "$\\frac{$\ud800"  # no formula, and no text that can be drawn
+    for roi, category, title in (((), None, "background"), (((5, 5, 30, 40),), odd, r"$\frac{$\ud800")):
         chosen = dataclasses.replace(view, roi=roi, category=category)
-        figure = draw_spatial_support({"a": network}, torch.rand(3, 64, 64), ["club", "ring"], chosen)
+        figure = draw_spatial_support({odd: network}, torch.rand(3, 64, 64), ["club", odd], chosen)
         assert figure.axes[0].get_title() == title
+        figure.savefig(io.BytesIO())
 
 
 @pytest.mark.parametrize(

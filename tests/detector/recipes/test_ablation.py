@@ -46,6 +46,7 @@ def runs_of(monkeypatch: pytest.MonkeyPatch, failing: list[int]) -> list[tuple[s
     return begun
 
 
+@pytest.mark.slow
 def test_ablation_continues_after_an_interruption(command, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     failing = [1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from PIL import Image
 
 from examples.detector.__main__ import main
@@ -19,6 +20,7 @@ def test_other_folders_are_not_touched(tmp_path, capsys):
     assert precious.exists()
 
 
+@pytest.mark.slow
 def test_demo(tmp_path, monkeypatch, capsys):
     config = demo.demo_config()
     assert (config.network.preset, config.network.backbone) == ("dcnv2", "small")

@@ -23,6 +23,7 @@ from dcnops._backends.cuda.kernel_constants import (
     TRANSPOSE_TILE_SIDE,
     VECTOR_BYTES,
     WARP,
+    WIDE_TILE_ELEMENTS,
     ceil_div,
 )
 from dcnops._dtypes import DTYPES
@@ -252,6 +253,10 @@ def _transpose_job(
 ) -> ArrayJob:
     """Return a transpose job; `itemsize` is that of the images, which decides the tiles."""
     job = ArrayJob(engine.pointer(source), engine.pointer(target), task, 0, C, P, rows)
+    if task in (ArrayTask.WIDE_PIXELS_TO_ROWS, ArrayTask.ROWS_TO_WIDE_PIXELS):
+        assert rows.first_image == rows.first_pixel == 0
+        job.tiles = ceil_div(rows.rows * C, WIDE_TILE_ELEMENTS)
+        return job
     side = TRANSPOSE_TILE_SIDE[itemsize]
     if P == 1:
         job.tiles = ceil_div(rows.rows * C, side * side)

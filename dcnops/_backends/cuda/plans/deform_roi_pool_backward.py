@@ -10,14 +10,13 @@ import ctypes
 from typing import Any
 
 from dcnops._backends.cuda.engine import Engine
-from dcnops._backends.cuda.kernel_constants import ROI_BIN_DOTS, ROI_WARP_PIXELS, VECTOR_BYTES, ceil_div
+from dcnops._backends.cuda.kernel_constants import ROI_BIN_DOTS, VECTOR_BYTES
 from dcnops._backends.cuda.plans.array_jobs import as_rows, images_from_rows, is_channels_last, sum_dtype
 from dcnops._backends.cuda.plans.deform_roi_pool_common import (
-    WARPS,
     DeformRoIPoolBins,
     RoIPoolKernels,
+    Tiling,
     bins_of,
-    choose_tile_bins,
 )
 from dcnops._backends.cuda.plans.deform_roi_pool_grad_input import deterministic_grad_input
 from dcnops._backends.cuda.workspace import WORKSPACE_BYTES
@@ -73,10 +72,9 @@ def deform_roi_pool_backward(
     grad_rows = _rows_in_place(engine, g, grad_out)
     if gradients or sums is not None:
         input_rows = as_rows(engine, input, g.N, g.C, g.H * g.W) if gradients else None
-        tile_bins = choose_tile_bins(g, 1)
-        tiles = ceil_div(g.R * g.bins, tile_bins)
+        tile_bins, blocks, shared_bytes = backward_tiling(kernels, g).of_regions(g.R)
         if engine.explains:
-            LOGGER.debug("deform_roi_pool_backward on %s: %d tiles of %d bins", engine.device, tiles, tile_bins)
+            LOGGER.debug("deform_roi_pool_backward on %s: %d tiles of %d bins", engine.device, blocks, tile_bins)
         params = DeformRoIPoolBackwardParams(
             input=engine.pointer(input_rows),
             grad_out=engine.pointer(grad_out if grad_rows is None else grad_rows),
@@ -88,9 +86,7 @@ def deform_roi_pool_backward(
             tile_bins=tile_bins,
             channels_last=grad_rows is not None,
         )
-        shared_bytes = (WARPS * ROI_WARP_PIXELS + tile_bins * ROI_BIN_DOTS) * kernels.sum_bytes
-        shared_bytes += kernels.tile_bytes(tile_bins)
-        kernels.launch(_UNIT, "deform_roi_pool_backward", tiles, params, shared_bytes)
+        kernels.launch(_UNIT, "deform_roi_pool_backward", blocks, params, shared_bytes)
     if sums is not None:
         gradients["input"] = images_from_rows(engine, sums, input, g.N, g.C, g.H * g.W)
     elif "input" in needs:
@@ -98,6 +94,10 @@ def deform_roi_pool_backward(
             engine, g, kernels, bins, grad_out, grad_rows, input, workspace_bytes
         )
     return gradients
+
+
+def backward_tiling(kernels: RoIPoolKernels, geometry: DeformRoIPoolGeometry) -> Tiling:
+    return kernels.tiling(geometry.bins, 1, ROI_BIN_DOTS * kernels.sum_bytes)
 
 
 def _rows_in_place(engine: Engine, geometry: DeformRoIPoolGeometry, grad_out: Any) -> Any | None:

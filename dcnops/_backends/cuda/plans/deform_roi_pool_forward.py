@@ -6,14 +6,12 @@ import ctypes
 from typing import Any
 
 from dcnops._backends.cuda.engine import Engine
-from dcnops._backends.cuda.kernel_constants import ROI_WARP_PIXELS, ceil_div
 from dcnops._backends.cuda.plans.array_jobs import as_rows
 from dcnops._backends.cuda.plans.deform_roi_pool_common import (
-    WARPS,
     DeformRoIPoolBins,
     RoIPoolKernels,
+    Tiling,
     bins_of,
-    choose_tile_bins,
 )
 from dcnops._explain import LOGGER
 from dcnops._shapes import DeformRoIPoolGeometry
@@ -52,10 +50,9 @@ def deform_roi_pool(
         output = engine.empty((g.R, g.P, g.Q, g.C), input.dtype).transpose(0, 3, 1, 2)
     else:
         output = engine.empty(g.output_shape, input.dtype)
-    tile_bins = choose_tile_bins(g, kernels.slices)
-    tiles = ceil_div(g.R * g.bins, tile_bins) * kernels.slices
+    tile_bins, blocks, shared_bytes = forward_tiling(kernels, g).of_regions(g.R)
     if engine.explains:
-        LOGGER.debug("deform_roi_pool on %s: %d tiles of %d bins", engine.device, tiles, tile_bins)
+        LOGGER.debug("deform_roi_pool on %s: %d tiles of %d bins", engine.device, blocks, tile_bins)
     input_rows = as_rows(engine, input, g.N, g.C, g.H * g.W)
     params = DeformRoIPoolForwardParams(
         input=engine.pointer(input_rows),
@@ -66,6 +63,9 @@ def deform_roi_pool(
         # With one bin, both orders are the same.
         channels_last=channels_last or g.bins == 1,
     )
-    shared_bytes = WARPS * ROI_WARP_PIXELS * kernels.sum_bytes + kernels.tile_bytes(tile_bins)
-    kernels.launch(_UNIT, "deform_roi_pool_forward", tiles, params, shared_bytes)
+    kernels.launch(_UNIT, "deform_roi_pool_forward", blocks, params, shared_bytes)
     return output
+
+
+def forward_tiling(kernels: RoIPoolKernels, geometry: DeformRoIPoolGeometry) -> Tiling:
+    return kernels.tiling(geometry.bins, kernels.slices)
