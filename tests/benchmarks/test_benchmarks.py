@@ -152,7 +152,9 @@ def assert_equals_reference(results: Arrays, case: TestCase):
     expected = {"output": case.expected(), **case.expected_gradients()}
     assert set(results) == set(expected)
     for name, array in results.items():
-        np.testing.assert_allclose(array, expected[name], rtol=1e-9, atol=1e-9, err_msg=name)
+        # The reference rounds the factor of an offset's gradient in RoI pooling to float32.
+        rtol = 2e-7 if name == "offset" and case.operation == "deform_roi_pool" else 1e-9
+        np.testing.assert_allclose(array, expected[name], rtol=rtol, atol=1e-9, err_msg=name)
 
 
 def test_proposals_resemble_those_of_a_detector():
