@@ -56,6 +56,7 @@ struct DeformConvBackwardParams {
   int warp_bytes;                                   // shared memory of a warp that sorts lists
   int tile_samples;                                 // sampling points that a block prepares together
   unsigned tiles;                                   // tiles of sampling points of all deformable groups
+  unsigned chunk_columns;                           // range.rows * K
   int channels;                                     // C / D
   int write_columns;
   int count_blocks;  // the first blocks of prepare, which count
@@ -328,13 +329,12 @@ template <int in_flight, typename EntryAt>
 __device__ __forceinline__ void add_entries(const DeformConvBackwardParams& p, const ListTeam& team, int c, bool loads,
                                             int count, EntryAt entry_at, Sum (&sums)[DCN_VEC]) {
   const int lane = thread_of_block() % 32;
-  const unsigned columns = static_cast<unsigned>(p.range.rows) * (p.size.kh * p.size.kw);
   for (int base = 0; base < count; base += 32) {
     const int here = min(32, count - base);
     ListEntry own = {0, Sum(0)};
     if (lane < here) own = entry_at(base + lane);
     // An entry that was counted but not filled, because the offsets have changed in between.
-    if (static_cast<unsigned>(own.column) >= columns) own = {0, Sum(0)};
+    if (static_cast<unsigned>(own.column) >= p.chunk_columns) own = {0, Sum(0)};
     for (int first = 0; first < here; first += in_flight * team.slots) {
       Sum weight[in_flight];
       ScalarVector grad[in_flight];

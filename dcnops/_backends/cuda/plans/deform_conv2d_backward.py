@@ -105,6 +105,7 @@ class DeformConvBackwardParams(ctypes.Structure):
         ("lists", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("part_entries", "sorted_entries", "warp_bytes", "tile_samples")),
         ("tiles", ctypes.c_uint),
+        ("chunk_columns", ctypes.c_uint),
         *((name, ctypes.c_int) for name in ("channels", "write_columns", "count_blocks")),
         ("array_jobs", ArrayJobsParams),
     ]
@@ -497,6 +498,7 @@ class _PlanRun(NamedTuple):
         params.grad_offset, params.grad_mask = map(engine.pointer, (grad_offset, grad_mask))
         for chunk in chunks:
             params.range, params.by_rows, params.tiles = chunk.rows, chunk.by_rows, chunk.tiles
+            params.chunk_columns = chunk.rows.rows * g.K
             if key.gathers:
                 self.make_lists(chunk, opening)
             else:
