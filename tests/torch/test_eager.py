@@ -121,6 +121,20 @@ def test_expanded_offsets_and_masks(replayed: list[str]):
     assert replayed == ["forward", "backward"] * 2
 
 
+@pytest.mark.parametrize("order", [(1, 0, 2, 3), (2, 3, 1, 0), (1, 2, 3, 0), (2, 3, 0, 1)])
+def test_offsets_and_masks_in_another_memory_order(order: tuple[int, ...], replayed: list[str]):
+    """Their pixels are evenly spaced, but the images or the pixels of several images are not consecutive."""
+    arguments = arguments_of(make_conv(N=2, C=8, O=8, dtype="float64"))
+    inverse = [order.index(axis) for axis in range(4)]
+    for name in ("offset", "mask"):
+        arguments[name] = arguments[name].detach().permute(order).contiguous().permute(inverse).requires_grad_()
+    expected, *others = (results(arguments) for _ in range(3))
+    assert replayed == ["forward", "backward"] * 2
+    for found in others:
+        for tensor, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(tensor, wanted)
+
+
 def test_an_expanded_output_gradient(replayed: list[str]):
     arguments = arguments_of(make_conv())
     for _ in range(2):
