@@ -328,6 +328,20 @@ def test_checkpoints_and_hooks_of_saved_tensors():
     assert len(saved) == len(NAMES)
 
 
+def test_checkpoints_of_a_first_call_under_autocast(autocast: None, replayed: list[str]):
+    """The recomputation is a replay, and the forward pass was none."""
+    arguments = arguments_of(make_conv(C=8, O=8))
+    weight, image = arguments["weight"], arguments["input"]
+
+    def call(image: Tensor) -> Tensor:
+        return deform_conv2d(**{**arguments, "input": image})
+
+    found = torch.autograd.grad(checkpoint(call, image, use_reentrant=False).float().sum(), [image, weight])
+    assert replayed == ["forward"]
+    for tensor, wanted in zip(found, torch.autograd.grad(call(image).float().sum(), [image, weight]), strict=True):
+        torch.testing.assert_close(tensor, wanted, rtol=2**-7, atol=2**-7 * float(wanted.abs().max()))
+
+
 def shifted(tensor: Tensor) -> Tensor:
     """A copy that is not aligned for vectors."""
     return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].reshape(tensor.shape)
