@@ -33,7 +33,6 @@ _function_modes = torch._C._len_torch_function_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _jit_tracing = torch._C._get_tracing_state
 _is_profiling = torch._C._autograd._profiler_enabled
-_in_inference_mode = torch.is_inference_mode_enabled
 
 
 def is_plain(required: tuple[Any, ...], optional: tuple[Any, ...]) -> bool:
@@ -42,12 +41,11 @@ def is_plain(required: tuple[Any, ...], optional: tuple[Any, ...]) -> bool:
     for tensor in required:
         if tensor is None:
             return False
-    may_be_view = _in_inference_mode()  # tensors do not know there
     for tensor in (*required, *optional):
         kind = type(tensor)
         if kind is Tensor or kind is Parameter:
-            # Views such as ``x.conj().imag`` are stored with the opposite sign.
-            if (may_be_view or tensor._base is not None) and tensor.is_neg():
+            # Views such as ``x.conj().imag``, and what is detached from them, are stored with the opposite sign.
+            if tensor.is_neg():
                 return False
         elif tensor is not None:
             return False

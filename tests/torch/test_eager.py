@@ -369,7 +369,8 @@ def test_negative_views(replayed: list[str]):
             with context:
                 tensor = torch._neg_view(-arguments[name])  # as ``x.conj().imag``
                 assert tensor.is_neg()
-                torch.testing.assert_close(deform_conv2d(**{**arguments, name: tensor}), expected)
+                for view in (tensor, tensor.detach(), torch.nn.Parameter(tensor, requires_grad=False)):
+                    torch.testing.assert_close(deform_conv2d(**{**arguments, name: view}), expected)
 
 
 def test_in_place_changes_of_saved_tensors_are_detected():
@@ -431,4 +432,4 @@ def test_a_call_costs_few_function_calls(monkeypatch: pytest.MonkeyPatch):
     recording = count_calls(lambda: deform_conv2d(**arguments))
     with torch.no_grad():
         forward = count_calls(lambda: deform_conv2d(**arguments))
-    assert forward <= 50 and recording <= 60 and backward <= 130, (forward, recording, backward)
+    assert forward <= 55 and recording <= 60 and backward <= 130, (forward, recording, backward)
