@@ -98,7 +98,8 @@ def deform_conv2d(
     """
     if isinstance(padding, str) and isinstance(weight, Tensor):
         strides, dilations = expand_pair("stride", stride), expand_pair("dilation", dilation)
-        padding = named_padding(padding, weight.shape[2:], strides, dilations)
+        kernel_size = weight.shape[2:] if weight.ndim == 4 else (1, 1)  # an error below
+        padding = named_padding(padding, kernel_size, strides, dilations)
     if not torch.compiler.is_compiling() and eager.is_plain((input, offset, weight), (bias, mask)):
         output = _call_eagerly(input, offset, weight, bias, mask, stride, padding, dilation, precision)
         if output is not None:

@@ -416,6 +416,13 @@ def test_padding_by_name(padding: str, kernel_size: Any):
     torch.testing.assert_close(layer(x), expected)
 
 
+def test_padding_by_name_with_a_weight_of_another_rank():
+    x = image(2, 4, 9, 12)
+    for shape in ((6, 4), (6, 4, 3), (6, 4, 3, 3, 3)):
+        with pytest.raises(ShapeError, match="weight must have 4 dimensions"):
+            deform_conv2d(x, x.new_zeros(2, 18, 9, 12), x.new_zeros(shape), padding="same")
+
+
 def test_reprs():
     assert repr(DeformConv2d(4, 6, 3)) == "DeformConv2d(4, 6, kernel_size=(3, 3), stride=(1, 1))"
     text = repr(ModulatedDeformConv2dPack(4, 6, (3, 1), 2, 1, 2, 2, 2, False, mask_scale=2.0))
