@@ -65,7 +65,7 @@ class ConvCall:
     @property
     def nbytes(self) -> int:
         """Approximate host memory."""
-        return self._forward.nbytes + sum(replay.nbytes for replay in self._backward.values())
+        return self._forward.nbytes + sum(replay.nbytes for replay in list(self._backward.values()))
 
     def forward(
         self, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
