@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import conv2d
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -347,6 +348,13 @@ def test_initialisers_of_networks_leave_branches_at_zero(initialise):
     network.apply(initialise)
     assert not torch.equal(network[0].weight, before)
     assert_branches_are_zero(network)
+
+
+def test_networks_of_fake_tensors_can_be_initialised():
+    with FakeTensorMode():
+        network = network_with_branches()
+        network.apply(initialise_by_type)
+        assert network[0](torch.empty(1, network[0].in_channels, 9, 9)).shape[1] == network[0].out_channels
 
 
 def test_resetting_a_layer_resets_its_branch():
