@@ -65,7 +65,7 @@ class ConvCall:
     @property
     def nbytes(self) -> int:
         """Approximate host memory."""
-        return self._forward.nbytes + sum(replay.nbytes for replay in self._backward.values())
+        return self._forward.nbytes + sum(replay.nbytes for replay in list(self._backward.values()))
 
     def forward(
         self, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
@@ -173,10 +173,14 @@ def _is_read_in_place(position: int, tensor: Tensor | None) -> bool:
         return True
     if _NAMES[position] not in ("offset", "mask"):
         return False
-    # A part of a branch's output has evenly spaced pixels. Expanded tensors are left out: their gradients have a memory
-    # order of torch's own choice.
+    # A part of a branch's output has evenly spaced pixels.
     image, channel, row, pixel = tensor.stride()
-    return row == tensor.shape[3] * pixel and min(image, channel, pixel) > 0 and max(channel, pixel) < 2**31
+    if row != tensor.shape[3] * pixel or min(image, channel, pixel) <= 0 or max(channel, pixel) >= 2**31:
+        return False
+    # Plans compute contiguous or channels_last gradients, see `empty_images`. `backward` allocates by `empty_like`.
+    order = _strides(ArrayForm(tuple(tensor.shape), None, channels_last=channel < pixel))
+    gradient = torch.empty_like(tensor, device="meta")
+    return all(n == 1 or a == b for n, a, b in zip(tensor.shape, gradient.stride(), order))
 
 
 def _gradients_in_order(engine: Any, geometry: DeformConvGeometry, *arguments: Any) -> dict[str, Any]:

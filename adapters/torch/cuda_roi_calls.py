@@ -34,8 +34,6 @@ class RoICall:
     ----------
     numbers : tuple
         Further arguments of the operator.
-    rois_dtype : torch.dtype
-        Dtype that `rois` must be converted to before each call.
     memory_format : torch.memory_format
         Memory format that `input` must be converted to before each call.
     """
@@ -55,12 +53,12 @@ class RoICall:
             input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma
         )
         self.numbers = ([g.P, g.Q], g.spatial_scale, g.sampling_ratio, g.gamma)
-        self.rois_dtype = coordinate_dtype(input)
+        self._rois_dtype = coordinate_dtype(input)
         self.memory_format = torch.channels_last if is_channels_last(input) else torch.contiguous_format
         self._device, self._index, self._dtype = input.device, input.get_device(), input.dtype
         self._forms = [
             ArrayForm(tuple(input.shape), numpy_dtype(input.dtype), is_channels_last(input)),
-            ArrayForm((g.R, 5), numpy_dtype(self.rois_dtype), False),
+            ArrayForm((g.R, 5), numpy_dtype(self._rois_dtype), False),
             *(
                 None if tensor is None else ArrayForm(tuple(tensor.shape), numpy_dtype(tensor.dtype), False)
                 for tensor in (offset, mask)
@@ -72,11 +70,12 @@ class RoICall:
     @property
     def nbytes(self) -> int:
         """Approximate host memory."""
-        return self._forward.nbytes + sum(call.nbytes for call in self._backward.values())
+        return self._forward.nbytes + sum(call.nbytes for call in list(self._backward.values()))
 
     def forward(self, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Return the output. `input` has the memory format of the call, the other tensors are contiguous."""
+        """Return the output. `input` has the memory format of the call, `offset` and `mask` are contiguous."""
         g, device, prepared, regions = self._geometry, self._device, self._forward, rois.shape[0]
+        rois = self._coordinates(rois)
         output = torch.empty((regions, g.C, g.P, g.Q), dtype=self._dtype, device=device)
         scratch = torch.UntypedStorage(prepared.scratch_bytes, device=device)
         addresses = [0, input.data_ptr(), rois.data_ptr()]
@@ -106,7 +105,7 @@ class RoICall:
         input = input.contiguous(memory_format=self.memory_format)
         if input.data_ptr() % VECTOR_BYTES:
             input = input.clone()
-        rois = rois.contiguous()
+        rois = self._coordinates(rois)
         offset, mask = (None if tensor is None else tensor.contiguous() for tensor in sampling)
         key = (needs, is_channels_last(grad_out))
         prepared = self._backward.get(key)
@@ -124,6 +123,10 @@ class RoICall:
         addresses += (scratch.data_ptr(),)
         prepared.issue(addresses, devices.current_stream(self._index), rois.shape[0])
         return grad_input, grad_offset, grad_mask
+
+    def _coordinates(self, rois: Tensor) -> Tensor:
+        """Return the regions as the kernels take them. The backward pass saves the given ones, as the operator does."""
+        return (rois if rois.dtype is self._rois_dtype else rois.to(self._rois_dtype)).contiguous()
 
     def _record_backward(self, needs: Needs, grad_out_last: bool) -> RoIPoolCall:
         input = self._forms[0]

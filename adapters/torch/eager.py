@@ -9,6 +9,7 @@ explained in the log.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import Parameter
 from dcnops._arguments import expand_pair
 from dcnops._backends.cuda.workspace import get_workspace
 from dcnops._explain import is_explaining
+from dcnops._shapes import DeformConvGeometry
 
 from . import cpu_calls, cuda_roi_calls, devices, operators
 from .cuda_calls import CALLS, ConvCall, can_be_prepared
@@ -31,7 +33,6 @@ _function_modes = torch._C._len_torch_function_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _jit_tracing = torch._C._get_tracing_state
 _is_profiling = torch._C._autograd._profiler_enabled
-_in_inference_mode = torch.is_inference_mode_enabled
 
 
 def is_plain(required: tuple[Any, ...], optional: tuple[Any, ...]) -> bool:
@@ -40,12 +41,11 @@ def is_plain(required: tuple[Any, ...], optional: tuple[Any, ...]) -> bool:
     for tensor in required:
         if tensor is None:
             return False
-    may_be_view = _in_inference_mode()  # tensors do not know there
     for tensor in (*required, *optional):
         kind = type(tensor)
         if kind is Tensor or kind is Parameter:
-            # Views such as ``x.conj().imag`` are stored with the opposite sign.
-            if (may_be_view or tensor._base is not None) and tensor.is_neg():
+            # Views such as ``x.conj().imag``, and what is detached from them, are stored with the opposite sign.
+            if tensor.is_neg():
                 return False
         elif tensor is not None:
             return False
@@ -81,16 +81,50 @@ def deform_conv2d(
         cpu_call = cpu_calls.conv_call(*tensors, stride, padding, dilation, precision)
         return None if cpu_call is None else _convolve(cpu_call, *tensors)
     call = _find(input, offset, weight, bias, mask, stride, padding, dilation, precision)
-    if call is None:
-        return None
-    if call.copied:
+    if call is not None and call.copied:
         tensors = tuple(  # type: ignore[assignment]
             tensor.contiguous() if i in call.copied and tensor is not None else tensor
             for i, tensor in enumerate(tensors)
         )
-    if (tensors[0].data_ptr() | tensors[2].data_ptr()) & _ALIGNMENT_MASK:
-        return None
+    if call is None or (tensors[0].data_ptr() | tensors[2].data_ptr()) & _ALIGNMENT_MASK:
+        if weight.dtype is input.dtype or not can_be_prepared(*tensors):
+            return None
+        geometry = DeformConvGeometry.of(*tensors, stride, padding, dilation)
+        return _convolve(_RoundingCall(geometry, precision), *tensors)
     return _convolve(call, *tensors)
+
+
+class _RoundingCall(cpu_calls.ConvCall):
+    """Call of the operator with rounded float32 weights.
+
+    The float32 weights are saved for the backward pass, as by a replay: a checkpoint may be followed by either.
+    """
+
+    __slots__ = ()
+
+    def forward(
+        self, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """Return the output."""
+        output: Tensor = operators.deform_conv2d(input, offset, weight.to(input.dtype), bias, mask, *self.numbers)
+        return output
+
+    def backward(self, grad_out: Tensor, tensors: Sequence[Any], needs: tuple[bool, ...]) -> list[Tensor | None]:
+        """Return the gradients that are needed; None for the others."""
+        return _operator_gradients(self.numbers, grad_out, tensors, needs)
+
+
+def _operator_gradients(
+    numbers: tuple[Any, ...], grad_out: Tensor, tensors: Sequence[Any], needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Return the gradients from the operator, which takes weights in the dtype of the input."""
+    input, offset, weight, *others = tensors
+    rounded = weight.to(input.dtype)
+    first, second, grad_weight, *rest = operators.deform_conv2d_backward(
+        grad_out, input, offset, rounded, *others, *numbers, list(needs)
+    )
+    gradients = first, second, grad_weight.to(weight.dtype), *rest
+    return operators.none_unless_needed(gradients, needs)
 
 
 def _convolve(
@@ -156,14 +190,8 @@ class _DeformConv2d(Function):
         call, tensors = ctx.call, ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled() or not _is_plain_gradient(grad_out):
-            # The operator, which has a gradient of its own, and takes weights in the dtype of the input.
-            input, offset, weight, *others = tensors
-            rounded = weight.to(input.dtype)
-            first, second, grad_weight, *rest = operators.deform_conv2d_backward(
-                grad_out, input, offset, rounded, *others, *call.numbers, list(needs)
-            )
-            gradients = first, second, grad_weight.to(weight.dtype), *rest
-            return (None, *operators.none_unless_needed(gradients, needs))
+            # The operator has a gradient of its own.
+            return (None, *_operator_gradients(call.numbers, grad_out, tensors, needs))
         return (None, *call.backward(grad_out, tensors, needs))
 
 
@@ -209,9 +237,7 @@ def deform_roi_pool(
         if mask.shape[0] != rois.shape[0]:
             return None
         mask = mask.contiguous()
-    if rois.dtype is not call.rois_dtype:
-        rois = rois.to(call.rois_dtype)
-    return _pool(call, input, rois.contiguous(), offset, mask)
+    return _pool(call, input, rois, offset, mask)
 
 
 def _pool(

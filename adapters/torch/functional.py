@@ -98,7 +98,8 @@ def deform_conv2d(
     """
     if isinstance(padding, str) and isinstance(weight, Tensor):
         strides, dilations = expand_pair("stride", stride), expand_pair("dilation", dilation)
-        padding = named_padding(padding, weight.shape[2:], strides, dilations)
+        kernel_size = weight.shape[2:] if weight.ndim == 4 else (1, 1)  # an error below
+        padding = named_padding(padding, kernel_size, strides, dilations)
     if not torch.compiler.is_compiling() and eager.is_plain((input, offset, weight), (bias, mask)):
         output = _call_eagerly(input, offset, weight, bias, mask, stride, padding, dilation, precision)
         if output is not None:
@@ -172,7 +173,7 @@ def deform_roi_pool(
             [10.5000, 12.5000]])
     """
     if not torch.compiler.is_compiling() and eager.is_plain((input, rois), (offset, mask)):
-        if is_autocast_enabled(input.device):
+        if is_autocast_enabled(input.device) and _are_floating((input, offset, mask)):
             (input,), (offset, mask) = _promote_dtypes((input,), (offset, mask))
         numbers = (output_size, spatial_scale, sampling_ratio, gamma)
         output = eager.deform_roi_pool(input, rois, offset, mask, *numbers)
@@ -230,6 +231,8 @@ def _call_eagerly(
     if not (input.is_cpu or input.is_cuda):
         return None
     if torch.is_autocast_enabled(input.device.type):
+        if not _are_floating((input, offset, weight, bias, mask)):
+            return None
         # The kernels round float32 weights themselves, and do not round their gradient.
         is_wide = weight.dtype == torch.float32 and devices.is_on_current_gpu(input)
         data, (offset, mask) = _promote_dtypes((input, bias) if is_wide else (input, bias, weight), (offset, mask))
@@ -290,6 +293,10 @@ def _check_tensors(required: dict[str, Any], optional: dict[str, Any]) -> None:
         if tensor.device != first.device:
             raise DeviceError(f"{name} must be on {first.device} like input, got {tensor.device}")
     check_device(first)
+
+
+def _are_floating(tensors: Sequence[Tensor | None]) -> bool:
+    return all(tensor is None or tensor.dtype in _FLOAT_DTYPES for tensor in tensors)
 
 
 def _promote_dtypes(data: Sequence[Tensor | None], sampling: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:

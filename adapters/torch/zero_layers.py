@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional
 
 Device: TypeAlias = "torch.device | str | int | None"
@@ -29,7 +30,8 @@ class ZeroLayer(nn.Module):
             nn.init.zeros_(self.bias)
 
     def apply(self, fn: Callable[[nn.Module], Any]) -> ZeroLayer:
-        was_zero = not self.weight.is_meta and not any(bool(values.any()) for values in self.parameters())
+        has_values = not self.weight.is_meta and not is_fake(self.weight)
+        was_zero = has_values and not any(bool(values.any()) for values in self.parameters())
         super().apply(fn)
         if was_zero:
             self.reset_parameters()

@@ -121,6 +121,20 @@ def test_expanded_offsets_and_masks(replayed: list[str]):
     assert replayed == ["forward", "backward"] * 2
 
 
+@pytest.mark.parametrize("order", [(1, 0, 2, 3), (2, 3, 1, 0), (1, 2, 3, 0), (2, 3, 0, 1)])
+def test_offsets_and_masks_in_another_memory_order(order: tuple[int, ...], replayed: list[str]):
+    """Their pixels are evenly spaced, but the images or the pixels of several images are not consecutive."""
+    arguments = arguments_of(make_conv(N=2, C=8, O=8, dtype="float64"))
+    inverse = [order.index(axis) for axis in range(4)]
+    for name in ("offset", "mask"):
+        arguments[name] = arguments[name].detach().permute(order).contiguous().permute(inverse).requires_grad_()
+    expected, *others = (results(arguments) for _ in range(3))
+    assert replayed == ["forward", "backward"] * 2
+    for found in others:
+        for tensor, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(tensor, wanted)
+
+
 def test_an_expanded_output_gradient(replayed: list[str]):
     arguments = arguments_of(make_conv())
     for _ in range(2):
@@ -314,6 +328,20 @@ def test_checkpoints_and_hooks_of_saved_tensors():
     assert len(saved) == len(NAMES)
 
 
+def test_checkpoints_of_a_first_call_under_autocast(autocast: None, replayed: list[str]):
+    """The recomputation is a replay, and the forward pass was none."""
+    arguments = arguments_of(make_conv(C=8, O=8))
+    weight, image = arguments["weight"], arguments["input"]
+
+    def call(image: Tensor) -> Tensor:
+        return deform_conv2d(**{**arguments, "input": image})
+
+    found = torch.autograd.grad(checkpoint(call, image, use_reentrant=False).float().sum(), [image, weight])
+    assert replayed == ["forward"]
+    for tensor, wanted in zip(found, torch.autograd.grad(call(image).float().sum(), [image, weight]), strict=True):
+        torch.testing.assert_close(tensor, wanted, rtol=2**-7, atol=2**-7 * float(wanted.abs().max()))
+
+
 def shifted(tensor: Tensor) -> Tensor:
     """A copy that is not aligned for vectors."""
     return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].reshape(tensor.shape)
@@ -341,7 +369,8 @@ def test_negative_views(replayed: list[str]):
             with context:
                 tensor = torch._neg_view(-arguments[name])  # as ``x.conj().imag``
                 assert tensor.is_neg()
-                torch.testing.assert_close(deform_conv2d(**{**arguments, name: tensor}), expected)
+                for view in (tensor, tensor.detach(), torch.nn.Parameter(tensor, requires_grad=False)):
+                    torch.testing.assert_close(deform_conv2d(**{**arguments, name: view}), expected)
 
 
 def test_in_place_changes_of_saved_tensors_are_detected():
@@ -403,4 +432,4 @@ def test_a_call_costs_few_function_calls(monkeypatch: pytest.MonkeyPatch):
     recording = count_calls(lambda: deform_conv2d(**arguments))
     with torch.no_grad():
         forward = count_calls(lambda: deform_conv2d(**arguments))
-    assert forward <= 50 and recording <= 60 and backward <= 130, (forward, recording, backward)
+    assert forward <= 55 and recording <= 60 and backward <= 130, (forward, recording, backward)

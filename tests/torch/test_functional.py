@@ -266,6 +266,15 @@ def test_autocast_keeps_float64():
         assert deform_conv2d(**tensors_of(case)).dtype == torch.float64
 
 
+@pytest.mark.parametrize("case", [make_conv(), make_roi_pool()], ids=["conv", "roi"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_autocast_converts_floating_point_only(case: Case, dtype: torch.dtype):
+    tensors = tensors_of(case)
+    for name in (name for name, value in tensors.items() if isinstance(value, torch.Tensor)):
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(DtypeError, match=f"{name} must be float16"):
+            call(case, {**tensors, name: tensors[name].to(dtype)})
+
+
 @pytest.mark.parametrize(
     ("input", "weight", "offset", "mask", "output"),
     [

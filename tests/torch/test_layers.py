@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import conv2d
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -349,6 +350,13 @@ def test_initialisers_of_networks_leave_branches_at_zero(initialise):
     assert_branches_are_zero(network)
 
 
+def test_networks_of_fake_tensors_can_be_initialised():
+    with FakeTensorMode():
+        network = network_with_branches()
+        network.apply(initialise_by_type)
+        assert network[0](torch.empty(1, network[0].in_channels, 9, 9)).shape[1] == network[0].out_channels
+
+
 def test_resetting_a_layer_resets_its_branch():
     for layer in network_with_branches():
         if hasattr(layer, "reset_parameters"):
@@ -414,6 +422,13 @@ def test_padding_by_name(padding: str, kernel_size: Any):
     layer = DeformConv2dPack(4, 6, kernel_size, **arguments)
     layer.load_state_dict(plain.state_dict(), strict=False)
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_padding_by_name_with_a_weight_of_another_rank():
+    x = image(2, 4, 9, 12)
+    for shape in ((6, 4), (6, 4, 3), (6, 4, 3, 3, 3)):
+        with pytest.raises(ShapeError, match="weight must have 4 dimensions"):
+            deform_conv2d(x, x.new_zeros(2, 18, 9, 12), x.new_zeros(shape), padding="same")
 
 
 def test_reprs():
