@@ -77,21 +77,55 @@ def deform_conv2d(
 ) -> Tensor | None:
     """Compute the operator of tensors that are `is_plain`; return None where the operator itself has to be called."""
     tensors = input, offset, weight, bias, mask
+    numbers = stride, padding, dilation, precision
+    call: Any
     if not devices.is_on_current_gpu(input):
-        cpu_call = cpu_calls.conv_call(*tensors, stride, padding, dilation, precision)
-        return None if cpu_call is None else _convolve(cpu_call, *tensors)
-    call = _find(input, offset, weight, bias, mask, stride, padding, dilation, precision)
-    if call is not None and call.copied:
-        tensors = tuple(  # type: ignore[assignment]
-            tensor.contiguous() if i in call.copied and tensor is not None else tensor
-            for i, tensor in enumerate(tensors)
-        )
-    if call is None or (tensors[0].data_ptr() | tensors[2].data_ptr()) & _ALIGNMENT_MASK:
-        if weight.dtype is input.dtype or not can_be_prepared(*tensors):
-            return None
-        geometry = DeformConvGeometry.of(*tensors, stride, padding, dilation)
-        return _convolve(_RoundingCall(geometry, precision), *tensors)
-    return _convolve(call, *tensors)
+        call = cpu_calls.conv_call(*tensors, *numbers)
+    else:
+        # With the types of the numbers, because 1.0 and True equal 1 but are errors.
+        key = (
+            input.shape, input.stride(), input.dtype, input.device,
+            offset.shape, offset.stride(), offset.dtype, offset.device,
+            weight.shape, weight.stride(), weight.dtype, weight.device,
+            bias is not None and (bias.shape, bias.stride(), bias.dtype, bias.device),
+            mask is not None and (mask.shape, mask.stride(), mask.dtype, mask.device),
+            numbers, type(stride), type(padding), type(dilation), get_workspace(),
+        )  # fmt: skip
+        try:
+            call = CALLS.get(key) or _prepare_conv_call(key, tensors, numbers)
+        except TypeError:  # a list, which has no hash
+            call = None
+        if call is not None and call.copied:
+            input, offset, weight, bias, mask = tensors = tuple(  # type: ignore[assignment]
+                tensor.contiguous() if i in call.copied and tensor is not None else tensor
+                for i, tensor in enumerate(tensors)
+            )
+        if call is None or (input.data_ptr() | weight.data_ptr()) & _ALIGNMENT_MASK:
+            rounds = weight.dtype is not input.dtype and can_be_prepared(*tensors)
+            geometry = DeformConvGeometry.of(*tensors, stride, padding, dilation) if rounds else None
+            call = None if geometry is None else _RoundingCall(geometry, precision)
+    if call is None:
+        return None
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or offset.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (mask is not None and mask.requires_grad)
+    ):
+        output: Tensor = _DeformConv2d.apply(call, input, offset, weight, bias, mask)
+    else:
+        output = call.forward(input, offset, weight, bias, mask)
+    return output
+
+
+def _prepare_conv_call(key: Any, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> ConvCall | None:
+    call = None
+    if can_be_prepared(*tensors):
+        call = CALLS.add(key, lambda: ConvCall(tensors, *numbers))
+        if call is None:
+            CALLS.see(key)
+    return call
 
 
 class _RoundingCall(cpu_calls.ConvCall):
@@ -125,57 +159,6 @@ def _operator_gradients(
     )
     gradients = first, second, grad_weight.to(weight.dtype), *rest
     return operators.none_unless_needed(gradients, needs)
-
-
-def _convolve(
-    call: ConvCall | cpu_calls.ConvCall,
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    if torch.is_grad_enabled() and (
-        input.requires_grad
-        or offset.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (mask is not None and mask.requires_grad)
-    ):
-        output: Tensor = _DeformConv2d.apply(call, input, offset, weight, bias, mask)
-        return output
-    return call.forward(input, offset, weight, bias, mask)
-
-
-def _find(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    precision: str,
-) -> ConvCall | None:
-    key = (
-        input.shape, input.stride(), input.dtype, input.device,
-        offset.shape, offset.stride(), offset.dtype, offset.device,
-        weight.shape, weight.stride(), weight.dtype, weight.device,
-        bias is not None and (bias.shape, bias.stride(), bias.dtype, bias.device),
-        mask is not None and (mask.shape, mask.stride(), mask.dtype, mask.device),
-        stride, padding, dilation, precision, get_workspace(),
-    )  # fmt: skip
-    try:
-        call = CALLS.get(key)
-    except TypeError:  # a list, which has no hash
-        return None
-    tensors = input, offset, weight, bias, mask
-    if call is None and can_be_prepared(*tensors):
-        call = CALLS.add(key, lambda: ConvCall(tensors, stride, padding, dilation, precision))
-        if call is None:
-            CALLS.see(key)
-    return call
 
 
 class _DeformConv2d(Function):

@@ -96,12 +96,12 @@ def deform_conv2d(
     >>> deform_conv2d(image, offset, torch.ones(1, 1, 1, 1))[0, 0, 0]
     tensor([0.5000, 1.5000, 2.5000, 1.5000])
     """
-    if isinstance(padding, str) and isinstance(weight, Tensor):
+    if type(padding) is str and isinstance(weight, Tensor):
         strides, dilations = expand_pair("stride", stride), expand_pair("dilation", dilation)
         kernel_size = weight.shape[2:] if weight.ndim == 4 else (1, 1)  # an error below
         padding = named_padding(padding, kernel_size, strides, dilations)
     if not torch.compiler.is_compiling() and eager.is_plain((input, offset, weight), (bias, mask)):
-        output = _call_eagerly(input, offset, weight, bias, mask, stride, padding, dilation, precision)
+        output = _call_eagerly(input, offset, weight, bias, mask, stride, padding, dilation, precision)  # type: ignore[arg-type]
         if output is not None:
             return output
     if proxies := _tensor_proxies(input, offset, weight, bias, mask):
@@ -110,7 +110,7 @@ def deform_conv2d(
     check_precision(precision)
     _check_tensors({"input": input, "weight": weight, "offset": offset}, {"bias": bias, "mask": mask})
     (input, weight, bias), (offset, mask) = _promote_dtypes((input, weight, bias), (offset, mask))
-    vertical, horizontal = expand_padding(padding)
+    vertical, horizontal = expand_padding(padding)  # type: ignore[arg-type]
     numbers = (expand_pair("stride", stride), [*vertical, *horizontal], expand_pair("dilation", dilation))
     tensors = (input, offset, weight, bias, mask)
     return _call_operator(operators.deform_conv2d, *tensors, *numbers, operator_precision(precision, input))
@@ -241,7 +241,7 @@ def _call_eagerly(
             weight = weight.to(input.dtype)
     elif weight.dtype != input.dtype:
         return None
-    chosen = operator_precision(precision, input)
+    chosen = operator_precision(precision, input) if input.dtype is torch.float32 else "ieee"
     return eager.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation, chosen)
 
 
