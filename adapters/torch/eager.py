@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
 
-from dcnops._arguments import expand_pair
 from dcnops._backends.cuda.workspace import get_workspace
 from dcnops._explain import is_explaining
 from dcnops._shapes import DeformConvGeometry
@@ -199,7 +198,8 @@ def deform_roi_pool(
         rois.shape[1:], rois.dtype, rois.device,
         offset is not None and (offset.shape[1:], offset.dtype, offset.device),
         mask is not None and (mask.shape[1:], mask.dtype, mask.device),
-        expand_pair("output_size", output_size), spatial_scale, sampling_ratio, type(sampling_ratio), gamma,
+        tuple(output_size) if type(output_size) is list else output_size, spatial_scale, sampling_ratio, gamma,
+        type(output_size), type(spatial_scale), type(sampling_ratio), type(gamma),
     )  # fmt: skip
     try:
         call = ROI_CALLS.get(key)
