@@ -734,7 +734,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kManyBlocks)
 #pragma unroll
             for (int e = 0; e < DCN_VEC; ++e) sums[e] = not_a_number<Sum>();
           }
-          if (p.write_columns) *reinterpret_cast<ScalarVector*>(at) = narrow_vector<Scalar>(sums);
+          if (p.write_columns) store_vector(at, narrow_vector<Scalar>(sums));
         }
       }
       sum_over_lanes(blockDim.x, dot, dots[s]);

@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
         ScalarVector column;
 #pragma unroll
         for (int e = 0; e < DCN_VEC; ++e) column.at[e] = narrow<Scalar>(interpolate(corners, e, sample.weight));
-        *reinterpret_cast<ScalarVector*>(p.columns + column_index(p.size, tile.first_row + s, tile.k, c)) = column;
+        store_vector(p.columns + column_index(p.size, tile.first_row + s, tile.k, c), column);
       }
     }
     __syncthreads();

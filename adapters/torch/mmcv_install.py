@@ -52,8 +52,12 @@ def install_into_mmcv(replacements: Mapping[str, Any], layers: Mapping[str, type
 
 
 def _replace(objects: Mapping[str, tuple[Any, Any]]) -> None:
-    """Replace objects, given as old and new by name, in every module that has the old one under this name."""
-    for module in list(sys.modules.values()):
+    """Replace objects, given as old and new by name, in every module that has the old one under this name.
+
+    After an earlier installation, the old ones are those of this library. Its modules keep them.
+    """
+    others = [module for name, module in sys.modules.items() if name.partition(".")[0] != "dcnops"]
+    for module in others:
         names: dict[str, Any] = getattr(module, "__dict__", {})
         for name, (old, new) in objects.items():
             if old is not None and names.get(name) is old:

@@ -14,6 +14,16 @@ __device__ __forceinline__ ScalarVector load_vector(const Scalar* at) {
   return value;
 }
 
+__device__ __forceinline__ void store_vector(Scalar* to, const ScalarVector& value) {
+  if constexpr (sizeof(ScalarVector) == 16) {
+    unsigned words[4];
+    memcpy(words, &value, 16);
+    store_16(to, words);
+  } else {
+    *reinterpret_cast<ScalarVector*>(to) = value;
+  }
+}
+
 // Zeros if not valid.
 __device__ __forceinline__ ScalarVector load_vector_if(const Scalar* from, bool valid) {
   ScalarVector value = {};

@@ -40,6 +40,14 @@ __device__ __forceinline__ void load_16_if(unsigned (&words)[4], const void* fro
       : "l"(from), "r"(static_cast<unsigned>(valid)));
 }
 
+// Stores 16 bytes to global memory at once. The compiler may split an ordinary store of a vector.
+__device__ __forceinline__ void store_16(void* to, const unsigned (&words)[4]) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // Rounds to nearest, ties away from zero.
 __device__ __forceinline__ float round_to_tf32(float value) {
 #if __CUDA_ARCH__ >= 800

@@ -280,7 +280,7 @@ ROI_BACKWARD_ERRORS: ErrorTable = {
 def test_prefetch_refuses_names_without_end():
     with pytest.raises(ArgumentError, match=r"dtypes must be among .*, got repeat"):
         dcnops.prefetch(dtypes=itertools.repeat("float32"))  # type: ignore[arg-type]
-    with pytest.raises(ShapeError, match="input and weight must be 4 numbers"):
+    with pytest.raises(ShapeError, match="input must be 4 positive numbers"):
         dcnops.prefetch(input=itertools.count(1))  # type: ignore[arg-type]
 
 

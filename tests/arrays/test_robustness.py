@@ -378,7 +378,7 @@ begun.wait()
 time.sleep(0.1)
 child = os.fork()
 if child == 0:
-    signal.alarm(60)
+    signal.alarm(240)  # a busy machine may take long to compile
     call()
     os._exit(0)
 other.join()

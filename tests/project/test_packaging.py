@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 PROJECT = (
@@ -63,8 +64,6 @@ export(DeformConv2dPack(3, 4, 3).eval(), (torch.rand(1, 3, 8, 8),), "model.onnx"
     "jax": """
 import jax, numpy as np
 from dcnops.adapters.jax import deform_conv2d
-
-pytestmark = pytest.mark.slow
 x, weight = np.ones((1, 2, 5, 5), np.float32), np.ones((2, 2, 1, 1), np.float32)
 assert jax.grad(lambda o: deform_conv2d(x, o, weight).sum())(np.zeros((1, 2, 5, 5), np.float32)).shape == (1, 2, 5, 5)
 """,

@@ -131,8 +131,10 @@ def test_mmdetection_gets_the_replacements(packages: Path, extension: str):
         ops.carafe(1)
     # mmengine looks for the module this way.
     assert importlib.util.find_spec("mmcv._ext").loader is not None
+    original = mmcv_ops.modulated_deform_conv2d
     mmcv_ops.install(allow_larger_offsets=True)
     assert ops.DeformConv2d is mmcv_ops.DeformConv2d
+    assert mmcv_ops.modulated_deform_conv2d is original
     assert ops.modulated_deform_conv2d.keywords == {"allow_larger_offsets": True}
     assert mmcv_ops.ModulatedDeformConv2d(4, 4, 3).allow_larger_offsets
 

@@ -34,6 +34,11 @@ inline void load_16_if(unsigned (&words)[4], const void* from, bool valid) {
   }
 }
 
+inline void store_16(void* to, const unsigned (&words)[4]) {
+  if (reinterpret_cast<unsigned long long>(to) % 16) cuda_on_cpu::fail("store_16: not 16-byte aligned");
+  __builtin_memcpy(to, words, 16);
+}
+
 namespace cuda_on_cpu {
 
 template <int k, class Element>
