@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from dcnops._backends.cuda.workspace import get_workspace
 from dcnops._explain import is_explaining
@@ -50,13 +52,18 @@ def is_plain(required: tuple[Any, ...], optional: tuple[Any, ...]) -> bool:
             return False
     return (
         _dispatch_modes() == 0
-        and _function_modes() == 0
+        and (_function_modes() == 0 or _is_default_device_all())
         and _functorch_level() is None
         and forward_ad._current_level < 0
         and _jit_tracing() is None
         and not _is_profiling()
         and not is_explaining()
     )
+
+
+def _is_default_device_all() -> bool:
+    """Check for function modes that only choose the device of new tensors, such as ``with torch.device("cuda")``."""
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def _is_plain_gradient(grad_out: Tensor) -> bool:

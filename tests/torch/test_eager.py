@@ -293,6 +293,16 @@ def test_a_call_allocates_its_results_and_one_block_of_scratch_memory(monkeypatc
     assert len(allocated) == 3 + 1
 
 
+def test_a_default_device_changes_nothing(replayed: list[str]):
+    arguments = warm_arguments()
+    expected = results(arguments)
+    replayed.clear()
+    with torch.device("cpu"):
+        for tensor, wanted in zip(results(arguments), expected, strict=True):
+            torch.testing.assert_close(tensor, wanted, rtol=0, atol=0)
+    assert replayed == ["forward", "backward"]
+
+
 def test_wrong_arguments_are_the_same_errors_at_every_call():
     arguments = arguments_of(make_conv(), requires_grad=False)
     for changes, message in (
