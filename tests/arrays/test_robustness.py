@@ -378,7 +378,7 @@ begun.wait()
 time.sleep(0.1)
 child = os.fork()
 if child == 0:
-    signal.alarm(240)  # a busy machine may take long to compile
+    signal.alarm(240)  # a busy machine takes long to compile
     call()
     os._exit(0)
 other.join()
@@ -390,6 +390,34 @@ assert os.waitpid(child, 0)[1] == 0, "the child hangs"
 @pytest.mark.parametrize("step", ["import", "compile"])
 def test_a_fork_next_to_a_first_call(step: str) -> None:
     subprocess.run([sys.executable, "-c", FORKS, step], cwd=ROOT, check=True, timeout=300)
+
+
+IMPORTS = """
+import sys
+import numpy as np, dcnops
+from dcnops import _forks
+from tests.cases import make_conv, make_roi_pool
+unguarded = []
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        numba = sys.modules.get("numba.core.compiler_lock")
+        compiling = numba is not None and numba.global_compiler_lock.is_locked()
+        if not _forks._IMPORTS._is_owned() and not compiling:
+            unguarded.append(name)
+cases = make_conv(dtype="bfloat16"), make_roi_pool()
+sys.meta_path.insert(0, Finder())
+for case in cases:
+    getattr(dcnops, case.operation)(**case.arguments())
+    getattr(dcnops, f"{case.operation}_backward")(case.grad_out, **case.arguments())
+print(unguarded)
+"""
+
+
+def test_a_first_call_imports_only_what_a_fork_waits_for() -> None:
+    """A child that is forked during any other import would wait for it forever."""
+    command = [sys.executable, "-c", IMPORTS]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "[]", result.stderr
 
 
 INTERRUPTED = """

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+import numpy.ma  # otherwise Numba imports it at the first call, during which a fork may come
 from numba.core.caching import FunctionCache
 from numba.core.compiler_lock import global_compiler_lock
 
