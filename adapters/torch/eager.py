@@ -88,18 +88,18 @@ def deform_conv2d(
     if not devices.is_on_current_gpu(input):
         call = cpu_calls.conv_call(*tensors, *numbers)
     else:
-        # With the types of the numbers, because 1.0 and True equal 1 but are errors.
-        key = (
-            input.shape, input.stride(), input.dtype, input.device,
-            offset.shape, offset.stride(), offset.dtype, offset.device,
-            weight.shape, weight.stride(), weight.dtype, weight.device,
-            bias is not None and (bias.shape, bias.stride(), bias.dtype, bias.device),
-            mask is not None and (mask.shape, mask.stride(), mask.dtype, mask.device),
-            numbers, type(stride), type(padding), type(dilation), get_workspace(),
-        )  # fmt: skip
         try:
+            # With the text of the numbers, because 1.0 and True equal 1 but are errors.
+            key = (
+                input.shape, input.stride(), input.dtype, input.device,
+                offset.shape, offset.stride(), offset.dtype, offset.device,
+                weight.shape, weight.stride(), weight.dtype, weight.device,
+                bias is not None and (bias.shape, bias.stride(), bias.dtype, bias.device),
+                mask is not None and (mask.shape, mask.stride(), mask.dtype, mask.device),
+                numbers, f"{stride} {padding} {dilation}", get_workspace(),
+            )  # fmt: skip
             call = CALLS.get(key) or _prepare_conv_call(key, tensors, numbers)
-        except TypeError:  # a list, which has no hash
+        except (TypeError, ValueError):  # a list has no hash, an endless number no text
             call = None
         if call is not None and call.copied:
             input, offset, weight, bias, mask = tensors = tuple(  # type: ignore[assignment]
@@ -200,17 +200,17 @@ def deform_roi_pool(
         cpu_call = cpu_calls.roi_call(input, rois, offset, mask, *numbers)
         return None if cpu_call is None else _pool(cpu_call, input, rois, offset, mask)
     # The first axis of all tensors but `input` is the number of regions, which may change from call to call.
-    key = (
-        input.shape, input.stride(), input.dtype, input.device,
-        rois.shape[1:], rois.dtype, rois.device,
-        offset is not None and (offset.shape[1:], offset.dtype, offset.device),
-        mask is not None and (mask.shape[1:], mask.dtype, mask.device),
-        tuple(output_size) if type(output_size) is list else output_size, spatial_scale, sampling_ratio, gamma,
-        type(output_size), type(spatial_scale), type(sampling_ratio), type(gamma),
-    )  # fmt: skip
     try:
+        key = (
+            input.shape, input.stride(), input.dtype, input.device,
+            rois.shape[1:], rois.dtype, rois.device,
+            offset is not None and (offset.shape[1:], offset.dtype, offset.device),
+            mask is not None and (mask.shape[1:], mask.dtype, mask.device),
+            tuple(output_size) if type(output_size) is list else output_size, spatial_scale, sampling_ratio, gamma,
+            f"{output_size} {spatial_scale} {sampling_ratio} {gamma}",
+        )  # fmt: skip
         call = ROI_CALLS.get(key)
-    except TypeError:  # no hash, hence not a number
+    except (TypeError, ValueError):  # not numbers, or endless ones
         return None
     if call is None:
         call = _prepare_roi_call(key, input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma)

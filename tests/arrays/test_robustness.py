@@ -369,10 +369,17 @@ def compile():
 def first_call():
     begun.set()
     call()
-if sys.argv[1] == "compile":
+def prefetch():
+    begun.set()
+    dcnops.prefetch(dtypes=["float32"])
+def compute():
+    begun.set()
+    for _ in range(3000):
+        call()
+if sys.argv[1] in ("compile", "compute"):
     call()
 begun = threading.Event()
-other = threading.Thread(target=compile if sys.argv[1] == "compile" else first_call)
+other = threading.Thread(target=globals()[sys.argv[1]])
 other.start()
 begun.wait()
 time.sleep(0.1)
@@ -387,7 +394,7 @@ assert os.waitpid(child, 0)[1] == 0, "the child hangs"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("step", ["import", "compile"])
+@pytest.mark.parametrize("step", ["first_call", "compile", "prefetch", "compute"])
 def test_a_fork_next_to_a_first_call(step: str) -> None:
     subprocess.run([sys.executable, "-c", FORKS, step], cwd=ROOT, check=True, timeout=300)
 

@@ -305,10 +305,19 @@ def test_a_default_device_changes_nothing(replayed: list[str]):
 
 def test_wrong_arguments_are_the_same_errors_at_every_call():
     arguments = arguments_of(make_conv(), requires_grad=False)
+    for numbers in ({}, *({name: (1, 1)} for name in ("stride", "padding", "dilation"))):
+        for _ in range(3):
+            deform_conv2d(**{**arguments, **numbers})
     for changes, message in (
         ({"mask": arguments["mask"][:, :-1]}, "mask must be"),
         ({"weight": arguments["weight"].double()}, "offset must be|expected|weight"),
         ({"stride": 0}, "stride must be"),
+        # Equal to the numbers of a call that is replayed.
+        *(
+            ({name: wrong}, f"{name} must be")
+            for name in ("stride", "padding", "dilation")
+            for wrong in (1.0, (1.0, 1), (1, 1.0), 10**5000)
+        ),
         ({"precision": "fp32"}, "precision must be"),
     ):
         for _ in range(3):
