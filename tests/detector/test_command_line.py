@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -223,3 +224,19 @@ def test_as_a_program(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_backend_that_a_notebook_exports_is_not_used():
+    code = """
+import runpy, sys
+sys.argv[1:] = ["predict"]
+try:
+    runpy.run_module("examples.detector", run_name="__main__")
+except SystemExit:
+    from matplotlib import pyplot
+    pyplot.figure()
+"""
+    environment = {**os.environ, "MPLBACKEND": "module://a_backend_of_notebooks"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment)
+    assert done.returncode == 0, done.stderr
