@@ -32,8 +32,8 @@ from benchmarks import environment, report, targets
 from benchmarks.measure import time_in_turn
 from benchmarks.operations import OURS, PEER
 from dcnops.adapters.torch import ModulatedDeformConv2dPack, deform_conv2d_layers, deform_roi_pool_layers
-from examples.detector.config import NetworkConfig
-from examples.detector.model import build_detector
+from dcnops.detector.config import NetworkConfig
+from dcnops.detector.model import build_detector
 
 _CATEGORIES = 80
 _OBJECTS = 8

@@ -18,9 +18,10 @@ from dcnops.deform_roi_pool import DeformRoIPoolGradients, deform_roi_pool, defo
 
 __version__ = "0.1.0"
 
-# An installed package contains the adapters and the CUDA sources; in a checkout they lie next to this folder.
+# An installed package contains the adapters, the CUDA sources and the detector; in a checkout they lie elsewhere.
 if not os.path.isdir(os.path.join(__path__[0], "adapters")):
-    __path__.append(os.path.dirname(__path__[0]))
+    _checkout = os.path.dirname(__path__[0])
+    __path__ += [_checkout, os.path.join(_checkout, "examples")]
 
 __all__ = [
     "ArgumentError",

@@ -37,17 +37,24 @@ class NetworkConfig:
         "torchvision", "stride of a stage in its first 3x3 convolution, or (caffe) in the 1x1 convolution before it"
     )
     frozen_stages: int = option(-1, "number of frozen stages: 2 is conv1 and conv2; -1: 2, or 0 for small", -1, 5)
-    mask_scale: float = option(
-        1.0,
-        "masks are mask_scale * sigmoid: 1 in the paper; 2 makes the initial network equal to the regular one",
+    conv_mask_scale: float = option(
+        2.0,
+        "masks of modulated convolutions are conv_mask_scale * sigmoid; 2, as in the authors' code, starts from the "
+        "pretrained network; the paper's text says 1",
         0,
         1000,
+    )
+    roi_mask_scale: float = option(
+        1.0, "the same for modulated RoI pooling: 1 in the authors' code and the text", 0, 1000
     )
     gamma: float = option(0.1, "factor of the offsets in RoI pooling", -1000, 1000)
     deform_groups: int = option(1, "deformable groups of a convolution", 1, 64)
     share_branch: bool = option(True, "share one offset branch of RoI pooling among all pyramid levels")
     deform_mask_pool: bool = option(
         False, "make the 14x14 pooling of the mask head deformable too, with a separate branch"
+    )
+    aligned_masks: bool = option(
+        True, "mask targets and pasting with pixel centres at half-integer coordinates; false: as in torchvision"
     )
     sampling_ratio: int = option(2, "sampling points of a RoI bin along each axis; 0: adaptive", 0, 64)
     neck_channels: int = option(0, "channels of the maps that RoIs are pooled from; 0: 256, or 64 for small", 0, 2048)

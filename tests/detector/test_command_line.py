@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from examples.detector.__main__ import COMMANDS, main
-from examples.detector.config import Config
-from examples.detector.data import Category
-from examples.detector.errors import UserError
-from examples.detector.model import build_detector, load_checkpoint, save_checkpoint
+from dcnops.detector.__main__ import COMMANDS, main
+from dcnops.detector.config import Config
+from dcnops.detector.data import Category
+from dcnops.detector.errors import UserError
+from dcnops.detector.model import build_detector, load_checkpoint, save_checkpoint
 from tests.detector.configurations import assignments
 
 pytestmark = pytest.mark.slow
@@ -204,7 +204,7 @@ def test_names_that_stdout_cannot_encode(tmp_path, monkeypatch):
 
 
 def test_a_missing_package_is_named(tmp_path):
-    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('examples.detector', run_name='__main__')"
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('dcnops.detector', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: the package torch is missing: pip install -e '.[detector]'\n"
@@ -220,7 +220,7 @@ def test_categories_of_a_checkpoint_and_of_the_data(fails, data, tmp_path):
 
 
 def test_as_a_program(tmp_path):
-    command = [sys.executable, "-m", "examples.detector", "predict", str(tmp_path), "--checkpoint", "x", "--out", "y"]
+    command = [sys.executable, "-m", "dcnops.detector", "predict", str(tmp_path), "--checkpoint", "x", "--out", "y"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -231,7 +231,7 @@ def test_a_backend_that_a_notebook_exports_is_not_used():
 import runpy, sys
 sys.argv[1:] = ["predict"]
 try:
-    runpy.run_module("examples.detector", run_name="__main__")
+    runpy.run_module("dcnops.detector", run_name="__main__")
 except SystemExit:
     from matplotlib import pyplot
     pyplot.figure()

@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-from examples.detector.__main__ import COMMANDS
-from examples.detector.config import SECTIONS, Config, NetworkConfig, describe_options
-from examples.detector.errors import UserError
+from dcnops.detector.__main__ import COMMANDS
+from dcnops.detector.config import SECTIONS, Config, NetworkConfig, describe_options
+from dcnops.detector.errors import UserError
 
 
 def test_the_papers_numbers():
@@ -20,7 +20,7 @@ def test_the_papers_numbers():
     assert (network.proposals_train, network.proposals_test) == (2000, 1000)
     assert (network.roi_batch, network.roi_positive_fraction) == (512, 0.25)
     assert (network.score_threshold, network.detection_nms, network.max_detections) == (0.05, 0.5, 100)
-    assert (network.gamma, network.mask_scale, network.deform_groups, network.share_branch) == (0.1, 1.0, 1, True)
+    assert (network.gamma, network.conv_mask_scale, network.roi_mask_scale, network.deform_groups) == (0.1, 2.0, 1.0, 1)
     assert (network.frozen_stages, network.neck_channels, network.head_channels) == (2, 256, 1024)
     assert (training.lr, training.lr_batch, training.momentum, training.weight_decay) == (0.02, 16, 0.9, 1e-4)
     assert (training.epochs, training.lr_steps) == (16, (10, 14))

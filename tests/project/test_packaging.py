@@ -98,6 +98,7 @@ def test_the_wheel_contains_the_tree(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     folders = {"dcnops": "dcnops", "adapters": "dcnops/adapters", "cuda": "dcnops/cuda"}
+    folders["examples/detector"] = "dcnops/detector"
     expected = {
         f"{place}/{path.relative_to(folder).as_posix()}" for folder, place in folders.items() for path in files(folder)
     }

@@ -99,7 +99,7 @@ def build_backbone(network: NetworkConfig) -> DilatedBackbone | PyramidBackbone:
             lambda name, conv: name.split(".")[0] in preset.stages and conv.kernel_size == (3, 3),
             modulated=preset.convolution == "modulated",
             deform_groups=network.deform_groups,
-            mask_scale=network.mask_scale,
+            mask_scale=network.conv_mask_scale,
         )
     for stage in [["conv1", "bn1"], *([stage] for stage in STAGES)][: network.frozen_stages]:
         for name in stage:

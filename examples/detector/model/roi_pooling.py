@@ -59,7 +59,7 @@ def _pool(network: NetworkConfig, pooling: str, output_size: int) -> nn.Module:
     widths = (output_size, network.neck_channels, network.head_channels)
     if pooling == "deformable":
         return DeformRoIPoolPack(*widths, **options)
-    return ModulatedDeformRoIPoolPack(*widths, **options, mask_scale=network.mask_scale)
+    return ModulatedDeformRoIPoolPack(*widths, **options, mask_scale=network.roi_mask_scale)
 
 
 def _multi_scale(pool: nn.Module, network: NetworkConfig, maps: Sequence[str]) -> MultiScaleDeformRoIPool:

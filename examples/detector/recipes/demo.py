@@ -40,7 +40,7 @@ def demo_config() -> Config:
         preset="dcnv2",
         detector="mask",
         backbone="small",
-        mask_scale=2,
+        roi_mask_scale=2,
         min_size=SIZE,
         max_size=SIZE,
         anchor_sizes=(16, 32, 64, 96, 128),

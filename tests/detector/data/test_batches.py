@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from examples.detector.config import Config
-from examples.detector.data import AspectRatioBatches, MirroredImages, load_batches, prepare_worker, worker_errors
-from examples.detector.errors import UserError
+from dcnops.detector.config import Config
+from dcnops.detector.data import AspectRatioBatches, MirroredImages, load_batches, prepare_worker, worker_errors
+from dcnops.detector.errors import UserError
 
 WIDE, TALL = (64, 48), (48, 64)
 MIXED = [WIDE, TALL, WIDE, WIDE, (50, 50), TALL, WIDE, TALL, WIDE, WIDE, WIDE, TALL, WIDE]

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle_tools
 
-from examples.detector.data import Category, CocoDataset, find_data
-from examples.detector.errors import UserError
+from dcnops.detector.data import Category, CocoDataset, find_data
+from dcnops.detector.errors import UserError
 
 WIDTH, HEIGHT = 20, 12
 SQUARE = [2, 3, 7, 3, 7, 9, 2, 9]  # covers x 2..6 and y 3..8

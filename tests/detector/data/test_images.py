@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from examples.detector.data import find_images, read_image
-from examples.detector.errors import UserError
+from dcnops.detector.data import find_images, read_image
+from dcnops.detector.errors import UserError
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK"])

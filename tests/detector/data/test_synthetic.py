@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from examples.detector.data import CocoDataset, find_data, write_synthetic
-from examples.detector.data.synthetic import CATEGORIES
-from examples.detector.errors import UserError
+from dcnops.detector.data import CocoDataset, find_data, write_synthetic
+from dcnops.detector.data.synthetic import CATEGORIES
+from dcnops.detector.errors import UserError
 
 
 def contents(folder: Path) -> dict[str, bytes]:

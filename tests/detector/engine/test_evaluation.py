@@ -23,11 +23,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from examples.detector.data import CocoDataset, find_data, write_synthetic
-from examples.detector.engine import Kind, coco_metrics, detect, distributed, load_results, metrics_table, write_results
-from examples.detector.engine.evaluation import _normalise
-from examples.detector.errors import UserError
-from examples.detector.predict import decode_rle, encode_rle
+from dcnops.detector.data import CocoDataset, find_data, write_synthetic
+from dcnops.detector.engine import Kind, coco_metrics, detect, distributed, load_results, metrics_table, write_results
+from dcnops.detector.engine.evaluation import _normalise
+from dcnops.detector.errors import UserError
+from dcnops.detector.predict import decode_rle, encode_rle
 
 CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 7, "name": "bar"}, {"id": 9, "name": "never seen"}]
 SIZE = 200
@@ -313,7 +313,7 @@ def test_detect_restores_the_mode_of_every_module(tmp_path):
 PROCESS = """
 import json, sys
 from pathlib import Path
-from examples.detector.engine import distributed
+from dcnops.detector.engine import distributed
 from tests.detector.engine.test_evaluation import run_detect
 
 with distributed.session("cpu"):

@@ -20,15 +20,15 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from examples.detector.config import Config
-from examples.detector.data import AspectRatioBatches, Batch, CocoDataset, find_data, load_batches, write_synthetic
-from examples.detector.engine import CHECKPOINT, MODEL, Interrupted, Trainer, detect, train, training
-from examples.detector.engine import progress as progress_module
-from examples.detector.engine.interruption import StopRequests
-from examples.detector.engine.progress import Progress
-from examples.detector.engine.training import MOST_SKIPPED, learning_rate_factor
-from examples.detector.errors import UserError
-from examples.detector.model import build_detector, load_checkpoint, load_detector
+from dcnops.detector.config import Config
+from dcnops.detector.data import AspectRatioBatches, Batch, CocoDataset, find_data, load_batches, write_synthetic
+from dcnops.detector.engine import CHECKPOINT, MODEL, Interrupted, Trainer, detect, train, training
+from dcnops.detector.engine import progress as progress_module
+from dcnops.detector.engine.interruption import StopRequests
+from dcnops.detector.engine.progress import Progress
+from dcnops.detector.engine.training import MOST_SKIPPED, learning_rate_factor
+from dcnops.detector.errors import UserError
+from dcnops.detector.model import build_detector, load_checkpoint, load_detector
 from tests.detector.configurations import assignments
 
 pytestmark = pytest.mark.slow
@@ -291,8 +291,8 @@ def test_overfitting_eight_images(tmp_path):
     images = dataset(tmp_path / "data")
     config = TINY.set(
         assignments(
-            network="min_size=64 mask_scale=2 neck_channels=32 head_channels=64 rpn_batch=64 rpn_candidates_train=200 "
-            "rpn_candidates_test=200 proposals_train=100 proposals_test=50 roi_batch=32",
+            network="min_size=64 roi_mask_scale=2 neck_channels=32 head_channels=64 rpn_batch=64 "
+            "rpn_candidates_train=200 rpn_candidates_test=200 proposals_train=100 proposals_test=50 roi_batch=32",
             training="epochs=60 lr_steps=45,55 optimizer=adamw lr=0.003 lr_batch=4 batch_size=4 warmup_iterations=20 "
             "clip_norm=10 flip=0 save_every=1000",
         )
@@ -340,7 +340,7 @@ def test_a_killed_run_loses_at_most_one_interval(data, tmp_path):
     script = f"""
 import os, signal, torch
 from pathlib import Path
-from examples.detector.engine import progress
+from dcnops.detector.engine import progress
 from tests.detector.engine import test_training as tests
 folder, data = Path({str(tmp_path)!r}), Path({str(data)!r})
 step = tests.Trainer.step
@@ -406,7 +406,7 @@ def test_signals_of_clusters_and_terminals():
 
 def test_a_second_signal_stops_at_once(monkeypatch, capfd):
     clock = SimpleNamespace(monotonic=lambda: now)
-    monkeypatch.setattr("examples.detector.engine.interruption.time", clock)
+    monkeypatch.setattr("dcnops.detector.engine.interruption.time", clock)
     now = 0.0
     with StopRequests("stopped") as requests:
         signal.raise_signal(signal.SIGINT)
@@ -432,7 +432,7 @@ def test_ctrl_c_at_a_terminal(data, tmp_path):
         for name, value in values.items()
         if f"{section}.{name}" not in ("training.epochs", "training.workers")
     ]
-    command = [sys.executable, "-m", "examples.detector", "train", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    command = [sys.executable, "-m", "dcnops.detector", "train", "--out", str(tmp_path / "out"), "--device", "cpu"]
     command += ["--train-annotations", str(find_data(data, "train")[0]), "--train-images", str(data / "images")]
     command += ["--set", *assignments, "training.epochs=1000", "training.workers=1"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from examples.detector.data import AspectRatioBatches, Batch, load_batches
-from examples.detector.engine import Interrupted, Trainer, detect, rank, session, train, world_size
-from examples.detector.engine.distributed import gather_lists
-from examples.detector.engine.training import Step
-from examples.detector.errors import UserError
+from dcnops.detector.data import AspectRatioBatches, Batch, load_batches
+from dcnops.detector.engine import Interrupted, Trainer, detect, rank, session, train, world_size
+from dcnops.detector.engine.distributed import gather_lists
+from dcnops.detector.engine.training import Step
+from dcnops.detector.errors import UserError
 
 from .test_training import CPU, EVALUATED, TINY, build, dataset
 

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.detector.config import Config
-from examples.detector.data import Category
-from examples.detector.errors import UserError
-from examples.detector.model import (
+from dcnops.detector.config import Config
+from dcnops.detector.data import Category
+from dcnops.detector.errors import UserError
+from dcnops.detector.model import (
     build_detector,
     load_checkpoint,
     load_detector,
     restore_model,
     save_checkpoint,
 )
-from examples.detector.model import checkpoint as checkpoint_module
+from dcnops.detector.model import checkpoint as checkpoint_module
 from tests.detector.configurations import assignments
 
 SMALL = "backbone=small min_size=48 max_size=64 anchor_sizes=16,32 neck_channels=8 head_channels=16 proposals_test=20"
@@ -200,8 +200,8 @@ def test_a_killed_save_leaves_the_old_file(model, path):
     script = f"""
 import os, signal, torch
 from pathlib import Path
-from examples.detector.config import Config
-from examples.detector.model import checkpoint
+from dcnops.detector.config import Config
+from dcnops.detector.model import checkpoint
 checkpoint.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save_checkpoint(Path({str(path)!r}), torch.nn.Linear(2, 2), Config(), [], 6)
 """

@@ -8,10 +8,10 @@ import re
 import pytest
 import torch
 
-from examples.detector.config import Config
-from examples.detector.model import Count, cost_rows, cost_table, count
-from examples.detector.model.flops import count_presets
-from examples.detector.presets import PRESETS, Preset
+from dcnops.detector.config import Config
+from dcnops.detector.model import Count, cost_rows, cost_table, count
+from dcnops.detector.model.flops import count_presets
+from dcnops.detector.presets import PRESETS, Preset
 
 pytestmark = pytest.mark.slow
 

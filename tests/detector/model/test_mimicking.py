@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.detector.config import Config
-from examples.detector.data import CocoDataset, find_data, write_synthetic
-from examples.detector.engine import CHECKPOINT, MODEL, train
-from examples.detector.model import MimickingDetector, build_detector, load_checkpoint, load_detector
-from examples.detector.model.mimicking import cut_crops, labels_of, mimic_loss
+from dcnops.detector.config import Config
+from dcnops.detector.data import CocoDataset, find_data, write_synthetic
+from dcnops.detector.engine import CHECKPOINT, MODEL, train
+from dcnops.detector.model import MimickingDetector, build_detector, load_checkpoint, load_detector
+from dcnops.detector.model.mimicking import cut_crops, labels_of, mimic_loss
 from tests.detector.configurations import assignments
 
 pytestmark = pytest.mark.slow

@@ -10,10 +10,10 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d, roi_pool
 
 from dcnops.adapters.torch import DeformConv2dPack, ModulatedDeformConv2dPack, param_groups
-from examples.detector.config import Config
-from examples.detector.model import build_detector
-from examples.detector.model.backbones import FrozenNorm
-from examples.detector.presets import PRESETS
+from dcnops.detector.config import Config
+from dcnops.detector.model import build_detector
+from dcnops.detector.model.backbones import FrozenNorm
+from dcnops.detector.presets import PRESETS
 from tests.detector.configurations import assignments
 
 SMALL = assignments(network="min_size=96 max_size=128 anchor_sizes=12,24,48,64,96")
@@ -97,7 +97,7 @@ def test_v1_starts_as_the_regular_network(preset, detector):
 def test_mask_scale_2_starts_as_the_regular_network(detector, backbone):
     options = [f"network.detector={detector}", f"network.backbone={backbone}"]
     regular = build("network.preset=regular", *options)
-    deformable = build("network.preset=dcnv2", "network.mask_scale=2", "network.deform_mask_pool=true", *options)
+    deformable = build("network.preset=dcnv2", "network.roi_mask_scale=2", "network.deform_mask_pool=true", *options)
     as_regular(deformable, regular)
     assert_equal(deformable, regular)
 
@@ -107,7 +107,7 @@ def test_sigmoid_masks_start_as_half_the_regular_network(detector):
     """Halve the 3x3 weights in conv3 to conv5 and the pooled features of the regular network."""
     options = [f"network.detector={detector}", "network.backbone=small"]
     regular = build("network.preset=regular", *options)
-    deformable = build("network.preset=dcnv2", *options)
+    deformable = build("network.preset=dcnv2", "network.conv_mask_scale=1", *options)
     as_regular(deformable, regular)
     with torch.no_grad():
         for name, module in regular.backbone.body.named_modules():
@@ -122,7 +122,7 @@ def test_sigmoid_masks_start_as_half_the_regular_network(detector):
 def test_offset_learning_rate_zero_stays_the_regular_network(preset, detector):
     options = [f"network.detector={detector}", "network.backbone=small", "network.roi_batch=16"]
     regular = build("network.preset=regular", *options)
-    deformable = build(f"network.preset={preset}", "network.mask_scale=2", *options)
+    deformable = build(f"network.preset={preset}", "network.roi_mask_scale=2", *options)
     as_regular(deformable, regular)
     start = outputs(regular.eval())["scores"].clone()
     for network in (regular, deformable):
@@ -135,7 +135,7 @@ def test_offset_learning_rate_zero_stays_the_regular_network(preset, detector):
             sum(network(images(), targets()).values()).backward()
             optimiser.step()
     branches = {name: value for name, value in deformable.state_dict().items() if "offset" in name}
-    fresh = build(f"network.preset={preset}", "network.mask_scale=2", *options).state_dict()
+    fresh = build(f"network.preset={preset}", "network.roi_mask_scale=2", *options).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in branches.items())
     assert not torch.allclose(outputs(regular.eval())["scores"], start, rtol=1e-2)
     assert_equal(deformable, regular)
@@ -213,7 +213,7 @@ def test_frozen_layers():
 
 
 def test_options_reach_the_layers():
-    options = "detector=mask backbone=small deform_groups=2 mask_scale=2 gamma=1 sampling_ratio=3"
+    options = "detector=mask backbone=small deform_groups=2 roi_mask_scale=2 gamma=1 sampling_ratio=3"
     detector = build(*assignments(network=f"{options} share_branch=false deform_mask_pool=true"))
     conv = detector.backbone.body.layer3[0].conv2
     assert (conv.conv_offset.out_channels, conv.mask_scale) == (2 * 27, 2)

@@ -14,9 +14,9 @@ from torch import Tensor
 from torchvision.models import ResNet50_Weights
 from torchvision.models.resnet import resnet50
 
-from examples.detector.config import Config
-from examples.detector.errors import UserError
-from examples.detector.model import build_detector, load_backbone
+from dcnops.detector.config import Config
+from dcnops.detector.errors import UserError
+from dcnops.detector.model import build_detector, load_backbone
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from examples.detector.config import Config
-from examples.detector.data import Category, find_images
-from examples.detector.errors import UserError
-from examples.detector.model import build_detector
-from examples.detector.predict import (
+from dcnops.detector.config import Config
+from dcnops.detector.data import Category, find_images
+from dcnops.detector.errors import UserError
+from dcnops.detector.model import build_detector
+from dcnops.detector.predict import (
     contact_sheet,
     decode_rle,
     draw_detections,
@@ -25,8 +25,8 @@ from examples.detector.predict import (
     predict,
     write_predictions,
 )
-from examples.detector.predict import prediction as prediction_module
-from examples.detector.predict.drawing import COLOURS
+from dcnops.detector.predict import prediction as prediction_module
+from dcnops.detector.predict.drawing import COLOURS
 from tests.detector.configurations import assignments
 
 CPU = torch.device("cpu")

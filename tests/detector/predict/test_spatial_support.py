@@ -10,11 +10,11 @@ import matplotlib.image
 import pytest
 import torch
 
-from examples.detector.__main__ import main
-from examples.detector.config import Config
-from examples.detector.data import Category, write_synthetic
-from examples.detector.model import build_detector, save_checkpoint
-from examples.detector.predict import SpatialSupportView, draw_spatial_support
+from dcnops.detector.__main__ import main
+from dcnops.detector.config import Config
+from dcnops.detector.data import Category, write_synthetic
+from dcnops.detector.model import build_detector, save_checkpoint
+from dcnops.detector.predict import SpatialSupportView, draw_spatial_support
 from tests.detector.configurations import assignments
 
 pytestmark = pytest.mark.slow

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from examples.detector.__main__ import main
-from examples.detector.config import Config
-from examples.detector.engine import SUMMARY, training
-from examples.detector.model import Count
-from examples.detector.recipes import ablation
-from examples.detector.recipes.ablation import Row, Variant, ablation_config, table
+from dcnops.detector.__main__ import main
+from dcnops.detector.config import Config
+from dcnops.detector.engine import SUMMARY, training
+from dcnops.detector.model import Count
+from dcnops.detector.recipes import ablation
+from dcnops.detector.recipes.ablation import Row, Variant, ablation_config, table
 
 TINY = ["training.epochs=1", "training.batch_size=2", "network.min_size=64", "network.max_size=64"]
 

@@ -7,8 +7,8 @@ import json
 import pytest
 from PIL import Image
 
-from examples.detector.__main__ import main
-from examples.detector.recipes import demo
+from dcnops.detector.__main__ import main
+from dcnops.detector.recipes import demo
 
 
 def test_other_folders_are_not_touched(tmp_path, capsys):
