@@ -12,7 +12,6 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
@@ -21,6 +20,7 @@ from dcnops import ArgumentError
 from ..config import NetworkConfig
 from ..errors import UserError
 from .backbones import DilatedBackbone, PyramidBackbone, build_backbone
+from .heads import RegionHeads
 from .roi_pooling import build_box_pool, build_mask_pool
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -32,18 +32,15 @@ def build_detector(network: NetworkConfig, num_categories: int) -> GeneralizedRC
     In training it maps images and targets to losses, otherwise images to detections, like torchvision's detectors.
     Masks have the size of the mask head, [n, 1, 28, 28]; `predict.infer` pastes them. `num_categories` excludes the
     background.
-
-    Notes
-    -----
-    Mask targets and pasting are torchvision's. Their 28x28 grid is shifted by half of its pixels from the convention of
-    all other parts (``aligned=True``).
     """
     network = network.resolve()
     try:
         backbone = build_backbone(network)
     except ArgumentError as error:
         raise UserError(f"the network cannot be built: {error}") from None
-    transform = DetectorTransform(network.min_size, network.max_size, IMAGENET_MEAN, IMAGENET_STD)
+    transform = DetectorTransform(
+        network.min_size, network.max_size, IMAGENET_MEAN, IMAGENET_STD, resize_masks=not network.aligned_masks
+    )
     return GeneralizedRCNN(
         backbone, _proposal_network(network, backbone), _roi_heads(network, backbone, num_categories + 1), transform
     )
@@ -52,8 +49,21 @@ def build_detector(network: NetworkConfig, num_categories: int) -> GeneralizedRC
 class DetectorTransform(GeneralizedRCNNTransform):
     """Transform that resizes and normalises images, scales boxes back, and does not paste masks.
 
-    Torchvision's transform pastes each mask into a float image of full size: 432 MB per mask at 12000x9000.
+    Torchvision's transform pastes each mask into a float image of full size: 432 MB per mask at 12000x9000. The masks
+    of targets keep the size of the image file if `resize_masks` is false.
     """
+
+    def __init__(self, *args: Any, resize_masks: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.resize_masks = resize_masks
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Resize an image [3, H, W] and its target."""
+        if target is None or self.resize_masks:
+            resized: tuple[Tensor, dict[str, Tensor] | None] = super().resize(image, target)
+            return resized
+        image, others = super().resize(image, {name: value for name, value in target.items() if name != "masks"})
+        return image, {**target, **others}
 
     def postprocess(
         self,
@@ -135,10 +145,10 @@ def _proposal_network(network: NetworkConfig, backbone: DilatedBackbone | Pyrami
     )
 
 
-def _roi_heads(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbone, num_classes: int) -> RoIHeads:
+def _roi_heads(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbone, num_classes: int) -> RegionHeads:
     box_pool = build_box_pool(network, backbone.roi_maps)
     height, width = box_pool.output_size
-    heads = RoIHeads(
+    heads = RegionHeads(
         box_pool,
         TwoMLPHead(backbone.out_channels * height * width, network.head_channels),
         PreciseBoxPredictor(network.head_channels, num_classes),
@@ -150,6 +160,8 @@ def _roi_heads(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbo
         score_thresh=network.score_threshold,
         nms_thresh=network.detection_nms,
         detections_per_img=network.max_detections,
+        box_loss_beta=network.box_loss_beta,
+        aligned_masks=network.aligned_masks,
     )
     if network.detector == "mask":
         channels = backbone.out_channels
@@ -160,10 +172,10 @@ def _roi_heads(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbo
     return heads
 
 
-def _initialise(heads: RoIHeads) -> None:
-    """Initialise the heads as in Detectron: nearly uniform scores, box deltas and mask logits near zero."""
+def _initialise(heads: RegionHeads) -> None:
+    """Initialise the heads as in detectron2: nearly uniform scores, box deltas and mask logits near zero."""
     for layer in (heads.box_head.fc6, heads.box_head.fc7):
-        nn.init.xavier_uniform_(layer.weight)
+        nn.init.kaiming_uniform_(layer.weight, a=1)  # Caffe2's XavierFill
         nn.init.zeros_(layer.bias)
     last = [(heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001)]
     if heads.has_mask():

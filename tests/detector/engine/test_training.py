@@ -161,7 +161,7 @@ def test_schedule():
 
 def test_learning_rates_of_the_parameters(data):
     assignments = ["training.lr=0.08", "training.lr_batch=16", "training.roi_offset_lr_mult=0.5"]
-    trainer = Trainer(build(), TINY.set(assignments).training, CPU, 5)
+    trainer = Trainer(build(), TINY.set(assignments).resolve_training(), CPU, 5)
     images = dataset(data)
     step = trainer.step(next(load_batches(images, batches(images), TINY.training, CPU)), 6)
     base = 0.08 * 2 / 16
