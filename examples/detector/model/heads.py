@@ -96,7 +96,7 @@ def cut_masks(masks: Tensor, boxes: Tensor, matched: Tensor, side: int) -> Tenso
     Returns
     -------
     Tensor [m, side, side]
-        Share of each cell that the mask covers, 0 to 1, in the data type of `boxes`.
+        Mean of the bilinearly interpolated mask over each cell, 0 to 1, in the data type of `boxes`.
     """
     cut = boxes.new_zeros(len(boxes), side, side)
     chunk = max(1, MOST_PIXELS // max(1, masks[0].numel() if len(masks) else 1))

@@ -198,7 +198,7 @@ def line_batch(value: float) -> Batch:
 
 def line_trainer(*assignments: str) -> Trainer:
     torch.manual_seed(0)
-    options = TINY.set(["training.warmup_iterations=0", "training.lr=0.5", *assignments]).training
+    options = TINY.set(["training.warmup_iterations=0", "training.lr=0.5", *assignments]).resolve_training()
     return Trainer(Line(), options, CPU, 100)
 
 
@@ -630,7 +630,7 @@ def test_two_processes(data, tmp_path, monkeypatch):
         assert batch.indices == process["indices"]
         monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
         model = build(config)
-        halves.append((Trainer(model, config.training, CPU, len(split)).step(batch, 0), model))
+        halves.append((Trainer(model, config.resolve_training(), CPU, len(split)).step(batch, 0), model))
     assert not set(first["indices"]) & set(second["indices"])
     for name, loss in first["losses"].items():
         assert loss == pytest.approx(sum(step.losses[name] for step, _ in halves) / 2, rel=1e-5)
