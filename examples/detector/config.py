@@ -69,6 +69,12 @@ class NetworkConfig:
     rpn_positive_fraction: float = option(0.5, "maximum fraction of positive anchors in rpn_batch", 0, 1)
     rpn_positive_iou: float = option(0.7, "minimum IoU of a positive anchor", 0, 1)
     rpn_negative_iou: float = option(0.3, "anchors with a lower IoU are negative", 0, 1)
+    rpn_border: float = option(
+        -1,
+        "the RPN loss ignores anchors that reach more pixels than this out of the image: 0 in Detectron; -1: uses all",
+        -1,
+        1e5,
+    )
     rpn_nms: float = option(0.7, "IoU threshold of NMS of the proposals", 0, 1)
     rpn_candidates_train: int = option(
         0, "proposals before NMS in training; 0: 12000, or 2000 per level with FPN", 0, 10**6

@@ -84,19 +84,50 @@ class PreciseAnchorGenerator(AnchorGenerator):
 
 
 class SelectiveProposalNetwork(RegionProposalNetwork):
-    """Region proposal network on a subset of the backbone's maps."""
+    """Region proposal network on a subset of the backbone's maps.
 
-    def __init__(self, maps: Sequence[str], *args: Any, **kwargs: Any) -> None:
+    With a `border` of at least 0 pixels, the loss leaves out anchors that reach farther out of the image.
+    """
+
+    def __init__(self, maps: Sequence[str], border: float, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.maps = list(maps)
+        self.border = border
+        self._image_sizes: list[tuple[int, int]] = []
 
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        self._image_sizes = images.image_sizes
         proposals: tuple[list[Tensor], dict[str, Tensor]] = super().forward(
             images, {name: features[name] for name in self.maps}, targets
         )
         return proposals
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return labels [n] of 1, 0 and -1 (left out), and boxes of the ground truth [n, 4] of each image's anchors."""
+        if self.border < 0:
+            assigned: tuple[list[Tensor], list[Tensor]] = super().assign_targets_to_anchors(anchors, targets)
+            return assigned
+        inside = [_inside(boxes, size, self.border) for boxes, size in zip(anchors, self._image_sizes)]
+        chosen = [boxes[rows] for boxes, rows in zip(anchors, inside)]
+        labels = [boxes.new_full((len(boxes),), -1) for boxes in anchors]
+        matched = [torch.zeros_like(boxes) for boxes in anchors]
+        for rows, *filled, found in zip(
+            inside, labels, matched, zip(*super().assign_targets_to_anchors(chosen, targets))
+        ):
+            for values, part in zip(filled, found):
+                values[rows] = part
+        return labels, matched
+
+
+def _inside(boxes: Tensor, size: tuple[int, int], border: float) -> Tensor:
+    """Return the indices of the boxes [n, 4] that reach at most `border` pixels out of the image, or else of all."""
+    limits = boxes.new_tensor(size[::-1]) + border
+    rows = torch.where((boxes[:, :2] >= -border).all(1) & (boxes[:, 2:] <= limits).all(1))[0]
+    return rows if len(rows) else torch.arange(len(boxes), device=boxes.device)
 
 
 class PreciseRPNHead(RPNHead):
@@ -133,6 +164,7 @@ def _proposal_network(network: NetworkConfig, backbone: DilatedBackbone | Pyrami
     anchors = PreciseAnchorGenerator(sizes, (network.anchor_ratios,) * len(sizes))
     return SelectiveProposalNetwork(
         backbone.rpn_maps,
+        network.rpn_border,
         anchors,
         PreciseRPNHead(backbone.rpn_channels, anchors.num_anchors_per_location()[0]),
         fg_iou_thresh=network.rpn_positive_iou,
