@@ -160,7 +160,7 @@ def _paste(mask: NDArray[np.float32], box: NDArray[np.float64], size: tuple[int,
 def _interpolation(begin: float, end: float, cells: int, length: int) -> tuple[NDArray[np.float32], int]:
     """Return the bilinear weights of a box's cells [pixels, cells] for a range of pixels, and the first pixel.
 
-    The range has all pixels of 0 to `length` - 1 whose centres are less than a cell away from a cell's centre.
+    The range has all pixels of 0 to `length` - 1 with centres less than a cell away from a cell's centre.
     """
     cell = max(end - begin, 1e-6) / cells
     first = int(np.clip(np.floor(begin - cell), 0, length))
