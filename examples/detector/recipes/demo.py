@@ -41,6 +41,7 @@ def demo_config() -> Config:
         detector="mask",
         backbone="small",
         roi_mask_scale=2,
+        box_loss_beta=1 / 9,  # reaches precise boxes sooner than 1
         min_size=SIZE,
         max_size=SIZE,
         anchor_sizes=(16, 32, 64, 96, 128),
