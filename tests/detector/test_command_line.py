@@ -178,8 +178,9 @@ def test_paths_that_are_too_long(fails, data, run, tmp_path):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(28, "No space left on device", "out/table.md"), "out/table.md: No space left on device"),
-        (OSError(28, "No space left on device"), "output: No space left on device"),
+        (OSError(28, "No space left on device", "out/table.md"), "out/table.md: disk full: No space left on device"),
+        (OSError(28, "No space left on device"), "output: disk full: No space left on device"),
+        (OSError(30, "Read-only file system", "out"), "out: Read-only file system"),
         (
             ModuleNotFoundError(name="tensorboard.compat"),
             "the package tensorboard is missing: pip install -e '.[detector]'",

@@ -22,11 +22,12 @@ from torch import nn
 
 from dcnops.detector.config import Config
 from dcnops.detector.data import AspectRatioBatches, Batch, CocoDataset, find_data, load_batches, write_synthetic
-from dcnops.detector.engine import CHECKPOINT, MODEL, Interrupted, Trainer, detect, train, training
+from dcnops.detector.engine import CHECKPOINT, MODEL, Interrupted, Trainer, detect, train
 from dcnops.detector.engine import progress as progress_module
+from dcnops.detector.engine import trainer as trainer_module
 from dcnops.detector.engine.interruption import StopRequests
 from dcnops.detector.engine.progress import Progress
-from dcnops.detector.engine.training import MOST_SKIPPED, learning_rate_factor
+from dcnops.detector.engine.trainer import MOST_SKIPPED, build_trainer, learning_rate_factor
 from dcnops.detector.errors import UserError
 from dcnops.detector.model import build_detector, load_checkpoint, load_detector
 from tests.detector.configurations import assignments
@@ -163,7 +164,7 @@ def test_learning_rates_of_the_parameters(data):
     assignments = ["training.lr=0.08", "training.lr_batch=16", "training.roi_offset_lr_mult=0.5"]
     trainer = Trainer(build(), TINY.set(assignments).resolve_training(), CPU, 5)
     images = dataset(data)
-    step = trainer.step(next(load_batches(images, batches(images), TINY.training, CPU)), 6)
+    step = trainer.step(next(load_batches(images, batches(images), TINY, CPU)), 6)
     base = 0.08 * 2 / 16
     assert step.lr == pytest.approx(base)
     names = {parameter: name for name, parameter in trainer.model.named_parameters()}
@@ -493,9 +494,9 @@ def test_images_without_objects_are_negative_examples(data):
     config = TINY.set(assignments(network="preset=dcnv2-mimic detector=mask anchor_sizes=8,12,24,40,60"))
     config = config.set(assignments(mimicking="crop=32 boxes=2"))
     images = dataset(data)
-    trainer = training.build_trainer(build(config), config, CPU, 5)
+    trainer = build_trainer(build(config), config, CPU, 5)
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    batch = next(load_batches(images, batches(images), config.training, CPU))
+    batch = next(load_batches(images, batches(images), config, CPU))
     targets = [{**empty, "masks": torch.zeros(0, *image.shape[1:], dtype=torch.uint8)} for image in batch.images]
     step = trainer.step(batch._replace(targets=targets), 0)
     assert not step.not_finite and step.losses["loss_objectness"] > 0 and step.losses["loss_box_reg"] == 0
@@ -626,9 +627,9 @@ def test_two_processes(data, tmp_path, monkeypatch):
     halves = []
     for rank, process in enumerate((first, second)):
         split = AspectRatioBatches(images.sizes, 2, seed=0, group=True, rank=rank, world_size=2)
-        batch = next(load_batches(images, split, config.training, CPU))
+        batch = next(load_batches(images, split, config, CPU))
         assert batch.indices == process["indices"]
-        monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(trainer_module, "rank", lambda rank=rank: rank)
         model = build(config)
         halves.append((Trainer(model, config.resolve_training(), CPU, len(split)).step(batch, 0), model))
     assert not set(first["indices"]) & set(second["indices"])
