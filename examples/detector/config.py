@@ -147,15 +147,16 @@ class TrainingConfig:
     flip: float = option(0.5, "probability of a horizontal flip", 0, 1)
     min_sizes: tuple[int, ...] = option(
         (),
-        "training at several scales: an image is resized with one of these instead of network.min_size, at random",
+        "training at several scales: an image is resized with one of these instead of network.min_size, at random; "
+        "none: off",
         1,
         16384,
         may_be_empty=True,
     )
     scale_jitter: tuple[float, ...] = option(
         (),
-        "smallest and largest factor of a random enlargement, such as 0.1,2: the image keeps its size, so that it is "
-        "cropped or surrounded with grey",
+        "smallest and largest factor of a random enlargement (large-scale jitter), such as 0.1,2: an enlarged image is "
+        "cropped, a smaller one surrounded with grey; none: off",
         0.05,
         20,
         may_be_empty=True,

@@ -105,7 +105,7 @@ def _crop(sample: Sample, factor: float, x: float, y: float, *_: int) -> Sample:
     _, keep = transforms.sanitize_bounding_boxes(cropped, min_size=MIN_SIDE)
     if "masks" in target:
         masks = changed["masks"] = transforms.crop_mask(target["masks"], *window)
-        keep &= masks.flatten(1).any(1)
+        keep &= masks.flatten(1).bool().any(1)
         cut = keep & (cropped[:, 2:] - cropped[:, :2] != boxes[:, 2:] - boxes[:, :2]).as_subclass(Tensor).any(1)
         changed["boxes"][cut] = masks_to_boxes(masks[cut]) + torch.tensor([0.0, 0, 1, 1])
     kept = {name: value[keep] if isinstance(value, Tensor) else value for name, value in changed.items()}

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +23,12 @@ from .augmentation import Augmentation
 from .coco import CocoDataset
 from .images import pad_elongated
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
+
+MOST_FILES = 65536
 WORKER_GRACE = 600  # seconds that a data-loading process continues after SIGTERM
 
 
@@ -107,6 +113,7 @@ def load_batches(
     Closing the iterator ends the data-loading processes.
     """
     options = config.training
+    _allow_many_files()
     # A single loader for all epochs prefetches across their ends. The explicit generator keeps the loader from
     # drawing the seeds of its processes from the global one.
     loader: DataLoader[Any] = DataLoader(
@@ -132,6 +139,17 @@ def load_batches(
                 for target in batch.targets
             ],
         )
+
+
+def _allow_many_files() -> None:
+    """Raise the limit of open files: each tensor that a data-loading process has finished is one."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _keys(batches: AspectRatioBatches, epochs: int, first: int) -> Iterator[list[tuple[int, int]]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,16 +21,18 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
 from dcnops.detector.config import Config
 from dcnops.detector.data import AspectRatioBatches, Batch, CocoDataset, find_data, load_batches, write_synthetic
-from dcnops.detector.engine import CHECKPOINT, MODEL, Interrupted, Trainer, detect, train
+from dcnops.detector.engine import BEST, CHECKPOINT, MODEL, Interrupted, Trainer, detect, train, training
 from dcnops.detector.engine import progress as progress_module
 from dcnops.detector.engine import trainer as trainer_module
 from dcnops.detector.engine.interruption import StopRequests
 from dcnops.detector.engine.progress import Progress
 from dcnops.detector.engine.trainer import MOST_SKIPPED, build_trainer, learning_rate_factor
+from dcnops.detector.engine.training import HISTORY
 from dcnops.detector.errors import UserError
 from dcnops.detector.model import build_detector, load_checkpoint, load_detector
 from tests.detector.configurations import assignments
@@ -81,7 +86,7 @@ def build(config: Config = TINY, seed: int = 0) -> nn.Module:
     return build_detector(config.network, 2)
 
 
-def run(out: Path, data: Path, *assignments: str, resume: bool = False, evaluate: bool = False):
+def run(out: Path, data: Path, *assignments: str, resume: Any = False, evaluate: bool = False):
     config = TINY.set(assignments)
     images = dataset(data)
     # A resumed run must not depend on the model and the random state at its start.
@@ -332,8 +337,84 @@ def test_resuming_gives_the_uninterrupted_run(uninterrupted, data, tmp_path, mon
     # A finished run has nothing left to do, unless it gets more epochs.
     run(tmp_path, data, resume=True)
     assert_same_run(tmp_path, uninterrupted, "workers", "save_every")
-    run(tmp_path, data, "training.epochs=3", resume=True)
+    run(tmp_path, data, "training.epochs=3", "training.lr_steps=2", "network.max_detections=5", resume=True)
     assert load_checkpoint(tmp_path / MODEL)["iteration"] == 15
+    history = [json.loads(line) for line in (tmp_path / HISTORY).read_text().splitlines()]
+    assert [line["iteration"] for line in history] == [5, 10, 15]
+    # The milestone 1.5 has been replaced by 2.
+    assert [line["lr"] for line in history] == pytest.approx([0.02, 0.002, 0.002])
+
+
+EVERYTHING = assignments(
+    training="batch_size=1 accumulate=2 ema=0.9 min_sizes=40,48,56 scale_jitter=0.5,2 color_jitter=0.4 bias_lr_mult=2 "
+    "bias_weight_decay=0 evaluate_every=1",
+    network="score_threshold=0 max_detections=10",
+)
+
+
+def test_resuming_with_all_options_that_have_a_state(data, tmp_path, monkeypatch):
+    """One command starts and continues; a run that is stopped in an evaluation repeats it."""
+    reference, out = tmp_path / "reference", tmp_path / "out"
+    run(reference, data, *EVERYTHING, "training.workers=1", evaluate=True)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Interrupted):
+            run(out, data, *EVERYTHING, resume="auto", evaluate=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "coco_metrics", lambda *rest: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(out, data, *EVERYTHING, resume="auto", evaluate=True)
+    assert load_checkpoint(out / CHECKPOINT)["iteration"] == 5 and not (out / BEST).exists()
+    run(out, data, *EVERYTHING, resume="auto", evaluate=True)
+    assert_same_run(out, reference, "workers")
+    assert (out / HISTORY).read_bytes() == (reference / HISTORY).read_bytes()
+    assert len((out / HISTORY).read_text().splitlines()) == 2
+    assert_equal(*(load_checkpoint(folder / BEST)["model"] for folder in (out, reference)))
+    # The averages are in all files, the parameters for going on only in one.
+    content = load_checkpoint(out / CHECKPOINT)
+    assert_equal(content["model"], load_checkpoint(out / MODEL)["model"])
+    assert any(not torch.equal(value, content["model"][name]) for name, value in content["trained"].items())
+    assert Config.from_dict(json.loads((out / "config.json").read_text())) == TINY.set(EVERYTHING)
+
+
+def test_early_stopping_and_the_best_model(data, tmp_path, monkeypatch, capsys):
+    precisions = iter([0.2, 0.5, 0.5, 0.3, 0.1])
+    metrics = training.coco_metrics
+
+    def evaluated(*rest: Any) -> Any:
+        (scores,) = metrics(*rest).values()
+        return {"bbox": dataclasses.replace(scores, AP=next(precisions))}
+
+    monkeypatch.setattr(training, "coco_metrics", evaluated)
+    options = ["training.epochs=9", "training.evaluate_every=1", "training.patience=2", *EVALUATED]
+    last = run(tmp_path, data, *options, evaluate=True)
+    assert last["bbox"].AP == 0.3
+    assert [load_checkpoint(tmp_path / name)["iteration"] for name in (MODEL, CHECKPOINT, BEST)] == [20, 20, 10]
+    assert "the box AP has been best after epoch 2 (0.500), 2 evaluations ago" in capsys.readouterr().out
+    # It stays stopped, until the patience grows.
+    run(tmp_path, data, *options, resume=True, evaluate=True)
+    assert [load_checkpoint(tmp_path / name)["iteration"] for name in (MODEL, BEST)] == [20, 10]
+    with pytest.raises(UserError, match=r"training\.patience=2 needs validation data"):
+        run(tmp_path / "other", data, *options)
+
+
+@pytest.mark.parametrize("failing", ["thread", "close"])
+def test_a_full_disk_while_tensorboard_writes(data, tmp_path, monkeypatch, capfd, failing):
+    def full(*arguments: object) -> None:
+        # As from write(2), without a file name.
+        if failing == "close" or (tmp_path / CHECKPOINT).exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(*arguments)
+
+    hook = threading.excepthook
+    name = "close" if failing == "close" else "write"
+    original = getattr(RecordWriter, name)
+    monkeypatch.setattr(RecordWriter, name, full)
+    monkeypatch.setattr(progress_module, "LOG_EVERY", 1)
+    with pytest.raises(UserError, match=r"tensorboard: cannot be written \(disk full: No space left on device\)$"):
+        run(tmp_path, data, "training.log_offsets_every=1")
+    assert "Traceback" not in capfd.readouterr().err and threading.excepthook is hook
+    load_checkpoint(tmp_path / CHECKPOINT)
 
 
 def test_a_killed_run_loses_at_most_one_interval(data, tmp_path):
@@ -524,8 +605,9 @@ def test_offsets_and_masks_are_logged_and_change_nothing(data, tmp_path):
         for tag in (f"offsets/{layer}", f"masks/{layer}"):
             assert [event.step for event in logged.Histograms(tag)] == [4, 8]
         assert 0 <= logged.Scalars(f"off_the_map/{layer}")[-1].value <= 1
-        # Masks are sigmoids and start at one half.
-        assert logged.Scalars(f"masks_mean/{layer}")[0].value == pytest.approx(0.5, abs=0.1)
+        # Masks are scaled sigmoids, which start at one half.
+        mean = TINY.network.roi_mask_scale / 2 if "pool" in layer else TINY.network.conv_mask_scale / 2
+        assert logged.Scalars(f"masks_mean/{layer}")[0].value == pytest.approx(mean, abs=0.1)
 
 
 def test_memory_is_not_reported_on_windows(tmp_path, monkeypatch, capsys):
