@@ -90,7 +90,7 @@ def run(out: Path, data: Path, *assignments: str, resume: Any = False, evaluate:
     config = TINY.set(assignments)
     images = dataset(data)
     # A resumed run must not depend on the model and the random state at its start.
-    model = build(config, seed=9 if resume else 0)
+    model = build(config, seed=9 if (out / CHECKPOINT).exists() else 0)
     return train(model, config, images, images if evaluate else None, out, CPU, resume=resume)
 
 
