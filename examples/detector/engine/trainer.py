@@ -138,7 +138,7 @@ class Trainer:
         self.average = {}
 
     def state(self) -> dict[str, Any]:
-        """Return the state that a checkpoint holds in addition to the model, whose parameters are `averaged`."""
+        """Return the state that a checkpoint holds in addition to the model, which has its `averaged` parameters."""
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         if isinstance(self.model, MimickingDetector):
             state["crop_classifier"] = self.model.classifier.state_dict()
