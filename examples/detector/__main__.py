@@ -40,8 +40,9 @@ try:
         TrainOptions,
     )
     from .config import Config, describe_options
-    from .data import CocoDataset, check_categories, find_data, find_images, write_synthetic
+    from .data import CocoDataset, check_categories, find_data, find_images, read_json, write_synthetic
     from .engine import (
+        RESUME_HINT,
         Interrupted,
         Kind,
         build_and_train,
@@ -55,7 +56,7 @@ try:
         world_size,
         write_results,
     )
-    from .errors import UserError, printable
+    from .errors import UserError, os_problem, printable
     from .model import cost_rows, cost_table, load_detector
     from .predict import AMP_TYPES, draw_checkpoints, predict, write_predictions
     from .recipes import run_ablation, run_demo
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except OSError:
             _discard_output()
-        return _report_error(f"{error.filename or 'output'}: {error.strerror or error}")
+        return _report_error(f"{error.filename or 'output'}: {os_problem(error)}")
     return 0
 
 
@@ -128,7 +129,9 @@ def run_train(options: TrainOptions) -> None:
         if val_set:
             _warn(val_set, val_annotations)
         weights = options.weights or ("none" if config.network.backbone == "small" else "imagenet")
-        build_and_train(config, train_set, val_set, options.out, device, weights=weights, resume=options.resume)
+        resume = options.resume if options.resume == "auto" else options.resume == "always"
+        hint = "the same command goes on from there" if options.resume == "auto" else RESUME_HINT
+        build_and_train(config, train_set, val_set, options.out, device, weights=weights, resume=resume, hint=hint)
 
 
 def run_evaluate(options: EvaluateOptions) -> None:
@@ -234,7 +237,14 @@ def _config(options: TrainOptions) -> Config:
         "network.backbone": options.backbone,
         "mimicking.regions": options.mimic,
     }
-    return Config().set([*(f"{name}={value}" for name, value in shortcuts.items() if value is not None), *options.set])
+    config = Config()
+    if options.config:
+        values = read_json(options.config)
+        try:
+            config = Config.from_dict(values)
+        except UserError as error:
+            raise UserError(f"--config {options.config}: {error}") from None
+    return config.set([*(f"{name}={value}" for name, value in shortcuts.items() if value is not None), *options.set])
 
 
 def _data(options: Any, split: Literal["train", "val"], prefix: str = "") -> tuple[Path, Path]:

@@ -60,6 +60,8 @@ def _add_options(parser: argparse.ArgumentParser, kind: type) -> None:
         name = item.name if metadata.get("positional") else "--" + item.name.replace("_", "-")
         arguments = _type_arguments(types_of[item.name], metadata)
         arguments |= {"help": _help(item), "default": argparse.SUPPRESS}
+        if "bare" in metadata:  # the value of an option without one
+            arguments |= {"nargs": "?", "const": metadata["bare"]}
         if "metavar" in metadata:
             arguments["metavar"] = metadata["metavar"]
         if required and not metadata.get("positional"):

@@ -79,7 +79,12 @@ class TrainOptions(DataOption, SetOption, DeviceOption):
         "or 1.9 times with training.amp=bfloat16; prediction is not slower",
         metavar="REGIONS",
     )
-    resume: bool = option(False, "continue from the checkpoint in --out")
+    config: Path | None = option(
+        None, "JSON file with the configuration, such as the config.json of another run; --set changes it"
+    )
+    resume: Literal["never", "always", "auto"] = option(
+        "never", "continue from the checkpoint in --out; auto: if there is one; default: never", bare="always"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,10 +112,15 @@ class TrainingConfig:
     """Training recipe: section 5.1 of the paper, completed by Detectron's defaults."""
 
     epochs: int = option(16, "passes over the data", 1, 10**6)
-    batch_size: int = option(2, "images per process and iteration", 1, 4096)
+    batch_size: int = option(2, "images per process and forward pass", 1, 4096)
+    accumulate: int = option(
+        1, "forward and backward passes per iteration, to train with larger batches than the memory holds", 1, 1024
+    )
     lr: float = option(0.02, "learning rate for lr_batch images per iteration, scaled to the actual number", 0, 1000)
     lr_batch: int = option(16, "images per iteration, over all processes, that lr refers to", 1, 10**6)
-    lr_steps: tuple[float, ...] = option((10, 14), "epochs after which the learning rate is divided by 10", 0, 1e6)
+    lr_steps: tuple[float, ...] = option(
+        (10, 14), "epochs after which the learning rate is divided by 10", 0, 1e6, may_be_empty=True
+    )
     warmup_iterations: int = option(500, "iterations of linear warm-up", 0, 10**9)
     warmup_factor: float = option(1 / 3, "factor of the learning rate at the start of the warm-up", 0, 1)
     optimizer: Literal["sgd", "adamw"] = option("sgd", "adamw learns faster from scratch; use it with lr=0.001")
@@ -127,8 +132,42 @@ class TrainingConfig:
     roi_offset_lr_mult: float = option(
         -1, "learning rate factor of the offset branches of RoI pooling; -1: 1 of modulated ones, 0.01 of v1", -1, 1000
     )
+    bias_lr_mult: float = option(1.0, "learning rate factor of biases; the authors' code: 2", 0, 1000)
+    bias_weight_decay: float = option(
+        -1.0, "weight decay of biases; the authors' code: 0; -1: that of the other parameters", -1, 1000
+    )
     clip_norm: float = option(0.0, "maximum norm of the gradient; 0: no clipping", 0, 1e9)
+    ema: float = option(
+        0.0,
+        "decay per iteration of a moving average of the parameters, such as 0.9998; the average is evaluated and saved "
+        "as the model; 0: none",
+        0,
+        0.999999,
+    )
     flip: float = option(0.5, "probability of a horizontal flip", 0, 1)
+    min_sizes: tuple[int, ...] = option(
+        (),
+        "training at several scales: an image is resized with one of these instead of network.min_size, at random; "
+        "none: off",
+        1,
+        16384,
+        may_be_empty=True,
+    )
+    scale_jitter: tuple[float, ...] = option(
+        (),
+        "smallest and largest factor of a random enlargement (large-scale jitter), such as 0.1,2: an enlarged image is "
+        "cropped, a smaller one surrounded with grey; none: off",
+        0.05,
+        20,
+        may_be_empty=True,
+    )
+    color_jitter: float = option(
+        0.0,
+        "strength s of random changes of the colours: brightness, contrast and saturation by factors of 1 - s to "
+        "1 + s, the hue by up to s / 4 of a turn; 0: none",
+        0,
+        1,
+    )
     amp: Literal["none", "float16", "bfloat16"] = option("none", "autocast to a 16-bit type")
     negative_images: bool = option(False, "also train on images without annotations, as negative examples")
     group_aspect_ratios: bool = option(True, "do not mix wide and tall images in a batch")
@@ -139,6 +178,17 @@ class TrainingConfig:
         200, "iterations between histograms of offsets and masks in TensorBoard; 0: none", 0, 10**9
     )
     evaluate_every: int = option(1, "epochs between evaluations; 0: only after the last", 0, 10**6)
+    best_by: Literal["auto", "box", "mask"] = option(
+        "auto", "average precision that chooses best.pth and ends the training; auto: of masks if there are any"
+    )
+    patience: int = option(
+        0, "end the training after this number of evaluations without a better average precision; 0: never", 0, 10**6
+    )
+
+    @property
+    def images(self) -> int:
+        """Images per process and iteration."""
+        return self.batch_size * self.accumulate
 
 
 @dataclass(frozen=True)
@@ -182,6 +232,7 @@ class Config:
             training,
             offset_lr_mult=offsets if training.offset_lr_mult < 0 else training.offset_lr_mult,
             roi_offset_lr_mult=branches if training.roi_offset_lr_mult < 0 else training.roi_offset_lr_mult,
+            bias_weight_decay=training.weight_decay if training.bias_weight_decay < 0 else training.bias_weight_decay,
         )
 
     def set(self, assignments: Iterable[str]) -> Config:
@@ -230,10 +281,9 @@ class Config:
                 f"network.rpn_negative_iou must be at most rpn_positive_iou={network.rpn_positive_iou}, "
                 f"got {network.rpn_negative_iou}"
             )
-        if config.training.optimizer == "adamw" and config.training.momentum == 1:
-            raise UserError("training.momentum must be less than 1 with training.optimizer=adamw, got 1.0")
         if network.max_size < network.min_size:
             raise UserError(f"network.max_size must be at least min_size={network.min_size}, got {network.max_size}")
+        _check_training(config.training, network)
         return config
 
 
@@ -269,6 +319,23 @@ def describe_options() -> str:
     return "\n".join(lines)
 
 
+def _check_training(training: TrainingConfig, network: NetworkConfig) -> None:
+    """Check the options of the training that depend on each other."""
+    if training.optimizer == "adamw" and training.momentum == 1:
+        raise UserError("training.momentum must be less than 1 with training.optimizer=adamw, got 1.0")
+    if max(training.min_sizes, default=0) > network.max_size:
+        raise UserError(
+            f"training.min_sizes must be at most network.max_size={network.max_size}, got {max(training.min_sizes)}"
+        )
+    jitter = training.scale_jitter
+    if jitter and (len(jitter) != 2 or jitter[0] > jitter[1]):
+        raise UserError(f"training.scale_jitter must be a smallest and a largest factor, got {_text(jitter)}")
+    if training.best_by == "mask" and network.detector != "mask":
+        raise UserError("training.best_by=mask needs network.detector=mask")
+    if training.patience and not training.evaluate_every:
+        raise UserError(f"training.patience={training.patience} needs training.evaluate_every of at least 1, got 0")
+
+
 def _types(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
@@ -287,7 +354,7 @@ def _text(value: object) -> str:
 def _parse(text: str, name: str, kind: Any) -> Any:
     """Parse an option's value from the command line."""
     if typing.get_origin(kind) is tuple:
-        return [_parse(item, name, float) for item in text.split(",") if item]
+        return [_parse(item, name, typing.get_args(kind)[0]) for item in text.split(",") if item]
     if kind is bool:
         words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
         return words.get(text.lower(), text)
@@ -308,11 +375,11 @@ def _check(value: Any, name: str, kind: Any, metadata: Mapping[str, Any]) -> Any
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{name} must be numbers with commas between them, got {value!r}")
-        if not value and name != "training.lr_steps":
+        if not value and not metadata.get("may_be_empty"):
             raise UserError(f"{name} must have at least one number")
         if len(value) > MOST_NUMBERS:
             raise UserError(f"{name} must have at most {MOST_NUMBERS} numbers, got {len(value)}")
-        return tuple(_check(item, name, float, metadata) for item in value)
+        return tuple(_check(item, name, typing.get_args(kind)[0], metadata) for item in value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (number and kind is float) and not (isinstance(value, kind) and number == (kind is int)):
         raise UserError(f"{name} must be {_kind_name(kind)}, got {_short(value)}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 
 class UserError(Exception):
     """A mistake in the user's arguments, files or data.
@@ -11,6 +14,17 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+def os_problem(error: OSError) -> str:
+    """Describe an error of the operating system; that of a full disk or an exhausted quota begins with "disk full"."""
+    text = error.strerror or str(error)
+    return f"disk full: {text}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else text
+
+
+def cannot_write(path: Path | str, error: OSError) -> UserError:
+    """Build the error of a file or folder that cannot be written."""
+    return UserError(f"{path}: cannot be written ({os_problem(error)})")
 
 
 def printable(text: str) -> str:

@@ -94,6 +94,26 @@ def test_predict_from_the_checkpoint_alone(run, data, tmp_path):
         assert Image.open(tmp_path / item["picture"]).width >= 64
 
 
+def test_a_run_from_the_configuration_of_another(run, data, fails, tmp_path):
+    """`--resume auto` starts, then goes on."""
+    command = ["train", "--data", str(data), "--out", str(tmp_path / "out"), "--config", str(run / "config.json")]
+    command += ["--device", "cpu", "--resume", "auto", "--set"]
+    for epochs in (1, 2):
+        assert main([*command, f"training.epochs={epochs}"]) == 0
+        assert load_checkpoint(tmp_path / "out" / "model.pth")["iteration"] == 2 * epochs
+    written, original = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", run))
+    assert written["training"].pop("epochs") == 2 and original["training"].pop("epochs") == 1
+    assert written == original
+
+    (tmp_path / "bad.json").write_text('{"network": {"colour": 1}}')
+    for name, message in (
+        ("bad.json", r"bad.json: network.colour: there is no such option"),
+        ("none.json", "none.json"),
+    ):
+        assert message in fails("train", "--data", data, "--out", tmp_path / "new", "--config", tmp_path / name)
+    assert "invalid choice: 'maybe'" in fails("train", "--data", data, "--out", tmp_path, "--resume", "maybe")
+
+
 def test_resume_trains_on(run, data):
     command = ["train", "--data", str(data), "--out", str(run), "--preset", "dcnv2", "--detector", "mask"]
     command += ["--backbone", "small", "--device", "cpu", "--resume", "--set", *TINY, *QUICK]
@@ -178,8 +198,9 @@ def test_paths_that_are_too_long(fails, data, run, tmp_path):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(28, "No space left on device", "out/table.md"), "out/table.md: No space left on device"),
-        (OSError(28, "No space left on device"), "output: No space left on device"),
+        (OSError(28, "No space left on device", "out/table.md"), "out/table.md: disk full: No space left on device"),
+        (OSError(28, "No space left on device"), "output: disk full: No space left on device"),
+        (OSError(30, "Read-only file system", "out"), "out: Read-only file system"),
         (
             ModuleNotFoundError(name="tensorboard.compat"),
             "the package tensorboard is missing: pip install -e '.[detector]'",

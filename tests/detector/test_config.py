@@ -72,6 +72,11 @@ def test_assignments():
         ("network.deform_groups=" + "9" * 5000, "network.deform_groups must be a whole number, got '9999"),
         ("training.lr=1e400", "training.lr must be finite, got inf"),
         ("network.anchor_sizes=" + "8," * 1000, "network.anchor_sizes must have at most 100 numbers, got 1000"),
+        ("training.min_sizes=640,1400", "training.min_sizes must be at most network.max_size=1333, got 1400"),
+        ("training.min_sizes=640.5", "training.min_sizes must be a whole number, got '640.5'"),
+        ("training.scale_jitter=2", "training.scale_jitter must be a smallest and a largest factor, got 2"),
+        ("training.scale_jitter=2,0.5", "training.scale_jitter must be a smallest and a largest factor, got 2,0.5"),
+        ("training.best_by=mask", "training.best_by=mask needs network.detector=mask"),
         ("training.amp=half", "training.amp must be one of none, float16, bfloat16, got 'half'"),
     ],
 )
@@ -88,8 +93,15 @@ def test_a_pyramid_needs_five_anchor_sizes():
     Config().set(["network.anchor_sizes=8,16,32"])
 
 
+def test_patience_needs_evaluations():
+    with pytest.raises(UserError, match=r"training\.patience=2 needs training\.evaluate_every of at least 1"):
+        Config().set(["training.patience=2", "training.evaluate_every=0"])
+
+
 def test_json_round_trip():
-    config = Config().set(["network.anchor_sizes=8,16", "training.lr_steps=1", "network.share_branch=false"])
+    config = Config().set(
+        ["network.anchor_sizes=8,16", "training.min_sizes=640,800", "training.lr_steps=1", "network.share_branch=false"]
+    )
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -119,7 +131,7 @@ def test_every_number_has_bounds():
     """Also on the command line."""
     for kind in [*SECTIONS.values(), *(options for _, options in COMMANDS.values())]:
         for item in dataclasses.fields(kind):
-            numbers = re.fullmatch(r"(int|float|tuple\[float, \.\.\.\])( \| None)?", str(item.type))
+            numbers = re.fullmatch(r"(int|float|tuple\[(float|int), \.\.\.\])( \| None)?", str(item.type))
             if numbers and "numbers" not in item.metadata:
                 low, high = item.metadata["minimum"], item.metadata["maximum"]
                 assert low is not None and high is not None and low < high, (kind, item.name)

@@ -1,6 +1,7 @@
 """Data: COCO files, the synthetic data set, images, batches and JSON files."""
 
-from .batches import AspectRatioBatches, Batch, MirroredImages, load_batches, prepare_worker, worker_errors
+from .augmentation import Augmentation
+from .batches import AspectRatioBatches, AugmentedImages, Batch, load_batches, prepare_worker, worker_errors
 from .coco import (
     Category,
     CocoDataset,
@@ -12,15 +13,16 @@ from .coco import (
     load_train_and_val,
 )
 from .images import find_images, pad_elongated, read_image, to_picture
-from .json_files import read_json, write_json
+from .json_files import read_json, replace_text, write_json
 from .synthetic import write_synthetic
 
 __all__ = [
     "AspectRatioBatches",
+    "Augmentation",
+    "AugmentedImages",
     "Batch",
     "Category",
     "CocoDataset",
-    "MirroredImages",
     "Sample",
     "check_categories",
     "encode_segmentation",
@@ -33,6 +35,7 @@ __all__ = [
     "prepare_worker",
     "read_image",
     "read_json",
+    "replace_text",
     "to_picture",
     "worker_errors",
     "write_json",

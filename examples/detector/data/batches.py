@@ -1,4 +1,4 @@
-"""Training batches: their images, order and flips depend on the seed only."""
+"""Training batches: their images, order and random changes depend on the seed only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
@@ -16,14 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as transforms
-from torchvision.tv_tensors import BoundingBoxFormat
 
-from ..config import TrainingConfig
+from ..config import Config
 from ..errors import UserError
+from .augmentation import Augmentation
 from .coco import CocoDataset
 from .images import pad_elongated
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
+
+MOST_FILES = 65536
 WORKER_GRACE = 600  # seconds that a data-loading process continues after SIGTERM
 
 
@@ -74,26 +79,25 @@ class AspectRatioBatches:
 
 
 @dataclass(frozen=True, eq=False)
-class MirroredImages(Dataset[tuple[int, Tensor, dict[str, Any]] | UserError]):
-    """Samples (index, image, target) of a data set, flipped horizontally at random.
+class AugmentedImages(Dataset[tuple[int, Tensor, dict[str, Any]] | UserError]):
+    """Samples (index, image, target) of a data set, changed at random.
 
-    The key of a sample is (epoch, index); together with the seed it determines the flip. The sample of an unreadable
+    The key of a sample is (epoch, index); together with the seed it determines the changes. The sample of an unreadable
     image is its `UserError`, because a DataLoader would turn a raised error into the text of a traceback.
     """
 
     dataset: CocoDataset
+    augmentation: Augmentation
     _: KW_ONLY
-    flip: float  # probability
     seed: int
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor, dict[str, Any]] | UserError:
         epoch, index = key
         try:
-            image, target = self.dataset[index]
+            sample = self.dataset[index]
         except UserError as error:
             return error
-        if np.random.default_rng((self.seed, epoch, index)).random() < self.flip:
-            image, target = mirror(image, target)
+        image, target = self.augmentation(sample, np.random.default_rng((self.seed, epoch, index)))
         padded = pad_elongated(image)
         if "masks" in target and padded.shape != image.shape:
             rows, columns = (new - old for new, old in zip(padded.shape[1:], image.shape[1:]))
@@ -101,29 +105,21 @@ class MirroredImages(Dataset[tuple[int, Tensor, dict[str, Any]] | UserError]):
         return index, padded, target
 
 
-def mirror(image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Flip a sample horizontally."""
-    height, width = image.shape[-2:]
-    boxes = transforms.horizontal_flip_bounding_boxes(target["boxes"], BoundingBoxFormat.XYXY, (height, width))
-    target = {**target, "boxes": boxes}
-    if "masks" in target:
-        target["masks"] = transforms.horizontal_flip_mask(target["masks"])
-    return transforms.horizontal_flip_image(image), target
-
-
 def load_batches(
-    dataset: CocoDataset, batches: AspectRatioBatches, config: TrainingConfig, device: torch.device, first: int = 0
+    dataset: CocoDataset, batches: AspectRatioBatches, config: Config, device: torch.device, first: int = 0
 ) -> Generator[Batch]:
     """Yield the batches of all epochs from iteration `first` on, as tensors on `device`.
 
     Closing the iterator ends the data-loading processes.
     """
+    options = config.training
+    _allow_many_files()
     # A single loader for all epochs prefetches across their ends. The explicit generator keeps the loader from
     # drawing the seeds of its processes from the global one.
     loader: DataLoader[Any] = DataLoader(
-        MirroredImages(dataset, flip=config.flip, seed=config.seed),
-        batch_sampler=_keys(batches, config.epochs, first),
-        num_workers=config.workers,
+        AugmentedImages(dataset, Augmentation.of(config), seed=options.seed),
+        batch_sampler=_keys(batches, options.epochs, first),
+        num_workers=options.workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=prepare_worker,
@@ -143,6 +139,17 @@ def load_batches(
                 for target in batch.targets
             ],
         )
+
+
+def _allow_many_files() -> None:
+    """Raise the limit of open files: each tensor that a data-loading process has finished is one."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _keys(batches: AspectRatioBatches, epochs: int, first: int) -> Iterator[list[tuple[int, int]]]:

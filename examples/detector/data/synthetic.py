@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, cannot_write
 
 Array = npt.NDArray[np.float64]
 
@@ -120,7 +120,7 @@ def write_synthetic(
                     data["annotations"].append(annotation)
             (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(data))
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}") from None
+        raise cannot_write(error.filename or folder, error) from None
 
 
 class Stroke(NamedTuple):

@@ -14,11 +14,14 @@ from .evaluation import (
     write_results,
 )
 from .interruption import Interrupted
-from .training import CHECKPOINT, MODEL, Trainer, build_and_train, build_trainer, train
+from .trainer import Trainer, build_trainer
+from .training import BEST, CHECKPOINT, MODEL, RESUME_HINT, build_and_train, train
 
 __all__ = [
+    "BEST",
     "CHECKPOINT",
     "MODEL",
+    "RESUME_HINT",
     "SUMMARY",
     "Interrupted",
     "Kind",

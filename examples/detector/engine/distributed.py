@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from ..errors import UserError
 
 T = TypeVar("T")
+TIMEOUT = timedelta(hours=1)  # the other processes wait while the first one computes the metrics
 ADVICE = "start several processes with torchrun, or unset WORLD_SIZE for one"
 
 
@@ -56,9 +58,9 @@ def session(device: str | torch.device = "auto") -> Iterator[torch.device]:
         yield chosen
         return
     if chosen.type == "cuda":
-        dist.init_process_group("nccl", device_id=chosen)
+        dist.init_process_group("nccl", device_id=chosen, timeout=TIMEOUT)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
         yield chosen
     finally:

@@ -30,7 +30,7 @@ from ..data import (
     worker_errors,
     write_json,
 )
-from ..errors import UserError, printable
+from ..errors import UserError, cannot_write, printable
 from ..predict import coco_results, evaluating, infer
 from .distributed import gather_lists, is_main, rank, world_size
 
@@ -186,7 +186,7 @@ def write_results(
             write_json(folder / f"detections_{kind}.json", _of_kind(results, kind))
         write_json(folder / "metrics.json", values, indent=2)
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror})") from None
+        raise cannot_write(error.filename or folder, error) from None
 
 
 def load_results(path: Path, coco: pycocotools.coco.COCO) -> tuple[list[dict[str, Any]], tuple[Kind, ...]]:

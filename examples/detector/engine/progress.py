@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from tqdm import tqdm
 
 from dcnops.adapters.torch.spatial_support import LayerStatistics
 
-from ..errors import UserError
+from ..errors import UserError, cannot_write
 
 try:
     import resource
@@ -37,10 +39,12 @@ class Progress:
 
         self.device = device
         self.first, self.total, self.per_epoch = first, total, per_epoch
+        self.folder = folder
+        # TensorBoard writes in a thread, which prints a traceback if it fails; the next call raises the error again.
+        self.report_thread, threading.excepthook = threading.excepthook, self._thread_failed
         try:
-            self.writer = SummaryWriter(str(folder), purge_step=first + 1)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+            with self._writing():
+                self.writer = SummaryWriter(str(folder), purge_step=first + 1)
         except UnicodeEncodeError:
             raise UserError(f"{folder}: TensorBoard needs a name in UTF-8, give --out another folder") from None
         self.terminal = sys.stderr.isatty()
@@ -54,10 +58,17 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, _: object) -> None:
         with contextlib.suppress(OSError):  # the terminal may be gone
             self.bar.close()
-        self.writer.close()
+        try:
+            with self._writing():
+                self.writer.close()
+        except UserError:
+            if error is None:
+                raise
+        finally:
+            threading.excepthook = self.report_thread
 
     def iteration(self, done: int, losses: Mapping[str, float], lr: float, gradient_norm: float) -> None:
         """Record iteration number `done`, counted from 1; its time starts at the previous call."""
@@ -93,19 +104,21 @@ class Progress:
 
     def scalars(self, done: int, values: Mapping[str, float]) -> None:
         """Add scalars to TensorBoard, except NaN."""
-        for name, value in values.items():
-            if not math.isnan(value):
-                self.writer.add_scalar(name, value, done)
-        self.writer.flush()
+        with self._writing():
+            for name, value in values.items():
+                if not math.isnan(value):
+                    self.writer.add_scalar(name, value, done)
+            self.writer.flush()
 
     def offsets(self, done: int, statistics: Mapping[str, LayerStatistics]) -> None:
         """Add histograms of each deformable layer's offsets and masks, and the share of samples off the map."""
-        for name, layer in statistics.items():
-            for kind, values in (("offsets", layer.lengths), ("masks", layer.masks)):
-                if values is not None and (finite := values[values.isfinite()]).numel():
-                    self.writer.add_histogram(f"{kind}/{name}", finite, done)
-                    self.writer.add_scalar(f"{kind}_mean/{name}", finite.mean(), done)
-            self.writer.add_scalar(f"off_the_map/{name}", layer.outside, done)
+        with self._writing():
+            for name, layer in statistics.items():
+                for kind, values in (("offsets", layer.lengths), ("masks", layer.masks)):
+                    if values is not None and (finite := values[values.isfinite()]).numel():
+                        self.writer.add_histogram(f"{kind}/{name}", finite, done)
+                        self.writer.add_scalar(f"{kind}_mean/{name}", finite.mean(), done)
+                self.writer.add_scalar(f"off_the_map/{name}", layer.outside, done)
 
     def say(self, text: str) -> None:
         """Print on stdout without breaking the bar."""
@@ -116,6 +129,18 @@ class Progress:
         """Exclude the time since the last iteration from the rates."""
         self.bar.unpause()
         self.clock = time.perf_counter()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Name the folder in an error of TensorBoard."""
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(error.filename or self.folder, error) from None
+
+    def _thread_failed(self, arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            self.report_thread(arguments)
 
     def _memory(self) -> str:
         if self.device.type == "cuda":

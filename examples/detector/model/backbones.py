@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models._utils import IntermediateLayerGetter
@@ -22,12 +24,37 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 class FrozenNorm(FrozenBatchNorm2d):
-    """Frozen BatchNorm that keeps the dtype of its input; torchvision's returns float32 for 16-bit maps."""
+    """Frozen BatchNorm in one pass that keeps the dtype of its input; torchvision's returns float32 for 16-bit maps."""
+
+    # Statistics with their versions, dtype, and the scale and shift for them.
+    _cached: tuple[list[Tensor], list[int], torch.dtype, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self._scale_and_shift(x.dtype)
+        return torch.addcmul(shift, x, scale)
+
+    def _scale_and_shift(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the factor and the summand [C, 1, 1]; those of the last call if the statistics have not changed."""
+        statistics = [self.weight, self.bias, self.running_mean, self.running_var]
+        if torch.compiler.is_compiling():
+            return self._compute(dtype)
+        versions = [0 if item.is_inference() else item._version for item in statistics]
+        if self._cached is not None:
+            known, known_versions, known_dtype, scale, shift = self._cached
+            if known_dtype == dtype and known_versions == versions and all(map(operator.is_, known, statistics)):
+                return scale, shift
+        with torch.inference_mode(False):  # training can use what was computed in inference mode
+            scale, shift = self._compute(dtype)
+        # Results of a recorded graph are wrong outside of it. Those of a fake mode are a subclass of Tensor.
+        recorded = torch._C._get_tracing_state() or (scale.is_cuda and torch.cuda.is_current_stream_capturing())
+        if type(scale) is Tensor and not recorded:
+            self._cached = statistics, versions, dtype, scale, shift
+        return scale, shift
+
+    def _compute(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
-        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+        return scale.to(dtype)[:, None, None], shift.to(dtype)[:, None, None]
 
 
 class SmallResNet(resnet.ResNet):

@@ -16,7 +16,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from ..config import Config
 from ..data import Category
-from ..errors import UserError
+from ..errors import UserError, cannot_write
 from .network import build_detector
 from .state_files import check_archive, tensor_problem
 
@@ -59,6 +59,8 @@ def save_checkpoint(
             partial.unlink()
         # torch hides the error of a full disk behind a RuntimeError.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        if isinstance(cause, OSError):
+            raise cannot_write(path, cause) from None
         raise UserError(f"{path}: cannot be written ({cause})") from error
 
 

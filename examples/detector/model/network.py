@@ -53,6 +53,8 @@ class DetectorTransform(GeneralizedRCNNTransform):
     of targets keep the size of the image file if `resize_masks` is false.
     """
 
+    train_sizes: tuple[int, ...] = ()  # shorter sides in training, chosen at random; else `min_size`
+
     def __init__(self, *args: Any, resize_masks: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.resize_masks = resize_masks
@@ -64,6 +66,11 @@ class DetectorTransform(GeneralizedRCNNTransform):
             return resized
         image, others = super().resize(image, {name: value for name, value in target.items() if name != "masks"})
         return image, {**target, **others}
+
+    def torch_choice(self, k: list[int]) -> int:
+        """Choose a size in training."""
+        size: int = super().torch_choice(list(self.train_sizes) or k)
+        return size
 
     def postprocess(
         self,

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data import Category, read_image, to_picture, write_json
-from ..errors import UserError
+from ..errors import UserError, cannot_write
 from .drawing import draw_detections
 from .inference import Detections, coco_results, evaluating, infer
 
@@ -98,7 +98,7 @@ def write_predictions(
             listed = [category._asdict() for category in categories]
             write_json(out / "predictions.json", {"images": images, "categories": listed, "detections": detections})
     except OSError as error:
-        raise UserError(f"{error.filename or out}: cannot be written ({error.strerror})") from None
+        raise cannot_write(error.filename or out, error) from None
     return len(detections)
 
 

@@ -16,7 +16,7 @@ from dcnops.adapters.torch.spatial_support import LayerNode, RoINode, offset_sta
 
 from ..config import option
 from ..data import Category, check_categories, pad_elongated, read_image
-from ..errors import UserError
+from ..errors import UserError, cannot_write
 from ..model import load_detector
 from .inference import evaluating, infer
 from .prediction import LARGEST
@@ -101,7 +101,7 @@ def draw_checkpoints(
             out.mkdir(parents=True, exist_ok=True)
             figure.savefig(out / name)
         except OSError as error:
-            raise UserError(f"{out / name}: cannot be written ({error.strerror})") from None
+            raise cannot_write(out / name, error) from None
     return [out / name for name in figures]
 
 

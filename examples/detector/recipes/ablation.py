@@ -25,7 +25,7 @@ from ..data import (
     write_synthetic,
 )
 from ..engine import CHECKPOINT, MODEL, SUMMARY, build_and_train, build_trainer, session, world_size
-from ..errors import UserError
+from ..errors import UserError, cannot_write
 from ..model import Count, count, load_checkpoint, load_detector
 from ..presets import PRESETS
 from .demo import demo_config
@@ -205,7 +205,7 @@ def _open_folder(out: Path, experiment: Experiment) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, description, indent=2)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+        raise cannot_write(f"--out {out}", error) from None
 
 
 def _train(
@@ -234,9 +234,9 @@ def _seconds_per_iteration(runs: Path, train_set: CocoDataset, device: torch.dev
 
 def _durations(model: torch.nn.Module, config: Config, train_set: CocoDataset, device: torch.device) -> Iterator[float]:
     training = config.training
-    batches = AspectRatioBatches(train_set.sizes, training.batch_size, seed=0, group=training.group_aspect_ratios)
+    batches = AspectRatioBatches(train_set.sizes, training.images, seed=0, group=training.group_aspect_ratios)
     trainer = build_trainer(model, config, device, len(batches))
-    loader = load_batches(train_set, batches, training, device)
+    loader = load_batches(train_set, batches, config, device)
     try:
         for done, batch in zip(range(TIMED_ITERATIONS + 1), loader):
             begin = time.perf_counter()

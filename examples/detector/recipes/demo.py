@@ -14,7 +14,7 @@ from dcnops.adapters.torch.spatial_support import offset_statistics
 from ..config import Config, NetworkConfig, TrainingConfig
 from ..data import CocoDataset, load_train_and_val, to_picture, write_synthetic
 from ..engine import MODEL, build_and_train, session
-from ..errors import UserError
+from ..errors import UserError, cannot_write
 from ..model import load_detector
 from ..predict import (
     Prediction,
@@ -113,7 +113,7 @@ def _clear(out: Path, folders: Iterable[Path]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         marker.touch()
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+        raise cannot_write(f"--out {out}", error) from None
 
 
 def _most_varied(predictions: list[Prediction]) -> int:

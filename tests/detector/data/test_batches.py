@@ -14,7 +14,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from dcnops.detector.config import Config
-from dcnops.detector.data import AspectRatioBatches, MirroredImages, load_batches, prepare_worker, worker_errors
+from dcnops.detector.data import (
+    AspectRatioBatches,
+    Augmentation,
+    AugmentedImages,
+    load_batches,
+    prepare_worker,
+    worker_errors,
+)
 from dcnops.detector.errors import UserError
 
 WIDE, TALL = (64, 48), (48, 64)
@@ -102,7 +109,7 @@ def test_epochs_are_a_function_of_the_seed_and_their_number():
 
 def test_mirroring():
     dataset = Images([WIDE])
-    (image, target), (index, mirrored, other) = dataset[0], MirroredImages(dataset, flip=1, seed=0)[4, 0]
+    (image, target), (index, mirrored, other) = dataset[0], AugmentedImages(dataset, Augmentation(1), seed=0)[4, 0]
     assert index == 0 and torch.equal(mirrored, image.flip(2)) and torch.equal(other["masks"], target["masks"].flip(2))
     assert other["boxes"].tolist() == [[54, 2, 61, 5], [63, 0, 64, 48]] and other["boxes"].dtype == torch.float32
     assert torch.equal(other["labels"], target["labels"]) and other["image_id"] == 0
@@ -114,14 +121,14 @@ def test_mirroring():
     empty = Images([WIDE])
     empty_target = {"boxes": torch.zeros(0, 4), "masks": torch.zeros(0, 48, 64, dtype=torch.uint8)}
     empty.__class__ = type("Empty", (Images,), {"__getitem__": lambda self, index: (image, empty_target)})
-    assert MirroredImages(empty, flip=1, seed=0)[0, 0][2]["boxes"].shape == (0, 4)
+    assert AugmentedImages(empty, Augmentation(1), seed=0)[0, 0][2]["boxes"].shape == (0, 4)
 
 
 def test_mirroring_is_a_function_of_the_seed_the_epoch_and_the_image():
     dataset = Images([WIDE] * 40)
 
     def drawn(seed: int, epoch: int, flip: float = 0.5) -> list[bool]:
-        images = MirroredImages(dataset, flip=flip, seed=seed)
+        images = AugmentedImages(dataset, Augmentation(flip), seed=seed)
         return [not torch.equal(images[epoch, index][1], dataset[index][0]) for index in range(40)]
 
     assert drawn(0, 3) == drawn(0, 3) and 8 < sum(drawn(0, 3)) < 32
@@ -133,7 +140,7 @@ def test_mirroring_is_a_function_of_the_seed_the_epoch_and_the_image():
 def test_elongated_images_are_padded(size):
     dataset = Images([size])
     image, target = dataset[0]
-    _, padded, padded_target = MirroredImages(dataset, flip=0, seed=0)[0, 0]
+    _, padded, padded_target = AugmentedImages(dataset, Augmentation(0), seed=0)[0, 0]
     assert min(padded.shape[1:]) == 32 and max(padded.shape[1:]) == 1000
     assert torch.equal(padded[:, : size[1], : size[0]], image)
     assert torch.equal(padded[:, -1, -1], image[:, -1, -1])
@@ -145,7 +152,7 @@ def test_elongated_images_are_padded(size):
 
 
 def load(dataset: Images, first: int, **options):
-    config = Config().set([f"training.{name}={value}" for name, value in {"epochs": 2, **options}.items()]).training
+    config = Config().set([f"training.{name}={value}" for name, value in {"epochs": 2, **options}.items()])
     (batches,) = make(dataset.sizes)
     return load_batches(dataset, batches, config, torch.device("cpu"), first)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,15 +21,18 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
 from dcnops.detector.config import Config
 from dcnops.detector.data import AspectRatioBatches, Batch, CocoDataset, find_data, load_batches, write_synthetic
-from dcnops.detector.engine import CHECKPOINT, MODEL, Interrupted, Trainer, detect, train, training
+from dcnops.detector.engine import BEST, CHECKPOINT, MODEL, Interrupted, Trainer, detect, train, training
 from dcnops.detector.engine import progress as progress_module
+from dcnops.detector.engine import trainer as trainer_module
 from dcnops.detector.engine.interruption import StopRequests
 from dcnops.detector.engine.progress import Progress
-from dcnops.detector.engine.training import MOST_SKIPPED, learning_rate_factor
+from dcnops.detector.engine.trainer import MOST_SKIPPED, build_trainer, learning_rate_factor
+from dcnops.detector.engine.training import HISTORY
 from dcnops.detector.errors import UserError
 from dcnops.detector.model import build_detector, load_checkpoint, load_detector
 from tests.detector.configurations import assignments
@@ -80,11 +86,11 @@ def build(config: Config = TINY, seed: int = 0) -> nn.Module:
     return build_detector(config.network, 2)
 
 
-def run(out: Path, data: Path, *assignments: str, resume: bool = False, evaluate: bool = False):
+def run(out: Path, data: Path, *assignments: str, resume: Any = False, evaluate: bool = False):
     config = TINY.set(assignments)
     images = dataset(data)
     # A resumed run must not depend on the model and the random state at its start.
-    model = build(config, seed=9 if resume else 0)
+    model = build(config, seed=9 if (out / CHECKPOINT).exists() else 0)
     return train(model, config, images, images if evaluate else None, out, CPU, resume=resume)
 
 
@@ -163,7 +169,7 @@ def test_learning_rates_of_the_parameters(data):
     assignments = ["training.lr=0.08", "training.lr_batch=16", "training.roi_offset_lr_mult=0.5"]
     trainer = Trainer(build(), TINY.set(assignments).resolve_training(), CPU, 5)
     images = dataset(data)
-    step = trainer.step(next(load_batches(images, batches(images), TINY.training, CPU)), 6)
+    step = trainer.step(next(load_batches(images, batches(images), TINY, CPU)), 6)
     base = 0.08 * 2 / 16
     assert step.lr == pytest.approx(base)
     names = {parameter: name for name, parameter in trainer.model.named_parameters()}
@@ -331,8 +337,84 @@ def test_resuming_gives_the_uninterrupted_run(uninterrupted, data, tmp_path, mon
     # A finished run has nothing left to do, unless it gets more epochs.
     run(tmp_path, data, resume=True)
     assert_same_run(tmp_path, uninterrupted, "workers", "save_every")
-    run(tmp_path, data, "training.epochs=3", resume=True)
+    run(tmp_path, data, "training.epochs=3", "training.lr_steps=2", "network.max_detections=5", resume=True)
     assert load_checkpoint(tmp_path / MODEL)["iteration"] == 15
+    history = [json.loads(line) for line in (tmp_path / HISTORY).read_text().splitlines()]
+    assert [line["iteration"] for line in history] == [5, 10, 15]
+    # The milestone 1.5 has been replaced by 2.
+    assert [line["lr"] for line in history] == pytest.approx([0.02, 0.002, 0.002])
+
+
+EVERYTHING = assignments(
+    training="batch_size=1 accumulate=2 ema=0.9 min_sizes=40,48,56 scale_jitter=0.5,2 color_jitter=0.4 bias_lr_mult=2 "
+    "bias_weight_decay=0 evaluate_every=1",
+    network="score_threshold=0 max_detections=10",
+)
+
+
+def test_resuming_with_all_options_that_have_a_state(data, tmp_path, monkeypatch):
+    """One command starts and continues; a run that is stopped in an evaluation repeats it."""
+    reference, out = tmp_path / "reference", tmp_path / "out"
+    run(reference, data, *EVERYTHING, "training.workers=1", evaluate=True)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Interrupted):
+            run(out, data, *EVERYTHING, resume="auto", evaluate=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "coco_metrics", lambda *rest: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(out, data, *EVERYTHING, resume="auto", evaluate=True)
+    assert load_checkpoint(out / CHECKPOINT)["iteration"] == 5 and not (out / BEST).exists()
+    run(out, data, *EVERYTHING, resume="auto", evaluate=True)
+    assert_same_run(out, reference, "workers")
+    assert (out / HISTORY).read_bytes() == (reference / HISTORY).read_bytes()
+    assert len((out / HISTORY).read_text().splitlines()) == 2
+    assert_equal(*(load_checkpoint(folder / BEST)["model"] for folder in (out, reference)))
+    # The averages are in all files, the parameters for going on only in one.
+    content = load_checkpoint(out / CHECKPOINT)
+    assert_equal(content["model"], load_checkpoint(out / MODEL)["model"])
+    assert any(not torch.equal(value, content["model"][name]) for name, value in content["trained"].items())
+    assert Config.from_dict(json.loads((out / "config.json").read_text())) == TINY.set(EVERYTHING)
+
+
+def test_early_stopping_and_the_best_model(data, tmp_path, monkeypatch, capsys):
+    precisions = iter([0.2, 0.5, 0.5, 0.3, 0.1])
+    metrics = training.coco_metrics
+
+    def evaluated(*rest: Any) -> Any:
+        (scores,) = metrics(*rest).values()
+        return {"bbox": dataclasses.replace(scores, AP=next(precisions))}
+
+    monkeypatch.setattr(training, "coco_metrics", evaluated)
+    options = ["training.epochs=9", "training.evaluate_every=1", "training.patience=2", *EVALUATED]
+    last = run(tmp_path, data, *options, evaluate=True)
+    assert last["bbox"].AP == 0.3
+    assert [load_checkpoint(tmp_path / name)["iteration"] for name in (MODEL, CHECKPOINT, BEST)] == [20, 20, 10]
+    assert "the box AP has been best after epoch 2 (0.500), 2 evaluations ago" in capsys.readouterr().out
+    # It stays stopped, until the patience grows.
+    run(tmp_path, data, *options, resume=True, evaluate=True)
+    assert [load_checkpoint(tmp_path / name)["iteration"] for name in (MODEL, BEST)] == [20, 10]
+    with pytest.raises(UserError, match=r"training\.patience=2 needs validation data"):
+        run(tmp_path / "other", data, *options)
+
+
+@pytest.mark.parametrize("failing", ["thread", "close"])
+def test_a_full_disk_while_tensorboard_writes(data, tmp_path, monkeypatch, capfd, failing):
+    def full(*arguments: object) -> None:
+        # As from write(2), without a file name.
+        if failing == "close" or (tmp_path / CHECKPOINT).exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(*arguments)
+
+    hook = threading.excepthook
+    name = "close" if failing == "close" else "write"
+    original = getattr(RecordWriter, name)
+    monkeypatch.setattr(RecordWriter, name, full)
+    monkeypatch.setattr(progress_module, "LOG_EVERY", 1)
+    with pytest.raises(UserError, match=r"tensorboard: cannot be written \(disk full: No space left on device\)$"):
+        run(tmp_path, data, "training.log_offsets_every=1")
+    assert "Traceback" not in capfd.readouterr().err and threading.excepthook is hook
+    load_checkpoint(tmp_path / CHECKPOINT)
 
 
 def test_a_killed_run_loses_at_most_one_interval(data, tmp_path):
@@ -493,9 +575,9 @@ def test_images_without_objects_are_negative_examples(data):
     config = TINY.set(assignments(network="preset=dcnv2-mimic detector=mask anchor_sizes=8,12,24,40,60"))
     config = config.set(assignments(mimicking="crop=32 boxes=2"))
     images = dataset(data)
-    trainer = training.build_trainer(build(config), config, CPU, 5)
+    trainer = build_trainer(build(config), config, CPU, 5)
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    batch = next(load_batches(images, batches(images), config.training, CPU))
+    batch = next(load_batches(images, batches(images), config, CPU))
     targets = [{**empty, "masks": torch.zeros(0, *image.shape[1:], dtype=torch.uint8)} for image in batch.images]
     step = trainer.step(batch._replace(targets=targets), 0)
     assert not step.not_finite and step.losses["loss_objectness"] > 0 and step.losses["loss_box_reg"] == 0
@@ -627,9 +709,9 @@ def test_two_processes(data, tmp_path, monkeypatch):
     halves = []
     for rank, process in enumerate((first, second)):
         split = AspectRatioBatches(images.sizes, 2, seed=0, group=True, rank=rank, world_size=2)
-        batch = next(load_batches(images, split, config.training, CPU))
+        batch = next(load_batches(images, split, config, CPU))
         assert batch.indices == process["indices"]
-        monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(trainer_module, "rank", lambda rank=rank: rank)
         model = build(config)
         halves.append((Trainer(model, config.resolve_training(), CPU, len(split)).step(batch, 0), model))
     assert not set(first["indices"]) & set(second["indices"])

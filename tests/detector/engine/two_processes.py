@@ -13,7 +13,7 @@ import torch
 from dcnops.detector.data import AspectRatioBatches, Batch, load_batches
 from dcnops.detector.engine import Interrupted, Trainer, detect, rank, session, train, world_size
 from dcnops.detector.engine.distributed import gather_lists
-from dcnops.detector.engine.training import Step
+from dcnops.detector.engine.trainer import Step
 from dcnops.detector.errors import UserError
 
 from .test_training import CPU, EVALUATED, TINY, build, dataset
@@ -48,7 +48,7 @@ def main(folder: Path) -> None:
     with session("cpu") as device:
         images = dataset(folder / "data")
         batches = AspectRatioBatches(images.sizes, 2, seed=0, group=True, rank=rank(), world_size=world_size())
-        batch = next(load_batches(images, batches, config.training, device))
+        batch = next(load_batches(images, batches, config, device))
         # The weights differ between the processes; those of the first must be used.
         model = build(config, seed=rank())
         trainer = Trainer(model, config.resolve_training(), device, len(batches))

@@ -279,6 +279,40 @@ def test_frozen_normalisation_is_torchvisions_in_the_dtype_it_gets(dtype):
     )
 
 
+def test_frozen_normalisation_is_one_operation_until_the_statistics_change():
+    norm, other = FrozenNorm(4), FrozenNorm(4)
+    for _, value in other.named_buffers():
+        value.copy_(torch.rand(4) + 0.5)
+    x = torch.randn(2, 4, 3, 3)
+    with torch.inference_mode():
+        norm(x)
+    with torch.profiler.profile() as profile:
+        norm(x.requires_grad_()).sum().backward()  # with what was computed in inference mode
+    assert x.grad is not None
+    operations = {event.key for event in profile.key_averages()}
+    assert "aten::addcmul" in operations and not {"aten::rsqrt", "aten::sub", "aten::add"} & operations
+    for change in (
+        lambda: norm.load_state_dict(other.state_dict()),
+        lambda: norm.running_mean.add_(1),
+        lambda: setattr(norm, "weight", norm.weight * 2),
+        lambda: norm.double(),
+    ):
+        change()
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        expected = (x - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
+        torch.testing.assert_close(norm(x), expected.to(norm(x).dtype))
+
+
+def test_sizes_in_training_and_testing():
+    transform = build().transform
+    transform.train_sizes = (40, 64)
+    image = torch.zeros(3, 100, 100, dtype=torch.float64)
+    sizes = {tuple(transform.train().resize(image)[0].shape[1:]) for _ in range(30)}
+    assert sizes == {(40, 40), (64, 64)}
+    side = min(transform.min_size[0], transform.max_size)
+    assert tuple(transform.eval().resize(image)[0].shape[1:]) == (side, side)
+
+
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_a_training_step_under_autocast(detector):
     network = build(f"network.detector={detector}", "network.backbone=small", "network.preset=dcnv2").float().train()
