@@ -4,14 +4,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import option
-from .predict import SpatialSupportView
+from .config import Config, option, parse_assignments
+from .errors import UserError
 from .presets import PRESETS
-from .recipes import ABLATION_IMAGES, ABLATION_VARIANTS
+from .spatial_support_view import SpatialSupportView
+from .variants import ABLATION_IMAGES, ABLATION_VARIANTS, Variant
 
 
 def required(help: str, **metadata: Any) -> Any:
@@ -19,31 +21,47 @@ def required(help: str, **metadata: Any) -> Any:
     return field(metadata={"help": help, "minimum": None, "maximum": None, **metadata})
 
 
+class Options:
+    """Options of a command. Values that need no data or packages are checked when an instance is created."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 @dataclass(frozen=True, kw_only=True)
-class DeviceOption:
+class DeviceOption(Options):
     """Device to run on."""
 
     device: str = option("auto", "cpu, cuda or cuda:1; default: the GPU if there is one")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UserError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
+
 
 @dataclass(frozen=True, kw_only=True)
-class SetOption:
+class SetOption(Options):
     """Changes of the configuration."""
 
     set: tuple[str, ...] = option(
         (), "options of the configuration, such as network.gamma=1; train --help lists all", metavar="OPTION=VALUE"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_assignments(self.set)
+
 
 @dataclass(frozen=True, kw_only=True)
-class AutocastOption:
+class AutocastOption(Options):
     """Precision of inference."""
 
     amp: Literal["none", "float16", "bfloat16"] = option("none", "data type of autocast")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOption:
+class DataOption(Options):
     """Data set in one folder."""
 
     data: Path | None = option(
@@ -55,7 +73,7 @@ class DataOption:
 class TrainOptions(DataOption, SetOption, DeviceOption):
     """Train a detector on a COCO data set.
 
-    With several processes: torchrun -m examples.detector train ...
+    With several processes: torchrun -m dcnops.detector train ...
     """
 
     out: Path = required("folder for checkpoints, metrics and TensorBoard files")
@@ -80,6 +98,21 @@ class TrainOptions(DataOption, SetOption, DeviceOption):
         metavar="REGIONS",
     )
     resume: bool = option(False, "continue from the checkpoint in --out")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.config()
+
+    def config(self) -> Config:
+        """Return the configuration of the detector and its training."""
+        shortcuts = {
+            "network.preset": self.preset,
+            "network.detector": self.detector,
+            "network.backbone": self.backbone,
+            "mimicking.regions": self.mimic,
+        }
+        given = [f"{name}={value}" for name, value in shortcuts.items() if value is not None]
+        return Config().set([*given, *self.set])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +159,18 @@ class FlopsOptions(SetOption):
     backbone: str | None = option(None, "sets network.backbone; default: resnet50, the paper's", metavar="NAME")
     json: bool = option(False, "print exact numbers as JSON")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.config("faster")
+
+    def config(self, detector: Literal["faster", "mask"]) -> Config:
+        """Return the configuration of a detector; `detector` is the default of network.detector."""
+        backbone = [f"network.backbone={self.backbone}"] if self.backbone else []
+        return Config().set([f"network.detector={detector}", *backbone, *self.set])
+
 
 @dataclass(frozen=True, kw_only=True)
-class SynthOptions:
+class SynthOptions(Options):
     """Write a synthetic COCO data set of deformed shapes."""
 
     folder: Path = required("folder to create", positional=True)
@@ -160,9 +202,26 @@ class AblateOptions(DataOption, SetOption, DeviceOption):
     scale: Literal["auto", "reduced", "full"] = option("auto", "auto: full on a GPU, reduced on a CPU")
     weights: str | None = option(None, "weights of the backbone, as for train")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for variant in self.variants:
+            Variant.parse(variant)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(DeviceOption):
     """Write synthetic data, then train, evaluate and predict; takes minutes on a CPU."""
 
     out: Path = option(Path("out/detector"), "folder of the demo")
+
+
+COMMANDS: dict[str, type[Options]] = {
+    "train": TrainOptions,
+    "evaluate": EvaluateOptions,
+    "predict": PredictOptions,
+    "spatial-support": SpatialSupportOptions,
+    "flops": FlopsOptions,
+    "synth": SynthOptions,
+    "ablate": AblateOptions,
+    "demo": DemoOptions,
+}

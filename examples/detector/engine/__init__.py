@@ -1,5 +1,6 @@
 """Training and evaluation, in one process or several."""
 
+from ..errors import Interrupted
 from .distributed import gather_lists, is_main, rank, session, world_size
 from .evaluation import (
     SUMMARY,
@@ -13,7 +14,6 @@ from .evaluation import (
     metrics_table,
     write_results,
 )
-from .interruption import Interrupted
 from .training import CHECKPOINT, MODEL, Trainer, build_and_train, build_trainer, train
 
 __all__ = [

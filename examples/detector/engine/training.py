@@ -22,7 +22,7 @@ from dcnops.adapters.torch.spatial_support import OffsetObserver
 
 from ..config import Config, TrainingConfig
 from ..data import AspectRatioBatches, Batch, CocoDataset, check_categories, load_batches, worker_errors
-from ..errors import UserError
+from ..errors import Interrupted, UserError
 from ..model import (
     MimickingDetector,
     build_detector,
@@ -36,7 +36,7 @@ from ..model import (
 from ..predict import AMP_TYPES
 from .distributed import gather_lists, is_main, rank, world_size
 from .evaluation import SUMMARY, Metrics, coco_metrics, detect, evaluated_kinds, metrics_table, write_results
-from .interruption import NUMBERS, Interrupted, StopRequests
+from .interruption import NUMBERS, StopRequests
 from .progress import Progress
 
 CHECKPOINT, MODEL = "checkpoint.pth", "model.pth"

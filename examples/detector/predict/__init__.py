@@ -3,13 +3,12 @@
 from .drawing import contact_sheet, draw_detections
 from .inference import AMP_TYPES, Detections, coco_results, decode_rle, encode_rle, evaluating, infer
 from .prediction import Prediction, predict, write_predictions
-from .spatial_support import SpatialSupportView, draw_checkpoints, draw_spatial_support
+from .spatial_support import draw_checkpoints, draw_spatial_support
 
 __all__ = [
     "AMP_TYPES",
     "Detections",
     "Prediction",
-    "SpatialSupportView",
     "coco_results",
     "contact_sheet",
     "decode_rle",
