@@ -130,12 +130,20 @@ class EvaluateOptions(DataOption, SetOption, AutocastOption, DeviceOption):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(SetOption, AutocastOption, DeviceOption):
-    """Detect objects in images; write pictures and a JSON file."""
+    """Detect objects in images; write pictures and predictions.json."""
 
     images: tuple[str, ...] = required("files, folders or glob patterns", positional=True)
     checkpoint: Path = required("checkpoint written by `train`")
     out: Path = required("folder for the pictures and predictions.json")
     threshold: float = option(0.5, "minimum score of a detection", 0, 1)
+    batch_size: int = option(
+        1,
+        "images per forward pass; only images of the same size after resizing and padding share a batch, so that "
+        "the detections differ by rounding errors only",
+        1,
+        4096,
+    )
+    no_pictures: bool = option(False, "write only predictions.json, which is much faster")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,11 +91,21 @@ def run_predict(options: PredictOptions) -> None:
     _make_folder(options.out)
     with session(options.device) as device:
         _require_one_process("predict")
-        model, _, categories = load_detector(options.checkpoint, device, options.set)
-        predictions = predict(model, paths, device, threshold=options.threshold, amp_dtype=AMP_TYPES[options.amp])
-        number = write_predictions(predictions, options.out, categories, inputs=paths)
+        model, config, categories = load_detector(options.checkpoint, device, options.set)
+        predictions = predict(
+            model,
+            paths,
+            device,
+            threshold=options.threshold,
+            batch_size=options.batch_size,
+            workers=config.training.workers,
+            amp_dtype=AMP_TYPES[options.amp],
+        )
+        pictures = not options.no_pictures
+        number = write_predictions(predictions, options.out, categories, inputs=paths, pictures=pictures)
     scores = f"scores from {options.threshold:g}" + ("" if number else "; lower --threshold for more")
-    print(f"{number} detections ({scores}) in {len(paths)} images: pictures and predictions.json in {options.out}")
+    files = "pictures and predictions.json" if pictures else "predictions.json"
+    print(f"{number} detections ({scores}) in {len(paths)} images: {files} in {options.out}")
 
 
 def run_spatial_support(options: SpatialSupportOptions) -> None:

@@ -94,6 +94,11 @@ def test_predict_from_the_checkpoint_alone(run, data, tmp_path):
     assert 0 < len(written["detections"]) <= 2 * len(images)
     for item in written["images"]:
         assert Image.open(tmp_path / item["picture"]).width >= 64
+    again = tmp_path / "again"
+    command += ["--out", str(again), "--threshold", "0", "--batch-size", "2", "--no-pictures"]
+    assert main([*command, "--set", "network.max_detections=2", "training.workers=1"]) == 0
+    assert [path.name for path in again.iterdir()] == ["predictions.json"]
+    assert len(json.loads((again / "predictions.json").read_text())["detections"]) == len(written["detections"])
 
 
 def test_resume_trains_on(run, data):

@@ -1,5 +1,6 @@
 """Inference with trained detectors: detections, pictures of them, and their spatial support."""
 
+from .batching import infer_in_batches
 from .drawing import contact_sheet, draw_detections
 from .inference import AMP_TYPES, Detections, coco_results, decode_rle, encode_rle, evaluating, infer
 from .prediction import Prediction, predict, write_predictions
@@ -18,6 +19,7 @@ __all__ = [
     "encode_rle",
     "evaluating",
     "infer",
+    "infer_in_batches",
     "predict",
     "write_predictions",
 ]
