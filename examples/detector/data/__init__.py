@@ -11,9 +11,10 @@ from .coco import (
     is_finite,
     load_train_and_val,
 )
-from .images import find_images, pad_elongated, read_image, to_picture
+from .images import as_image, find_images, pad_elongated, read_image, to_picture
 from .json_files import read_json, write_json
 from .synthetic import write_synthetic
+from .torch_datasets import TorchDataset
 
 __all__ = [
     "AspectRatioBatches",
@@ -22,6 +23,8 @@ __all__ = [
     "CocoDataset",
     "MirroredImages",
     "Sample",
+    "TorchDataset",
+    "as_image",
     "check_categories",
     "encode_segmentation",
     "find_data",

@@ -1,7 +1,7 @@
 """Training and evaluation, in one process or several."""
 
 from ..errors import Interrupted
-from .distributed import gather_lists, is_main, rank, session, world_size
+from .distributed import choose_device, gather_lists, is_main, rank, session, world_size
 from .evaluation import (
     SUMMARY,
     Kind,
@@ -27,6 +27,7 @@ __all__ = [
     "Trainer",
     "build_and_train",
     "build_trainer",
+    "choose_device",
     "coco_metrics",
     "detect",
     "evaluated_kinds",

@@ -2,12 +2,13 @@
 
 from .batching import infer_in_batches
 from .drawing import contact_sheet, draw_detections
-from .inference import AMP_TYPES, Detections, coco_results, decode_rle, encode_rle, evaluating, infer
+from .inference import AMP_TYPES, RLE, Detections, coco_results, decode_rle, encode_rle, evaluating, infer
 from .prediction import Prediction, predict, write_predictions
 from .spatial_support import draw_checkpoints, draw_spatial_support
 
 __all__ = [
     "AMP_TYPES",
+    "RLE",
     "Detections",
     "Prediction",
     "coco_results",

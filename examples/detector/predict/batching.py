@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -64,9 +64,6 @@ def infer_in_batches(
 
 def padded_shape(model: Any, height: int, width: int) -> tuple[int, int]:
     """Return the height and width of an image after the network's resizing and padding."""
-    transform = model.transform
-    minimum = transform.min_size[-1] if isinstance(transform.min_size, Sequence) else transform.min_size
-    scale = min(minimum / min(height, width), transform.max_size / max(height, width))
-    stride = transform.size_divisible
-    high, wide = (-(-max(1, int(side * scale)) // stride) * stride for side in (height, width))
+    prepared, _ = model.transform([torch.empty(3, height, width, device="meta")])
+    high, wide = prepared.tensors.shape[2:]
     return high, wide
