@@ -161,6 +161,24 @@ class SpatialSupportOptions(SpatialSupportView, SetOption, DeviceOption):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportOptions(SetOption):
+    """Export a detector to ONNX, for images of one size.
+
+    The file takes image, float32 [1, 3, height, width] (RGB in 0..1), and returns boxes, labels, scores and, from Mask
+    R-CNN, masks. It runs without PyTorch, for example in onnxruntime 1.25 or newer. Needs pip install 'dcnops[onnx]'.
+    """
+
+    checkpoint: Path = required("checkpoint written by `train`")
+    out: Path = required("ONNX file to write")
+    size: str = required("size of the images, pixels", metavar="HEIGHTxWIDTH")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", self.size):
+            raise UserError(f"--size must be HEIGHTxWIDTH in pixels, such as 800x1333, got {self.size!r:.40}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlopsOptions(SetOption):
     """Count the parameters and multiply-adds of all presets and compare them with the paper's."""
 
@@ -228,6 +246,7 @@ COMMANDS: dict[str, type[Options]] = {
     "evaluate": EvaluateOptions,
     "predict": PredictOptions,
     "spatial-support": SpatialSupportOptions,
+    "export": ExportOptions,
     "flops": FlopsOptions,
     "synth": SynthOptions,
     "ablate": AblateOptions,

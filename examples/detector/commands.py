@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from .command_options import (
     AblateOptions,
     EvaluateOptions,
+    ExportOptions,
     FlopsOptions,
     PredictOptions,
     SpatialSupportOptions,
@@ -33,7 +36,7 @@ from .engine import (
     write_results,
 )
 from .errors import UserError, printable
-from .model import cost_rows, cost_table, load_detector
+from .model import cost_rows, cost_table, export_onnx, load_detector
 from .predict import AMP_TYPES, draw_checkpoints, predict, write_predictions
 from .recipes import run_ablation, run_demo
 
@@ -117,6 +120,14 @@ def run_spatial_support(options: SpatialSupportOptions) -> None:
     print("\n".join(printable(str(path)) for path in paths))
 
 
+def run_export(options: ExportOptions) -> None:
+    _make_folder(options.out.parent)
+    model, _, categories = load_detector(options.checkpoint, torch.device("cpu"), options.set)
+    height, width = map(int, options.size.split("x"))
+    export_onnx(model, options.out, (height, width), categories)
+    print(f"{options.out}: for images of {height}x{width} pixels")
+
+
 def run_flops(options: FlopsOptions) -> None:
     networks = list(dict.fromkeys([options.config("faster").network, options.config("mask").network]))
     if options.json:
@@ -152,6 +163,7 @@ RUN: dict[str, Callable[[Any], None]] = {
     "evaluate": run_evaluate,
     "predict": run_predict,
     "spatial-support": run_spatial_support,
+    "export": run_export,
     "flops": run_flops,
     "synth": run_synth,
     "ablate": run_ablate,
