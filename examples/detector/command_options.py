@@ -208,6 +208,21 @@ class SynthOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportOptions(Options):
+    """Copy labelled images from another format to a folder for --data.
+
+    voc reads XML files, as in PASCAL VOC; difficult objects are neither trained on nor counted in the evaluation. yolo
+    reads text files with boxes or polygons, and the names of the classes from data.yaml or classes.txt. The splits of
+    the source are kept.
+    """
+
+    format: Literal["voc", "yolo"] = required("format of the labels", positional=True)
+    source: Path = required("folder with images and labels", positional=True)
+    out: Path = required("folder to create", positional=True)
+    val_share: float = option(0.1, "part of the images to validate on if the source has no split", 0, 0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AblateOptions(DataOption, SetOption, DeviceOption):
     """Train several presets with several seeds; write a table and a plot.
 
@@ -248,6 +263,7 @@ COMMANDS: dict[str, type[Options]] = {
     "spatial-support": SpatialSupportOptions,
     "export": ExportOptions,
     "flops": FlopsOptions,
+    "import": ImportOptions,
     "synth": SynthOptions,
     "ablate": AblateOptions,
     "demo": DemoOptions,

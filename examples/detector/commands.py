@@ -16,12 +16,22 @@ from .command_options import (
     EvaluateOptions,
     ExportOptions,
     FlopsOptions,
+    ImportOptions,
     PredictOptions,
     SpatialSupportOptions,
     SynthOptions,
     TrainOptions,
 )
-from .data import CocoDataset, check_categories, find_data, find_images, write_synthetic
+from .data import (
+    CocoDataset,
+    check_categories,
+    find_data,
+    find_images,
+    import_annotations,
+    read_voc,
+    read_yolo,
+    write_synthetic,
+)
 from .engine import (
     Kind,
     build_and_train,
@@ -136,6 +146,15 @@ def run_flops(options: FlopsOptions) -> None:
         print("\n\n".join(cost_table(network) for network in networks))
 
 
+def run_import(options: ImportOptions) -> None:
+    read = {"voc": read_voc, "yolo": read_yolo}[options.format]
+    counts, notes = import_annotations(read, options.source, options.out, val_share=options.val_share)
+    for line in notes:
+        print(printable(line), file=sys.stderr)
+    images = ", ".join(f"{split} {count}" for split, count in counts.items())
+    print(f"images: {images} in {options.out}; train with --data {options.out}")
+
+
 def run_synth(options: SynthOptions) -> None:
     for split in ("train", "val"):
         if (existing := options.folder / "annotations" / f"instances_{split}.json").exists():
@@ -165,6 +184,7 @@ RUN: dict[str, Callable[[Any], None]] = {
     "spatial-support": run_spatial_support,
     "export": run_export,
     "flops": run_flops,
+    "import": run_import,
     "synth": run_synth,
     "ablate": run_ablate,
     "demo": lambda options: run_demo(options.out, options.device),

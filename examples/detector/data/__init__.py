@@ -1,5 +1,6 @@
 """Data: COCO files, the synthetic data set, images, batches and JSON files."""
 
+from .annotation_import import import_annotations
 from .batches import AspectRatioBatches, Batch, MirroredImages, load_batches, prepare_worker, worker_errors
 from .coco import (
     Category,
@@ -15,6 +16,8 @@ from .images import as_image, find_images, pad_elongated, read_image, to_picture
 from .json_files import read_json, write_json
 from .synthetic import write_synthetic
 from .torch_datasets import TorchDataset
+from .voc import read_voc
+from .yolo import read_yolo
 
 __all__ = [
     "AspectRatioBatches",
@@ -29,6 +32,7 @@ __all__ = [
     "encode_segmentation",
     "find_data",
     "find_images",
+    "import_annotations",
     "is_finite",
     "load_batches",
     "load_train_and_val",
@@ -36,6 +40,8 @@ __all__ = [
     "prepare_worker",
     "read_image",
     "read_json",
+    "read_voc",
+    "read_yolo",
     "to_picture",
     "worker_errors",
     "write_json",
