@@ -216,7 +216,7 @@ class ImportOptions(Options):
     the source are kept.
     """
 
-    format: Literal["voc", "yolo"] = required("format of the labels", positional=True)
+    format: Literal["voc", "yolo"] = required("format of the labels: voc or yolo", positional=True, metavar="format")
     source: Path = required("folder with images and labels", positional=True)
     out: Path = required("folder to create", positional=True)
     val_share: float = option(0.1, "part of the images to validate on if the source has no split", 0, 0.9)

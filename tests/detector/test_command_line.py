@@ -129,7 +129,7 @@ def test_help_names_every_command_and_option(capsys):
         assert caught.value.code == 0
         printed = capsys.readouterr().out
         assert all(name.replace("_", "-") in printed for name in names)
-        assert ("training.offset_lr_mult=0.1" in printed) == (command == ["train"])
+        assert ("training.momentum=0.9" in printed) == (command == ["train"])
 
 
 def test_wrong_commands(fails, data, tmp_path):

@@ -64,6 +64,7 @@ def infer_in_batches(
 
 def padded_shape(model: Any, height: int, width: int) -> tuple[int, int]:
     """Return the height and width of an image after the network's resizing and padding."""
-    prepared, _ = model.transform([torch.empty(3, height, width, device="meta")])
+    # Not a call of the module, so that its hooks see images only.
+    prepared, _ = model.transform.forward([torch.empty(3, height, width, device="meta")])
     high, wide = prepared.tensors.shape[2:]
     return high, wide
