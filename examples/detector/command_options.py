@@ -4,14 +4,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import option
-from .predict import SpatialSupportView
+from .config import Config, option, parse_assignments
+from .errors import UserError
+from .json_files import read_json
 from .presets import PRESETS
-from .recipes import ABLATION_IMAGES, ABLATION_VARIANTS
+from .spatial_support_view import SpatialSupportView
+from .variants import ABLATION_IMAGES, ABLATION_VARIANTS, Variant
 
 
 def required(help: str, **metadata: Any) -> Any:
@@ -19,31 +22,47 @@ def required(help: str, **metadata: Any) -> Any:
     return field(metadata={"help": help, "minimum": None, "maximum": None, **metadata})
 
 
+class Options:
+    """Options of a command. Values that need no data or packages are checked when an instance is created."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 @dataclass(frozen=True, kw_only=True)
-class DeviceOption:
+class DeviceOption(Options):
     """Device to run on."""
 
     device: str = option("auto", "cpu, cuda or cuda:1; default: the GPU if there is one")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UserError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
+
 
 @dataclass(frozen=True, kw_only=True)
-class SetOption:
+class SetOption(Options):
     """Changes of the configuration."""
 
     set: tuple[str, ...] = option(
         (), "options of the configuration, such as network.gamma=1; train --help lists all", metavar="OPTION=VALUE"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_assignments(self.set)
+
 
 @dataclass(frozen=True, kw_only=True)
-class AutocastOption:
+class AutocastOption(Options):
     """Precision of inference."""
 
     amp: Literal["none", "float16", "bfloat16"] = option("none", "data type of autocast")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOption:
+class DataOption(Options):
     """Data set in one folder."""
 
     data: Path | None = option(
@@ -55,7 +74,7 @@ class DataOption:
 class TrainOptions(DataOption, SetOption, DeviceOption):
     """Train a detector on a COCO data set.
 
-    With several processes: torchrun -m examples.detector train ...
+    With several processes: torchrun -m dcnops.detector train ...
     """
 
     out: Path = required("folder for checkpoints, metrics and TensorBoard files")
@@ -86,6 +105,27 @@ class TrainOptions(DataOption, SetOption, DeviceOption):
         "never", "continue from the checkpoint in --out; auto: if there is one; default: never", bare="always"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.configuration()
+
+    def configuration(self) -> Config:
+        """Return the configuration of the detector and its training."""
+        shortcuts = {
+            "network.preset": self.preset,
+            "network.detector": self.detector,
+            "network.backbone": self.backbone,
+            "mimicking.regions": self.mimic,
+        }
+        given = [f"{name}={value}" for name, value in shortcuts.items() if value is not None]
+        config = Config()
+        if self.config:
+            try:
+                config = Config.from_dict(read_json(self.config))
+            except UserError as error:
+                raise UserError(f"--config {self.config}: {error}") from None
+        return config.set([*given, *self.set])
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(DataOption, SetOption, AutocastOption, DeviceOption):
@@ -102,12 +142,20 @@ class EvaluateOptions(DataOption, SetOption, AutocastOption, DeviceOption):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(SetOption, AutocastOption, DeviceOption):
-    """Detect objects in images; write pictures and a JSON file."""
+    """Detect objects in images; write pictures and predictions.json."""
 
     images: tuple[str, ...] = required("files, folders or glob patterns", positional=True)
     checkpoint: Path = required("checkpoint written by `train`")
     out: Path = required("folder for the pictures and predictions.json")
     threshold: float = option(0.5, "minimum score of a detection", 0, 1)
+    batch_size: int = option(
+        1,
+        "images per forward pass; only images of the same size after resizing and padding share a batch, so that "
+        "the detections differ by rounding errors only",
+        1,
+        4096,
+    )
+    no_pictures: bool = option(False, "write only predictions.json, which is much faster")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,15 +173,42 @@ class SpatialSupportOptions(SpatialSupportView, SetOption, DeviceOption):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportOptions(SetOption):
+    """Export a detector to ONNX, for images of one size.
+
+    The file takes image, float32 [1, 3, height, width] (RGB in 0..1), and returns boxes, labels, scores and, from Mask
+    R-CNN, masks. It runs without PyTorch, for example in onnxruntime 1.25 or newer. Needs pip install 'dcnops[onnx]'.
+    """
+
+    checkpoint: Path = required("checkpoint written by `train`")
+    out: Path = required("ONNX file to write")
+    size: str = required("size of the images, pixels", metavar="HEIGHTxWIDTH")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", self.size):
+            raise UserError(f"--size must be HEIGHTxWIDTH in pixels, such as 800x1333, got {self.size!r:.40}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlopsOptions(SetOption):
     """Count the parameters and multiply-adds of all presets and compare them with the paper's."""
 
     backbone: str | None = option(None, "sets network.backbone; default: resnet50, the paper's", metavar="NAME")
     json: bool = option(False, "print exact numbers as JSON")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.config("faster")
+
+    def config(self, detector: Literal["faster", "mask"]) -> Config:
+        """Return the configuration of a detector; `detector` is the default of network.detector."""
+        backbone = [f"network.backbone={self.backbone}"] if self.backbone else []
+        return Config().set([f"network.detector={detector}", *backbone, *self.set])
+
 
 @dataclass(frozen=True, kw_only=True)
-class SynthOptions:
+class SynthOptions(Options):
     """Write a synthetic COCO data set of deformed shapes."""
 
     folder: Path = required("folder to create", positional=True)
@@ -142,6 +217,21 @@ class SynthOptions:
     size: int = option(160, "width and height of the images, pixels", 32, 4096)
     deformation: float = option(1.0, "strength of the deformation, 0 to 2; 0: all shapes upright", 0, 2)
     seed: int = option(0, "seed of all random numbers", 0, 2**63 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions(Options):
+    """Copy labelled images from another format to a folder for --data.
+
+    voc reads XML files, as in PASCAL VOC; difficult objects are neither trained on nor counted in the evaluation. yolo
+    reads text files with boxes or polygons, and the names of the classes from data.yaml or classes.txt. The splits of
+    the source are kept.
+    """
+
+    format: Literal["voc", "yolo"] = required("format of the labels: voc or yolo", positional=True, metavar="format")
+    source: Path = required("folder with images and labels", positional=True)
+    out: Path = required("folder to create", positional=True)
+    val_share: float = option(0.1, "part of the images to validate on if the source has no split", 0, 0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +255,28 @@ class AblateOptions(DataOption, SetOption, DeviceOption):
     scale: Literal["auto", "reduced", "full"] = option("auto", "auto: full on a GPU, reduced on a CPU")
     weights: str | None = option(None, "weights of the backbone, as for train")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for variant in self.variants:
+            Variant.parse(variant)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(DeviceOption):
     """Write synthetic data, then train, evaluate and predict; takes minutes on a CPU."""
 
     out: Path = option(Path("out/detector"), "folder of the demo")
+
+
+COMMANDS: dict[str, type[Options]] = {
+    "train": TrainOptions,
+    "evaluate": EvaluateOptions,
+    "predict": PredictOptions,
+    "spatial-support": SpatialSupportOptions,
+    "export": ExportOptions,
+    "flops": FlopsOptions,
+    "import": ImportOptions,
+    "synth": SynthOptions,
+    "ablate": AblateOptions,
+    "demo": DemoOptions,
+}

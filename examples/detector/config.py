@@ -238,14 +238,8 @@ class Config:
     def set(self, assignments: Iterable[str]) -> Config:
         """Return a copy with assignments such as ``network.gamma=1`` or ``training.lr_steps=6,8`` applied."""
         values = self.to_dict()
-        for assignment in assignments:
-            name, equals, text = assignment.partition("=")
-            section, _, key = name.strip().partition(".")
-            if not equals:
-                raise UserError(f"--set needs section.option=value, got {assignment!r}")
-            if key not in values.get(section, {}):
-                raise UserError(f"--set {name}: there is no such option (the help of `train` lists all)")
-            values[section][key] = _parse(text.strip(), name, _types(SECTIONS[section])[key])
+        for section, key, value in parse_assignments(assignments):
+            values[section][key] = value
         return Config.from_dict(values)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -304,6 +298,22 @@ def _upgrade(values: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[st
 
 
 SECTIONS: dict[str, Any] = {"network": NetworkConfig, "training": TrainingConfig, "mimicking": MimickingConfig}
+
+
+def parse_assignments(assignments: Iterable[str]) -> list[tuple[str, str, Any]]:
+    """Parse texts such as ``network.gamma=1`` to (section, option, value), and check each value by itself."""
+    parsed = []
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        section, _, key = name.strip().partition(".")
+        if not equals:
+            raise UserError(f"--set needs section.option=value, got {assignment!r}")
+        if section not in SECTIONS or key not in _types(SECTIONS[section]):
+            raise UserError(f"--set {name}: there is no such option (the help of `train` lists all)")
+        kind = _types(SECTIONS[section])[key]
+        value = _check(_parse(text.strip(), name, kind), f"{section}.{key}", kind, _field(SECTIONS[section], key))
+        parsed.append((section, key, value))
+    return parsed
 
 
 def describe_options() -> str:

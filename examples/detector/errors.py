@@ -1,4 +1,4 @@
-"""The error that the commands print without a traceback, and text that a terminal can show."""
+"""Exceptions that the commands print without a traceback, and text that a terminal can show."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+class Interrupted(KeyboardInterrupt):
+    """Stop on request of the user; the text says what has been saved."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + number  # by convention
 
 
 def os_problem(error: OSError) -> str:

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dcnops.detector.__main__ import COMMANDS, main
+from dcnops.detector.__main__ import main
+from dcnops.detector.command_options import COMMANDS
+from dcnops.detector.commands import RUN
 from dcnops.detector.config import Config
 from dcnops.detector.data import Category
 from dcnops.detector.errors import UserError
@@ -92,6 +94,11 @@ def test_predict_from_the_checkpoint_alone(run, data, tmp_path):
     assert 0 < len(written["detections"]) <= 2 * len(images)
     for item in written["images"]:
         assert Image.open(tmp_path / item["picture"]).width >= 64
+    again = tmp_path / "again"
+    command += ["--out", str(again), "--threshold", "0", "--batch-size", "2", "--no-pictures"]
+    assert main([*command, "--set", "network.max_detections=2", "training.workers=1"]) == 0
+    assert [path.name for path in again.iterdir()] == ["predictions.json"]
+    assert len(json.loads((again / "predictions.json").read_text())["detections"]) == len(written["detections"])
 
 
 def test_a_run_from_the_configuration_of_another(run, data, fails, tmp_path):
@@ -134,7 +141,8 @@ def test_flops(capsys):
 
 
 def test_help_names_every_command_and_option(capsys):
-    expected = {name: [item.name for item in dataclasses.fields(kind)] for name, (_, kind) in COMMANDS.items()}
+    expected = {name: [item.name for item in dataclasses.fields(kind)] for name, kind in COMMANDS.items()}
+    assert set(RUN) == set(COMMANDS)
     for command, names in (([], COMMANDS), *(([name], names) for name, names in expected.items())):
         with pytest.raises(SystemExit) as caught:
             main([*command, "--help"])
@@ -203,8 +211,9 @@ def test_paths_that_are_too_long(fails, data, run, tmp_path):
         (OSError(30, "Read-only file system", "out"), "out: Read-only file system"),
         (
             ModuleNotFoundError(name="tensorboard.compat"),
-            "the package tensorboard is missing: pip install -e '.[detector]'",
+            "the package tensorboard is missing: pip install 'dcnops[detector]'",
         ),
+        (ModuleNotFoundError(name="onnxscript"), "the package onnxscript is missing: pip install 'dcnops[onnx]'"),
         (UserError("red \x1b[31m\n"), r"red \x1b[31m\n"),
     ],
 )
@@ -212,7 +221,7 @@ def test_errors_of_the_environment(fails, monkeypatch, error, message):
     def fail(options: object) -> None:
         raise error
 
-    monkeypatch.setitem(COMMANDS, "flops", (fail, COMMANDS["flops"][1]))
+    monkeypatch.setitem(RUN, "flops", fail)
     monkeypatch.setenv("RANK", "")
     assert fails("flops") == f"error: {message}\n"
 
@@ -224,11 +233,46 @@ def test_names_that_stdout_cannot_encode(tmp_path, monkeypatch):
     assert written.getvalue().startswith(b"0 + 0 images in ") and rb"\xf6" in written.getvalue()
 
 
+def run_code(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command, folder = [sys.executable, "-c", code], Path(__file__).parents[2]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=folder, env={**os.environ, **environment}
+    )
+
+
 def test_a_missing_package_is_named(tmp_path):
-    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('dcnops.detector', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    code = """
+import runpy, sys
+sys.modules["torch"], sys.argv[1:] = None, ["flops"]
+runpy.run_module("dcnops.detector", run_name="__main__")
+"""
+    done = run_code(code)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: the package torch is missing: pip install -e '.[detector]'\n"
+    assert done.stderr == "error: the package torch is missing: pip install 'dcnops[detector]'\n"
+
+
+def test_help_and_wrong_options_import_no_large_package():
+    """Such imports take seconds."""
+    commands = ["--help", "train --help", "fit", "train --out x --preset y", "predict a --checkpoint b"]
+    commands += ["evaluate --checkpoint x --set network.gamma=wide", "flops --backbone vgg", "demo --device tpu"]
+    commands += ["ablate --variants y", "predict a --checkpoint b --out c --threshold 2"]
+    code = f"""
+import runpy, sys
+for command in {commands}:
+    sys.argv[1:] = command.split()
+    try:
+        runpy.run_module("examples.detector", run_name="__main__")
+    except SystemExit as error:
+        assert error.code == (0 if "--help" in command else 2), command
+print(*sys.modules)
+"""
+    done = run_code(code)
+    imported = set(done.stdout.splitlines()[-1].split())
+    assert "argparse" in imported and not {"numpy", "torch", "torchvision", "matplotlib", "pycocotools"} & imported
+    assert "usage: python -m examples.detector train" in done.stdout
+    assert done.stderr.count("error: ") == done.stderr.count("\n") == len(commands) - 2
+    done = run_code("from dcnops.detector.__main__ import main; main()")  # the console script
+    assert "(dcnops-detector --help tells more)" in done.stderr
 
 
 def test_categories_of_a_checkpoint_and_of_the_data(fails, data, tmp_path):
@@ -247,17 +291,17 @@ def test_as_a_program(tmp_path):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_a_backend_that_a_notebook_exports_is_not_used():
+def test_environment_of_a_program():
     code = """
-import runpy, sys
-sys.argv[1:] = ["predict"]
+import os, runpy, sys
+sys.argv[1:] = ["flops", "--set", "network.deform_groups=3"]
 try:
     runpy.run_module("dcnops.detector", run_name="__main__")
 except SystemExit:
     from matplotlib import pyplot
     pyplot.figure()
+    print(os.environ["OMP_WAIT_POLICY"])
 """
-    environment = {**os.environ, "MPLBACKEND": "module://a_backend_of_notebooks"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment)
-    assert done.returncode == 0, done.stderr
+    done = run_code(code, MPLBACKEND="module://a_backend_of_notebooks")
+    assert (done.returncode, done.stdout) == (0, "PASSIVE\n"), done.stderr
+    assert run_code(code, OMP_WAIT_POLICY="ACTIVE").stdout == "ACTIVE\n"

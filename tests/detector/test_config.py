@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from dcnops.detector.__main__ import COMMANDS
+from dcnops.detector.command_options import COMMANDS
 from dcnops.detector.config import SECTIONS, Config, NetworkConfig, describe_options
 from dcnops.detector.errors import UserError
 
@@ -129,7 +129,7 @@ def test_wrong_dictionaries(values):
 
 def test_every_number_has_bounds():
     """Also on the command line."""
-    for kind in [*SECTIONS.values(), *(options for _, options in COMMANDS.values())]:
+    for kind in [*SECTIONS.values(), *COMMANDS.values()]:
         for item in dataclasses.fields(kind):
             numbers = re.fullmatch(r"(int|float|tuple\[(float|int), \.\.\.\])( \| None)?", str(item.type))
             if numbers and "numbers" not in item.metadata:

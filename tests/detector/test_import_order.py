@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 
 DETECTOR = Path(__file__).parents[2] / "examples" / "detector"
+LIGHT = [
+    "errors",
+    "json_files",
+    "presets",
+    "config",
+    "spatial_support_view",
+    "variants",
+]  # import neither numpy nor torch
 PACKAGES = ["data", "model", "predict", "engine", "recipes"]
-ORDER = ["__init__", "errors", "presets", "config", *PACKAGES, "command_line", "command_options", "__main__"]
+ORDER = [*LIGHT, *PACKAGES, "api", "command_line", "command_options", "commands", "__main__", "__init__"]
 FILES = [path.relative_to(DETECTOR) for path in sorted(DETECTOR.rglob("*.py"))]
 
 

@@ -61,6 +61,11 @@ from dcnops.adapters.torch import DeformConv2dPack
 from dcnops.adapters.torch.onnx import export
 export(DeformConv2dPack(3, 4, 3).eval(), (torch.rand(1, 3, 8, 8),), "model.onnx")
 """,
+    "detector": """
+from importlib.metadata import entry_points
+script = next(script for script in entry_points(group="console_scripts") if script.name == "dcnops-detector")
+assert script.load()(["flops", "--set", "network.backbone=small", "network.detector=mask"]) == 0
+""",
     "jax": """
 import jax, numpy as np
 from dcnops.adapters.jax import deform_conv2d
@@ -115,6 +120,11 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path):
     assert "cupy" not in listed and "torch" not in listed
     result = subprocess.run([str(python), "-c", USE], cwd="/", check=True, capture_output=True, text=True)
     assert str(tmp_path / "venv") in result.stdout
+    command = [str(tmp_path / "venv" / "bin" / "dcnops-detector")]
+    done = subprocess.run([*command, "--help"], cwd="/", check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: dcnops-detector ")
+    done = subprocess.run([*command, "flops"], cwd="/", check=False, capture_output=True, text=True)
+    assert done.stderr == "error: the package torch is missing: pip install 'dcnops[detector]'\n"
 
 
 def test_the_source_distribution_contains_the_project(wheel: Path):
@@ -125,7 +135,8 @@ def test_the_source_distribution_contains_the_project(wheel: Path):
 
 
 @pytest.mark.parametrize(
-    "extra", ["torch", "jax", *(pytest.param(extra, marks=pytest.mark.exhaustive) for extra in ("plots", "onnx"))]
+    "extra",
+    ["torch", "jax", "detector", *(pytest.param(extra, marks=pytest.mark.exhaustive) for extra in ("plots", "onnx"))],
 )
 def test_the_wheel_works_with_each_extra(extra: str, wheel: Path, tmp_path: Path):
     """The packages come from this environment, the library from the wheel."""

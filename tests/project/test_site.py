@@ -47,8 +47,9 @@ def test_no_placeholders_are_left() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_python_blocks_run(page: Path) -> None:
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the blocks of a page in one namespace; blocks that need a GPU or mmdetection are only compiled."""
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     assert blocks or page.name != "README.md"

@@ -1,5 +1,6 @@
 """Data: COCO files, the synthetic data set, images, batches and JSON files."""
 
+from .annotation_import import import_annotations
 from .augmentation import Augmentation
 from .batches import AspectRatioBatches, AugmentedImages, Batch, load_batches, prepare_worker, worker_errors
 from .coco import (
@@ -12,9 +13,11 @@ from .coco import (
     is_finite,
     load_train_and_val,
 )
-from .images import find_images, pad_elongated, read_image, to_picture
-from .json_files import read_json, replace_text, write_json
+from .images import as_image, find_images, pad_elongated, read_image, to_picture
 from .synthetic import write_synthetic
+from .torch_datasets import TorchDataset
+from .voc import read_voc
+from .yolo import read_yolo
 
 __all__ = [
     "AspectRatioBatches",
@@ -24,20 +27,22 @@ __all__ = [
     "Category",
     "CocoDataset",
     "Sample",
+    "TorchDataset",
+    "as_image",
     "check_categories",
     "encode_segmentation",
     "find_data",
     "find_images",
+    "import_annotations",
     "is_finite",
     "load_batches",
     "load_train_and_val",
     "pad_elongated",
     "prepare_worker",
     "read_image",
-    "read_json",
-    "replace_text",
+    "read_voc",
+    "read_yolo",
     "to_picture",
     "worker_errors",
-    "write_json",
     "write_synthetic",
 ]

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import UserError, printable
+from ..json_files import read_json
 from .images import open_image, read_image
-from .json_files import read_json
 
 MIN_SIDE = 0.01  # pixels; float32 still resolves such a box after resizing
 MAX_COORDINATE = 1e5  # pixels; pycocotools allocates memory proportional to a polygon's length

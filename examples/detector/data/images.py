@@ -20,6 +20,7 @@ from ..errors import UserError
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of the images in a folder
 LARGEST_ASPECT = 32
+TOLERANCE = 0.1  # of values in 0..1, which bicubic interpolation may exceed
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
@@ -93,6 +94,40 @@ def read_image(path: Path, largest: int | None = None, *, upright: bool = True) 
         raise UserError(f"{path}: has more than {limit} million pixels, the most that is opened") from None
     except Exception as error:  # decoders raise all kinds of errors on damaged files
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
+
+
+def as_image(image: object, what: str) -> Tensor:
+    """Convert an image in memory to float32 RGB [3, H, W].
+
+    Parameters
+    ----------
+    image
+        A Pillow image (its EXIF orientation is ignored), a NumPy array [H, W, 3] or [H, W], or a tensor [3, H, W]
+        or [1, H, W]. Arrays and tensors are uint8, or floating-point in 0..1.
+    what
+        Name of the image in error messages.
+    """
+    if isinstance(image, Image.Image):
+        return _pixels(image, None, upright=False)
+    if isinstance(image, np.ndarray) and image.ndim in (2, 3):
+        values = torch.from_numpy(np.ascontiguousarray(image)).reshape(*image.shape[:2], -1).permute(2, 0, 1)
+    elif isinstance(image, Tensor) and image.ndim == 3:
+        values = image.as_subclass(Tensor)
+    else:
+        got = f"shape {list(image.shape)}" if isinstance(image, (np.ndarray, Tensor)) else f"a {type(image).__name__}"
+        raise UserError(f"{what} must be a Pillow image, an array [H, W, 3] or a tensor [3, H, W], got {got}")
+    if values.shape[0] not in (1, 3) or 0 in values.shape:
+        raise UserError(f"{what} must have 1 or 3 channels and at least one pixel, got the shape {list(image.shape)}")
+    if values.dtype == torch.uint8:
+        values = values / 255
+    elif not values.is_floating_point():
+        raise UserError(f"{what} must be uint8 or floating-point, got {image.dtype}")
+    elif not (values.min() >= -TOLERANCE and values.max() <= 1 + TOLERANCE):  # also of NaN
+        raise UserError(
+            f"{what} must have values from 0 to 1, as the network normalises them, got {values.min():.4g} to "
+            f"{values.max():.4g}"
+        )
+    return values.float().expand(3, -1, -1).contiguous()
 
 
 def to_picture(image: Tensor) -> Image.Image:

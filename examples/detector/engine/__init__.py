@@ -1,6 +1,7 @@
 """Training and evaluation, in one process or several."""
 
-from .distributed import gather_lists, is_main, rank, session, world_size
+from ..errors import Interrupted
+from .distributed import choose_device, gather_lists, is_main, rank, session, world_size
 from .evaluation import (
     SUMMARY,
     Kind,
@@ -13,7 +14,6 @@ from .evaluation import (
     metrics_table,
     write_results,
 )
-from .interruption import Interrupted
 from .trainer import Trainer, build_trainer
 from .training import BEST, CHECKPOINT, MODEL, RESUME_HINT, build_and_train, train
 
@@ -30,6 +30,7 @@ __all__ = [
     "Trainer",
     "build_and_train",
     "build_trainer",
+    "choose_device",
     "coco_metrics",
     "detect",
     "evaluated_kinds",

@@ -49,9 +49,7 @@ def session(device: str | torch.device = "auto") -> Iterator[torch.device]:
     `device` is ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for a GPU if there is one; under `torchrun`, GPU LOCAL_RANK.
     """
     processes = _number("WORLD_SIZE", 1)
-    if processes > 1:
-        _check_variables(processes)
-    chosen = _choose(device, _number("LOCAL_RANK", 0) if processes > 1 else None)
+    chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if processes <= 1:
@@ -65,6 +63,14 @@ def session(device: str | torch.device = "auto") -> Iterator[torch.device]:
         yield chosen
     finally:
         dist.destroy_process_group()
+
+
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """Return the device that `session` opens."""
+    processes = _number("WORLD_SIZE", 1)
+    if processes > 1:
+        _check_variables(processes)
+    return _choose(device, _number("LOCAL_RANK", 0) if processes > 1 else None)
 
 
 def _number(name: str, default: int) -> int:

@@ -11,17 +11,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from ..errors import Interrupted
+
 # Clusters send SIGUSR1 before the end of a job, and a terminal SIGHUP when it is closed. Windows has neither.
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 SAME_REQUEST = 1.0  # seconds; launchers forward a signal that the process has already received
-
-
-class Interrupted(KeyboardInterrupt):
-    """Stop on request of the user; the text says what has been saved."""
-
-    def __init__(self, number: int, text: str) -> None:
-        super().__init__(text)
-        self.exit_code = 128 + number  # by convention
 
 
 class StopRequests:

@@ -15,8 +15,9 @@ from torch import nn
 from dcnops.adapters.torch.spatial_support import OffsetObserver
 
 from ..config import Config
-from ..data import AspectRatioBatches, Batch, CocoDataset, check_categories, load_batches, worker_errors, write_json
-from ..errors import UserError, cannot_write, os_problem
+from ..data import AspectRatioBatches, Batch, CocoDataset, check_categories, load_batches, worker_errors
+from ..errors import Interrupted, UserError, cannot_write, os_problem
+from ..json_files import write_json
 from ..model import build_detector, config_of, load_backbone, load_checkpoint, restore_model, save_checkpoint
 from ..predict import AMP_TYPES
 from .distributed import gather_lists, is_main, rank, world_size
@@ -32,7 +33,7 @@ from .evaluation import (
     write_results,
 )
 from .history import History
-from .interruption import Interrupted, StopRequests
+from .interruption import StopRequests
 from .progress import Progress
 from .trainer import Step, Trainer, build_trainer
 

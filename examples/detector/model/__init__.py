@@ -4,6 +4,7 @@ from .checkpoint import config_of, load_checkpoint, load_detector, restore_model
 from .flops import Count, cost_rows, cost_table, count
 from .mimicking import MimickingDetector
 from .network import build_detector
+from .onnx_export import export_onnx
 from .state_files import tensor_problem
 from .weights import load_backbone
 
@@ -15,6 +16,7 @@ __all__ = [
     "cost_rows",
     "cost_table",
     "count",
+    "export_onnx",
     "load_backbone",
     "load_checkpoint",
     "load_detector",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +13,10 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from dcnops import ArgumentError
 from dcnops.adapters.torch.spatial_support import LayerNode, RoINode, offset_statistics
 
-from ..config import option
 from ..data import Category, check_categories, pad_elongated, read_image
 from ..errors import UserError, cannot_write
 from ..model import load_detector
+from ..spatial_support_view import SpatialSupportView
 from .inference import evaluating, infer
 from .prediction import LARGEST
 
@@ -30,27 +29,6 @@ GRID = 24  # candidate points along a side in the search for background
 BACKGROUND = "background"
 
 Box = Sequence[float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpatialSupportView:
-    """Nodes of a figure of spatial support, and how to draw them.
-
-    `layer`, `depth`, `bound` and `budget` are those of `dcnops.adapters.torch.spatial_support`.
-    """
-
-    figure: Literal[1, 2] = option(1, "figure of the paper: 1 shows pixels of a layer, 2 regions")
-    node: tuple[tuple[float, float], ...] = option(
-        (), "pixel of the image for figure 1; repeatable", metavar="X,Y", numbers=2
-    )
-    roi: tuple[tuple[float, float, float, float], ...] = option(
-        (), "region of the image for figure 2; repeatable", metavar="X1,Y1,X2,Y2", numbers=4
-    )
-    category: str | None = option(None, "category to explain in figure 2; default: that with the best score")
-    layer: str = option("backbone.body.layer4", "layer to take the pixels of figure 1 from")
-    depth: int = option(3, "number of stacked layers to follow sampling points through", 1, 100)
-    bound: float = option(0.1, "maximum relative error of the response to the saliency region", 0, 1)
-    budget: int = option(4000, "masked images to try in the search for a saliency region", 1, 10**6)
 
 
 class _PreparedImage(NamedTuple):

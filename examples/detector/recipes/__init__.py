@@ -1,6 +1,6 @@
 """Complete experiments: the demo and the ablation."""
 
-from .ablation import ABLATION_IMAGES, ABLATION_VARIANTS, run_ablation
+from .ablation import run_ablation
 from .demo import run_demo
 
-__all__ = ["ABLATION_IMAGES", "ABLATION_VARIANTS", "run_ablation", "run_demo"]
+__all__ = ["run_ablation", "run_demo"]

@@ -9,69 +9,23 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
 from ..config import Config
-from ..data import (
-    AspectRatioBatches,
-    CocoDataset,
-    is_finite,
-    load_batches,
-    load_train_and_val,
-    read_json,
-    write_json,
-    write_synthetic,
-)
+from ..data import AspectRatioBatches, CocoDataset, is_finite, load_batches, load_train_and_val, write_synthetic
 from ..engine import CHECKPOINT, MODEL, SUMMARY, build_and_train, build_trainer, session, world_size
 from ..errors import UserError, cannot_write
+from ..json_files import read_json, write_json
 from ..model import Count, count, load_checkpoint, load_detector
-from ..presets import PRESETS
+from ..variants import ABLATION_IMAGES, Variant
 from .demo import demo_config
 
-ABLATION_IMAGES = (400, 200)  # synthetic images to train on and to evaluate on
-ABLATION_VARIANTS = ("regular", "dcnv1", "dcnv2", "dcnv2-mimic")  # in the paper's order of accuracy
 SIZE = 128  # sides of the synthetic images
 TIMED_ITERATIONS = 5
 TITLES = {"bbox": "box AP", "segm": "mask AP"}
 BLUE, ORANGE = "#0072b2", "#e69f00"
-
-
-class Variant(NamedTuple):
-    """Preset with the regions to mimic, one row of the table."""
-
-    preset: str
-    mimic: str | None  # fg, bg, all or none; None for the preset's default
-
-    @property
-    def name(self) -> str:
-        return self.preset if self.mimic is None else f"{self.preset}:{self.mimic}"
-
-    @property
-    def folder(self) -> str:
-        return self.name.replace(":", "-mimics-")
-
-    @staticmethod
-    def parse(text: str) -> Variant:
-        """Parse ``PRESET`` or ``PRESET:MIMIC``."""
-        preset, colon, mimic = text.partition(":")
-        if preset not in PRESETS:
-            raise UserError(f"a variant must be one of {', '.join(PRESETS)}, or one with a colon, got {text!r}")
-        if colon and mimic not in ("fg", "bg", "all", "none"):
-            raise UserError(f"after the colon of a variant stands fg, bg, all or none, got {text!r}")
-        return Variant(preset, mimic if colon else None)
-
-    def configure(self, config: Config, seed: int = 0) -> Config:
-        """Return the configuration of a run."""
-        mimicking = [] if self.mimic is None else [f"mimicking.regions={self.mimic}"]
-        return config.set([f"network.preset={self.preset}", f"training.seed={seed}", *mimicking])
-
-    @property
-    def regions(self) -> str:
-        """Regions that are mimicked; empty without mimicking."""
-        mimicking = self.configure(Config()).mimics()
-        return mimicking.regions if mimicking else ""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from ..errors import UserError, cannot_write
 from ..model import load_detector
 from ..predict import (
     Prediction,
-    SpatialSupportView,
     contact_sheet,
     draw_detections,
     draw_spatial_support,
@@ -26,6 +25,7 @@ from ..predict import (
     predict,
     write_predictions,
 )
+from ..spatial_support_view import SpatialSupportView
 
 TRAIN_IMAGES, VAL_IMAGES, SIZE = 400, 80, 128
 DEFORMATION = 0.6  # strength that can be learnt in a few minutes

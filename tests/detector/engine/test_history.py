@@ -88,7 +88,7 @@ def test_a_full_disk_keeps_the_old_lines(path, monkeypatch):
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dcnops.detector.data.json_files.os.replace", full)
+    monkeypatch.setattr("dcnops.detector.json_files.os.replace", full)
     with pytest.raises(UserError, match=r"history\.jsonl: cannot be written \(disk full: No space left on device\)$"):
         history.record(2, None)
     with pytest.raises(OSError, match="No space") as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ from dcnops.detector.data import Category, find_images
 from dcnops.detector.errors import UserError
 from dcnops.detector.model import build_detector
 from dcnops.detector.predict import (
+    batching,
     contact_sheet,
     decode_rle,
     draw_detections,
     encode_rle,
     evaluating,
     infer,
+    infer_in_batches,
     predict,
     write_predictions,
 )
@@ -295,3 +298,57 @@ def test_contact_sheet():
         assert (pixels == colour).all(2).sum() == 8000
     assert (pixels[:20] < 100).any()  # titles
     assert contact_sheet(images, 2).height < sheet.height
+
+
+def test_batches_of_equal_size_change_nothing(picture, network, tmp_path):
+    sizes = [(60, 40), (40, 60), (62, 41), (41, 62), (60, 40), (90, 30), (40, 60), (61, 40), (200, 2)]
+    paths = [picture(f"in/{number}.png", *size) for number, size in enumerate(sizes)]
+    (tmp_path / "in" / "4.png").write_text("not an image")
+    shapes: list[tuple[int, ...]] = []
+    hook = network.backbone.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    with pytest.raises(UserError, match="1 of 9 images"):
+        singles = []
+        for prediction in predict(network, paths, CPU, threshold=0, progress=False):
+            singles.append(prediction)
+    alone, shapes[:] = shapes[:], []
+    with pytest.raises(UserError, match="1 of 9 images"):
+        together = []
+        for prediction in predict(network, paths, CPU, threshold=0, batch_size=3, workers=2, progress=False):
+            together.append(prediction)
+    hook.remove()
+    assert sorted(shape[0] for shape in shapes) == [2, 3, 3]
+    assert {shape[2:] for shape in shapes} == {shape[2:] for shape in alone}  # nothing is padded further
+    assert [item.path for item in together] == [item.path for item in singles] == [*paths[:4], *paths[5:]]
+    for one, other in zip(singles, together):
+        assert one.size == other.size
+        assert torch.equal(one.detections.labels, other.detections.labels)
+        torch.testing.assert_close(one.detections.boxes, other.detections.boxes, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.detections.scores, other.detections.scores, rtol=1e-4, atol=1e-5)
+        assert one.detections.masks and len(one.detections.masks) == len(other.detections.masks or ())
+
+
+def test_waiting_images_are_bounded_and_results_in_order(network, monkeypatch):
+    """Images that find no others of their size do not collect in memory."""
+    monkeypatch.setattr(batching, "MOST_WAITING", 1)
+    taken: list[int] = []
+
+    def images() -> Iterator[tuple[int, torch.Tensor, tuple[int, int]]]:
+        for number, (height, width) in enumerate([(40, 40), (40, 60), (30, 90), (40, 60), (40, 40)]):
+            taken.append(number)
+            yield number, torch.rand(3, height, width), (width, height)
+
+    with evaluating(network):
+        results = infer_in_batches(network, images(), CPU, 2)
+        assert next(results)[0] == 0
+        assert taken == [0, 1, 2]  # two may wait, the third image makes the first one run
+        assert [number for number, _, _ in results] == [1, 2, 3, 4]
+
+
+def test_without_pictures(picture, network, tmp_path):
+    paths = [picture("one.png")]
+    predictions = predict(network, paths, CPU, threshold=0, progress=False)
+    assert write_predictions(predictions, tmp_path / "out", CATEGORIES, inputs=paths, pictures=False) == 8
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.json"]
+    assert set(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"][0]) == {
+        *("id", "file_name", "width", "height")
+    }

@@ -14,7 +14,8 @@ from dcnops.detector.__main__ import main
 from dcnops.detector.config import Config
 from dcnops.detector.data import Category, write_synthetic
 from dcnops.detector.model import build_detector, save_checkpoint
-from dcnops.detector.predict import SpatialSupportView, draw_spatial_support
+from dcnops.detector.predict import draw_spatial_support
+from dcnops.detector.spatial_support_view import SpatialSupportView
 from tests.detector.configurations import assignments
 
 pytestmark = pytest.mark.slow

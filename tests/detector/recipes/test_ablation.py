@@ -15,7 +15,8 @@ from dcnops.detector.config import Config
 from dcnops.detector.engine import SUMMARY, training
 from dcnops.detector.model import Count
 from dcnops.detector.recipes import ablation
-from dcnops.detector.recipes.ablation import Row, Variant, ablation_config, table
+from dcnops.detector.recipes.ablation import Row, ablation_config, table
+from dcnops.detector.variants import Variant
 
 TINY = ["training.epochs=1", "training.batch_size=2", "network.min_size=64", "network.max_size=64"]
 

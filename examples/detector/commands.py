@@ -1,0 +1,234 @@
+"""Functions that run the commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .command_options import (
+    AblateOptions,
+    EvaluateOptions,
+    ExportOptions,
+    FlopsOptions,
+    ImportOptions,
+    PredictOptions,
+    SpatialSupportOptions,
+    SynthOptions,
+    TrainOptions,
+)
+from .data import (
+    CocoDataset,
+    check_categories,
+    find_data,
+    find_images,
+    import_annotations,
+    read_voc,
+    read_yolo,
+    write_synthetic,
+)
+from .engine import (
+    RESUME_HINT,
+    Kind,
+    build_and_train,
+    coco_metrics,
+    detect,
+    evaluated_kinds,
+    is_main,
+    load_results,
+    metrics_table,
+    session,
+    world_size,
+    write_results,
+)
+from .errors import UserError, printable
+from .model import cost_rows, cost_table, export_onnx, load_detector
+from .predict import AMP_TYPES, draw_checkpoints, predict, write_predictions
+from .recipes import run_ablation, run_demo
+
+
+def run_train(options: TrainOptions) -> None:
+    config = options.configuration()
+    masks, negatives = config.network.detector == "mask", config.training.negative_images
+    train_annotations, train_images = _data(options, "train", "train_")
+    train_set = CocoDataset(train_annotations, train_images, masks=masks, keep_empty=False, negatives=negatives)
+    val_set = None
+    if options.val_annotations or options.data:
+        val_annotations, val_images = _data(options, "val", "val_")
+        val_set = CocoDataset(val_annotations, val_images, masks=masks, keep_empty=True)
+    with session(options.device) as device:
+        _warn(train_set, train_annotations)
+        if val_set:
+            _warn(val_set, val_annotations)
+        weights = options.weights or ("none" if config.network.backbone == "small" else "imagenet")
+        resume = options.resume if options.resume == "auto" else options.resume == "always"
+        hint = "the same command goes on from there" if options.resume == "auto" else RESUME_HINT
+        build_and_train(config, train_set, val_set, options.out, device, weights=weights, resume=resume, hint=hint)
+
+
+def run_evaluate(options: EvaluateOptions) -> None:
+    if options.results:
+        _make_folder(options.out)
+        annotations = options.annotations or _data(options, options.split)[0]
+        dataset = CocoDataset(annotations, None, masks=False, keep_empty=True)
+        results, kinds = load_results(options.results, dataset.coco)
+        if "segm" in kinds:
+            dataset = CocoDataset(annotations, None, masks=True, keep_empty=True)
+        _warn(dataset, annotations)
+        _report(dataset, results, kinds, options.out)
+        return
+    assert options.checkpoint is not None
+    annotations, images = _data(options, options.split)
+    _make_folder(options.out)
+    with session(options.device) as device:
+        model, config, categories = load_detector(options.checkpoint, device, options.set)
+        dataset = CocoDataset(annotations, images, masks=config.network.detector == "mask", keep_empty=True)
+        check_categories(categories, dataset.categories, str(annotations))
+        _warn(dataset, annotations)
+        results = detect(
+            model,
+            dataset,
+            device,
+            batch_size=options.batch_size,
+            workers=config.training.workers,
+            amp_dtype=AMP_TYPES[options.amp],
+        )
+        if is_main():
+            _report(dataset, results, evaluated_kinds(config.network), options.out)
+
+
+def run_predict(options: PredictOptions) -> None:
+    paths = find_images(options.images)
+    _make_folder(options.out)
+    with session(options.device) as device:
+        _require_one_process("predict")
+        model, config, categories = load_detector(options.checkpoint, device, options.set)
+        predictions = predict(
+            model,
+            paths,
+            device,
+            threshold=options.threshold,
+            batch_size=options.batch_size,
+            workers=config.training.workers,
+            amp_dtype=AMP_TYPES[options.amp],
+        )
+        pictures = not options.no_pictures
+        number = write_predictions(predictions, options.out, categories, inputs=paths, pictures=pictures)
+    scores = f"scores from {options.threshold:g}" + ("" if number else "; lower --threshold for more")
+    files = "pictures and predictions.json" if pictures else "predictions.json"
+    print(f"{number} detections ({scores}) in {len(paths)} images: {files} in {options.out}")
+
+
+def run_spatial_support(options: SpatialSupportOptions) -> None:
+    with session(options.device) as device:
+        _require_one_process("spatial-support")
+        paths = draw_checkpoints(
+            options.checkpoint, options.image, options.out, device, options, assignments=options.set
+        )
+    print("\n".join(printable(str(path)) for path in paths))
+
+
+def run_export(options: ExportOptions) -> None:
+    _make_folder(options.out.parent)
+    model, _, categories = load_detector(options.checkpoint, torch.device("cpu"), options.set)
+    height, width = map(int, options.size.split("x"))
+    export_onnx(model, options.out, (height, width), categories)
+    print(f"{options.out}: for images of {height}x{width} pixels")
+
+
+def run_flops(options: FlopsOptions) -> None:
+    networks = list(dict.fromkeys([options.config("faster").network, options.config("mask").network]))
+    if options.json:
+        print(json.dumps([row for network in networks for row in cost_rows(network)], indent=1))
+    else:
+        print("\n\n".join(cost_table(network) for network in networks))
+
+
+def run_import(options: ImportOptions) -> None:
+    read = {"voc": read_voc, "yolo": read_yolo}[options.format]
+    counts, notes = import_annotations(read, options.source, options.out, val_share=options.val_share)
+    for line in notes:
+        print(printable(line), file=sys.stderr)
+    images = ", ".join(f"{split} {count}" for split, count in counts.items())
+    print(f"images: {images} in {options.out}; train with --data {options.out}")
+
+
+def run_synth(options: SynthOptions) -> None:
+    for split in ("train", "val"):
+        if (existing := options.folder / "annotations" / f"instances_{split}.json").exists():
+            raise UserError(f"{existing} exists already: give another folder")
+    write_synthetic(**dataclasses.asdict(options))
+    print(f"{options.train} + {options.val} images in {options.folder}; train with --data {options.folder}")
+
+
+def run_ablate(options: AblateOptions) -> None:
+    run_ablation(
+        options.out,
+        options.data,
+        variants=options.variants,
+        seeds=options.seeds,
+        scale=options.scale,
+        weights=options.weights,
+        assignments=options.set,
+        device_name=options.device,
+    )
+    print(f"{options.out}: table.md, results.json, plot.png")
+
+
+RUN: dict[str, Callable[[Any], None]] = {
+    "train": run_train,
+    "evaluate": run_evaluate,
+    "predict": run_predict,
+    "spatial-support": run_spatial_support,
+    "export": run_export,
+    "flops": run_flops,
+    "import": run_import,
+    "synth": run_synth,
+    "ablate": run_ablate,
+    "demo": lambda options: run_demo(options.out, options.device),
+}
+
+
+def _data(options: Any, split: Literal["train", "val"], prefix: str = "") -> tuple[Path, Path]:
+    """Return the JSON file and the image folder of a split, from ``--data`` or from the two options for it."""
+    annotations, images = getattr(options, f"{prefix}annotations"), getattr(options, f"{prefix}images")
+    option = f"--{prefix}".replace("_", "-")
+    if annotations and images:
+        return annotations, images
+    if annotations or images:
+        missing = "images" if annotations else "annotations"
+        raise UserError(f"{option}annotations and {option}images go together, {option}{missing} is missing")
+    if options.data is None:
+        raise UserError(f"the data are missing: --data FOLDER, or {option}annotations and {option}images")
+    return find_data(options.data, split)
+
+
+def _make_folder(out: Path | None) -> None:
+    """Create the output folder before the computation, so that a wrong path fails early."""
+    try:
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made a folder ({error.strerror})") from None
+
+
+def _require_one_process(command: str) -> None:
+    if world_size() > 1:
+        raise UserError(f"{command} runs in one process, not under torchrun")
+
+
+def _warn(dataset: CocoDataset, annotations: Path) -> None:
+    for line in dataset.report if is_main() else ():
+        print(f"{annotations}: {line}", file=sys.stderr)
+
+
+def _report(dataset: CocoDataset, results: list[dict[str, object]], kinds: tuple[Kind, ...], out: Path | None) -> None:
+    metrics = coco_metrics(dataset.coco, results, dataset.image_ids, kinds)
+    print(metrics_table(metrics, dataset.categories))
+    if out:
+        write_results(out, results, metrics, dataset.categories)
