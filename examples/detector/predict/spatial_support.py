@@ -46,6 +46,11 @@ class SpatialSupportView:
     roi: tuple[tuple[float, float, float, float], ...] = option(
         (), "region of the image for figure 2; repeatable", metavar="X1,Y1,X2,Y2", numbers=4
     )
+    part: Literal["features", "class"] = option(
+        "features",
+        "response of a region in figure 2: the features of the box head (the output of its second fully connected "
+        "layer), as in the paper, or the score of a category; bins always show their effect on the score",
+    )
     category: str | None = option(None, "category to explain in figure 2; default: that with the best score")
     layer: str = option("backbone.body.layer4", "layer to take the pixels of figure 1 from")
     depth: int = option(3, "number of stacked layers to follow sampling points through", 1, 100)
@@ -124,6 +129,7 @@ def draw_spatial_support(
     else:
         points, boxes, titles = _choose_nodes(last, image)
     nodes: dict[str, LayerNode | RoINode] = {}
+    scores: dict[str, RoINode] = {}
     if view.figure == 1:
         for (x, y), title in zip(points, titles):
             if not (0 <= x < image.shape[2] and 0 <= y < image.shape[1]):
@@ -133,16 +139,25 @@ def draw_spatial_support(
             nodes[_unique(title, nodes)] = LayerNode.at(last, prepared.network, view.layer, row, column)
     else:
         for box, title in zip(boxes, titles):
-            name, node = _region_node(last, prepared, box, title, names, view.category)
-            nodes[_unique(name, nodes)] = node
+            name, score = _region_score(last, prepared, box, title, names, view.category)
+            name = _unique(name, nodes)
+            scores[name] = score
+            nodes[name] = RoINode(score.box, part="features") if view.part == "features" else score
     if not nodes:
         raise UserError("figure 1 is of pixels (--node), figure 2 of regions (--roi)")
     return plot_spatial_support(
-        networks, prepared.network, nodes, prepared.picture, depth=view.depth, bound=view.bound, budget=view.budget
+        networks,
+        prepared.network,
+        nodes,
+        prepared.picture,
+        bin_nodes=scores,
+        depth=view.depth,
+        bound=view.bound,
+        budget=view.budget,
     )
 
 
-def _region_node(
+def _region_score(
     network: GeneralizedRCNN,
     prepared: _PreparedImage,
     box: Box,
@@ -150,7 +165,7 @@ def _region_node(
     names: Sequence[str],
     category: str | None,
 ) -> tuple[str, RoINode]:
-    """Return the title and the node of a region; without `category`, the node is the best score of an object."""
+    """Return the title of a region and the node of its score for `category`, by default the best category."""
     vertical, horizontal = prepared.scale
     scaled = [value * scale for value, scale in zip(box, (horizontal, vertical) * 2)]
     if scaled[2] <= scaled[0] or scaled[3] <= scaled[1]:
