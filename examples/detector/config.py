@@ -198,6 +198,7 @@ class MimickingConfig:
     regions: Literal["auto", "fg", "bg", "all", "none"] = option(
         "auto", "RoIs to mimic: foreground, background, all or none; auto: the preset's choice, fg or none"
     )
+    ground_truth: bool = option(False, "also mimic ground-truth boxes, not only proposals of the RPN")
     boxes: int = option(32, "maximum number of RoIs to mimic per image", 1, 10**4)
     crop: int = option(224, "width and height of the crops, pixels; 224 gives features of 14x14", 32, 4096)
     weight: float = option(0.1, "weight of the loss of equation 3", 0, 1e6)

@@ -22,6 +22,11 @@ class SpatialSupportView:
     roi: tuple[tuple[float, float, float, float], ...] = option(
         (), "region of the image for figure 2; repeatable", metavar="X1,Y1,X2,Y2", numbers=4
     )
+    part: Literal["features", "class"] = option(
+        "features",
+        "response of a region in figure 2: the features of the box head (the output of its second fully connected "
+        "layer), as in the paper, or the score of a category; bins always show their effect on the score",
+    )
     category: str | None = option(None, "category to explain in figure 2; default: that with the best score")
     layer: str = option("backbone.body.layer4", "layer to take the pixels of figure 1 from")
     depth: int = option(3, "number of stacked layers to follow sampling points through", 1, 100)

@@ -86,14 +86,17 @@ class LayerNode(NamedTuple):
 class RoINode(NamedTuple):
     """Region in the box head of a torchvision detector (`backbone` and `roi_heads`).
 
+    The response is a vector of class scores or of features. `output` selects one of its numbers.
+
     Attributes
     ----------
     box : sequence of 4 numbers
         x1, y1, x2, y2, in pixels of the network's input.
     output : int, optional
-        Index of the class (0 is the background) or of the unit. By default all outputs form the response.
-    part : "class" or "unit"
-        Read the class scores (logits) or the features of the box head.
+        Index of the class (0 is the background) or of the feature. By default all of them form the response.
+    part : "class" or "features"
+        Read the class scores (logits), or the features that the box head passes to the layers of scores and boxes. In
+        the usual head these are the output of the second fully connected layer, the node of the paper's figure 2.
 
     Examples
     --------
@@ -107,7 +110,7 @@ class RoINode(NamedTuple):
 
     box: Sequence[float]
     output: int | None = None
-    part: Literal["class", "unit"] = "class"
+    part: Literal["class", "features"] = "class"
 
     def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
         """Return the response [N, outputs] to resized and normalised images [N, 3, H, W]."""
@@ -117,8 +120,8 @@ class RoINode(NamedTuple):
                 "model must have backbone and roi_heads with box_roi_pool, box_head and box_predictor for a RoINode, "
                 f"got {type(model).__name__}; a function (model, images) -> response can be the node of any model"
             )
-        if self.part not in ("class", "unit"):
-            raise ArgumentError(f'node must have the part "class" or "unit", got {self.part!r}')
+        if self.part not in ("class", "features"):
+            raise ArgumentError(f'node must have the part "class" or "features", got {self.part!r}')
         numbers = all(isinstance(value, Real) for value in self.box)
         if len(self.box) != 4 or not numbers or not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
             raise ArgumentError(f"node must have a box x1, y1, x2, y2 with x1 < x2 and y1 < y2, got {self.box}")
@@ -153,8 +156,8 @@ def as_node(node: Node) -> NodeFunction:
     if region and not isinstance(node[0], str):
         return RoINode(*node)
     raise ArgumentError(
-        "node must be (layer, y, x), (box,), (box, class), (box, unit, 'unit') or a function of model and images, "
-        f"got {node!r}"
+        "node must be (layer, y, x), (box,), (box, class), (box, feature, 'features') or a function of model and "
+        f"images, got {node!r}"
     )
 
 

@@ -196,6 +196,7 @@ def plot_spatial_support(
     nodes: Mapping[str, Node],
     picture: Tensor,
     *,
+    bin_nodes: Mapping[str, Node] | None = None,
     depth: int = 3,
     bound: float = 0.1,
     budget: int = 4000,
@@ -215,6 +216,9 @@ def plot_spatial_support(
     nodes : mapping of title to LayerNode or RoINode, or their plain tuples
     picture : Tensor [3, H, W] or [1, H, W]
         The image for display, of the same size.
+    bin_nodes : mapping of title to RoINode, optional
+        Nodes of the effective bins, if they differ from `nodes`. The paper's figure 2 shows the effect of the bins on
+        the classification, and the other views of the features.
     depth : int
         See `effective_sampling_locations`.
     bound, budget, batch_size, progress
@@ -241,12 +245,8 @@ def plot_spatial_support(
     >>> len(figure.axes)
     6
     """
-    resolved: dict[str, LayerNode | RoINode] = {}
-    for title, given in nodes.items():
-        node = as_node(given)
-        if not isinstance(node, (LayerNode, RoINode)):
-            raise ArgumentError(f"nodes must be (layer, y, x) or (box, ...), {title!r} is {node!r}")
-        resolved[title] = node
+    resolved = _resolve(nodes)
+    of_bins = resolved | _resolve(bin_nodes or {})
     if not networks or not nodes:
         raise ArgumentError(f"networks and nodes must not be empty, got {len(networks)} and {len(nodes)}")
     if tuple(picture.shape[-2:]) != tuple(image.shape[-2:]):
@@ -263,7 +263,7 @@ def plot_spatial_support(
         part.suptitle(_title(title), fontsize=11, fontweight="bold", parse_math=False)
         panels = part.subplots(3, len(nodes), squeeze=False)
         for column, (name, node) in enumerate(resolved.items()):
-            labels = _draw_views(panels[:, column], network, image, node, picture, depth, search)
+            labels = _draw_views(panels[:, column], network, image, node, of_bins[name], picture, depth, search)
             panels[0, column].set_title(_title(name), fontsize=9, parse_math=False)
             for panel, (view, result) in zip(panels[:, column], labels):
                 panel.set_xlabel(result, fontsize=7)
@@ -272,11 +272,22 @@ def plot_spatial_support(
     return figure
 
 
+def _resolve(nodes: Mapping[str, Node]) -> dict[str, LayerNode | RoINode]:
+    resolved: dict[str, LayerNode | RoINode] = {}
+    for title, given in nodes.items():
+        node = as_node(given)
+        if not isinstance(node, (LayerNode, RoINode)):
+            raise ArgumentError(f"nodes must be (layer, y, x) or (box, ...), {title!r} is {node!r}")
+        resolved[title] = node
+    return resolved
+
+
 def _draw_views(
     panels: Sequence[Axes],
     network: nn.Module,
     image: Tensor,
     node: LayerNode | RoINode,
+    node_of_bins: LayerNode | RoINode,
     picture: Tensor,
     depth: int,
     search: Mapping[str, Any],
@@ -284,7 +295,7 @@ def _draw_views(
     """Draw the three views of a node and return the name and result of each, for the labels of the axes."""
     if isinstance(node, RoINode):
         place: Sequence[float] = node.box
-        draw_bins(panels[0], picture, effective_bin_locations(network, image, node), place)
+        draw_bins(panels[0], picture, effective_bin_locations(network, image, node_of_bins), place)
         first = "effective bins", ""
     else:
         place = node.position(network, image)

@@ -25,11 +25,12 @@ class SaliencyRegion(NamedTuple):
     mask : Tensor [H, W], bool
         True for the pixels in the region.
     error : float
-        Relative error of the response to the region alone, ``norm(N(I) - N(I*M)) / norm(N(I))``.
+        Relative error of the response to the region alone, ``norm(N(I) - N(I*M)) / norm(N(I) - N(0))``. It is 1 for an
+        empty region.
     areas : list of int
         Number of pixels in the region after each step of the search; it never increases.
     forwards : int
-        Number of images that the network was run on.
+        Number of masked images that the network was run on.
     finished : bool
         True if nothing more could be removed, False if the budget was used up before.
     """
@@ -97,8 +98,12 @@ def error_bounded_saliency_region(
     """Find a small region of the image that alone gives nearly the same response as the whole image.
 
     The paper asks for the smallest region. The search shrinks a rectangle from its sides. Then it removes square cells,
-    starting with those that change the response least, as long as the relative error is within the bound. Pixels
-    outside the region are 0, which is the mean colour of a normalised image.
+    first large and then smaller ones, starting with those that change the response least, as long as the relative error
+    is within the bound. Pixels outside the region are 0, which is the mean colour of a normalised image.
+
+    The error is relative to the difference between the responses to the image and to an empty image, ``N(0)``. Relative
+    to the response itself it would depend on biases: a class score near zero would forbid any change, and a large bias
+    would allow an empty region.
 
     Parameters
     ----------
@@ -112,7 +117,7 @@ def error_bounded_saliency_region(
     batch_size : int
         Number of images in one forward pass.
     budget : int
-        Maximum number of images in total. When it is used up, the search stops with the current region.
+        Maximum number of masked images in total. When it is used up, the search stops with the current region.
     progress : bool, optional
         Show a progress bar, which requires tqdm. By default it is shown on a terminal if tqdm is installed.
 
@@ -123,7 +128,7 @@ def error_bounded_saliency_region(
     Raises
     ------
     ArgumentError
-        The node does not exist, its response to the image is zero, or a number is out of range.
+        The node does not exist, it responds to the image as to an empty one, or a number is out of range.
     ShapeError
         `image` is not a single image.
 
@@ -150,7 +155,8 @@ def error_bounded_saliency_region(
         search = _Search(model, images, as_node(node), bound, batch_size, budget, _progress_bar(progress, budget))
         try:
             side = cell or math.ceil(max(images.shape[2:]) / max(1, min(32, math.isqrt(budget // 4))))
-            finished = search.shrink_rectangle(side) and search.remove_cells(side)
+            # Large cells first: they need few images, and leave few of the small cells to be tried.
+            finished = search.shrink_rectangle(side) and all(search.remove_cells(side << i) for i in (3, 2, 1, 0))
         finally:
             if search.bar is not None:
                 search.bar.close()
@@ -175,11 +181,13 @@ class _Search:
         self.mask = torch.ones(image.shape[2:], dtype=torch.bool, device=image.device)
         self.error = 0.0
         self.areas = [self.mask.numel()]
-        self.forwards = 1
+        self.forwards = 0
         self.reference = respond(node, model, image.clone())  # the model may modify its input in place
-        self.norm = float(magnitude(self.reference))
-        if not self.norm > 0:
-            raise ArgumentError(f"node must respond to the image, its response has the norm {self.norm}")
+        self.change = float(magnitude(self.reference - respond(node, model, torch.zeros_like(image))))
+        if not 0 < self.change < math.inf:
+            raise ArgumentError(
+                f"node must respond to the image, its response differs by {self.change} from that to an empty image"
+            )
 
     def shrink_rectangle(self, side: int) -> bool:
         """Remove thinner and thinner strips from a rectangle; return False if the budget is used up."""
@@ -241,7 +249,8 @@ class _Search:
             errors = self._errors(masks)
             chosen = next((index for index, error in enumerate(errors) if error <= self.bound), None)
             if chosen is None:
-                return True
+                begin, number = begin + 1, 1  # this cell stays
+                continue
             self._accept(masks[chosen], errors[chosen])
             begin += numbers[chosen]
             number = min(2 * numbers[chosen], len(cells) - begin)
@@ -258,7 +267,7 @@ class _Search:
             # Not a product, so that NaN outside the region does not matter.
             response = respond(self.node, self.model, torch.where(batch[:, None], self.image, 0))
             difference = torch.linalg.vector_norm((response - self.reference).double(), dim=1)
-            found += (difference / self.norm).nan_to_num(nan=float("inf")).tolist()
+            found += (difference / self.change).nan_to_num(nan=float("inf")).tolist()
             self.forwards += len(batch)
             if self.bar is not None:
                 self.bar.update(len(batch))

@@ -27,8 +27,8 @@ class MimickingDetector(nn.Module):
       of an image, mean over the images, weighted; equation 3;
     - ``loss_crop``: cross-entropy of the classifier on ``f_RCNN``, mean over the boxes, weighted.
 
-    The boxes are sampled from the RoIs in the loss of the head, that is from proposals and ground truth. After the
-    training only the detector is needed.
+    The boxes are sampled from the RoIs in the loss of the head. These consist of proposals and ground truth; the latter
+    is left out, unless `MimickingConfig.ground_truth` is set. After the training only the detector is needed.
     """
 
     def __init__(self, detector: GeneralizedRCNN, config: MimickingConfig) -> None:
@@ -50,7 +50,7 @@ class MimickingDetector(nn.Module):
             labels_of(boxes, target["boxes"], target["labels"], self.detector.roi_heads.proposal_matcher.high_threshold)
             for boxes, target in zip(regions, resized_targets)
         ]
-        rows = [self._choose(item) for item in labels]
+        rows = [self._choose(item, proposed) for item, proposed in zip(labels, seen["proposed"])]
         numbers = [len(item) for item in rows]
         features = torch.cat(
             [item[chosen] for item, chosen in zip(seen["features"].split([len(boxes) for boxes in regions]), rows)]
@@ -72,9 +72,14 @@ class MimickingDetector(nn.Module):
             "loss_crop": self.config.classifier_weight * entropy,
         }
 
-    def _choose(self, labels: Tensor) -> Tensor:
-        """Sample indices of an image's regions of the configured kind, at most `boxes`."""
+    def _choose(self, labels: Tensor, proposed: Tensor) -> Tensor:
+        """Sample indices of an image's regions of the configured kind, at most `boxes`.
+
+        `proposed` is False for the regions that are ground truth.
+        """
         wanted = {"fg": labels > 0, "bg": labels == 0, "all": labels >= 0}[self.config.regions]
+        if not self.config.ground_truth:
+            wanted = wanted & proposed
         rows = torch.where(wanted)[0]
         return rows[torch.randperm(len(rows), device=rows.device)[: self.config.boxes]]
 
@@ -128,16 +133,26 @@ def mimic_loss(crop_features: Tensor, features: Tensor, numbers: Sequence[int], 
 
 @contextmanager
 def _record(detector: GeneralizedRCNN) -> Iterator[dict[str, Any]]:
-    """Record the transformed batch, the regions and the RoI features in a context."""
+    """Record the transformed batch, the regions, which of them the RPN proposed, and the RoI features in a context."""
     seen: dict[str, Any] = {}
     heads = detector.roi_heads
+
+    def subsample(labels: list[Tensor]) -> list[Tensor]:
+        """Sample from the proposals of each image and, appended to them by torchvision, its ground truth."""
+        sampled: list[Tensor] = type(heads).subsample(heads, labels)
+        seen["proposed"] = [rows < len(boxes) for rows, boxes in zip(sampled, seen["proposals"])]
+        return sampled
+
     hooks = [
         detector.transform.register_forward_hook(lambda module, given, result: seen.update(transform=result)),
+        detector.rpn.register_forward_hook(lambda module, given, result: seen.update(proposals=result[0])),
         heads.box_roi_pool.register_forward_hook(lambda module, given, result: seen.update(regions=given[1])),
         heads.box_head.fc7.register_forward_hook(lambda module, given, result: seen.update(features=result)),
     ]
+    heads.subsample = subsample
     try:
         yield seen
     finally:
+        del heads.subsample
         for hook in hooks:
             hook.remove()

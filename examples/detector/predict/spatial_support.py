@@ -102,6 +102,7 @@ def draw_spatial_support(
     else:
         points, boxes, titles = _choose_nodes(last, image)
     nodes: dict[str, LayerNode | RoINode] = {}
+    scores: dict[str, RoINode] = {}
     if view.figure == 1:
         for (x, y), title in zip(points, titles):
             if not (0 <= x < image.shape[2] and 0 <= y < image.shape[1]):
@@ -111,16 +112,25 @@ def draw_spatial_support(
             nodes[_unique(title, nodes)] = LayerNode.at(last, prepared.network, view.layer, row, column)
     else:
         for box, title in zip(boxes, titles):
-            name, node = _region_node(last, prepared, box, title, names, view.category)
-            nodes[_unique(name, nodes)] = node
+            name, score = _region_score(last, prepared, box, title, names, view.category)
+            name = _unique(name, nodes)
+            scores[name] = score
+            nodes[name] = RoINode(score.box, part="features") if view.part == "features" else score
     if not nodes:
         raise UserError("figure 1 is of pixels (--node), figure 2 of regions (--roi)")
     return plot_spatial_support(
-        networks, prepared.network, nodes, prepared.picture, depth=view.depth, bound=view.bound, budget=view.budget
+        networks,
+        prepared.network,
+        nodes,
+        prepared.picture,
+        bin_nodes=scores,
+        depth=view.depth,
+        bound=view.bound,
+        budget=view.budget,
     )
 
 
-def _region_node(
+def _region_score(
     network: GeneralizedRCNN,
     prepared: _PreparedImage,
     box: Box,
@@ -128,7 +138,7 @@ def _region_node(
     names: Sequence[str],
     category: str | None,
 ) -> tuple[str, RoINode]:
-    """Return the title and the node of a region; without `category`, the node is the best score of an object."""
+    """Return the title of a region and the node of its score for `category`, by default the best category."""
     vertical, horizontal = prepared.scale
     scaled = [value * scale for value, scale in zip(box, (horizontal, vertical) * 2)]
     if scaled[2] <= scaled[0] or scaled[3] <= scaled[1]:

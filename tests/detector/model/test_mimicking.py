@@ -14,6 +14,7 @@ from dcnops.detector.config import Config
 from dcnops.detector.data import CocoDataset, find_data, write_synthetic
 from dcnops.detector.engine import CHECKPOINT, MODEL, train
 from dcnops.detector.model import MimickingDetector, build_detector, load_checkpoint, load_detector
+from dcnops.detector.model import mimicking as mimicking_module
 from dcnops.detector.model.mimicking import cut_crops, labels_of, mimic_loss
 from tests.detector.configurations import assignments
 
@@ -26,7 +27,8 @@ CROP = 224
 
 
 def config(*assignments: str) -> Config:
-    return Config().set([*SMALL, "network.preset=dcnv2-mimic", *assignments])
+    # An untrained RPN proposes no foreground.
+    return Config().set([*SMALL, "network.preset=dcnv2-mimic", "mimicking.ground_truth=true", *assignments])
 
 
 def build(options: Config) -> MimickingDetector:
@@ -145,24 +147,39 @@ def test_detached_teacher(detach, monkeypatch):
     assert (crops[0].grad is not None and bool(crops[0].grad.any())) == (not detach)
 
 
+@pytest.mark.parametrize("ground_truth", [False, True])
 @pytest.mark.parametrize("regions", ["fg", "bg", "all"])
-def test_regions(regions, monkeypatch):
-    mimicking = build(config(f"mimicking.regions={regions}", "mimicking.boxes=5", "mimicking.chunk=2"))
-    chosen: list[Tensor] = []
-    inner = mimicking._choose
+def test_regions(regions, ground_truth, monkeypatch):
+    """Of given proposals, exactly those of the chosen kind; one of them has the coordinates of the ground truth."""
+    mimicking = build(config(f"mimicking.regions={regions}", f"mimicking.ground_truth={ground_truth}"))
+    images, targets = batch()
+    truth = [[10.0, 12, 60, 70], [50, 20, 120, 90]]
+    positive = [truth[0], [10, 12, 60, 42], [60, 20, 120, 90]]  # the second has an IoU of 30 / 58
+    negative = [[10.0, 12, 60, 40], [0, 0, 20, 20]]  # the first has an IoU of 28 / 58
+    proposals = [torch.tensor(positive + negative), torch.tensor([[5.0, 5, 20, 20]])]
+    monkeypatch.setattr(mimicking.detector.rpn, "forward", lambda images, features, targets: (proposals, {}))
+    cropped: list[list[list[float]]] = []
+    inner = cut_crops
 
-    def choose(labels: Tensor) -> Tensor:
-        rows = inner(labels)
-        chosen.append(labels[rows])
-        return rows
+    def crop(images: Tensor, boxes: list[Tensor], side: int) -> Tensor:
+        cropped.extend(item.tolist() for item in boxes)
+        return inner(images, boxes, side)
 
-    monkeypatch.setattr(mimicking, "_choose", choose)
-    mimicking(*batch())
-    assert len(chosen) == 2
-    for labels in chosen:
-        assert 0 < len(labels) <= 5
-        assert {"fg": (labels > 0).all(), "bg": (labels == 0).all(), "all": True}[regions]
-    assert regions == "fg" or len(chosen[0]) == 5
+    monkeypatch.setattr(mimicking_module, "cut_crops", crop)
+    mimicking(images, targets)
+    first = {"fg": positive, "bg": negative, "all": positive + negative}[regions]
+    second = [] if regions == "fg" else proposals[1].tolist()
+    if ground_truth and regions != "bg":
+        first, second = first + truth, [*second, [5, 5, 50, 60]]
+    assert sorted(cropped[0]) == sorted(first) and sorted(cropped[1]) == sorted(second)
+    assert "subsample" not in vars(mimicking.detector.roi_heads)
+
+
+def test_number_of_regions():
+    mimicking = build(config("mimicking.boxes=5"))
+    labels = torch.tensor([0, 2, 0, 1, 1, 1, 1, 3])
+    rows = mimicking._choose(labels, torch.ones(8, dtype=torch.bool)).tolist()
+    assert len(set(rows)) == 5 and set(rows) <= {1, 3, 4, 5, 6, 7}
 
 
 def test_chunks_give_the_same_result():
@@ -184,7 +201,7 @@ def test_features_before_and_after_the_relu(features, monkeypatch):
     image, crops = features_of(mimicking, monkeypatch)
     rows: list[Tensor] = []
     inner = mimicking._choose
-    monkeypatch.setattr(mimicking, "_choose", lambda labels: rows.append(inner(labels)) or rows[-1])
+    monkeypatch.setattr(mimicking, "_choose", lambda *given: rows.append(inner(*given)) or rows[-1])
     loss = mimicking(*batch())["loss_mimic"].item()
     half = len(image[0]) // 2  # both images have the same number of RoIs
     assert len(crops[0]) == 2
@@ -227,7 +244,7 @@ def test_parameters_are_shared_and_detections_the_same():
 
 
 def test_the_regular_network_mimics_too():
-    options = Config().set([*SMALL, "network.preset=regular", "mimicking.regions=fg"])
+    options = config("network.preset=regular", "mimicking.regions=fg")
     losses = build(options)(*batch())
     assert losses["loss_mimic"] > 0
     assert Config().set(["network.preset=dcnv2-mimic", "mimicking.regions=none"]).mimics() is None

@@ -10,6 +10,7 @@ import matplotlib.image
 import pytest
 import torch
 
+from dcnops.adapters.torch.spatial_support import plots
 from dcnops.detector.__main__ import main
 from dcnops.detector.config import Config
 from dcnops.detector.data import Category, write_synthetic
@@ -90,6 +91,32 @@ def test_regions_of_the_background_and_of_categories():
         figure = draw_spatial_support({odd: network}, torch.rand(3, 64, 64), ["club", odd], chosen)
         assert figure.axes[0].get_title() == title
         figure.savefig(io.BytesIO())
+
+
+def test_nodes_of_regions(monkeypatch):
+    """Bins show their effect on a score; the other views are of all features, or of the score on request."""
+    seen = {}
+
+    def recording(name):
+        function = getattr(plots, name)
+
+        def record(network, image, node, **options):
+            seen[name] = node
+            return function(network, image, node, **options)
+
+        return record
+
+    for name in ("effective_bin_locations", "effective_receptive_field", "error_bounded_saliency_region"):
+        monkeypatch.setattr(plots, name, recording(name))
+    network = build_detector(Config().set([*SMALL, "network.preset=dcnv2"]).network, 2)
+    view = SpatialSupportView(figure=2, roi=((5, 5, 30, 40),), category="ring", budget=10)
+    for part in ("features", "class"):
+        draw_spatial_support(
+            {"network": network}, torch.rand(3, 64, 64), ["club", "ring"], dataclasses.replace(view, part=part)
+        )
+        bins, field, region = seen.values()
+        assert bins == ([5, 5, 30, 40], 2, "class")
+        assert field == region == (([5, 5, 30, 40], None, "features") if part == "features" else bins)
 
 
 @pytest.mark.parametrize(

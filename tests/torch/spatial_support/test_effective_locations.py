@@ -145,8 +145,8 @@ class TestBins:
         # torchvision's RoIAlign is shifted by half a pixel of the map, which has a stride of 32.
         assert torch.allclose(theirs.boxes, ours.boxes + 16)
         assert (ours.strength > 0).any() and ours.mask is None
-        unit = effective_bin_locations(detector, image, ((16, 8, 72, 50), 7, "unit"))
-        assert not torch.equal(unit.strength, ours.strength)
+        feature = effective_bin_locations(detector, image, ((16, 8, 72, 50), 7, "features"))
+        assert not torch.equal(feature.strength, ours.strength)
 
     def test_convolutions_of_the_box_head_have_no_location(self) -> None:
         detector = torchvision.models.detection.fasterrcnn_resnet50_fpn_v2(

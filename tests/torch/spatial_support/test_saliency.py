@@ -70,6 +70,19 @@ class TestSaliencyRegion:
         region = error_bounded_saliency_region(layer, torch.rand(1, 16, 16) + 0.5, ("", 7, 7), bound=1e-4, cell=1)
         assert region.mask.nonzero().tolist() == [[4, 4], [12, 14]]
 
+    @pytest.mark.parametrize("bias", [0.0, -4.5, 100.0])
+    def test_does_not_depend_on_a_bias(self, bias: float) -> None:
+        """A response near zero, as a class score can be, or a large one: relative to them, nothing or all is kept."""
+        network = nn.Conv2d(1, 1, 3).requires_grad_(False)
+        nn.init.constant_(network.weight, 0.5)
+        nn.init.constant_(network.bias, bias)  # type: ignore[arg-type]
+        image = torch.ones(1, 24, 24)
+        region = error_bounded_saliency_region(network, image, ("", 9, 12), bound=0.1, cell=1)
+        expected = torch.zeros(24, 24, dtype=torch.bool)
+        expected[9:12, 12:15] = True
+        assert torch.equal(region.mask, expected)
+        assert region.finished
+
     @pytest.mark.parametrize("bound", [0.05, 0.3])
     @pytest.mark.parametrize("budget", [20, 100000])
     def test_keeps_the_bound_and_never_grows(self, bound: float, budget: int) -> None:
@@ -79,8 +92,8 @@ class TestSaliencyRegion:
         image, node = torch.randn(3, 33, 30), LayerNode("2", 12, 12)
         region = error_bounded_saliency_region(network, image, node, bound=bound, budget=budget, cell=3)
         with torch.no_grad():
-            whole, kept = node(network, image[None]), node(network, image[None] * region.mask)
-        assert float((whole - kept).norm() / whole.norm()) == pytest.approx(region.error, abs=1e-5)
+            whole, kept, empty = (node(network, image[None] * mask) for mask in (1, region.mask, 0))
+        assert float((whole - kept).norm() / (whole - empty).norm()) == pytest.approx(region.error, abs=1e-5)
         assert region.error <= bound
         assert region.areas == sorted(region.areas, reverse=True)
         assert region.areas[0] == 33 * 30 and region.areas[-1] == region.mask.sum()
@@ -116,5 +129,6 @@ class TestSaliencyRegion:
         for name, value in itertools.product(("budget", "cell", "batch_size"), (0, 2.5, "a")):
             with pytest.raises(ArgumentError, match=f"{name} must be an integer of at least 1, got {value!r}"):
                 error_bounded_saliency_region(network, image, ("", 3, 3), **{name: value})  # type: ignore[arg-type]
-        with pytest.raises(ArgumentError, match=r"node must respond to the image, its response has the norm 0\.0"):
+        empty = r"node must respond to the image, its response differs by 0\.0 from that to an empty image"
+        with pytest.raises(ArgumentError, match=empty):
             error_bounded_saliency_region(network, torch.zeros(1, 9, 9), ("", 3, 3))
