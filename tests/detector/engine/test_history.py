@@ -7,10 +7,10 @@ import math
 
 import pytest
 
-from dcnops.detector.data import replace_text
 from dcnops.detector.engine import Scores
 from dcnops.detector.engine.history import History
 from dcnops.detector.errors import UserError
+from dcnops.detector.json_files import replace_text
 
 
 def metrics(ap: float):

@@ -12,7 +12,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 
 from dcnops.detector.config import Config
 from dcnops.detector.data import CocoDataset, find_data, write_synthetic
-from dcnops.detector.data.batches import mirror
+from dcnops.detector.data.augmentation import mirror
 from dcnops.detector.engine import coco_metrics
 from dcnops.detector.model import build_detector, heads
 from dcnops.detector.predict import Detections, coco_results, decode_rle, encode_rle
@@ -90,7 +90,7 @@ def test_a_perfect_detector_reaches_a_mask_ap_of_99(tmp_path: Path, size: int, f
     detector = network(min_size=size, max_size=size)
     results = []
     for image, target in dataset:
-        sample = mirror(image, target) if flipped else (image, target)
+        sample = mirror((image, target)) if flipped else (image, target)
         batch, (resized,) = detector.transform([sample[0]], [sample[1]])
         number, shape = len(target["labels"]), batch.image_sizes[0]
         cut = detector.roi_heads._mask_targets(resized["masks"], resized["boxes"], torch.arange(number), shape, 28)
