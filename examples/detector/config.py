@@ -103,6 +103,12 @@ class NetworkConfig:
     rpn_positive_fraction: float = option(0.5, "maximum fraction of positive anchors in rpn_batch", 0, 1)
     rpn_positive_iou: float = option(0.7, "minimum IoU of a positive anchor", 0, 1)
     rpn_negative_iou: float = option(0.3, "anchors with a lower IoU are negative", 0, 1)
+    rpn_border: float = option(
+        -1,
+        "the RPN loss ignores anchors that reach more pixels than this out of the image: 0 in Detectron; -1: uses all",
+        -1,
+        1e5,
+    )
     rpn_nms: float = option(0.7, "IoU threshold of NMS of the proposals", 0, 1)
     rpn_candidates_train: int = option(
         0, "proposals before NMS in training; 0: 12000, or 2000 per level with FPN", 0, 10**6
@@ -115,6 +121,9 @@ class NetworkConfig:
     roi_batch: int = option(512, "RoIs per image in the loss of the head", 1, 10**6)
     roi_positive_fraction: float = option(0.25, "maximum fraction of positive RoIs in roi_batch", 0, 1)
     roi_positive_iou: float = option(0.5, "minimum IoU of a positive RoI; other RoIs are background", 0, 1)
+    box_loss_beta: float = option(
+        1.0, "size of a box delta at which the smooth L1 loss of the head becomes linear; 1/9 in torchvision", 1e-6, 1e6
+    )
     score_threshold: float = option(0.05, "drop detections with a lower score", 0, 1)
     detection_nms: float = option(0.5, "IoU threshold of NMS of the detections of a class", 0, 1)
     max_detections: int = option(100, "maximum number of detections per image", 1, 10**5)
@@ -176,8 +185,12 @@ class TrainingConfig:
     optimizer: Literal["sgd", "adamw"] = option("sgd", "adamw learns faster from scratch; use it with lr=0.001")
     momentum: float = option(0.9, "momentum of SGD, beta1 of AdamW", 0, 1)
     weight_decay: float = option(1e-4, "weight decay of all parameters", 0, 1000)
-    offset_lr_mult: float = option(0.1, "learning rate factor of the offset convolutions", 0, 1000)
-    roi_offset_lr_mult: float = option(1.0, "learning rate factor of the offset branches of RoI pooling", 0, 1000)
+    offset_lr_mult: float = option(
+        -1, "learning rate factor of the offset convolutions; -1: 0.1 of modulated ones, 1 of v1", -1, 1000
+    )
+    roi_offset_lr_mult: float = option(
+        -1, "learning rate factor of the offset branches of RoI pooling; -1: 1 of modulated ones, 0.01 of v1", -1, 1000
+    )
     clip_norm: float = option(0.0, "maximum norm of the gradient; 0: no clipping", 0, 1e9)
     flip: float = option(0.5, "probability of a horizontal flip", 0, 1)
     amp: Literal["none", "float16", "bfloat16"] = option("none", "autocast to a 16-bit type")
@@ -224,6 +237,17 @@ class Config:
             regions = "fg" if PRESETS[self.network.preset].mimic else "none"
         return None if regions == "none" else dataclasses.replace(self.mimicking, regions=regions)
 
+    def resolve_training(self) -> TrainingConfig:
+        """Return the training options with the value -1 replaced by the numbers for these layers."""
+        preset, training = self.network.layers, self.training
+        offsets = 1.0 if preset.convolution == "deformable" else 0.1
+        branches = 0.01 if preset.pooling == "deformable" else 1.0
+        return dataclasses.replace(
+            training,
+            offset_lr_mult=offsets if training.offset_lr_mult < 0 else training.offset_lr_mult,
+            roi_offset_lr_mult=branches if training.roi_offset_lr_mult < 0 else training.roi_offset_lr_mult,
+        )
+
     def set(self, assignments: Iterable[str]) -> Config:
         """Return a copy with assignments such as ``network.gamma=1`` or ``training.lr_steps=6,8`` applied."""
         values = self.to_dict()
@@ -246,6 +270,7 @@ class Config:
         """Build a configuration from the result of `to_dict`."""
         if not isinstance(values, Mapping) or set(values) - set(SECTIONS):
             raise UserError(f"a configuration must have the sections {', '.join(SECTIONS)}, got {values!r:.80}")
+        values = _upgrade(values)
         sections = {}
         for section, kind in SECTIONS.items():
             given = values.get(section, {})
@@ -275,6 +300,22 @@ class Config:
         if network.max_size < network.min_size:
             raise UserError(f"network.max_size must be at least min_size={network.min_size}, got {network.max_size}")
         return config
+
+
+def _upgrade(values: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+    """Translate the configuration of a checkpoint of version 0.1.0, which is known by its only mask scale."""
+    network = values.get("network", {})
+    if not isinstance(network, Mapping) or "mask_scale" not in network:
+        return values
+    network = {
+        **network,
+        "conv_mask_scale": network["mask_scale"],
+        "roi_mask_scale": network["mask_scale"],
+        "aligned_masks": False,
+        "box_loss_beta": 1 / 9,
+    }
+    del network["mask_scale"]
+    return {**values, "network": network}
 
 
 SECTIONS: dict[str, Any] = {"network": NetworkConfig, "training": TrainingConfig, "mimicking": MimickingConfig}

@@ -25,7 +25,7 @@ def test_the_papers_numbers():
     assert (network.frozen_stages, network.neck_channels, network.head_channels) == (2, 256, 1024)
     assert (training.lr, training.lr_batch, training.momentum, training.weight_decay) == (0.02, 16, 0.9, 1e-4)
     assert (training.epochs, training.lr_steps) == (16, (10, 14))
-    assert (training.offset_lr_mult, training.roi_offset_lr_mult) == (0.1, 1.0)
+    assert (network.box_loss_beta, network.aligned_masks) == (1, True)
 
 
 def test_numbers_that_depend_on_backbone_and_detector():
@@ -146,3 +146,30 @@ def test_every_option_is_described():
     for item in dataclasses.fields(NetworkConfig):
         assert f"network.{item.name}=" in text
     assert "training.lr_steps=10,14" in text and "faster|mask" in text
+
+
+@pytest.mark.parametrize(
+    ("preset", "factors"),
+    [
+        ("dcnv2", (0.1, 1)),  # Deformable ConvNets v2
+        ("dconv-c5", (1, 1)),  # Deformable ConvNets (v1)
+        ("dcnv1", (1, 0.01)),
+    ],
+)
+def test_learning_rates_of_offsets_are_those_of_the_paper_of_the_preset(preset, factors):
+    config = Config().set([f"network.preset={preset}"])
+    training = config.resolve_training()
+    assert (training.offset_lr_mult, training.roi_offset_lr_mult) == factors
+    training = config.set(["training.offset_lr_mult=0", "training.roi_offset_lr_mult=0.5"]).resolve_training()
+    assert (training.offset_lr_mult, training.roi_offset_lr_mult) == (0, 0.5)
+
+
+def test_a_configuration_of_version_0_1_keeps_its_meaning():
+    values = Config().to_dict()
+    network = values["network"]
+    for name in ("conv_mask_scale", "roi_mask_scale", "aligned_masks", "box_loss_beta"):
+        del network[name]
+    network["mask_scale"] = 1.5
+    upgraded = Config.from_dict(values).network
+    assert (upgraded.conv_mask_scale, upgraded.roi_mask_scale) == (1.5, 1.5)
+    assert not upgraded.aligned_masks and upgraded.box_loss_beta == 1 / 9

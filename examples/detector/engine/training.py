@@ -318,7 +318,8 @@ class Trainer:
 def build_trainer(model: nn.Module, config: Config, device: torch.device, iterations_per_epoch: int) -> Trainer:
     """Build the trainer of a detector on its device, with feature mimicking if configured."""
     mimics = config.mimics()
-    return Trainer(MimickingDetector(model, mimics) if mimics else model, config.training, device, iterations_per_epoch)
+    model = MimickingDetector(model, mimics) if mimics else model
+    return Trainer(model, config.resolve_training(), device, iterations_per_epoch)
 
 
 def _optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:

@@ -13,7 +13,6 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
@@ -22,6 +21,7 @@ from dcnops import ArgumentError
 from ..config import NetworkConfig
 from ..errors import UserError
 from .backbones import DilatedBackbone, PyramidBackbone, build_backbone
+from .heads import RegionHeads
 from .roi_pooling import build_box_pool, build_mask_pool
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -33,11 +33,6 @@ def build_detector(network: NetworkConfig, num_categories: int) -> GeneralizedRC
     In training it maps images and targets to losses, otherwise images to detections, like torchvision's detectors.
     Masks have the size of the mask head, [n, 1, 28, 28]; `predict.infer` pastes them. `num_categories` excludes the
     background.
-
-    Notes
-    -----
-    Mask targets and pasting are torchvision's. Their 28x28 grid is shifted by half of its pixels from the convention of
-    all other parts (``aligned=True``).
     """
     network = network.resolve()
     try:
@@ -53,23 +48,28 @@ def build_detector(network: NetworkConfig, num_categories: int) -> GeneralizedRC
 class DetectorTransform(GeneralizedRCNNTransform):
     """Transform that resizes and normalises images, scales boxes back, and does not paste masks.
 
-    Torchvision's transform pastes each mask into a float image of full size: 432 MB per mask at 12000x9000.
+    Torchvision's transform pastes each mask into a float image of full size: 432 MB per mask at 12000x9000. The masks
+    of targets keep the size of the image file if `network.aligned_masks` is true.
     """
 
     def __init__(self, network: NetworkConfig) -> None:
         super().__init__(network.min_size, network.max_size, IMAGENET_MEAN, IMAGENET_STD)
+        self.resize_masks = not network.aligned_masks
         self.library = network.resize
 
-    def resize(
-        self, image: Tensor, target: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Resize a normalised image [3, H, W] and its targets."""
-        if self.library == "torchvision":
-            return super().resize(image, target)
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Resize a normalised image [3, H, W] and its target."""
         height, width = image.shape[1:]
-        scale = min(self.min_size[-1] / min(height, width), self.max_size / max(height, width))
-        self.fixed_size = (int(width * scale + 0.5), int(height * scale + 0.5))
-        resized, target = super().resize(image, target)
+        if self.library != "torchvision":
+            scale = min(self.min_size[-1] / min(height, width), self.max_size / max(height, width))
+            self.fixed_size = (int(width * scale + 0.5), int(height * scale + 0.5))
+        if target is None or self.resize_masks:
+            resized, target = super().resize(image, target)
+        else:
+            resized, others = super().resize(image, {name: value for name, value in target.items() if name != "masks"})
+            target = {**target, **others}
+        if self.library == "torchvision":
+            return resized, target
         if self.library == "pillow":
             resized = functional.interpolate(image[None], resized.shape[1:], mode="bilinear", antialias=True)[0]
         mean, std = (resized.new_tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
@@ -116,19 +116,50 @@ class PreciseAnchorGenerator(AnchorGenerator):
 
 
 class SelectiveProposalNetwork(RegionProposalNetwork):
-    """Region proposal network on a subset of the backbone's maps."""
+    """Region proposal network on a subset of the backbone's maps.
 
-    def __init__(self, maps: Sequence[str], *args: Any, **kwargs: Any) -> None:
+    With a `border` of at least 0 pixels, the loss leaves out anchors that reach farther out of the image.
+    """
+
+    def __init__(self, maps: Sequence[str], border: float, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.maps = list(maps)
+        self.border = border
+        self._image_sizes: list[tuple[int, int]] = []
 
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        self._image_sizes = images.image_sizes
         proposals: tuple[list[Tensor], dict[str, Tensor]] = super().forward(
             images, {name: features[name] for name in self.maps}, targets
         )
         return proposals
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return labels [n] of 1, 0 and -1 (left out), and boxes of the ground truth [n, 4] of each image's anchors."""
+        if self.border < 0:
+            assigned: tuple[list[Tensor], list[Tensor]] = super().assign_targets_to_anchors(anchors, targets)
+            return assigned
+        inside = [_inside(boxes, size, self.border) for boxes, size in zip(anchors, self._image_sizes)]
+        chosen = [boxes[rows] for boxes, rows in zip(anchors, inside)]
+        labels = [boxes.new_full((len(boxes),), -1) for boxes in anchors]
+        matched = [torch.zeros_like(boxes) for boxes in anchors]
+        for rows, *filled, found in zip(
+            inside, labels, matched, zip(*super().assign_targets_to_anchors(chosen, targets))
+        ):
+            for values, part in zip(filled, found):
+                values[rows] = part
+        return labels, matched
+
+
+def _inside(boxes: Tensor, size: tuple[int, int], border: float) -> Tensor:
+    """Return the indices of the boxes [n, 4] that reach at most `border` pixels out of the image, or else of all."""
+    limits = boxes.new_tensor(size[::-1]) + border
+    rows = torch.where((boxes[:, :2] >= -border).all(1) & (boxes[:, 2:] <= limits).all(1))[0]
+    return rows if len(rows) else torch.arange(len(boxes), device=boxes.device)
 
 
 class PreciseRPNHead(RPNHead):
@@ -164,6 +195,7 @@ def _proposal_network(network: NetworkConfig, backbone: DilatedBackbone | Pyrami
     anchors = PreciseAnchorGenerator(sizes, (network.anchor_ratios,) * len(sizes), network.exact_anchors)
     return SelectiveProposalNetwork(
         backbone.rpn_maps,
+        network.rpn_border,
         anchors,
         PreciseRPNHead(backbone.rpn_channels, anchors.num_anchors_per_location()[0]),
         fg_iou_thresh=network.rpn_positive_iou,
@@ -176,10 +208,10 @@ def _proposal_network(network: NetworkConfig, backbone: DilatedBackbone | Pyrami
     )
 
 
-def _roi_heads(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbone, num_classes: int) -> RoIHeads:
+def _roi_heads(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbone, num_classes: int) -> RegionHeads:
     box_pool = build_box_pool(network, backbone.roi_maps)
     height, width = box_pool.output_size
-    heads = RoIHeads(
+    heads = RegionHeads(
         box_pool,
         TwoMLPHead(backbone.out_channels * height * width, network.head_channels),
         PreciseBoxPredictor(network.head_channels, num_classes),
@@ -191,6 +223,8 @@ def _roi_heads(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbo
         score_thresh=network.score_threshold,
         nms_thresh=network.detection_nms,
         detections_per_img=network.max_detections,
+        box_loss_beta=network.box_loss_beta,
+        aligned_masks=network.aligned_masks,
     )
     if network.has_masks:
         channels = backbone.out_channels
@@ -201,10 +235,10 @@ def _roi_heads(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbo
     return heads
 
 
-def _initialise(heads: RoIHeads) -> None:
-    """Initialise the heads as in Detectron: nearly uniform scores, box deltas and mask logits near zero."""
+def _initialise(heads: RegionHeads) -> None:
+    """Initialise the heads as in detectron2: nearly uniform scores, box deltas and mask logits near zero."""
     for layer in (heads.box_head.fc6, heads.box_head.fc7):
-        nn.init.xavier_uniform_(layer.weight)
+        nn.init.kaiming_uniform_(layer.weight, a=1)  # Caffe2's XavierFill
         nn.init.zeros_(layer.bias)
     last = [(heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001)]
     if heads.has_mask():

@@ -161,7 +161,7 @@ def test_schedule():
 
 def test_learning_rates_of_the_parameters(data):
     assignments = ["training.lr=0.08", "training.lr_batch=16", "training.roi_offset_lr_mult=0.5"]
-    trainer = Trainer(build(), TINY.set(assignments).training, CPU, 5)
+    trainer = Trainer(build(), TINY.set(assignments).resolve_training(), CPU, 5)
     images = dataset(data)
     step = trainer.step(next(load_batches(images, batches(images), TINY.training, CPU)), 6)
     base = 0.08 * 2 / 16
@@ -198,7 +198,7 @@ def line_batch(value: float) -> Batch:
 
 def line_trainer(*assignments: str) -> Trainer:
     torch.manual_seed(0)
-    options = TINY.set(["training.warmup_iterations=0", "training.lr=0.5", *assignments]).training
+    options = TINY.set(["training.warmup_iterations=0", "training.lr=0.5", *assignments]).resolve_training()
     return Trainer(Line(), options, CPU, 100)
 
 
@@ -630,7 +630,7 @@ def test_two_processes(data, tmp_path, monkeypatch):
         assert batch.indices == process["indices"]
         monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
         model = build(config)
-        halves.append((Trainer(model, config.training, CPU, len(split)).step(batch, 0), model))
+        halves.append((Trainer(model, config.resolve_training(), CPU, len(split)).step(batch, 0), model))
     assert not set(first["indices"]) & set(second["indices"])
     for name, loss in first["losses"].items():
         assert loss == pytest.approx(sum(step.losses[name] for step, _ in halves) / 2, rel=1e-5)

@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
         batch = next(load_batches(images, batches, config.training, device))
         # The weights differ between the processes; those of the first must be used.
         model = build(config, seed=rank())
-        trainer = Trainer(model, config.training, device, len(batches))
+        trainer = Trainer(model, config.resolve_training(), device, len(batches))
         step = trainer.step(batch, 0)
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         results = detect(build(config), images, CPU, progress=False)

@@ -368,3 +368,22 @@ def test_torchvision_weights_fit():
         plain = resnet.resnet50()
     own = {name for name in body.state_dict() if "conv_offset" not in name}
     assert own == {name for name in plain.state_dict() if not name.startswith("fc.") and "num_batches" not in name}
+
+
+def test_anchors_across_the_border_can_be_left_out():
+    anchors = torch.tensor([[-4.0, 2, 10, 20], [0, 0, 30, 20], [20, 8, 33, 18], [40, 40, 50, 50]])
+    truth = [{"boxes": torch.tensor([[0.0, 0, 30, 20]])}]
+    found = {}
+    for border in (-1, 0, 3, 5):
+        rpn = build("network.backbone=small", f"network.rpn_border={border}").rpn
+        rpn._image_sizes = [(20, 30)]
+        (labels,), (matched,) = rpn.assign_targets_to_anchors([anchors], truth)
+        assert matched.shape == (4, 4)
+        found[border] = labels.tolist()
+    # The second anchor is the object; the others overlap it too little.
+    assert found[-1] == [0, 1, 0, 0]
+    assert found[0] == [-1, 1, -1, -1]
+    assert found[3] == [-1, 1, 0, -1]
+    assert found[5] == [0, 1, 0, -1]
+    rpn._image_sizes = [(5, 5)]  # no anchor is inside: all are used
+    assert rpn.assign_targets_to_anchors([anchors + 100], truth)[0][0].ge(0).all()

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.nn import functional
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from dcnops.detector.config import Config
@@ -27,6 +29,7 @@ from dcnops.detector.predict import (
 )
 from dcnops.detector.predict import prediction as prediction_module
 from dcnops.detector.predict.drawing import COLOURS
+from dcnops.detector.predict.inference import paste_masks
 from tests.detector.configurations import assignments
 
 CPU = torch.device("cpu")
@@ -44,18 +47,58 @@ def network():
     return model.eval()
 
 
-def test_masks_are_torchvisions(network):
+def test_detections_are_the_networks(network):
     image = torch.rand(3, 50, 70)
     with torch.no_grad():
         expected = network([image])[0]
     with evaluating(network):
         found = infer(network, [image], [(70, 50)])[0]
     assert len(found.scores) == 8
-    assert found.masks is not None
     assert torch.equal(found.boxes, expected["boxes"])
-    masks = np.stack([decode_rle(mask) for mask in found.masks])
-    assert np.array_equal(masks, paste_masks_in_image(expected["masks"], expected["boxes"], (50, 70))[:, 0] > 0.5)
-    assert 0 < masks.mean() < 1
+    assert found.masks == paste_masks(expected["masks"][:, 0], expected["boxes"], (70, 50))
+
+
+def masks_and_boxes(number: int, width: int, height: int) -> tuple[Tensor, Tensor]:
+    """Return random smooth masks, and boxes of all sizes that overlap an image and may leave it."""
+    generator = torch.Generator().manual_seed(0)
+    noise = functional.avg_pool2d(torch.rand(number, 28, 28, generator=generator), 5, 1, 2)
+    corner = torch.rand(number, 2, generator=generator) * torch.tensor([width, height]) * 1.2 - 12
+    boxes = torch.cat([corner, corner + torch.rand(number, 2, generator=generator) ** 3 * 80 + 0.1], 1)
+    boxes[:3] = torch.tensor([[0.0, 0, width, height], [10, 0, 30, height], [10, 0, width, height]])
+    masks = ((noise - 0.5) * 6 + 0.5).clamp(0, 1)
+    masks[:3] = 1
+    inside = (boxes[:, :2] < torch.tensor([width, height]) - 1).all(1) & (boxes[:, 2:] > 1).all(1)
+    return masks[inside], boxes[inside]
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_pasted_masks(aligned):
+    """Aligned: pixel centres sampled by `grid_sample`; otherwise torchvision's pasting."""
+    width, height = 70, 50
+    masks, boxes = masks_and_boxes(300, width, height)
+    assert len(masks) > 100
+    if aligned:
+        centres = [(torch.arange(size) + 0.5).expand(len(boxes), size) for size in (width, height)]
+        x, y = (
+            (centre - begin[:, None]) / (end - begin)[:, None] * 2 - 1
+            for centre, begin, end in zip(centres, boxes[:, :2].T, boxes[:, 2:].T)
+        )
+        grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], 3)
+        expected = functional.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
+    else:
+        expected = paste_masks_in_image(masks[:, None], boxes, (height, width))[:, 0]
+    clear = (expected - 0.5).abs() > 1e-4
+    for rle, values, sure in zip(paste_masks(masks, boxes, (width, height), aligned=aligned), expected, clear):
+        mask = decode_rle(rle)
+        assert np.array_equal(mask[sure], values[sure] >= 0.5)
+        assert encode_rle(mask) == rle
+
+
+def test_masks_outside_of_the_image_are_empty():
+    boxes = torch.tensor([[-50.0, 5, -20, 20], [5, 90, 20, 95], [80, 60, 90, 70], [5, 5, 5, 5]])
+    for rle in paste_masks(torch.ones(4, 28, 28), boxes, (70, 50)):
+        assert not decode_rle(rle).any()
+        assert encode_rle(decode_rle(rle)) == rle
 
 
 def test_detections_of_a_shrunk_image_are_at_full_size(network):
