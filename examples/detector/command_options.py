@@ -83,7 +83,7 @@ class TrainOptions(DataOption, SetOption, DeviceOption):
     val_annotations: Path | None = option(None, "COCO JSON file to evaluate on, instead of --data")
     val_images: Path | None = option(None, "folder of the images of --val-annotations")
     preset: str | None = option(None, f"sets network.preset: {', '.join(PRESETS)}")
-    detector: str | None = option(None, "sets network.detector: faster or mask", metavar="KIND")
+    detector: str | None = option(None, "sets network.detector: faster, mask or faster-fpn", metavar="KIND")
     backbone: str | None = option(None, "sets network.backbone, such as resnet50 or small", metavar="NAME")
     weights: str | None = option(
         None,

@@ -54,7 +54,7 @@ from .recipes import run_ablation, run_demo
 
 def run_train(options: TrainOptions) -> None:
     config = options.configuration()
-    masks, negatives = config.network.detector == "mask", config.training.negative_images
+    masks, negatives = config.network.has_masks, config.training.negative_images
     train_annotations, train_images = _data(options, "train", "train_")
     train_set = CocoDataset(train_annotations, train_images, masks=masks, keep_empty=False, negatives=negatives)
     val_set = None
@@ -87,7 +87,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
     _make_folder(options.out)
     with session(options.device) as device:
         model, config, categories = load_detector(options.checkpoint, device, options.set)
-        dataset = CocoDataset(annotations, images, masks=config.network.detector == "mask", keep_empty=True)
+        dataset = CocoDataset(annotations, images, masks=config.network.has_masks, keep_empty=True)
         check_categories(categories, dataset.categories, str(annotations))
         _warn(dataset, annotations)
         results = detect(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from .errors import UserError
-from .presets import PRESETS
+from .presets import PRESETS, STAGES, Preset
 
 T = TypeVar("T")
 MOST_NUMBERS = 100  # in an option such as network.anchor_sizes
@@ -29,14 +29,31 @@ class NetworkConfig:
     """Configuration of the network; stored in every checkpoint."""
 
     preset: str = option("dcnv2", "row of Table 1: which layers are deformable")
-    detector: Literal["faster", "mask"] = option("faster", "Faster R-CNN on conv4 and conv5, or Mask R-CNN with FPN")
-    backbone: Literal["resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d", "small"] = option(
-        "resnet50", "small: 8 narrow blocks with GroupNorm for CPUs, no pretrained weights"
+    convolution: Literal["preset", "regular", "deformable", "modulated"] = option(
+        "preset", "kind of the 3x3 convolutions in network.stages; preset: as the preset says"
+    )
+    stages: Literal["preset", "c5", "c4c5", "c3c5", "c2c5"] = option(
+        "preset", "stages with deformable convolutions: conv5, conv4 and conv5, ..."
+    )
+    pooling: Literal["preset", "quantised", "aligned", "deformable", "modulated"] = option(
+        "preset", "kind of RoI pooling; aligned: RoIAlign"
+    )
+    detector: Literal["faster", "mask", "faster-fpn"] = option(
+        "faster", "Faster R-CNN on conv4 and conv5, Mask R-CNN with FPN, or Faster R-CNN with FPN"
+    )
+    backbone: Literal["resnet50", "resnet101", "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d", "small"] = (
+        option("resnet50", "small: 8 narrow blocks with GroupNorm for CPUs, no pretrained weights")
     )
     stride_style: Literal["torchvision", "caffe"] = option(
         "torchvision", "stride of a stage in its first 3x3 convolution, or (caffe) in the 1x1 convolution before it"
     )
-    frozen_stages: int = option(-1, "number of frozen stages: 2 is conv1 and conv2; -1: 2, or 0 for small", -1, 5)
+    frozen_stages: int = option(
+        -1,
+        "number of frozen stages: 2 is conv1 and conv2, without their offset branches; -1: 2, or 0 for small",
+        -1,
+        5,
+    )
+    norm_eps: float = option(1e-5, "term added to the variance in frozen BatchNorm", 0, 1)
     conv_mask_scale: float = option(
         2.0,
         "masks of modulated convolutions are conv_mask_scale * sigmoid; 2, as in the authors' code, starts from the "
@@ -50,21 +67,38 @@ class NetworkConfig:
     gamma: float = option(0.1, "factor of the offsets in RoI pooling", -1000, 1000)
     deform_groups: int = option(1, "deformable groups of a convolution", 1, 64)
     share_branch: bool = option(True, "share one offset branch of RoI pooling among all pyramid levels")
+    pool_branch: Literal["paper", "mmcv"] = option(
+        "paper",
+        "fully connected layers of that branch: one, or three if modulated; mmcv: three, and two more for the masks, "
+        "without roi_mask_scale",
+    )
     deform_mask_pool: bool = option(
         False, "make the 14x14 pooling of the mask head deformable too, with a separate branch"
     )
     aligned_masks: bool = option(
         True, "mask targets and pasting with pixel centres at half-integer coordinates; false: as in torchvision"
     )
+    aligned: bool = option(
+        True, "RoIAlign with pixel centres at half-integer coordinates; false: at integers, as in torchvision's models"
+    )
     sampling_ratio: int = option(2, "sampling points of a RoI bin along each axis; 0: adaptive", 0, 64)
     neck_channels: int = option(0, "channels of the maps that RoIs are pooled from; 0: 256, or 64 for small", 0, 2048)
     head_channels: int = option(0, "width of the fully connected layers; 0: 1024, or 256 for small", 0, 8192)
     min_size: int = option(800, "length of the shorter side of the resized image, pixels", 1, 16384)
     max_size: int = option(1333, "maximum length of the longer side, pixels", 1, 16384)
+    resize: Literal["torchvision", "opencv", "pillow"] = option(
+        "torchvision",
+        "library to resize images like: torchvision rounds sides down, the others to the nearest integer, and pixels "
+        "to 8 bits; pillow averages when it shrinks",
+    )
     anchor_sizes: tuple[float, ...] = option(
         (32, 64, 128, 256, 512), "sides of the anchors, pixels; with FPN five, one per level", 1, 1e5
     )
     anchor_ratios: tuple[float, ...] = option((0.5, 1, 2), "height / width of the anchors", 0.01, 100)
+    exact_anchors: bool = option(
+        False,
+        "do not round the sides of anchors and their distance on the coarsest level, as in detectron2 and mmdetection",
+    )
     rpn_batch: int = option(256, "anchors per image in the RPN loss", 1, 10**6)
     rpn_positive_fraction: float = option(0.5, "maximum fraction of positive anchors in rpn_batch", 0, 1)
     rpn_positive_iou: float = option(0.7, "minimum IoU of a positive anchor", 0, 1)
@@ -96,7 +130,7 @@ class NetworkConfig:
 
     def resolve(self) -> NetworkConfig:
         """Return a copy with the values 0 and -1 replaced by the numbers for this backbone and detector."""
-        small, levels = self.backbone == "small", self.detector == "mask"
+        small, levels = self.backbone == "small", self.has_pyramid
         return dataclasses.replace(
             self,
             frozen_stages=(0 if small else 2) if self.frozen_stages < 0 else self.frozen_stages,
@@ -105,6 +139,36 @@ class NetworkConfig:
             rpn_candidates_train=self.rpn_candidates_train or (2000 if levels else 12000),
             rpn_candidates_test=self.rpn_candidates_test or (1000 if levels else 6000),
         )
+
+    @property
+    def has_masks(self) -> bool:
+        """Return whether the detector has a mask head."""
+        return self.detector == "mask"
+
+    @property
+    def has_pyramid(self) -> bool:
+        """Return whether the detector has a feature pyramid."""
+        return self.detector != "faster"
+
+    @property
+    def layers(self) -> Preset:
+        """Return the preset with `convolution`, `stages` and `pooling` applied."""
+        layers = PRESETS[self.preset]
+        if self.convolution != "preset":
+            layers = layers._replace(convolution=self.convolution)
+        if self.stages != "preset":
+            layers = layers._replace(stages=STAGES[self.stages])
+        if self.pooling != "preset":
+            layers = layers._replace(pooling=self.pooling)
+        if layers.convolution == "regular" and self.stages == "preset":
+            layers = layers._replace(stages=())
+        return layers
+
+    @property
+    def title(self) -> str:
+        """Return the preset's name, followed by the values of options that replace a part of it."""
+        parts = (self.convolution, self.stages, self.pooling)
+        return "-".join([self.preset, *(part for part in parts if part != "preset")])
 
 
 @dataclass(frozen=True)
@@ -225,8 +289,8 @@ class Config:
         return None if regions == "none" else dataclasses.replace(self.mimicking, regions=regions)
 
     def resolve_training(self) -> TrainingConfig:
-        """Return the training options with the value -1 replaced by the numbers for this preset."""
-        preset, training = PRESETS[self.network.preset], self.training
+        """Return the training options with the value -1 replaced by the numbers for these layers."""
+        preset, training = self.network.layers, self.training
         offsets = 1.0 if preset.convolution == "deformable" else 0.1
         branches = 0.01 if preset.pooling == "deformable" else 1.0
         return dataclasses.replace(
@@ -269,7 +333,8 @@ class Config:
         network = config.network
         if network.preset not in PRESETS:
             raise UserError(f"network.preset must be one of {', '.join(PRESETS)}, got {network.preset!r}")
-        if network.detector == "mask" and len(network.anchor_sizes) != 5:
+        _check_layers(network)
+        if network.has_pyramid and len(network.anchor_sizes) != 5:
             raise UserError(f"network.anchor_sizes must be 5 numbers with FPN, got {len(network.anchor_sizes)}")
         if network.rpn_negative_iou > network.rpn_positive_iou:
             raise UserError(
@@ -315,6 +380,21 @@ def parse_assignments(assignments: Iterable[str]) -> list[tuple[str, str, Any]]:
         value = _check(_parse(text.strip(), name, kind), f"{section}.{key}", kind, _field(SECTIONS[section], key))
         parsed.append((section, key, value))
     return parsed
+
+
+def _check_layers(network: NetworkConfig) -> None:
+    """Check that options of the layers do not contradict each other."""
+    layers = network.layers
+    if (layers.convolution == "regular") != (not layers.stages):
+        raise UserError(
+            "network.convolution and network.stages go together: deformable or modulated convolutions need stages, "
+            f"regular ones have none, got {layers.convolution} and {network.stages} with the preset {network.preset}"
+        )
+    if not network.aligned and layers.pooling not in ("aligned", "quantised"):
+        raise UserError(
+            f"network.aligned=false needs network.pooling=aligned, got {layers.pooling} (deformable pooling has pixel "
+            "centres at half-integer coordinates)"
+        )
 
 
 def describe_options() -> str:

@@ -24,6 +24,7 @@ class Preset(NamedTuple):
 
 
 C5, C4C5, C3C5 = ("layer4",), ("layer3", "layer4"), ("layer2", "layer3", "layer4")
+STAGES = {"c5": C5, "c4c5": C4C5, "c3c5": C3C5, "c2c5": ("layer1", *C3C5)}  # values of network.stages
 
 PRESETS = {
     "regular-roipool": Preset("regular", (), "quantised", faster=Cost(51.3, 196.8)),

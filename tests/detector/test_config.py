@@ -11,6 +11,7 @@ import pytest
 from dcnops.detector.command_options import COMMANDS
 from dcnops.detector.config import SECTIONS, Config, NetworkConfig, describe_options
 from dcnops.detector.errors import UserError
+from dcnops.detector.presets import PRESETS
 
 
 def test_the_papers_numbers():
@@ -34,6 +35,17 @@ def test_numbers_that_depend_on_backbone_and_detector():
     pyramid = Config().set(["network.detector=mask", "network.frozen_stages=0"]).network.resolve()
     assert (pyramid.rpn_candidates_train, pyramid.rpn_candidates_test, pyramid.frozen_stages) == (2000, 1000, 0)
     assert pyramid.resolve() == pyramid
+    assert Config().set(["network.detector=faster-fpn"]).network.resolve().rpn_candidates_test == 1000
+
+
+def test_layers_that_differ_from_the_preset():
+    network = Config().set(["network.preset=dcnv2"]).network
+    assert network.layers == PRESETS["dcnv2"] and network.title == "dcnv2"
+    network = Config().set(["network.preset=regular", "network.convolution=modulated", "network.stages=c2c5"]).network
+    assert network.layers[:3] == ("modulated", ("layer1", "layer2", "layer3", "layer4"), "aligned")
+    assert network.title == "regular-modulated-c2c5"
+    network = Config().set(["network.convolution=regular", "network.pooling=quantised"]).network
+    assert network.layers[:3] == ("regular", (), "quantised")
 
 
 def test_assignments():
@@ -77,19 +89,23 @@ def test_assignments():
         ("training.scale_jitter=2", "training.scale_jitter must be a smallest and a largest factor, got 2"),
         ("training.scale_jitter=2,0.5", "training.scale_jitter must be a smallest and a largest factor, got 2,0.5"),
         ("training.best_by=mask", "training.best_by=mask needs network.detector=mask"),
+        ("network.convolution=modulated network.preset=regular", "network.convolution and network.stages go together"),
+        ("network.stages=c5 network.preset=regular", "network.convolution and network.stages go together"),
+        ("network.aligned=false", "network.aligned=false needs network.pooling=aligned, got modulated"),
         ("training.amp=half", "training.amp must be one of none, float16, bfloat16, got 'half'"),
     ],
 )
 def test_wrong_assignments(assignment, message):
     with pytest.raises(UserError) as caught:
-        Config().set([assignment])
+        Config().set(assignment.split(" ") if " network." in assignment else [assignment])
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
 def test_a_pyramid_needs_five_anchor_sizes():
-    with pytest.raises(UserError, match="anchor_sizes must be 5 numbers with FPN, got 3"):
-        Config().set(["network.detector=mask", "network.anchor_sizes=8,16,32"])
+    for detector in ("mask", "faster-fpn"):
+        with pytest.raises(UserError, match="anchor_sizes must be 5 numbers with FPN, got 3"):
+            Config().set([f"network.detector={detector}", "network.anchor_sizes=8,16,32"])
     Config().set(["network.anchor_sizes=8,16,32"])
 
 

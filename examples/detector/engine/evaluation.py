@@ -93,7 +93,7 @@ def detect(
 
 def evaluated_kinds(network: NetworkConfig) -> tuple[Kind, ...]:
     """Return the kinds of results that a detector is evaluated on."""
-    return ("bbox", "segm") if network.detector == "mask" else ("bbox",)
+    return ("bbox", "segm") if network.has_masks else ("bbox",)
 
 
 @dataclass(frozen=True, eq=False)

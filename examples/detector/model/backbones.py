@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from dcnops.adapters.torch import convert_to_deformable
 
 from ..config import NetworkConfig
-from ..presets import PRESETS
 
 PYRAMID = ("0", "1", "2", "3")  # levels for RoI pooling, strides 4 to 32
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -115,32 +115,37 @@ class PyramidBackbone(nn.Module):
 
 def build_backbone(network: NetworkConfig) -> DilatedBackbone | PyramidBackbone:
     """Build a backbone with random weights and frozen stages from a resolved configuration."""
-    dilated = network.detector == "faster"
-    body = _resnet(network.backbone, [False, False, dilated])
+    dilated = not network.has_pyramid
+    body = _resnet(network, [False, False, dilated])
     if network.stride_style == "caffe":
         _stride_in_first_convolution(body, dilated)
-    preset = PRESETS[network.preset]
-    if preset.stages:
+    layers = network.layers
+    if layers.stages:
         convert_to_deformable(
             body,
-            lambda name, conv: name.split(".")[0] in preset.stages and conv.kernel_size == (3, 3),
-            modulated=preset.convolution == "modulated",
+            lambda name, conv: name.split(".")[0] in layers.stages and conv.kernel_size == (3, 3),
+            modulated=layers.convolution == "modulated",
             deform_groups=network.deform_groups,
             mask_scale=network.conv_mask_scale,
         )
     for stage in [["conv1", "bn1"], *([stage] for stage in STAGES)][: network.frozen_stages]:
         for name in stage:
-            getattr(body, name).requires_grad_(False)
+            for parameter_name, parameter in getattr(body, name).named_parameters():
+                parameter.requires_grad_("conv_offset" in parameter_name)
     build: Callable[..., DilatedBackbone | PyramidBackbone] = DilatedBackbone if dilated else PyramidBackbone
     return build(body, network.neck_channels)
 
 
-def _resnet(name: str, replace_stride_with_dilation: list[bool]) -> resnet.ResNet:
-    if name == "small":
+def _resnet(network: NetworkConfig, replace_stride_with_dilation: list[bool]) -> resnet.ResNet:
+    if network.backbone == "small":
         return SmallResNet(replace_stride_with_dilation)
-    body: resnet.ResNet = getattr(resnet, name)(
-        norm_layer=FrozenNorm, replace_stride_with_dilation=replace_stride_with_dilation
-    )
+    options: dict[str, Any] = {
+        "norm_layer": partial(FrozenNorm, eps=network.norm_eps),
+        "replace_stride_with_dilation": replace_stride_with_dilation,
+    }
+    if network.backbone == "resnext101_32x4d":  # torchvision has no weights for it and no function
+        return resnet.ResNet(resnet.Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4, **options)
+    body: resnet.ResNet = getattr(resnet, network.backbone)(**options)
     return body
 
 

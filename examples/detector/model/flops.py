@@ -76,8 +76,8 @@ def cost_rows(network: NetworkConfig) -> list[dict[str, Any]]:
 
 def cost_table(network: NetworkConfig) -> str:
     """Format `cost_rows` as text in the paper's units."""
-    name = {"faster": "Faster R-CNN", "mask": "Mask R-CNN"}[network.detector]
-    masks = f", masks of {NUM_DETECTIONS} detections" if network.detector == "mask" else ""
+    name = {"faster": "Faster R-CNN", "mask": "Mask R-CNN", "faster-fpn": "Faster R-CNN with FPN"}[network.detector]
+    masks = f", masks of {NUM_DETECTIONS} detections" if network.has_masks else ""
     lines = [
         f"{name}, {network.backbone}, one image of {IMAGE[0]}x{IMAGE[1]}, {NUM_ROIS} RoIs{masks}",
         f"{'':16}   {'parameters / 2^20':>17}   {'multiply-adds / 2^30':>20}   {'increment over regular':>28}",
@@ -95,8 +95,9 @@ def cost_table(network: NetworkConfig) -> str:
 
 def _paper(preset: str, network: NetworkConfig) -> Cost | None:
     """Return the cost printed in the paper, which has ResNet-50 only."""
-    cost: Cost | None = getattr(PRESETS[preset], network.detector)
-    return cost if network.backbone == "resnet50" else None
+    if network.backbone != "resnet50" or network.title != network.preset:
+        return None
+    return {"faster": PRESETS[preset].faster, "mask": PRESETS[preset].mask}.get(network.detector)
 
 
 def _walk(detector: GeneralizedRCNN) -> None:

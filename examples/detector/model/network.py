@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -38,9 +39,7 @@ def build_detector(network: NetworkConfig, num_categories: int) -> GeneralizedRC
         backbone = build_backbone(network)
     except ArgumentError as error:
         raise UserError(f"the network cannot be built: {error}") from None
-    transform = DetectorTransform(
-        network.min_size, network.max_size, IMAGENET_MEAN, IMAGENET_STD, resize_masks=not network.aligned_masks
-    )
+    transform = DetectorTransform(network)
     return GeneralizedRCNN(
         backbone, _proposal_network(network, backbone), _roi_heads(network, backbone, num_categories + 1), transform
     )
@@ -50,22 +49,34 @@ class DetectorTransform(GeneralizedRCNNTransform):
     """Transform that resizes and normalises images, scales boxes back, and does not paste masks.
 
     Torchvision's transform pastes each mask into a float image of full size: 432 MB per mask at 12000x9000. The masks
-    of targets keep the size of the image file if `resize_masks` is false.
+    of targets keep the size of the image file if `network.aligned_masks` is true.
     """
 
     train_sizes: tuple[int, ...] = ()  # shorter sides in training, chosen at random; else `min_size`
 
-    def __init__(self, *args: Any, resize_masks: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.resize_masks = resize_masks
+    def __init__(self, network: NetworkConfig) -> None:
+        super().__init__(network.min_size, network.max_size, IMAGENET_MEAN, IMAGENET_STD)
+        self.resize_masks = not network.aligned_masks
+        self.library = network.resize
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Resize an image [3, H, W] and its target."""
+        """Resize a normalised image [3, H, W] and its target."""
+        height, width = image.shape[1:]
+        if self.library != "torchvision":
+            size = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
+            scale = min(size / min(height, width), self.max_size / max(height, width))
+            self.fixed_size = (int(width * scale + 0.5), int(height * scale + 0.5))
         if target is None or self.resize_masks:
-            resized: tuple[Tensor, dict[str, Tensor] | None] = super().resize(image, target)
-            return resized
-        image, others = super().resize(image, {name: value for name, value in target.items() if name != "masks"})
-        return image, {**target, **others}
+            resized, target = super().resize(image, target)
+        else:
+            resized, others = super().resize(image, {name: value for name, value in target.items() if name != "masks"})
+            target = {**target, **others}
+        if self.library == "torchvision":
+            return resized, target
+        if self.library == "pillow":
+            resized = functional.interpolate(image[None], resized.shape[1:], mode="bilinear", antialias=True)[0]
+        mean, std = (resized.new_tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
+        return self.normalize(((resized * std + mean) * 255).round() / 255), target
 
     def torch_choice(self, k: list[int]) -> int:
         """Choose a size in training."""
@@ -84,7 +95,29 @@ class DetectorTransform(GeneralizedRCNNTransform):
 
 
 class PreciseAnchorGenerator(AnchorGenerator):
-    """Anchor generator that computes in float32 for 16-bit maps; bfloat16 would move anchors by pixels."""
+    """Anchor generator that computes in float32 for 16-bit maps; bfloat16 would move anchors by pixels.
+
+    Torchvision rounds the sides of anchors, and divides the size of the image by that of the map to get their distance:
+    61 instead of 64 pixels in the last of 13 rows of a padded image of 800 rows. With `exact` neither is done.
+    """
+
+    def __init__(self, sizes: Any, ratios: Any, exact: bool) -> None:
+        self.exact = exact  # first, as the constructor calls `generate_anchors`
+        super().__init__(sizes, ratios)
+
+    def generate_anchors(self, scales: Any, aspect_ratios: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.exact:
+            rounded: Tensor = super().generate_anchors(scales, aspect_ratios, *args, **kwargs)
+            return rounded
+        heights = torch.tensor(aspect_ratios).sqrt()
+        sides = torch.stack([1 / heights, heights], 1)[:, None] * torch.tensor(scales)[:, None]
+        return torch.cat([-sides, sides], -1).flatten(0, 1) / 2
+
+    def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[Tensor]]) -> list[Tensor]:
+        if self.exact:
+            strides = [[2 ** stride.log2().round() for stride in pair] for pair in strides]
+        anchors: list[Tensor] = super().grid_anchors(grid_sizes, strides)
+        return anchors
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
         super().set_cell_anchors(torch.promote_types(dtype, torch.float32), device)
@@ -166,9 +199,8 @@ def precise(values: Tensor) -> Tensor:
 
 
 def _proposal_network(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbone) -> SelectiveProposalNetwork:
-    one_per_level = network.detector == "mask"
-    sizes = tuple((size,) for size in network.anchor_sizes) if one_per_level else (network.anchor_sizes,)
-    anchors = PreciseAnchorGenerator(sizes, (network.anchor_ratios,) * len(sizes))
+    sizes = tuple((size,) for size in network.anchor_sizes) if network.has_pyramid else (network.anchor_sizes,)
+    anchors = PreciseAnchorGenerator(sizes, (network.anchor_ratios,) * len(sizes), network.exact_anchors)
     return SelectiveProposalNetwork(
         backbone.rpn_maps,
         network.rpn_border,
@@ -202,7 +234,7 @@ def _roi_heads(network: NetworkConfig, backbone: DilatedBackbone | PyramidBackbo
         box_loss_beta=network.box_loss_beta,
         aligned_masks=network.aligned_masks,
     )
-    if network.detector == "mask":
+    if network.has_masks:
         channels = backbone.out_channels
         heads.mask_roi_pool = build_mask_pool(network, backbone.roi_maps)
         heads.mask_head = MaskRCNNHeads(channels, [channels] * 4, dilation=1)

@@ -59,7 +59,7 @@ def draw_checkpoints(
         if categories:
             check_categories(categories, found, str(path))
         categories = found
-        title = config.network.preset
+        title = config.network.title
         networks[title if title not in networks else f"{title} ({path.parent.name or len(networks)})"] = network
     if len(networks) < len(checkpoints):
         raise UserError(

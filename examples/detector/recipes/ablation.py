@@ -112,7 +112,7 @@ def run_ablation(
             write_synthetic(folder, train=train_images, val=val_images, size=SIZE, deformation=1, seed=0)
             (folder / ".complete").touch()
         train_set, val_set = load_train_and_val(
-            folder, masks=config.network.detector == "mask", negatives=config.training.negative_images
+            folder, masks=config.network.has_masks, negatives=config.training.negative_images
         )
 
         costs = {variant: count(variant.configure(config).network) for variant in chosen}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import FrozenBatchNorm2d, roi_pool
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, roi_pool
 
 from dcnops.adapters.torch import DeformConv2dPack, ModulatedDeformConv2dPack, param_groups
 from dcnops.detector.config import Config
@@ -17,7 +19,7 @@ from dcnops.detector.presets import PRESETS
 from tests.detector.configurations import assignments
 
 SMALL = assignments(network="min_size=96 max_size=128 anchor_sizes=12,24,48,64,96")
-DETECTORS = ["faster", "mask"]
+DETECTORS = ["faster", "mask", "faster-fpn"]
 
 
 def config(*assignments: str) -> Config:
@@ -207,6 +209,9 @@ def test_frozen_layers():
     assert not any("bn" in name or "downsample.1" in name for name in names)  # BatchNorm is constant everywhere
     thawed = build("network.backbone=small")
     assert all(value.requires_grad for value in thawed.parameters())
+    conv2 = build("network.stages=c2c5").backbone
+    names = [name for name, value in conv2.named_parameters() if value.requires_grad and "layer1" in name]
+    assert len(names) == 6 and all("conv_offset" in name for name in names)  # these start at zero
     four = build("network.backbone=small", "network.frozen_stages=4").backbone
     frozen = {name.split(".")[1] for name, value in four.named_parameters() if not value.requires_grad}
     assert frozen == {"conv1", "bn1", "layer1", "layer2", "layer3"}
@@ -327,6 +332,60 @@ def test_a_training_step_under_autocast(detector):
     for name, loss in exact.items():
         assert rounded[name].item() == pytest.approx(loss.item(), rel=0.1, abs=0.02), name
     assert all(value.grad.isfinite().all() for value in network.parameters() if value.grad is not None)
+
+
+def test_pooling_without_half_pixels_is_torchvisions():
+    options = ("network.detector=mask", "network.backbone=small", "network.preset=regular", "network.aligned=false")
+    heads = build(*options, "network.sampling_ratio=0").roi_heads
+    maps = {str(level): torch.randn(2, 4, 64 >> level, 48 >> level, dtype=torch.float64) for level in range(4)}
+    corners = torch.rand(40, 4, dtype=torch.float64) * 190
+    boxes = torch.cat([corners[:, :2].minimum(corners[:, 2:]), corners[:, :2].maximum(corners[:, 2:])], 1).split(20)
+    for pool, size in ((heads.box_roi_pool, 7), (heads.mask_roi_pool, 14)):
+        expected = MultiScaleRoIAlign(list("0123"), size, 0)(maps, list(boxes), [(256, 192)] * 2)
+        assert torch.allclose(pool(maps, boxes, [(256, 192)] * 2), expected, atol=1e-12)
+
+
+def test_exact_anchors():
+    """Compare with the formulas of mmdetection and detectron2; 800 rows give 13 rows with a distance of 64 pixels."""
+    generator = build("network.detector=mask", "network.exact_anchors=true").rpn.anchor_generator
+    maps = [torch.empty(1, 1, -(-800 // stride), -(-1344 // stride)) for stride in (4, 8, 16, 32, 64)]
+    (found,) = generator(ImageList(torch.empty(1, 3, 800, 1344), [(800, 1333)]), maps)
+    expected = []
+    for level, stride, size in zip(maps, (4, 8, 16, 32, 64), (12, 24, 48, 64, 96)):
+        y, x = (axis * stride for axis in torch.meshgrid(*map(torch.arange, level.shape[2:]), indexing="ij"))
+        sides = [(size / ratio**0.5 / 2, size * ratio**0.5 / 2) for ratio in (0.5, 1, 2)]
+        cells = [torch.stack([x - w, y - h, x + w, y + h], -1) for w, h in sides]
+        expected.append(torch.stack(cells, 2).reshape(-1, 4))
+    assert torch.allclose(found, torch.cat(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(70, 53), (300, 212)], ids=["enlarged", "shrunk"])
+@pytest.mark.parametrize("library", ["opencv", "pillow"])
+def test_resizing_like_other_libraries(library, size):
+    """The same side lengths; pixels of 8 bits equal those of Pillow, or of plain bilinear interpolation, up to one."""
+    transform = build(f"network.resize={library}", "network.max_size=133").transform.eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    image = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    batch, _ = transform([image.double()])
+    scale = min(96 / min(size), 133 / max(size))
+    height, width = (int(side * scale + 0.5) for side in size)
+    assert batch.image_sizes == [(height, width)] and (height, width) != tuple(int(side * scale) for side in size)
+    if library == "pillow":
+        expected = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    else:
+        places = [
+            ((np.arange(new) + 0.5) * old / new - 0.5).clip(0, old - 1) for new, old in zip((height, width), size)
+        ]
+        low = [np.floor(place).astype(int) for place in places]
+        high = [np.minimum(index + 1, old - 1) for index, old in zip(low, size)]
+        (y, x) = (places[0] - low[0])[:, None, None], (places[1] - low[1])[:, None]
+        rows = pixels[low[0]] * (1 - y) + pixels[high[0]] * y
+        expected = (rows[:, low[1]] * (1 - x) + rows[:, high[1]] * x).round()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (transform.image_mean, transform.image_std))
+    found = (batch.tensors[0, :, :height, :width] * std + mean) * 255
+    assert torch.allclose(found, found.round(), atol=1e-3)
+    difference = (found.permute(1, 2, 0).numpy() - expected.astype(float)).__abs__()
+    assert difference.max() < 1.01 and difference.mean() < (0.3 if library == "pillow" else 0.01)
 
 
 def test_quantised_pooling_is_roi_pool():
