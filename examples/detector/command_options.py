@@ -87,8 +87,8 @@ class TrainOptions(DataOption, SetOption, DeviceOption):
     backbone: str | None = option(None, "sets network.backbone, such as resnet50 or small", metavar="NAME")
     weights: str | None = option(
         None,
-        "weights of the backbone: imagenet, the name of torchvision weights, a .pth, .safetensors or .npz file with "
-        "torchvision's parameter names, or none; ResNets from Caffe and Keras need --set network.stride_style=caffe; "
+        "weights of the backbone: imagenet, the name of torchvision weights, a .pth, .safetensors, .npz or .pkl file "
+        "with torchvision's parameter names, or none; ResNets from Caffe and Keras need --set network.stride_style=caffe; "
         "default: imagenet, or none for the small backbone",
     )
     mimic: str | None = option(

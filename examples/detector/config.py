@@ -360,7 +360,10 @@ def _upgrade(values: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[st
         "box_loss_beta": 1 / 9,
     }
     del network["mask_scale"]
-    return {**values, "network": network}
+    mimicking = values.get("mimicking", {})
+    if isinstance(mimicking, Mapping):
+        mimicking = {"ground_truth": True, **mimicking}
+    return {**values, "network": network, "mimicking": mimicking}
 
 
 SECTIONS: dict[str, Any] = {"network": NetworkConfig, "training": TrainingConfig, "mimicking": MimickingConfig}

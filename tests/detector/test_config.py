@@ -182,6 +182,8 @@ def test_a_configuration_of_version_0_1_keeps_its_meaning():
     for name in ("conv_mask_scale", "roi_mask_scale", "aligned_masks", "box_loss_beta"):
         del network[name]
     network["mask_scale"] = 1.5
+    del values["mimicking"]["ground_truth"]
+    assert Config.from_dict(values).mimicking.ground_truth
     upgraded = Config.from_dict(values).network
     assert (upgraded.conv_mask_scale, upgraded.roi_mask_scale) == (1.5, 1.5)
     assert not upgraded.aligned_masks and upgraded.box_loss_beta == 1 / 9

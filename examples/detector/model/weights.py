@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 from torchvision.models import get_model_weights
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -16,7 +13,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from dcnops.adapters.torch import rename_state_dict
 
 from ..errors import UserError
-from .state_files import check_archive, tensor_problem
+from .state_files import read_file, tensor_problem
 
 FIRST = "conv1.weight"  # first parameter of every backbone
 # Prefixes of the names in a wrapped network, and in a larger network that has other parts too.
@@ -27,12 +24,12 @@ def load_backbone(detector: GeneralizedRCNN, source: str, backbone: str) -> list
     """Load the weights of a classification network into the backbone of a detector.
 
     `source` is "imagenet" or the name of torchvision weights for `backbone` (IMAGENET1K_V1, IMAGENET1K_V2), downloaded
-    on first use; or a file with torchvision's parameter names: .pth or .pt, .safetensors, .npz. The names may have
+    on first use; or a file with torchvision's parameter names: .pth or .pt, .safetensors, .npz, .pkl. The names may have
     prefixes of wrappers, such as ``module.`` or ``_orig_mod.``. Of a detector, its ``backbone.`` is taken. Return the
     missing parameters, which all belong to offset branches.
     """
     path = Path(source)
-    if path.suffix in (".pth", ".pt", ".safetensors", ".npz"):
+    if path.suffix in (".pth", ".pt", ".safetensors", ".npz", ".pkl"):
         state = _read(path)
     elif backbone == "small":
         raise UserError(f"--weights {source}: the small backbone has no pretrained weights, use --weights none")
@@ -70,23 +67,7 @@ def _unwrap(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
-    if not os.path.isfile(path):
-        raise UserError(f"there is no file of weights {path}")
-    try:
-        check_archive(path)
-        if path.suffix == ".npz":
-            with np.load(path) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays}
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:
-        # torch's messages advise unsafe loading.
-        raise UserError(
-            f"{path} cannot be read as weights: it must hold named tensors and nothing else ({type(error).__name__})"
-        ) from error
+    loaded = read_file(path)
     for key in ("model", "state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
@@ -97,21 +78,14 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     return loaded
 
 
-def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"{path}: the package safetensors is needed to read it (pip install safetensors)") from None
-    tensors: dict[str, Tensor] = load_file(path)
-    return tensors
-
-
 def _download(source: str, backbone: str) -> Mapping[str, Tensor]:
     choices = get_model_weights(backbone)
     name = "IMAGENET1K_V1" if source == "imagenet" else source
     if name not in choices.__members__:
         names = ", ".join(["imagenet", *choices.__members__])
-        raise UserError(f"--weights must be none, a .pth, .safetensors or .npz file, or one of {names}; got {source!r}")
+        raise UserError(
+            f"--weights must be none, a .pth, .safetensors, .npz or .pkl file, or one of {names}; got {source!r}"
+        )
     try:
         state: Mapping[str, Tensor] = choices[name].get_state_dict(progress=True, check_hash=True)
     # A truncated download or a damaged file in the cache raises other errors than OSError.

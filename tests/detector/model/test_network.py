@@ -421,3 +421,24 @@ def test_anchors_across_the_border_can_be_left_out():
     assert found[5] == [0, 1, 0, -1]
     rpn._image_sizes = [(5, 5)]  # no anchor is inside: all are used
     assert rpn.assign_targets_to_anchors([anchors + 100], truth)[0][0].ge(0).all()
+
+
+@pytest.mark.parametrize("pooling", ["deformable", "modulated"])
+def test_branches_of_roi_pooling_as_in_mmcv(pooling):
+    """Three layers for the offsets and two for the masks, which start as RoIAlign and half of it."""
+    options = ("network.detector=mask", "network.backbone=small", "network.pool_branch=mmcv")
+    pool = build(*options, f"network.pooling={pooling}").roi_heads.box_roi_pool.pools[0].double()
+    linear = {name.removesuffix(".weight").removesuffix(".bias") for name, _ in pool.named_parameters()}
+    masks = {"mask_fc.0", "mask_fc.2"} if pooling == "modulated" else set()
+    assert linear == {"offset_fc.0", "offset_fc.2", "offset_fc.4"} | masks
+    plain = build(*options, "network.preset=regular").roi_heads.box_roi_pool.pools[0]
+    maps = torch.rand(1, 64, 12, 16, dtype=torch.double)
+    regions = torch.tensor([[0.0, 1, 2, 11, 9]], dtype=torch.double)
+    with torch.no_grad():
+        torch.testing.assert_close(pool(maps, regions), plain(maps, regions) * (0.5 if masks else 1))
+
+
+def test_the_term_in_frozen_batchnorm_is_an_option():
+    body = build("network.norm_eps=0.25").backbone.body
+    maps = torch.rand(1, 64, 4, 4)
+    torch.testing.assert_close(body.bn1(maps), maps / 1.25**0.5)
