@@ -88,8 +88,8 @@ class TrainOptions(DataOption, SetOption, DeviceOption):
     weights: str | None = option(
         None,
         "weights of the backbone: imagenet, the name of torchvision weights, a .pth, .safetensors, .npz or .pkl file "
-        "with torchvision's parameter names, or none; ResNets from Caffe and Keras need --set network.stride_style=caffe; "
-        "default: imagenet, or none for the small backbone",
+        "with torchvision's parameter names, or none; ResNets from Caffe and Keras need --set "
+        "network.stride_style=caffe; default: imagenet, or none for the small backbone",
     )
     mimic: str | None = option(
         None,

@@ -24,9 +24,9 @@ def load_backbone(detector: GeneralizedRCNN, source: str, backbone: str) -> list
     """Load the weights of a classification network into the backbone of a detector.
 
     `source` is "imagenet" or the name of torchvision weights for `backbone` (IMAGENET1K_V1, IMAGENET1K_V2), downloaded
-    on first use; or a file with torchvision's parameter names: .pth or .pt, .safetensors, .npz, .pkl. The names may have
-    prefixes of wrappers, such as ``module.`` or ``_orig_mod.``. Of a detector, its ``backbone.`` is taken. Return the
-    missing parameters, which all belong to offset branches.
+    on first use; or a file with torchvision's parameter names: .pth or .pt, .safetensors, .npz, .pkl. The names may
+    have prefixes of wrappers, such as ``module.`` or ``_orig_mod.``. Of a detector, its ``backbone.`` is taken. Return
+    the missing parameters, which all belong to offset branches.
     """
     path = Path(source)
     if path.suffix in (".pth", ".pt", ".safetensors", ".npz", ".pkl"):
