@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..config import NetworkConfig
-from ..data import Category, CocoDataset, Sample, encode_segmentation, is_finite, prepare_worker, worker_errors
+from ..data import Category, CocoDataset, Sample, encode_segmentation, prepare_worker, worker_errors
 from ..errors import UserError, cannot_write, printable
-from ..json_files import read_json, write_json
+from ..json_files import is_finite, read_json, write_json
 from ..predict import coco_results, evaluating, infer
 from .distributed import gather_lists, is_main, rank, world_size
 
