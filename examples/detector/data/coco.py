@@ -72,13 +72,14 @@ class CocoDataset(Dataset[Sample]):
         have only crowd regions or unusable annotations may show objects, and are left out.
     """
 
+    name: str  # paths of the JSON files
     categories: list[Category]  # in order of id
     image_ids: list[int]  # by index, in increasing order
     sizes: list[tuple[int, int]]  # width and height by index
     report: list[str]  # a line for each kind of unusual input, with a count and an example
     annotated: bool  # the JSON file has annotations
     boxes_only: bool  # `masks` was asked for, but no annotation has a segmentation
-    left_out: int  # number of images in the JSON file without a usable image file
+    unusable_images: list[str]  # the lines of `report` about image files that are missing or unusable
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class CocoDataset(Dataset[Sample]):
         folders = [images] if isinstance(images, Path) else list(images or ())
         notes = Notes()
         content = read_coco(files, notes, polygons=masks and not keep_empty, keep=masks and keep_empty)
-        name = ", ".join(map(str, files))
+        self.name = name = ", ".join(map(str, files))
         self.categories = content.categories
         self.annotated = content.annotated
         self.boxes_only = masks and self.annotated and not content.segmented
@@ -112,7 +113,7 @@ class CocoDataset(Dataset[Sample]):
             raise UserError(f"{name}: width and height of images are missing, and there is no folder to read them from")
         self._folders = folders
         self._masks = masks
-        self.left_out = len(content.images) - len(pictures)
+        self.unusable_images = [line for line in notes.lines() if line.startswith("left out")]  # nothing else so far
 
         order = sorted(range(len(pictures)), key=lambda index: pictures[index].id)
         pictures = [pictures[index] for index in order]

@@ -379,7 +379,7 @@ def test_many_pictures_are_checked_in_processes(tmp_path, monkeypatch):
     monkeypatch.setattr("dcnops.detector.data.picture_files.MANY", 1)
     data = folder.load()
     assert data.report == expected.report == ["left out 1 missing pictures, e.g. 2.png"]
-    assert data.image_ids == [1, 3, 4] and data.left_out == 1
+    assert data.image_ids == [1, 3, 4] and data.unusable_images == data.report
 
 
 def test_names_that_lead_out_of_the_folder(tmp_path):

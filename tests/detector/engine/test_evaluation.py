@@ -26,7 +26,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from dcnops.detector.data import CocoDataset, find_data, write_synthetic
 from dcnops.detector.engine import Kind, coco_metrics, detect, distributed, load_results, metrics_table, write_results
-from dcnops.detector.engine.evaluation import _normalise
+from dcnops.detector.engine.evaluation import RECALL, SUMMARY, _normalise
 from dcnops.detector.errors import UserError
 from dcnops.detector.predict import decode_rle, encode_rle
 
@@ -116,13 +116,14 @@ def test_equal_to_pycocotools(example, package):
     for kind in FIELDS:
         evaluation = official(index(copy.deepcopy(before[0])), before[1], kind)
         scores = metrics[kind]
-        ours = [scores.AP, scores.AP50, scores.AP75, scores.APs, scores.APm, scores.APl]
-        assert ours == pytest.approx(evaluation.stats[:6].tolist(), abs=1e-6)
+        ours = [getattr(scores, name) for name in (*SUMMARY, *RECALL)]
+        assert ours == pytest.approx(evaluation.stats.tolist(), abs=1e-6)
         assert 0.05 < scores.AP < 0.95
-        assert len({round(value, 6) for value in ours}) == 6
+        assert len({round(value, 6) for value in ours}) >= 11  # AR10 and AR100 are equal with few detections
         for position, category in enumerate((3, 7)):
-            expected = evaluation.eval["precision"][:, :, position, 0, 2].mean()
-            assert scores.per_category[category] == pytest.approx(expected, abs=1e-6)
+            precision = evaluation.eval["precision"][:, :, position, 0, 2]
+            assert scores.per_category[category] == pytest.approx(precision.mean(), abs=1e-6)
+            assert scores.per_category_AP50[category] == pytest.approx(precision[0].mean(), abs=1e-6)
         assert math.isnan(scores.per_category[9])
     assert metrics["bbox"].AP != metrics["segm"].AP
 
@@ -197,6 +198,8 @@ def test_absent_fields_and_id_zero_change_nothing(example, tmp_path):
     with pytest.raises(UserError, match="some detections have no segmentation"):
         boxes = [{key: value for key, value in entry.items() if key != "segmentation"} for entry in results]
         coco_metrics(coco, boxes, coco.imgs, ("segm",))
+    with pytest.raises(UserError, match="made with masks=True"):
+        coco_metrics(boxes_only, results, coco.imgs, ("segm",))
 
 
 def test_results_files_and_table(example, tmp_path):
@@ -210,7 +213,9 @@ def test_results_files_and_table(example, tmp_path):
         assert repr(coco_metrics(coco, read, coco.imgs, kinds)[kind]) == repr(metrics[kind])
     written = json.loads((tmp_path / "new" / "metrics.json").read_text())
     assert written["segm"]["AP75"] == metrics["segm"].AP75
-    assert written["bbox"]["per_category"][2] == {"id": 9, "name": "never seen", "AP": None}
+    assert written["segm"]["AR100"] == metrics["segm"].AR100
+    assert written["bbox"]["per_category"][2] == {"id": 9, "name": "never seen", "AP": None, "AP50": None}
+    assert written["bbox"]["per_category"][0]["AP50"] == metrics["bbox"].per_category_AP50[3]
     names = ["detections_bbox.json", "detections_segm.json", "metrics.json"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
     (tmp_path / "file").touch()
