@@ -66,7 +66,7 @@ def append_polygons(points: array[float], polygons: list[Any]) -> None:
         for part in polygons:
             if len(part) >= 6:
                 points.extend((np.nan, np.nan))
-                points.extend(part if len(part) % 2 == 0 else part[:-1])
+                points.fromlist(part if len(part) % 2 == 0 else part[:-1])  # twice as fast as extend
                 if math.isnan(sum(part)):
                     raise ValueError
     except (TypeError, ValueError, OverflowError):
