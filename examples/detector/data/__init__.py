@@ -3,6 +3,7 @@
 from .annotation_import import import_annotations
 from .augmentation import Augmentation
 from .batches import AspectRatioBatches, AugmentedImages, Batch, load_batches, prepare_worker, worker_errors
+from .categories import default_categories, match_categories, named_categories, read_categories
 from .coco import (
     Category,
     CocoDataset,
@@ -30,6 +31,7 @@ __all__ = [
     "TorchDataset",
     "as_image",
     "check_categories",
+    "default_categories",
     "encode_segmentation",
     "find_data",
     "find_images",
@@ -37,8 +39,11 @@ __all__ = [
     "is_finite",
     "load_batches",
     "load_train_and_val",
+    "match_categories",
+    "named_categories",
     "pad_elongated",
     "prepare_worker",
+    "read_categories",
     "read_image",
     "read_voc",
     "read_yolo",
