@@ -1,4 +1,4 @@
-"""Categories of detectors whose files do not name them, and which categories of a data set they are."""
+"""Names of categories for detectors that have none, and matching with the categories of a data set."""
 
 from __future__ import annotations
 

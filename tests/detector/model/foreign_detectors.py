@@ -61,8 +61,8 @@ R50 = Body()
 
 
 def tensor(*shape: int) -> Tensor:
-    """Return a random number in the shape, which takes no memory."""
-    return (torch.rand(1) + 0.5).expand(shape)
+    """Return a random number in the shape, which takes no memory; maps stay small."""
+    return ((torch.rand(1) + 0.5) / (4 * math.prod(shape[1:]) if len(shape) > 1 else 1)).expand(shape)
 
 
 def mmdetection_body(body: Body, branch: str = "conv2.conv_offset") -> Iterator[tuple[str, Tensor]]:
