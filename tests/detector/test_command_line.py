@@ -299,9 +299,7 @@ def test_checkpoints_of_other_projects(fails, data, tmp_path, capsys):
     written = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert written["categories"][2] == {"id": 3, "name": "square"} and written["detections"]
     assert main(["evaluate", "--data", str(data), *options]) == 0  # in the order of the ids
-    capsys.readouterr()
-    message = fails("evaluate", "--data", data, *options, "--categories", names)
-    assert "must have the detector's 5 categories (1 club, 2 dumbbell, 3 square, 4 ring, ...)" in message
+    assert "AP50" in capsys.readouterr().out
     assert "--categories goes with --checkpoint" in fails("evaluate", "--results", "x.json", "--categories", names)
 
 
