@@ -80,8 +80,10 @@ class TrainOptions(DataOption, SetOption, DeviceOption):
     """
 
     out: Path = required("folder for checkpoints, metrics and TensorBoard files")
-    train_annotations: Path | None = option(None, "COCO JSON file to train on, instead of --data")
-    train_images: Path | None = option(None, "folder of the images of --train-annotations")
+    train_annotations: tuple[Path, ...] = option(
+        (), "COCO JSON files to train on, instead of --data; several are one data set, and must have equal categories"
+    )
+    train_images: tuple[Path, ...] = option((), "folder of the images of each of --train-annotations, or of all")
     val_annotations: Path | None = option(None, "COCO JSON file to evaluate on, instead of --data")
     val_images: Path | None = option(None, "folder of the images of --val-annotations")
     preset: str | None = option(None, f"sets network.preset: {', '.join(PRESETS)}")
@@ -149,13 +151,18 @@ class CategoriesOption(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(DataOption, CategoriesOption, SetOption, AutocastOption, DeviceOption):
-    """Compute the COCO average precision of a checkpoint or of a results file."""
+    """Compute the COCO average precision of a checkpoint or of a results file.
+
+    Without annotations, as in COCO's test-dev, the detections of the checkpoint are only written to --out, in COCO's
+    results format.
+    """
 
     checkpoint: Path | None = option(None, CHECKPOINT, exclusive=True)
     results: Path | None = option(None, "detections in COCO's results format", exclusive=True)
     annotations: Path | None = option(None, "COCO JSON file, instead of --data")
     images: Path | None = option(None, "folder of the images of --annotations")
-    split: Literal["train", "val"] = option("val", "split of --data to evaluate on")
+    split: Literal["train", "val", "test"] = option("val", "split of --data to evaluate on")
+    allow_missing: bool = option(False, "evaluate without the images that are missing or unusable")
     out: Path | None = option(None, "folder for metrics.json and the detections; default: only print the metrics")
     batch_size: int = option(1, "images per forward pass", 1, 4096)
 

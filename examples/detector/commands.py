@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -26,8 +26,10 @@ from .config import Config
 from .data import (
     Category,
     CocoDataset,
+    Split,
     find_data,
     find_images,
+    has_split,
     import_annotations,
     match_categories,
     read_categories,
@@ -47,6 +49,7 @@ from .engine import (
     metrics_table,
     session,
     world_size,
+    write_detections,
     write_results,
 )
 from .errors import UserError, printable
@@ -74,13 +77,15 @@ def run_train(options: TrainOptions) -> None:
     train_annotations, train_images = _data(options, "train", "train_")
     train_set = CocoDataset(train_annotations, train_images, masks=masks, keep_empty=False, negatives=negatives)
     val_set = None
-    if options.val_annotations or options.data:
+    if options.val_annotations or options.val_images or (options.data and has_split(options.data, "val")):
         val_annotations, val_images = _data(options, "val", "val_")
         val_set = CocoDataset(val_annotations, val_images, masks=masks, keep_empty=True)
     with session(options.device) as device:
-        _warn(train_set, train_annotations)
+        _warn(train_set)
         if val_set:
-            _warn(val_set, val_annotations)
+            _warn(val_set)
+        elif options.data:
+            _say(f"{options.data}: no validation data, so the training goes without evaluation")
         weights = weights or ("none" if config.network.backbone == "small" else "imagenet")
         resume = options.resume if options.resume == "auto" else options.resume == "always"
         hint = "the same command goes on from there" if options.resume == "auto" else RESUME_HINT
@@ -93,10 +98,12 @@ def run_evaluate(options: EvaluateOptions) -> None:
         _make_folder(options.out)
         annotations = options.annotations or _data(options, options.split)[0]
         dataset = CocoDataset(annotations, None, masks=False, keep_empty=True)
+        if not dataset.annotated:
+            raise UserError(f"{dataset.name}: there are no annotations to evaluate detections with")
         results, kinds = load_results(options.results, dataset.coco)
         if "segm" in kinds:
             dataset = CocoDataset(annotations, None, masks=True, keep_empty=True)
-        _warn(dataset, annotations)
+        _warn(dataset)
         _report(dataset, results, kinds, options.out)
         return
     assert options.checkpoint is not None
@@ -105,10 +112,17 @@ def run_evaluate(options: EvaluateOptions) -> None:
     with session(options.device) as device:
         model, config, categories = _load(options.checkpoint, device, options)
         dataset = CocoDataset(annotations, images, masks=config.network.has_masks, keep_empty=True)
-        matched = match_categories(categories, dataset.categories, str(annotations))
-        _warn(dataset, annotations)
+        matched = match_categories(categories, dataset.categories, dataset.name)
         if None in matched:
-            _say(f"{annotations}: has {len(dataset.categories)} of the detector's {len(matched)} categories")
+            _say(f"{dataset.name}: has {len(dataset.categories)} of the detector's {len(matched)} categories")
+        if dataset.unusable_images and not options.allow_missing:
+            raise UserError(
+                f"{dataset.name}: {'; '.join(dataset.unusable_images)}: all images are needed, or --allow-missing to "
+                "evaluate the others alone"
+            )
+        if not (dataset.annotated or options.out):
+            raise UserError(f"{dataset.name}: there are no annotations, so --out is needed for the detections")
+        _warn(dataset)
         results = detect(
             model,
             dataset,
@@ -226,11 +240,19 @@ def _say(line: str) -> None:
         print(printable(line), file=sys.stderr)
 
 
-def _data(options: Any, split: Literal["train", "val"], prefix: str = "") -> tuple[Path, Path]:
-    """Return the JSON file and the image folder of a split, from ``--data`` or from the two options for it."""
+def _data(options: Any, split: Split, prefix: str = "") -> tuple[Any, Any]:
+    """Return the JSON file and the image folder of a split, from ``--data`` or from the two options for it.
+
+    If the options take several paths, return tuples.
+    """
     annotations, images = getattr(options, f"{prefix}annotations"), getattr(options, f"{prefix}images")
     option = f"--{prefix}".replace("_", "-")
     if annotations and images:
+        if isinstance(images, tuple) and len(images) not in (1, len(annotations)):
+            raise UserError(
+                f"{option}images must name one folder or {len(annotations)}, one for each of {option}annotations, "
+                f"got {len(images)}"
+            )
         return annotations, images
     if annotations or images:
         missing = "images" if annotations else "annotations"
@@ -254,12 +276,20 @@ def _require_one_process(command: str) -> None:
         raise UserError(f"{command} runs in one process, not under torchrun")
 
 
-def _warn(dataset: CocoDataset, annotations: Path) -> None:
+def _warn(dataset: CocoDataset) -> None:
     for line in dataset.report:
-        _say(f"{annotations}: {line}")
+        _say(f"{dataset.name}: {line}")
 
 
 def _report(dataset: CocoDataset, results: list[dict[str, object]], kinds: tuple[Kind, ...], out: Path | None) -> None:
+    if not dataset.annotated:
+        assert out is not None
+        write_detections(out, results, kinds)
+        print(f"{len(results)} detections in {len(dataset)} images: {out}; no metrics, as there are no annotations")
+        return
+    if dataset.boxes_only:
+        print(f"{dataset.name}: masks are not evaluated, as no annotation has a segmentation", file=sys.stderr)
+        kinds = ("bbox",)
     metrics = coco_metrics(dataset.coco, results, dataset.image_ids, kinds)
     print(metrics_table(metrics, dataset.categories))
     if out:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,77 @@ def test_evaluate_gives_the_numbers_of_training(run, data, tmp_path, capsys):
     assert main(["evaluate", *results, "--out", str(again)]) == 0
     segm = json.loads((again / "metrics.json").read_text())["segm"]
     assert segm == json.loads((run / "metrics.json").read_text())["segm"]
+
+
+def copy_data(data: Path, folder: Path) -> tuple[Path, Path]:
+    """Copy a data set; return the folder of its annotations and that of its images."""
+    shutil.copytree(data, folder)
+    return folder / "annotations", folder / "images"
+
+
+def test_evaluate_without_annotations_or_images(run, data, fails, tmp_path, capsys):
+    """Detections in test images are only written; missing images need an option; boxes alone evaluate boxes."""
+    annotations, images = copy_data(data, tmp_path / "data")
+    evaluate = ["evaluate", "--checkpoint", str(run / "model.pth"), "--data", str(tmp_path / "data"), "--device", "cpu"]
+    content = json.loads((annotations / "instances_val.json").read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    (annotations / "instances_val.json").write_text(json.dumps(content))
+    assert main([*evaluate, "--out", str(tmp_path / "boxes")]) == 0
+    assert "masks are not evaluated, as no annotation has a segmentation" in capsys.readouterr().err
+    written = json.loads((tmp_path / "boxes" / "metrics.json").read_text())
+    assert written == {"bbox": json.loads((run / "metrics.json").read_text())["bbox"]}
+
+    del content["annotations"]
+    (annotations / "image_info_test.json").write_text(json.dumps(content))
+    evaluate += ["--split", "test"]
+    assert "there are no annotations, so --out is needed" in fails(*evaluate)
+    assert main([*evaluate, "--out", str(tmp_path / "test")]) == 0
+    assert "no metrics, as there are no annotations" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "test").iterdir()} == {"detections_bbox.json", "detections_segm.json"}
+    for kind in ("bbox", "segm"):
+        written, expected = (folder / f"detections_{kind}.json" for folder in (tmp_path / "test", run))
+        assert written.read_text() == expected.read_text()
+    results = ["evaluate", "--results", tmp_path / "test" / "detections_bbox.json", "--annotations"]
+    assert "no annotations to evaluate detections with" in fails(*results, annotations / "image_info_test.json")
+
+    name = content["images"][0]["file_name"]
+    (images / name).unlink()
+    evaluate[evaluate.index("test")] = "val"
+    message = fails(*evaluate)
+    assert f"left out 1 missing pictures, e.g. {name}: all images are needed, or --allow-missing" in message
+    assert main([*evaluate, "--allow-missing"]) == 0
+
+
+def test_train_on_several_files_and_without_validation(run, data, fails, tmp_path, capsys):
+    """The second file has the ids of the first."""
+    annotations, images = copy_data(data, tmp_path / "data")
+    (annotations / "instances_val.json").rename(annotations / "more.json")
+    train = ["train", "--device", "cpu", "--backbone", "small", "--set", *TINY, *QUICK]
+    files = ["--train-annotations", str(annotations / "instances_train.json"), str(annotations / "more.json")]
+    assert main([*train, "--out", str(tmp_path / "a"), *files, "--train-images", str(images)]) == 0
+    assert load_checkpoint(tmp_path / "a" / "checkpoint.pth")["images"] == 7
+    assert "numbered the 7 images 1, 2, ..., as the files use the same ids" in capsys.readouterr().err
+    folders = ["--train-images", *[images] * 3]
+    message = fails(*train, "--out", "b", *files, *folders)
+    assert "must name one folder or 2, one for each of --train-annotations, got 3" in message
+
+    assert main([*train, "--out", str(tmp_path / "c"), "--data", str(tmp_path / "data")]) == 0
+    assert "no validation data, so the training goes without evaluation" in capsys.readouterr().err
+    assert not (tmp_path / "c" / "metrics.json").exists()
+
+    content = json.loads((annotations / "more.json").read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    (annotations / "instances_val.json").write_text(json.dumps(content))
+    train += ["--detector", "mask", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "d")]
+    assert main(train) == 2
+    assert "no segmentations; train on boxes alone with --detector faster" in capsys.readouterr().err
+    del content["annotations"]
+    (annotations / "instances_val.json").write_text(json.dumps(content))
+    assert main(train) == 2
+    assert "the validation data have no annotations to evaluate on" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
 
 
 def test_predict_from_the_checkpoint_alone(run, data, tmp_path):

@@ -9,7 +9,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from ..errors import UserError
 from ..json_files import read_json
-from .coco import Category
+from .coco_json import Category
 
 # COCO's ids are 1 to 90; the ten that no category has are called N/A.
 COCO_WITH_GAPS = [

@@ -110,6 +110,10 @@ def train(
     options = config.training
     if val_set is not None:
         check_categories(train_set.categories, val_set.categories, "the validation data")
+        if not val_set.coco.anns:
+            raise UserError("the validation data have no annotations to evaluate on")
+        if val_set.boxes_only:
+            raise UserError("the validation data have no segmentations; train on boxes alone with --detector faster")
     elif options.patience:
         raise UserError(f"training.patience={options.patience} needs validation data")
     batches = AspectRatioBatches(

@@ -68,8 +68,8 @@ def load_initial_detector(model: nn.Module, content: Mapping[str, Any], categori
     if lost := [name for name in missing if name.startswith("backbone.body.") and "conv_offset" not in name]:
         raise UserError(f"{path}: does not fit the configured network, it has no {few(lost)}")
     unused = [name for name in given if name not in own]
-    for name in own.keys() & given.keys():
-        if problem := tensor_problem(given[name], own[name]):
+    for name in own:
+        if name in given and (problem := tensor_problem(given[name], own[name])):
             raise UserError(f"{path}: does not fit the configured network, {name} {problem}")
     lines.append(f"{path}: {len(given) - len(unused)} parameters used")
     if unused:
