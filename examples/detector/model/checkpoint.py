@@ -87,7 +87,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: is refused, as a checkpoint holds tensors, numbers, text and lists only, and this has more"
         ) from None
     except Exception:  # damaged archives raise all kinds of errors, and torch's messages advise unsafe loading
-        raise UserError(f"{path}: is damaged, or not a checkpoint of this program") from None
+        raise NotACheckpoint(f"{path}: is damaged, or not a checkpoint of this program") from None
     if not isinstance(content, dict) or "format" not in content:
         raise NotACheckpoint(f"{path}: is not a checkpoint of this program (has no format number)")
     if content["format"] != FORMAT:

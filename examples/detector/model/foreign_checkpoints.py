@@ -171,6 +171,11 @@ def convert_detector(content: object, path: Path) -> dict[str, Any] | None:
             raise UnsupportedDetector(f"{what}: it is of {description}")
     if lacking := [f"{name}.weight" for name in NEEDED if f"{name}.weight" not in parameters]:
         raise UnsupportedDetector(f"{what}: it has no {few(lacking)}")
+    if project.name == "torchvision" and any("conv_offset" in name or "_roi_pool." in name for name in state):
+        raise UnsupportedDetector(
+            f"{what}: it has deformable layers, which torchvision's detectors do not have; of a detector of this "
+            "program, the model.pth is needed, which has the configuration too"
+        )
     stored = read_stored_config(meta if project.name == "mmdetection" else {})
     config = _config(parameters, state, stored, project, what)
     number = _convert_last_layers(parameters, project.background_last, what)

@@ -14,10 +14,12 @@ from torchvision.models import detection
 from torchvision.models.detection.image_list import ImageList
 
 from dcnops.adapters.torch import deform_roi_pool
+from dcnops.detector.config import Config
 from dcnops.detector.data import Category
 from dcnops.detector.errors import UserError
-from dcnops.detector.model import load_detector, read_initial_detector
+from dcnops.detector.model import build_detector, load_detector, read_initial_detector
 from dcnops.detector.model.foreign_checkpoints import convert_detector
+from dcnops.detector.model.mmdetection_config import StoredConfig, read_stored_config
 from dcnops.detector.predict.inference import decode_rle, infer, paste_masks
 from tests.detector.model.foreign_detectors import DETECTRON2, MMDETECTION, NECK, Body, Reference, detector, paste
 
@@ -152,6 +154,24 @@ def check_body_of_detectron2(model: nn.Module, state: dict[str, Tensor]) -> None
     assert torch.equal(model.backbone.fpn.inner_blocks[3][0].weight, state["backbone.fpn_lateral5.weight"])
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        "model = dict(rpn_head=dict(anchor_generator=[8]), test_cfg=3)\nimg_norm_cfg = [1]\ntest_pipeline = steps",
+        "test_pipeline = [None, dict(scale=None), dict(img_scale=[(640, 480), (800, 600)])]\n(a, b) = {[1]: 2}, {**c}",
+        "img_norm_cfg = dict(mean=[None], std='a', to_rgb=1)\nmodel = dict(**base, rpn_head=dict(anchor_generator=dict("
+        "scales=['a'], strides=[(4, 4), (8, 8)], ratios=True)))",
+        "model = dict(",
+        "(" * 1000,
+        "\0",
+        5,
+    ],
+)
+def test_a_stored_configuration_that_says_nothing(config):
+    for meta in ({"cfg": config, "dataset_meta": 3}, {"config": config, "CLASSES": None}):
+        assert read_stored_config(meta) == StoredConfig({}, [], None)
+
+
 @pytest.mark.parametrize("names", [MMDETECTION, DETECTRON2], ids=["mmdetection", "detectron2"])
 def test_heads_compute_what_the_projects_compute(names, tmp_path):
     state = detector(names, Body(offsets=27 if names is MMDETECTION else 18))
@@ -278,6 +298,9 @@ def test_files_that_are_refused(tmp_path):
                         (("weight", (16,)), ("bias", ()))}  # fmt: skip
     assert "has 4 rows, but 3 categories need 12" in message(agnostic)
     assert "its backbone has 8 blocks in conv4" in message(detector(MMDETECTION, Body((3, 4, 8, 3))))
+    with torch.device("meta"):
+        own = build_detector(Config().set(["network.detector=mask"]).network, 3).state_dict()
+    assert "it has deformable layers, which torchvision's detectors do not have; of a detector of this" in message(own)
     stage = {name: value for name, value in detector(MMDETECTION, Body(offsets=27)).items()
              if "conv_offset" not in name or "layer3" in name}  # fmt: skip
     assert "its deformable convolutions are in layer3" in message(stage)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from dcnops.detector.config import Config
@@ -94,6 +96,12 @@ def test_options_of_the_network(initial):
 
 
 def test_other_sources_are_no_detectors(tmp_path):
-    torch.save({"conv1.weight": torch.ones(2)}, tmp_path / "resnet.pth")
-    for source in ("imagenet", str(tmp_path / "absent.pth"), str(tmp_path / "resnet.pth")):
+    weights = {"conv1.weight": torch.ones(2)}
+    torch.save(weights, tmp_path / "zip.pth")
+    torch.save(weights, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    save_file(weights, tmp_path / "resnet.safetensors")
+    np.savez(tmp_path / "resnet.npz", **{name: value.numpy() for name, value in weights.items()})
+    files = [str(path) for path in tmp_path.iterdir()]
+    assert len(files) == 4
+    for source in ("imagenet", str(tmp_path / "absent.pth"), *files):
         assert read_initial_detector(source, pytest.fail) is None
