@@ -241,7 +241,8 @@ class Detector:
         -------
         dict
             `Scores` of the boxes (``"bbox"``) and, from Mask R-CNN, of the masks (``"segm"``): ``AP``, ``AP50``,
-            ``AP75``, ``APs``, ``APm`` and ``APl`` in 0..1, NaN without ground truth.
+            ``AP75``, ``APs``, ``APm``, ``APl``, the average recall ``AR1``, ``AR10``, ``AR100``, ``ARs``, ``ARm`` and
+            ``ARl``, and ``per_category`` and ``per_category_AP50`` by category id; in 0..1, NaN without ground truth.
 
         Raises
         ------

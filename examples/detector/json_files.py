@@ -113,6 +113,9 @@ class _Reader:
     def peek(self) -> str:
         """Return the next character that is not white space, or an empty string at the end."""
         while True:
+            character = self._text[self._position : self._position + 1]
+            if character > " ":  # no white space, which is usual
+                return character
             match = SPACE.match(self._text, self._position)
             assert match
             self._position = match.end()

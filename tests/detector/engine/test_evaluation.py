@@ -26,7 +26,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from dcnops.detector.data import CocoDataset, find_data, write_synthetic
 from dcnops.detector.engine import Kind, coco_metrics, detect, distributed, load_results, metrics_table, write_results
-from dcnops.detector.engine.evaluation import RECALL, SUMMARY, _normalise
+from dcnops.detector.engine.evaluation import RECALL, SUMMARY
 from dcnops.detector.errors import UserError
 from dcnops.detector.predict import decode_rle, encode_rle
 
@@ -268,17 +268,18 @@ def test_errors_name_the_wrong_entry(example, tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_masks_of_results_are_encoded(example):
+def test_masks_of_results_are_encoded(example, tmp_path):
     """Polygons and plain run lengths give the same numbers as compressed ones."""
     coco, _ = example
+    path = tmp_path / "results.json"
     plain = {"size": [float(SIZE)] * 2, "counts": [0, SIZE * 5, SIZE * (SIZE - 5)]}
     polygon = [[0, 0, 5, 0, 5, SIZE, 0, SIZE]]
     mask = np.zeros((SIZE, SIZE), np.uint8)
     mask[:, :5] = 1
-    for segmentation in (plain, polygon, encode_rle(mask)):
-        entry = {**WITHOUT_BOX, "segmentation": copy.deepcopy(segmentation)}
-        assert _normalise(entry, coco) is None
-        assert entry["segmentation"] == encode_rle(mask)
+    path.write_text(json.dumps([{**WITHOUT_BOX, "segmentation": item} for item in (plain, polygon, encode_rle(mask))]))
+    results, kinds = load_results(path, coco)
+    assert kinds == ("segm",) and [entry["segmentation"] for entry in results] == [encode_rle(mask)] * 3
+    assert coco_metrics(coco, results, coco.imgs, kinds)["segm"].AP == 0
 
 
 @pytest.mark.parametrize("package", ["pycocotools", "faster-coco-eval"])
