@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from dcnops.detector.__main__ import main
@@ -22,6 +23,7 @@ from dcnops.detector.data import Category
 from dcnops.detector.errors import UserError
 from dcnops.detector.model import build_detector, load_checkpoint, save_checkpoint
 from tests.detector.configurations import assignments
+from tests.detector.model.foreign_detectors import MMDETECTION, detector
 
 pytestmark = pytest.mark.slow
 
@@ -354,6 +356,36 @@ def test_categories_of_a_checkpoint_and_of_the_data(fails, data, tmp_path):
     save_checkpoint(wrong, model, config, [Category(1, "cat"), Category(2, "dog")], 0)
     message = fails("evaluate", "--checkpoint", wrong, "--data", data)
     assert "must have the detector's 2 categories (1 cat, 2 dog)" in message
+
+
+def test_checkpoints_of_other_projects(fails, data, tmp_path, capsys):
+    """A file without names of categories, for prediction and for evaluation."""
+    checkpoint, names = tmp_path / "mmdetection.pth", tmp_path / "names.txt"
+    torch.save({"state_dict": detector(MMDETECTION, categories=5, masks=False)}, checkpoint)
+    options = ["--checkpoint", str(checkpoint), "--set", *TINY[:2], "network.proposals_test=5"]
+    images = str(data / "images" / "val_*")
+    names.write_text("club\ndumbbell\nsquare\nring\ntripod\n")
+    command = ["predict", images, "--out", str(tmp_path / "out"), "--threshold", "0", "--no-pictures", *options]
+    assert main([*command, "network.score_threshold=0", "--categories", str(names)]) == 0
+    assert "of mmdetection for 5 categories, whose names are not in the file: " in capsys.readouterr().err
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert written["categories"][2] == {"id": 3, "name": "square"} and written["detections"]
+    assert main(["evaluate", "--data", str(data), *options]) == 0  # in the order of the ids
+    assert "AP50" in capsys.readouterr().out
+    assert "--categories goes with --checkpoint" in fails("evaluate", "--results", "x.json", "--categories", names)
+
+
+def test_training_from_a_detector(run, data, fails, tmp_path, capsys):
+    """The file sets the network; here with the same categories."""
+    out = tmp_path / "out"
+    command = ["train", "--data", str(data), "--weights", str(run / "model.pth"), "--device", "cpu", "--set", *QUICK]
+    assert main([*command, "training.lr=0", "--out", str(out)]) == 0
+    assert "parameters used" in capsys.readouterr().err
+    first, second = (load_checkpoint(folder / "model.pth") for folder in (run, out))
+    assert second["config"]["network"] == first["config"]["network"]
+    assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
+    message = fails(*command, "network.aligned=false", "--out", out)
+    assert f"--weights {run / 'model.pth'} sets the network: network.aligned=false needs" in message
 
 
 def test_as_a_program(tmp_path):

@@ -3,6 +3,7 @@
 from .annotation_import import import_annotations
 from .augmentation import Augmentation
 from .batches import AspectRatioBatches, AugmentedImages, Batch, load_batches, prepare_worker, worker_errors
+from .categories import default_categories, match_categories, named_categories, read_categories
 from .coco import CocoDataset, Sample, Split, check_categories, find_data, has_split, load_train_and_val
 from .coco_json import Category
 from .images import as_image, find_images, pad_elongated, read_image, to_picture
@@ -24,6 +25,7 @@ __all__ = [
     "TorchDataset",
     "as_image",
     "check_categories",
+    "default_categories",
     "encode_segmentation",
     "find_data",
     "find_images",
@@ -31,8 +33,11 @@ __all__ = [
     "import_annotations",
     "load_batches",
     "load_train_and_val",
+    "match_categories",
+    "named_categories",
     "pad_elongated",
     "prepare_worker",
+    "read_categories",
     "read_image",
     "read_voc",
     "read_yolo",

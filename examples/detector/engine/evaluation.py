@@ -67,8 +67,11 @@ def detect(
     workers: int = 0,
     progress: bool = True,
     amp_dtype: torch.dtype | None = None,
+    categories: Sequence[Category | None] | None = None,
 ) -> list[dict[str, Any]]:
     """Detect objects in all images of a data set; under `torchrun` each process handles a part and gets all results.
+
+    `categories` are those of the detector, by default the data set's; detections of a None are dropped.
 
     Return entries of a COCO results file in the order of the images, then of decreasing score: ``image_id``,
     ``category_id``, ``bbox`` (x, y, width, height), ``score`` and, from a network with masks, ``segmentation`` (run
@@ -94,7 +97,7 @@ def detect(
             images = [image.to(device, non_blocking=True) for image, _ in batch]
             sizes = [(image.shape[2], image.shape[1]) for image in images]
             for found, (_, target) in zip(infer(model, images, sizes, amp_dtype=amp_dtype), batch):
-                results += coco_results(found, int(target["image_id"]), dataset.categories)
+                results += coco_results(found, int(target["image_id"]), categories or dataset.categories)
             bar.update(len(batch))
     position = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
     return sorted(gather_lists(results), key=lambda result: position[result["image_id"]])
