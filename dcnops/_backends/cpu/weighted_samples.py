@@ -1,0 +1,138 @@
+"""Weighted sums of samples, the computation of multi-scale deformable attention and deformable aggregation.
+
+`value` is read where it lies, with channels last. Threads process ranges of queries; for the gradient of `value`, each
+thread processes some heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dcnops._backends.cpu import weighted_samples_loops as loops
+from dcnops._backends.cpu.arrays import CHANNELS_PER_THREAD, Array, aligned_empty, compute_dtype, loop_array
+from dcnops._backends.cpu.threads import parallel, serial_if_small
+from dcnops._explain import LOGGER
+from dcnops._threads import threads_of_call
+
+
+class Point(NamedTuple):
+    """Point of a head: size and first pixel of its level; scale and base (vertical, horizontal) of its position."""
+
+    height: int
+    width: int
+    start: int
+    scale: tuple[float, float] = (1, 1)
+    base: tuple[float, float] = (0, 0)
+
+
+class HeadStrides(NamedTuple):
+    """Elements from head to head of the offsets and the weights of a query, and the first element of the weights."""
+
+    offset: int
+    weight: int
+    first_weight: int = 0
+
+
+@dataclass(frozen=True)
+class WeightedSamples:
+    """Weighted sums of samples for `Lq` queries in each image.
+
+    Attributes
+    ----------
+    heads : int
+    queries : (int, int)
+        Queries per image, and per row of an output image.
+    origin, step : (float, float), (int, int)
+        Position of the first query and distance between neighbours, vertical and horizontal.
+    points : sequence of Point
+        The points of a head.
+    strides : HeadStrides
+    value : array [N, S, heads*D]
+    offset, weight : array [N*Lq, elements]
+    """
+
+    heads: int
+    queries: tuple[int, int]
+    origin: tuple[float, float]
+    step: tuple[int, int]
+    points: Sequence[Point]
+    strides: HeadStrides
+    value: Array
+    offset: Array
+    weight: Array
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of computation."""
+        return compute_dtype(self.value)
+
+    def forward(self) -> Array:
+        """Return the sums [N*Lq, heads*D] in the dtype of computation."""
+        rows, channels = len(self.offset), self.value.shape[2]
+        out = np.empty((rows, channels), self.dtype)
+        LOGGER.debug("%d queries, %d threads", rows, threads_of_call())
+        with serial_if_small(self._multiply_adds):
+            parallel(
+                loops.sum_samples, rows if channels else 0,
+                *self._shared, self._contiguous(self.value), *self._sampling, out,
+                scratch=self._scratch,
+            )  # fmt: skip
+        return out
+
+    def backward_sampling(self, grad_out: Array, grad_offset: Array, grad_weight: Array) -> None:
+        """Write the gradients of offsets and weights to arrays of their shapes, or to none that are empty."""
+        with serial_if_small(self._multiply_adds):
+            parallel(
+                loops.sampling_gradients, len(self.offset),
+                *self._shared, self._contiguous(self.value), *self._sampling, grad_out, grad_offset, grad_weight,
+                scratch=self._scratch,
+            )  # fmt: skip
+
+    def backward_value(self, grad_out: Array) -> Array:
+        """Return the gradient of `value` in the dtype of computation."""
+        gradient = np.zeros(self.value.shape, self.dtype)
+        heads, channels = len(self.value) * self.heads, self.value.shape[2] // max(self.heads, 1)
+        # A head is located by each thread that owns some of its channels, so it is split only if there are few.
+        most = max(1, channels // CHANNELS_PER_THREAD)
+        parts = min(most, -(-threads_of_call() // heads)) if heads else 1
+        with serial_if_small(self._multiply_adds):
+            parallel(
+                loops.scatter_samples, heads * parts if channels and self.queries[0] else 0,
+                *self._shared, *self._sampling, grad_out, gradient, parts,
+                scratch=self._scratch,
+            )  # fmt: skip
+        return gradient
+
+    @property
+    def _shared(self) -> tuple[Any, ...]:
+        """Sizes, origin and tables of all loops."""
+        K = len(self.points)
+        strips = -(-K // loops.STRIP)
+        levels = np.zeros((3, strips * loops.STRIP), np.int32)
+        scales = np.zeros((4, strips * loops.STRIP), self.dtype)
+        levels[:, :K] = np.array([point[:3] for point in self.points]).T
+        scales[:, :K] = np.array([point.scale + point.base for point in self.points]).T
+        tables = [
+            table.reshape(len(table), strips, loops.STRIP).transpose(1, 0, 2).reshape(strips, -1)
+            for table in (levels, scales)
+        ]
+        origin = tuple(self.dtype.type(number) for number in self.origin)
+        return (*self.queries, *self.step, self.heads, K, *self.strides), origin, *tables
+
+    @property
+    def _sampling(self) -> tuple[Array, Array]:
+        return self._contiguous(self.offset), self._contiguous(self.weight)
+
+    @property
+    def _multiply_adds(self) -> int:
+        return len(self.offset) * len(self.points) * 4 * int(self.value.shape[2])
+
+    def _contiguous(self, array: Array) -> Array:
+        return loop_array(array, self.dtype, *array.shape)
+
+    def _scratch(self) -> tuple[Array, Array]:
+        return aligned_empty((2 * loops.STRIP,), np.dtype(np.int32)), aligned_empty((2 * loops.STRIP,), self.dtype)
