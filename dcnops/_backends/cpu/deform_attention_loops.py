@@ -237,18 +237,20 @@ def sampling_gradients(
                     lx = fractions[STRIP + k]
                     hy = one - ly
                     hx = one - lx
-                    if grad_weight.size:
+                    total = dy = dx = s00  # outside the open box and for NaN
+                    if corners & _INSIDE:
+                        factor = weight[item, index]
                         top = _masked_product(hy * hx, s00) + _masked_product(hy * lx, s01)
-                        bottom = _masked_product(ly * hx, s10) + _masked_product(ly * lx, s11)
-                        grad_weight[item, index] = top + bottom if corners else zero
-                    if grad_offset.size:
-                        factor = one if corners == _NAN else weight[item, index]
+                        total = top + _masked_product(ly * hx, s10) + _masked_product(ly * lx, s11)
                         dy = _masked_product(hx, s10 - s00) + _masked_product(lx, s11 - s01)
                         dx = _masked_product(hy, s01 - s00) + _masked_product(ly, s11 - s10)
-                        scale_y = scales[strip, k] if corners else zero
-                        scale_x = scales[strip, STRIP + k] if corners else zero
-                        grad_offset[item, first + 2 * k + 1] = _masked_product(factor * scale_y, dy)
-                        grad_offset[item, first + 2 * k] = _masked_product(factor * scale_x, dx)
+                        dy = _masked_product(factor * scales[strip, k], dy)
+                        dx = _masked_product(factor * scales[strip, STRIP + k], dx)
+                    if grad_weight.size:
+                        grad_weight[item, index] = total
+                    if grad_offset.size:
+                        grad_offset[item, first + 2 * k] = dx
+                        grad_offset[item, first + 2 * k + 1] = dy
 
 
 @kernel

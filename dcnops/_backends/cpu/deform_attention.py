@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcnops._backends.cpu import weighted_samples_loops as loops
+from dcnops._backends.cpu import deform_attention_loops as loops
 from dcnops._backends.cpu.arrays import CHANNELS_PER_THREAD, Array, aligned_empty, compute_dtype, loop_array
 from dcnops._backends.cpu.threads import parallel, serial_if_small
 from dcnops._explain import LOGGER
