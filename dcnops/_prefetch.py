@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dcnops._arguments import Padding, Pair, as_integer, expand_padding, expand_pair, shown
+from dcnops._attention_shapes import packed_channels
 from dcnops._dtypes import DTYPES
 from dcnops._errors import ArgumentError, ShapeError
-from dcnops._attention_shapes import packed_channels
 from dcnops._shapes import output_extent
 from dcnops.deform_aggregate import deform_aggregate, deform_aggregate_backward
 from dcnops.deform_conv2d import deform_conv2d, deform_conv2d_backward

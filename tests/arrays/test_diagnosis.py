@@ -191,4 +191,5 @@ def test_prefetch_refuses_wrong_arguments() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prefetch_compiles_every_dtype(dtype: str) -> None:
-    dcnops.prefetch(dtypes=[dtype], input=(2, 4, 8, 8), weight=(6, 2, 3, 1), deform_groups=2, stride=2, padding=(1, 0), heads=2)
+    sizes: dict[str, Any] = {"input": (2, 4, 8, 8), "weight": (6, 2, 3, 1), "deform_groups": 2, "heads": 2}
+    dcnops.prefetch(dtypes=[dtype], **sizes, stride=2, padding=(1, 0))
