@@ -343,7 +343,7 @@ def make_attention(
     spread: float = 0.4,
     seed: int = 0,
 ) -> AttentionCase:
-    """Make a case whose locations have standard deviation `spread` around the middle; two points if not given."""
+    """Make a case with locations of standard deviation `spread` around the middle, two per level by default."""
     random = np.random.default_rng(seed)
     S = sum(height * width for height, width in spatial_shapes)
     tail = (sum(points),) if isinstance(points, tuple) else (len(spatial_shapes), points or 2)

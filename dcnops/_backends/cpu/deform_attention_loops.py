@@ -46,7 +46,7 @@ def _locate_samples(
     sizes: Any, origin: Any, levels: Any, scales: Any, offset: Any, pixels: Any, fractions: Any, q: int, first: int,
     count: int,
 ) -> None:  # fmt: skip
-    """Locate `count` points of query q whose offsets begin at element `first`.
+    """Locate `count` points of query q, with the offsets from element `first` on.
 
     The compiler vectorises the loop only if the stores into one array are constant distances apart.
 
@@ -63,13 +63,14 @@ def _locate_samples(
     real = scales.dtype.type
     one = real(1)
     a = q // sizes[1]
+    pairs = offset[first : first + 2 * count]
     origin_y = origin[0] + real(a * sizes[2])
     origin_x = origin[1] + real((q - a * sizes[1]) * sizes[3])
     for k in range(count):
         height = levels[k]
         width = levels[STRIP + k]
-        py = origin_y + scales[k] * (scales[2 * STRIP + k] + offset[first + 2 * k + 1])
-        px = origin_x + scales[STRIP + k] * (scales[3 * STRIP + k] + offset[first + 2 * k])
+        py = origin_y + scales[k] * (scales[2 * STRIP + k] + pairs[2 * k + 1])
+        px = origin_x + scales[STRIP + k] * (scales[3 * STRIP + k] + pairs[2 * k])
         inside = (py > -one) & (py < real(height)) & (px > -one) & (px < real(width))
         nan = (py != py) | (px != px)
         fy = np.floor(py) if inside else real(0)
