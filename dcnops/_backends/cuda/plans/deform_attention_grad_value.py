@@ -18,7 +18,7 @@ from dcnops._explain import LOGGER
 
 _UNIT = "deform_attention_grad_value"
 _WORD_POINTS = 32 * WARP
-"""Points whose blocks have their marks in one word."""
+"""Points that a word of marks covers."""
 
 
 class DeformAttentionGradValueParams(ctypes.Structure):
