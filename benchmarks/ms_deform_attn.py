@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks.contenders import rounded
 from benchmarks.operations import GRID, OURS, Arrays, Case, Contender, Operation
 from benchmarks.weighted_samples import LEVELS, Level, contenders, expected_sums, near_whole_pixels
+from dcnops._dtypes import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +121,13 @@ def expected(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") 
     }
 
 
+def _work(case: Case) -> tuple[float, float]:
+    sizes, points = levels_and_points(case.shape)
+    S, Lq = sum(height * width for height, width in sizes), case.shape[2]
+    data = DTYPES[case.dtype].itemsize * HEADS * CHANNELS * (S + Lq)
+    return 0.0, float(case.N * (data + 3 * 4 * Lq * HEADS * sum(points)))
+
+
 OPERATION = Operation(
     name="ms_deform_attn",
     sizes="H x W x queries x levels x points x points of level 2",
@@ -130,4 +138,5 @@ OPERATION = Operation(
     contenders=_contenders,
     expected=expected,
     columns=(OURS, GRID),
+    work=_work,
 )

@@ -131,7 +131,8 @@ _ENCODER, _DECODERS = "100x167x22223x4x4x4", ("100x167x300x4x4x4", "80x80x300x3x
 _CPU_ENCODER = {**_CPU, "operation": "ms_deform_attn", "shape": _ENCODER}
 _CPU_DECODERS = {**_CPU_ENCODER, "shape": _DECODERS}
 _CPU_AGGREGATE = {**_CPU, "operation": "deform_aggregate"}
-_GPU_ENCODER = {"device": "cuda", "operation": "ms_deform_attn", "shape": _ENCODER, "deterministic": False}
+_GPU_ATTENTION = {"device": "cuda", "operation": "ms_deform_attn", "deterministic": False}
+_GPU_ENCODER = {**_GPU_ATTENTION, "shape": _ENCODER}
 _GPU_POOL = {"device": "cuda", "operation": "deform_roi_pool", "layout": "NCHW", "deterministic": False}
 _GPU_ANY = {"device": "cuda", "operation": "deform_conv2d", "layout": "NCHW", "spread": 2.0}
 _GPU = {**_GPU_ANY, "deterministic": False, "kind": ("float16", "bfloat16", _TF32, "float32")}
@@ -175,6 +176,9 @@ TABLE: tuple[tuple[Mapping[str, Any], str, _Figure, str, float], ...] = (
     (_GPU_POOL, "backward", _SPEEDUP, ">=", 3.0),
     (_GPU_ENCODER, "forward", _OVER_GRID, ">=", 3.0),
     (_GPU_ENCODER, "backward", _OVER_GRID, ">=", 4.0),
+    (_GPU_ENCODER, "forward", _FLOOR, ">=", 1 / 1.5),
+    (_GPU_ATTENTION, "forward", _HOST, "<=", 45.0),
+    (_GPU_ATTENTION, "backward", _HOST, "<=", 200.0),
 )
 
 _FIRST_CALL_SECONDS = {"cold": 15.0, "warm": 1.0}

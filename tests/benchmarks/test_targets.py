@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import targets
 from benchmarks.__main__ import OPERATIONS
-from benchmarks.operations import GRID, OURS, PEER, PLAIN, load
+from benchmarks.operations import GRID, OURS, PEER, PLAIN, Case, load
 
 FLOORS = {"float16": 1e15, "bfloat16": 1e15, "memory": 4e12}
 
@@ -176,3 +176,23 @@ def test_attention_on_a_cpu():
         ("forward, extra memory / grid_sample's", False),
         ("backward, extra memory / grid_sample's", True),
     ]
+
+
+def test_attention_on_a_gpu():
+    operation = load("ms_deform_attn")
+    work = operation.work(Case("cuda", operation.shapes[0], dtype="float16"))
+    assert work == (0, pytest.approx(57e6, rel=0.01))  # values and output 11 MB each, locations 23 MB, weights 11 MB
+    row = gpu_row(
+        operation="ms_deform_attn",
+        shape="100x167x22223x4x4x4",
+        work=work,
+        timings={"forward": {OURS: {"median_ms": 0.02}}},
+        host_seconds={"forward": {OURS: 44e-6}, "backward": {OURS: 201e-6}},
+    )
+    found = judged(row)
+    assert found["batch 16, float16 forward, grid_sample / dcnops"]
+    assert found["batch 16, float16 forward, share of the floor"]
+    assert not judged({**row, "timings": {"forward": {OURS: {"median_ms": 0.022}}}})[
+        "batch 16, float16 forward, share of the floor"
+    ]
+    assert found["batch 16, float16 forward, CPU time, us"] and not found["batch 16, float16 backward, CPU time, us"]
