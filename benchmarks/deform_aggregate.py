@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -61,10 +61,14 @@ def grid_sample_aggregation(input: torch.Tensor, offset: torch.Tensor, mask: tor
 
 
 def _contenders(case: Case) -> list[Contender]:
-    groups = case.shape[0]
-    options = {"groups": groups, "kernel_size": 3, "padding": 1}
-    grid = partial(grid_sample_aggregation, groups=groups)
-    return contenders("deform_aggregate", frozenset({"input", "grad_out"}), options, grid, case)
+    def options(case: Case) -> dict[str, Any]:
+        return {"groups": case.shape[0], "kernel_size": 3, "padding": 1}
+
+    def grid_options(case: Case) -> dict[str, Any]:
+        return {"groups": case.shape[0]}
+
+    data = frozenset({"input", "grad_out"})
+    return contenders("deform_aggregate", data, options, grid_sample_aggregation, grid_options, case)
 
 
 def expected(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") -> Arrays:

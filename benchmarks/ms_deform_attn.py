@@ -7,7 +7,7 @@ one query for each, as in an encoder, else random. Points lie around them, some 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -76,7 +76,7 @@ def grid_sample_attention(
     value: torch.Tensor,
     sampling_locations: torch.Tensor,
     attention_weights: torch.Tensor,
-    sizes: list[tuple[int, int]],
+    spatial_shapes: list[tuple[int, int]],
     points: tuple[int, ...],
 ) -> torch.Tensor:
     """Compute the operation as the fallback of Deformable DETR, mmcv and transformers does."""
@@ -84,23 +84,25 @@ def grid_sample_attention(
 
     N, _, M, D = value.shape
     Lq = sampling_locations.shape[1]
-    maps = value.split([height * width for height, width in sizes], dim=1)
+    maps = value.split([height * width for height, width in spatial_shapes], dim=1)
     grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1).split(points, dim=2)
     samples = [
         torch.nn.functional.grid_sample(
             level.flatten(2).transpose(1, 2).reshape(N * M, D, *size), grid, padding_mode="zeros", align_corners=False
         )
-        for level, size, grid in zip(maps, sizes, grids, strict=True)
+        for level, size, grid in zip(maps, spatial_shapes, grids, strict=True)
     ]
     factors = attention_weights.transpose(1, 2).reshape(N * M, 1, Lq, -1)
     return (torch.cat(samples, dim=3) * factors).sum(dim=3).view(N, M * D, Lq).transpose(1, 2).contiguous()
 
 
 def _contenders(case: Case) -> list[Contender]:
-    sizes, points = levels_and_points(case.shape)
-    data, options = frozenset({"value", "grad_out"}), {"spatial_shapes": sizes, "points": points}
-    grid = partial(grid_sample_attention, sizes=sizes, points=points)
-    return contenders("ms_deform_attn", data, options, grid, case)
+    def options(case: Case) -> dict[str, Any]:
+        sizes, points = levels_and_points(case.shape)
+        return {"spatial_shapes": sizes, "points": points}
+
+    data = frozenset({"value", "grad_out"})
+    return contenders("ms_deform_attn", data, options, grid_sample_attention, options, case)
 
 
 def expected(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") -> Arrays:

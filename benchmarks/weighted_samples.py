@@ -6,9 +6,9 @@ Both are weighted sums of samples, which users without a compiled extension comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
@@ -37,14 +37,18 @@ class Level(NamedTuple):
     start: int
 
 
+Options: TypeAlias = Callable[[Case], dict[str, Any]]
+"""Arguments other than arrays, for a case."""
+
+
 def contenders(
-    operation: str, data: frozenset[str], options: Mapping[str, Any], grid: Callable[..., Any], case: Case
+    operation: str, data: frozenset[str], options: Options, grid: Callable[..., Any], grid_options: Options, case: Case
 ) -> list[Contender]:
     """Return dcnops and `grid`, a function of tensors; `data` names the arrays in the dtype of the case."""
-    ours = partial(_prepare_tensors if case.device == "cuda" else _prepare_arrays, operation, data, dict(options))
+    ours = partial(_prepare_tensors if case.device == "cuda" else _prepare_arrays, operation, data, options)
     return [
         Contender(OURS, ours, _TOLERANCE[case.dtype]),
-        Contender(GRID, partial(_prepare_grid, grid, data), _GRID_TOLERANCE[case.dtype]),
+        Contender(GRID, partial(_prepare_grid, grid, data, grid_options), _GRID_TOLERANCE[case.dtype]),
     ]
 
 
@@ -60,18 +64,18 @@ def _to_torch(case: Case, data: frozenset[str], arrays: Arrays) -> dict[str, tor
 
 
 def _prepare_tensors(
-    operation: str, data: frozenset[str], options: dict[str, Any], case: Case, arrays: Arrays, direction: str
+    operation: str, data: frozenset[str], options: Options, case: Case, arrays: Arrays, direction: str
 ) -> Callable[[], Any]:
     from dcnops.adapters import torch as adapter
 
     tensors = _to_torch(case, data, arrays)
     grad_out = tensors.pop("grad_out")
-    call = prepare_torch(partial(getattr(adapter, operation), **options), tensors, grad_out, direction)
+    call = prepare_torch(partial(getattr(adapter, operation), **options(case)), tensors, grad_out, direction)
     return deterministic_if_wanted(call, case, direction)
 
 
 def _prepare_arrays(
-    operation: str, data: frozenset[str], options: dict[str, Any], case: Case, arrays: Arrays, direction: str
+    operation: str, data: frozenset[str], options: Options, case: Case, arrays: Arrays, direction: str
 ) -> Callable[[], Any]:
     import dcnops
 
@@ -83,21 +87,22 @@ def _prepare_arrays(
         arguments = {name: ON_DEVICE[case.device](as_array(tensor)) for name, tensor in tensors.items()}
     if direction == "forward":
         del arguments["grad_out"]
-        return partial(getattr(dcnops, operation), **arguments, **options)
+        return partial(getattr(dcnops, operation), **arguments, **options(case))
     backward = partial(
-        getattr(dcnops, f"{operation}_backward"), **arguments, **options, deterministic=case.deterministic
+        getattr(dcnops, f"{operation}_backward"), **arguments, **options(case), deterministic=case.deterministic
     )
     return lambda: {name: gradient for name, gradient in backward()._asdict().items() if gradient is not None}
 
 
 def _prepare_grid(
-    function: Callable[..., Any], data: frozenset[str], case: Case, arrays: Arrays, direction: str
+    function: Callable[..., Any], data: frozenset[str], options: Options, case: Case, arrays: Arrays, direction: str
 ) -> Callable[[], Any]:
     tensors = _to_torch(case, data, arrays)
-    grad_out = tensors.pop("grad_out")
+    grad_out, settings = tensors.pop("grad_out"), options(case)
 
     def call(**tensors: torch.Tensor) -> torch.Tensor:
-        return function(**{name: tensor.float() for name, tensor in tensors.items()}).to(grad_out.dtype)
+        exact = {name: tensor.float() for name, tensor in tensors.items()}
+        return cast("torch.Tensor", function(**exact, **settings).to(grad_out.dtype))
 
     return prepare_torch(call, tensors, grad_out, direction)
 
