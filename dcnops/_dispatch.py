@@ -69,7 +69,8 @@ def is_device_array(name: str, array: Any, like: str, first: Array, library: str
 
     `like` is the name of `first`, and `library` the name of its library.
     """
-    if _library_of(type(array)) != "cupy":
+    kind: type = type(array)
+    if _library_of(kind) != "cupy":
         return False
     if library != "cupy":
         raise DeviceError(f"{name} must be on the host like {like}, got a cupy array")

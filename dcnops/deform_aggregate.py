@@ -60,7 +60,7 @@ def deform_aggregate(
     offset_scale : float
         Factor of the kernel's extent around its middle and of the offsets.
     remove_center : bool
-        Leave out the tap in the middle of the kernel, whose sizes must be odd.
+        Leave out the tap in the middle of the kernel, which must have odd sizes.
 
     Returns
     -------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dcnops
-from tests.cases import make_conv, make_roi_pool
+from tests.cases import make_aggregate, make_attention, make_conv, make_roi_pool
 
 
 def test_both_directions_say_shapes_first_and_then_tiles(caplog: pytest.LogCaptureFixture):
@@ -35,6 +35,18 @@ def test_roi_pooling_says_shapes_and_strides(caplog: pytest.LogCaptureFixture):
         "deform_roi_pool",
         "deform_roi_pool_backward",
     ]
+
+
+def test_attention_and_aggregation_say_shapes_and_queries(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.DEBUG, logger="dcnops"):
+        for case in (make_attention(N=1, Lq=5), make_aggregate(N=2, H=4, W=3)):
+            getattr(dcnops, case.operation)(**case.arguments())
+            getattr(dcnops, f"{case.operation}_backward")(case.grad_out, **case.arguments())
+    attention, queries, attention_backward, aggregation, pixels, _ = caplog.messages
+    assert attention.startswith("ms_deform_attn of numpy arrays: value=float32[1, 30, 2, 4], spatial_shapes=((6, 4),")
+    assert attention_backward.startswith("ms_deform_attn_backward of numpy arrays: grad_out=float32[1, 5, 8]")
+    assert aggregation.startswith("deform_aggregate of numpy arrays: input=float32[2, 4, 3, 8]")
+    assert queries.startswith("5 queries, ") and pixels.startswith("24 queries, ")
 
 
 def test_a_wrong_call_leaves_its_shapes_behind(caplog: pytest.LogCaptureFixture):

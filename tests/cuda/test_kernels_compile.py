@@ -144,7 +144,11 @@ def test_the_spill_check_sees_a_spill():
 
 @pytest.mark.parametrize(
     "unit, suffix",
-    [*((unit, "f16") for unit in UNITS), *(("deform_roi_pool_grad_input", suffix) for suffix in ("f32", "f64"))],
+    [
+        *((unit, "f16") for unit in UNITS),
+        *(("deform_roi_pool_grad_input", suffix) for suffix in ("f32", "f64")),
+        *((f"deform_attention_{part}", "f64") for part in ("forward", "grad_value")),
+    ],
 )
 def test_structs_and_constants_equal_those_in_python(unit: str, suffix: str):
     specialisation = next(s for s in specialisations() if s.unit == unit and s.macros["DCN_SUFFIX"] == suffix)
@@ -162,8 +166,8 @@ def test_compiler_messages_name_the_file_and_line_before_flattening():
 
 
 @pytest.mark.parametrize("dtype, vector", [("f16", 8), ("f32", 4)])
-@pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.startswith("deform_roi_pool")])
-def test_roi_pooling_moves_16_bytes_at_once(unit: str, dtype: str, vector: int):
+@pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.startswith(("deform_roi_pool", "deform_attention"))])
+def test_pooling_and_attention_move_16_bytes_at_once(unit: str, dtype: str, vector: int):
     # Atomic additions add 16 bytes, too.
     wanted = {"DCN_SUFFIX": dtype, "DCN_VEC": vector, "DCN_OFFSET_SCALAR": "float"}
     macros = next(s.macros for s in specialisations() if s.unit == unit and wanted.items() <= s.macros.items())
@@ -171,5 +175,5 @@ def test_roi_pooling_moves_16_bytes_at_once(unit: str, dtype: str, vector: int):
     nvrtc.compileProgram(program, (*compile_options(macros), "-arch=compute_90"))
     ptx = nvrtc.getPTX(program).decode()
     assert re.search(r"ld\.global(\.nc)?\.v4\.[fu]32", ptx)
-    assert ("red.global.add.v4.f32" in ptx) == (unit == "deform_roi_pool_backward")
-    assert "atom" not in ptx
+    assert ("red.global.add.v4.f32" in ptx) == unit.endswith("_backward")
+    assert "atom.global.add" not in ptx

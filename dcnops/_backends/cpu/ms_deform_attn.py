@@ -7,7 +7,7 @@ import numpy as np
 from dcnops._attention_shapes import MSDeformAttnGeometry
 from dcnops._backends.cpu.arrays import Array, loop_array, rounded
 from dcnops._backends.cpu.compiled import quiet
-from dcnops._backends.cpu.weighted_samples import HeadStrides, Point, WeightedSamples
+from dcnops._backends.cpu.deform_attention import HeadStrides, Point, WeightedSamples
 
 
 @quiet

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcnops._backends.cpu import weighted_samples_loops as loops
+from dcnops._backends.cpu import deform_attention_loops as loops
 from dcnops._backends.cpu.arrays import CHANNELS_PER_THREAD, Array, aligned_empty, compute_dtype, loop_array
 from dcnops._backends.cpu.threads import parallel, serial_if_small
 from dcnops._explain import LOGGER
@@ -78,7 +79,7 @@ class WeightedSamples:
         with serial_if_small(self._multiply_adds):
             parallel(
                 loops.sum_samples, rows if channels else 0,
-                *self._shared, self._contiguous(self.value), *self._sampling, out,
+                *self._shared, self._loop_value, *self._sampling, out,
                 scratch=self._scratch,
             )  # fmt: skip
         return out
@@ -88,7 +89,7 @@ class WeightedSamples:
         with serial_if_small(self._multiply_adds):
             parallel(
                 loops.sampling_gradients, len(self.offset),
-                *self._shared, self._contiguous(self.value), *self._sampling, grad_out, grad_offset, grad_weight,
+                *self._shared, self._loop_value, *self._sampling, grad_out, grad_offset, grad_weight,
                 scratch=self._scratch,
             )  # fmt: skip
 
@@ -107,7 +108,7 @@ class WeightedSamples:
             )  # fmt: skip
         return gradient
 
-    @property
+    @cached_property
     def _shared(self) -> tuple[Any, ...]:
         """Sizes, origin and tables of all loops."""
         K = len(self.points)
@@ -123,16 +124,18 @@ class WeightedSamples:
         origin = tuple(self.dtype.type(number) for number in self.origin)
         return (*self.queries, *self.step, self.heads, K, *self.strides), origin, *tables
 
-    @property
+    @cached_property
+    def _loop_value(self) -> Array:
+        return loop_array(self.value, self.dtype, *self.value.shape)
+
+    @cached_property
     def _sampling(self) -> tuple[Array, Array]:
-        return self._contiguous(self.offset), self._contiguous(self.weight)
+        offset, weight = (loop_array(array, self.dtype, *array.shape) for array in (self.offset, self.weight))
+        return offset, weight
 
     @property
     def _multiply_adds(self) -> int:
         return len(self.offset) * len(self.points) * 4 * int(self.value.shape[2])
-
-    def _contiguous(self, array: Array) -> Array:
-        return loop_array(array, self.dtype, *array.shape)
 
     def _scratch(self) -> tuple[Array, Array]:
         return aligned_empty((2 * loops.STRIP,), np.dtype(np.int32)), aligned_empty((2 * loops.STRIP,), self.dtype)

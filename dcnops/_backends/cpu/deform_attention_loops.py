@@ -46,7 +46,7 @@ def _locate_samples(
     sizes: Any, origin: Any, levels: Any, scales: Any, offset: Any, pixels: Any, fractions: Any, q: int, first: int,
     count: int,
 ) -> None:  # fmt: skip
-    """Locate `count` points of query q whose offsets begin at element `first`.
+    """Locate `count` points of query q, with the offsets from element `first` on.
 
     The compiler vectorises the loop only if the stores into one array are constant distances apart.
 
@@ -63,13 +63,14 @@ def _locate_samples(
     real = scales.dtype.type
     one = real(1)
     a = q // sizes[1]
+    pairs = offset[first : first + 2 * count]
     origin_y = origin[0] + real(a * sizes[2])
     origin_x = origin[1] + real((q - a * sizes[1]) * sizes[3])
     for k in range(count):
         height = levels[k]
         width = levels[STRIP + k]
-        py = origin_y + scales[k] * (scales[2 * STRIP + k] + offset[first + 2 * k + 1])
-        px = origin_x + scales[STRIP + k] * (scales[3 * STRIP + k] + offset[first + 2 * k])
+        py = origin_y + scales[k] * (scales[2 * STRIP + k] + pairs[2 * k + 1])
+        px = origin_x + scales[STRIP + k] * (scales[3 * STRIP + k] + pairs[2 * k])
         inside = (py > -one) & (py < real(height)) & (px > -one) & (px < real(width))
         nan = (py != py) | (px != px)
         fy = np.floor(py) if inside else real(0)
@@ -237,18 +238,20 @@ def sampling_gradients(
                     lx = fractions[STRIP + k]
                     hy = one - ly
                     hx = one - lx
-                    if grad_weight.size:
+                    total = dy = dx = s00  # outside the open box and for NaN
+                    if corners & _INSIDE:
+                        factor = weight[item, index]
                         top = _masked_product(hy * hx, s00) + _masked_product(hy * lx, s01)
-                        bottom = _masked_product(ly * hx, s10) + _masked_product(ly * lx, s11)
-                        grad_weight[item, index] = top + bottom if corners else zero
-                    if grad_offset.size:
-                        factor = one if corners == _NAN else weight[item, index]
+                        total = top + _masked_product(ly * hx, s10) + _masked_product(ly * lx, s11)
                         dy = _masked_product(hx, s10 - s00) + _masked_product(lx, s11 - s01)
                         dx = _masked_product(hy, s01 - s00) + _masked_product(ly, s11 - s10)
-                        scale_y = scales[strip, k] if corners else zero
-                        scale_x = scales[strip, STRIP + k] if corners else zero
-                        grad_offset[item, first + 2 * k + 1] = _masked_product(factor * scale_y, dy)
-                        grad_offset[item, first + 2 * k] = _masked_product(factor * scale_x, dx)
+                        dy = _masked_product(factor * scales[strip, k], dy)
+                        dx = _masked_product(factor * scales[strip, STRIP + k], dx)
+                    if grad_weight.size:
+                        grad_weight[item, index] = total
+                    if grad_offset.size:
+                        grad_offset[item, first + 2 * k] = dx
+                        grad_offset[item, first + 2 * k + 1] = dy
 
 
 @kernel
