@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dcnops import ArgumentError
-from dcnops.adapters.torch import MSDeformAttn, deformable_detr, mmcv_ops
+from dcnops.adapters.torch import MSDeformAttn, deformable_detr, mmcv_ops, transformers_attention
 from tests.torch.attention_reference import SHAPES, attention_by_grid_sample, attention_tensors
 
 SHAPES_TENSOR = torch.tensor(SHAPES)
@@ -98,3 +100,75 @@ def test_projects_can_initialise_the_layers_again():
         assert torch.equal(layer.sampling_offsets.bias, bias) and not layer.attention_weights.weight.any()
     narrow = mmcv_ops.MultiScaleDeformableAttention(16, 4, value_proj_ratio=0.5)
     assert (narrow.value_proj.out_features, narrow.output_proj.in_features) == (8, 8)
+
+
+# The names and interfaces of transformers 5, with `grid_sample`.
+
+
+class MultiScaleDeformableAttention(torch.nn.Module):
+    def forward(
+        self, value, value_spatial_shapes, value_spatial_shapes_list, level_start_index, sampling_locations,
+        attention_weights, im2col_step,
+    ):  # fmt: skip
+        return grid_sample_form(value, sampling_locations, attention_weights)
+
+
+def multi_scale_deformable_attention(value, value_spatial_shapes, sampling_locations, attention_weights):
+    return grid_sample_form(value, sampling_locations, attention_weights)
+
+
+def multi_scale_deformable_attention_v2(
+    value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method="default"
+):
+    assert method == "discrete", "replaced otherwise"
+    return value.sum()
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = MultiScaleDeformableAttention()
+        self.ms_deformable_attn_core = multi_scale_deformable_attention_v2
+
+
+def test_models_of_transformers(monkeypatch: pytest.MonkeyPatch):
+    module = sys.modules[__name__]
+    for name in ("multi_scale_deformable_attention", "multi_scale_deformable_attention_v2"):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored at the end
+    value, locations, weights = tensors()
+    expected, model = grid_sample_form(value, locations, weights), Model()
+    arguments = (value, SHAPES_TENSOR, SHAPES, STARTS, locations, weights, 64)
+    torch.testing.assert_close(transformers_attention.MultiScaleDeformableAttention()(*arguments), expected)
+    calls: list[Any] = []
+    original = transformers_attention.ms_deform_attn
+    monkeypatch.setattr(
+        transformers_attention, "ms_deform_attn", lambda *a, **k: calls.append(k.get("points")) or original(*a, **k)
+    )
+    for _ in range(2):  # the second time changes nothing
+        transformers_attention.replace_attention(model)
+    flat = locations.flatten(3, 4)[..., :5, :], weights.flatten(3)[..., :5]
+    for output, wanted in (
+        (model.attention(*arguments), expected),
+        (multi_scale_deformable_attention(value, SHAPES, locations, weights), expected),
+        *(
+            (function(value, SHAPES, *flat, [3, 2]), attention_by_grid_sample(value, SHAPES, *flat, (3, 2)))
+            for function in (multi_scale_deformable_attention_v2, model.ms_deformable_attn_core)
+        ),
+    ):
+        torch.testing.assert_close(output, wanted)
+    assert calls == [None, None, [3, 2], [3, 2]]
+    assert torch.equal(model.ms_deformable_attn_core(value, SHAPES, *flat, [3, 2], "discrete"), value.sum())
+    with pytest.raises(ArgumentError, match="model must have a multi-scale deformable attention of transformers, got"):
+        transformers_attention.replace_attention(torch.nn.Linear(1, 1).eval())
+
+
+def test_the_layer_meets_the_rules_of_the_package_kernels():
+    """No constructor and no members except two flags, and `forward` takes what the replaced one takes."""
+    layer = transformers_attention.LAYER.load()
+    assert layer is transformers_attention.MultiScaleDeformableAttention
+    assert layer.__init__ is torch.nn.Module.__init__
+    assert set(dir(layer)) - set(dir(torch.nn.Module)) == {"can_torch_compile", "has_backward"}
+    ours, theirs = (inspect.signature(kind.forward).parameters for kind in (layer, MultiScaleDeformableAttention))
+    assert [(p.name, p.kind) for p in ours.values()] == [(p.name, p.kind) for p in theirs.values()]
+    same = transformers_attention.InstalledLayer("MultiScaleDeformableAttention")
+    assert same in {transformers_attention.LAYER: layer}  # its cache is a dictionary
