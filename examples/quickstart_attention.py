@@ -39,8 +39,8 @@ for step in range(101):
         print(f"step {step:3d}: error {loss.item():.4f}, location ({x:.3f}, {y:.3f})")
 print("true location: (0.600, 0.400)")
 
-# As a layer of a network, which predicts the sampling points and their weights: three of each head on the fine map, five on
-# the coarse one. Every query starts from a reference point.
+# As a layer of a network, which predicts the sampling points and their weights: each head has three points on the fine
+# map and five on the coarse one. Every query starts from a reference point.
 layer = MSDeformAttn(d_model=16, n_levels=2, n_heads=4, n_points=[3, 5]).to(device)
 query, reference_points = torch.randn(1, 100, 16, device=device), torch.rand(1, 100, 1, 2, device=device)
 output = layer(query, reference_points, value.flatten(2), shapes)
