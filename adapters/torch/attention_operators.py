@@ -104,6 +104,12 @@ def _aggregate_backward_kernel(
         return _gradients(gradients, input)
 
 
+def aggregate_numbers(geometry: DeformAggregateGeometry) -> tuple[Any, ...]:
+    """Return the arguments of the operator after its tensors."""
+    g = geometry
+    return g.G, [g.kh, g.kw], [g.sh, g.sw], [g.ph, g.pw], [g.dh, g.dw], g.offset_scale, g.remove_center
+
+
 # Output shapes, for tracing. Symbolic sizes are checked when the operator runs, see `operators`.
 
 

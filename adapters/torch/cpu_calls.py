@@ -153,9 +153,7 @@ class AggregateCall(NamedTuple):
         self, grad_out: Tensor, tensors: Sequence[Tensor | None], needs: tuple[bool, ...]
     ) -> list[Tensor | None]:
         """Return the gradients from the operator, which has a gradient itself."""
-        g = self.geometry
-        pairs = [g.kh, g.kw], [g.sh, g.sw], [g.ph, g.pw], [g.dh, g.dw]
-        arguments = (grad_out, *tensors, g.G, *pairs, g.offset_scale, g.remove_center, list(needs))
+        arguments = (grad_out, *tensors, *attention_operators.aggregate_numbers(self.geometry), list(needs))
         return none_unless_needed(attention_operators.deform_aggregate_backward(*arguments), needs)
 
 
