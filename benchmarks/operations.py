@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-OURS, PEER, PLAIN, MODULATED = "dcnops", "torchvision", "conv2d", "dcnops modulated"
+OURS, PEER, PLAIN, MODULATED, GRID = "dcnops", "torchvision", "conv2d", "dcnops modulated", "grid_sample"
 """Names of the contenders in tables and files.
 
 `PLAIN` is the ordinary convolution that the deformable one extends. `MODULATED` is RoI pooling with offset and mask;
-without them the operation is RoIAlign, which torchvision has too.
+without them the operation is RoIAlign, which torchvision has too. `GRID` computes attention and aggregation with
+PyTorch's `grid_sample`.
 """
 
 Arrays = Mapping[str, np.ndarray]
@@ -110,7 +111,7 @@ class Operation:
     @property
     def ratios(self) -> list[tuple[str, str]]:
         """Pairs of contenders to compare."""
-        return [pair for pair in ((PEER, OURS), (OURS, PLAIN)) if set(pair) <= set(self.columns)]
+        return [pair for pair in ((PEER, OURS), (GRID, OURS), (OURS, PLAIN)) if set(pair) <= set(self.columns)]
 
     @property
     def with_memory(self) -> list[str]:

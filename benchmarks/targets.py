@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from benchmarks.operations import OURS, PEER, PLAIN
+from benchmarks.operations import GRID, OURS, PEER, PLAIN
 
 Row = Mapping[str, Any]
 
@@ -109,6 +109,10 @@ _TO_COLUMNS = _Figure(
 _TO_PEER = _Figure(
     "extra memory / torchvision's", lambda row, way, run: _quotient(*map(_extra_memory(row, way).get, (OURS, PEER)))
 )
+_OVER_GRID = _ratio(GRID, OURS)
+_TO_GRID = _Figure(
+    "extra memory / grid_sample's", lambda row, way, run: _quotient(*map(_extra_memory(row, way).get, (OURS, GRID)))
+)
 _FLOOR = _Figure("share of the floor", _share_of_floor)
 _HOST = _Figure("CPU time, us", _host_microseconds)
 _DETERMINISM = _Figure("deterministic / default", _cost_of_determinism)
@@ -123,6 +127,12 @@ _CPU_POOL = {
 }
 _CPU_LARGE = {**_CPU_CONV, "shape": ("128x100x168", "256x50x84", "512x50x84")}
 _CPU_ALL = {**_CPU_CONV, "shape": ("64x56x56", "128x100x168", "256x50x84", "512x50x84")}
+_ENCODER, _DECODERS = "100x167x22223x4x4x4", ("100x167x300x4x4x4", "80x80x300x3x3x6")
+_CPU_ENCODER = {**_CPU, "operation": "ms_deform_attn", "shape": _ENCODER}
+_CPU_DECODERS = {**_CPU_ENCODER, "shape": _DECODERS}
+_CPU_AGGREGATE = {**_CPU, "operation": "deform_aggregate"}
+_GPU_ATTENTION = {"device": "cuda", "operation": "ms_deform_attn", "deterministic": False}
+_GPU_ENCODER = {**_GPU_ATTENTION, "shape": _ENCODER}
 _GPU_POOL = {"device": "cuda", "operation": "deform_roi_pool", "layout": "NCHW", "deterministic": False}
 _GPU_ANY = {"device": "cuda", "operation": "deform_conv2d", "layout": "NCHW", "spread": 2.0}
 _GPU = {**_GPU_ANY, "deterministic": False, "kind": ("float16", "bfloat16", _TF32, "float32")}
@@ -138,6 +148,14 @@ TABLE: tuple[tuple[Mapping[str, Any], str, _Figure, str, float], ...] = (
     (_CPU_ALL, "forward", _TO_COLUMNS, "<=", 1 / 8),
     (_CPU_POOL, "forward", _SPEEDUP, ">=", 1.0),
     (_CPU_POOL, "backward", _SPEEDUP, ">=", 2.0),
+    (_CPU_ENCODER, "forward", _OVER_GRID, ">=", 4.0),
+    (_CPU_ENCODER, "backward", _OVER_GRID, ">=", 6.0),
+    (_CPU_ENCODER, "forward", _TO_GRID, "<=", 0.1),
+    (_CPU_ENCODER, "backward", _TO_GRID, "<=", 0.1),
+    (_CPU_DECODERS, "forward", _OVER_GRID, ">=", 2.0),
+    (_CPU_DECODERS, "backward", _OVER_GRID, ">=", 2.0),
+    (_CPU_AGGREGATE, "forward", _OVER_GRID, ">=", 2.0),
+    (_CPU_AGGREGATE, "backward", _OVER_GRID, ">=", 2.0),
     ({**_GPU_LARGE, "kind": "float16"}, "forward", _SPEEDUP, ">=", 4.0),
     ({**_GPU_LARGE, "kind": _TF32}, "forward", _SPEEDUP, ">=", 2.5),
     ({**_GPU_LARGE, "kind": "float32"}, "forward", _SPEEDUP, ">=", 1.3),
@@ -156,6 +174,11 @@ TABLE: tuple[tuple[Mapping[str, Any], str, _Figure, str, float], ...] = (
     ({**_GPU_ANY, "deterministic": True}, "backward", _DETERMINISM, "<=", 1.3),
     (_GPU_POOL, "forward", _SPEEDUP, ">=", 1.0),
     (_GPU_POOL, "backward", _SPEEDUP, ">=", 3.0),
+    (_GPU_ENCODER, "forward", _OVER_GRID, ">=", 3.0),
+    (_GPU_ENCODER, "backward", _OVER_GRID, ">=", 4.0),
+    (_GPU_ENCODER, "forward", _FLOOR, ">=", 1 / 1.5),
+    (_GPU_ATTENTION, "forward", _HOST, "<=", 45.0),
+    (_GPU_ATTENTION, "backward", _HOST, "<=", 200.0),
 )
 
 _FIRST_CALL_SECONDS = {"cold": 15.0, "warm": 1.0}

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import correctness, deform_conv2d, deform_roi_pool, report
-from benchmarks.__main__ import PARTS, main
+from benchmarks import correctness, deform_aggregate, deform_conv2d, deform_roi_pool, ms_deform_attn, report
+from benchmarks.__main__ import OPERATIONS, PARTS, main
 from benchmarks.contenders import POOLING, layer_tensors, prepare_torch, to_numpy
 from benchmarks.cpu_meter import CpuMeter
 from benchmarks.environment import run_module
 from benchmarks.measure import time_in_turn
 from benchmarks.operations import MODULATED, OURS, PEER, PLAIN, Arrays, Case, load
 from tests.cases import Case as TestCase
-from tests.cases import make_conv, make_roi_pool
+from tests.cases import make_aggregate, make_attention, make_conv, make_roi_pool
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--device", "cpu", "--threads", "1", "--shapes", "4x6x5", "4x6x5x8x3", "--seconds", "0.01")
@@ -122,7 +122,7 @@ def test_shapes_must_fit_an_operation(capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_gpu_is_optional():
-    modules = "benchmarks.cpu_meter, benchmarks.deform_conv2d, benchmarks.deform_roi_pool"
+    modules = ", ".join(f"benchmarks.{name}" for name in ("cpu_meter", *OPERATIONS))
     done = run("-c", f"import sys; sys.modules['cupy'] = None; import {modules}")
     assert done.returncode == 0, done.stderr
 
@@ -131,6 +131,16 @@ def test_float64_convolution_equals_the_reference():
     case = make_conv(C=3, O=3, H=5, W=6, seed=3)
     arrays = {name: getattr(case, name) for name in ("input", "offset", "weight", "bias", "mask", "grad_out")}
     assert_equals_reference(deform_conv2d.expected(arrays), case)
+
+
+def test_float64_attention_and_aggregation_equal_the_reference():
+    case = make_attention(M=8, D=3, Lq=7, spatial_shapes=((4, 5), (2, 3)), points=(1, 2), seed=3)
+    arrays = {name: getattr(case, name) for name in (*case.arrays, "grad_out")}
+    levels = np.array([[4, 5, 0], [2, 3, 20], [2, 3, 20]])
+    assert_equals_reference(ms_deform_attn.expected({**arrays, "levels": levels}), case)
+    aggregation = make_aggregate(G=3, D=2, H=4, W=5, seed=3)
+    arrays = {name: getattr(aggregation, name) for name in (*aggregation.arrays, "grad_out")}
+    assert_equals_reference(deform_aggregate.expected(arrays), aggregation)
 
 
 @pytest.mark.parametrize("modulated", [False, True])

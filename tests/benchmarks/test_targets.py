@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import targets
 from benchmarks.__main__ import OPERATIONS
-from benchmarks.operations import OURS, PEER, PLAIN, load
+from benchmarks.operations import GRID, OURS, PEER, PLAIN, Case, load
 
 FLOORS = {"float16": 1e15, "bfloat16": 1e15, "memory": 4e12}
 
@@ -29,8 +29,8 @@ def row_of(forward: float, backward: float, to_plain: float, extra: int, **chang
         "work": (1e12, 1e6),
         "timings": {"forward": times, "backward": times},
         "ratios": {
-            "forward": {f"{PEER}/{OURS}": forward, f"{OURS}/{PLAIN}": to_plain},
-            "backward": {f"{PEER}/{OURS}": backward, f"{OURS}/{PLAIN}": 2.6},
+            "forward": {f"{PEER}/{OURS}": forward, f"{GRID}/{OURS}": forward, f"{OURS}/{PLAIN}": to_plain},
+            "backward": {f"{PEER}/{OURS}": backward, f"{GRID}/{OURS}": backward, f"{OURS}/{PLAIN}": 2.6},
         },
         "peak_extra_bytes": {"forward": {OURS: extra, PEER: 9000}, "backward": {OURS: extra + 150, PEER: 9000}},
         "errors": {OURS: {"output": 1e-6}, PEER: {"output": 2e-6}},
@@ -159,3 +159,40 @@ def test_the_floor_is_the_slower_of_products_and_memory():
     assert targets.floor_seconds(gpu_row(work=(1e6, 4e9)), floors, "forward") == pytest.approx(1e-3)
     assert targets.floor_seconds(gpu_row(work=None), floors, "forward") is None
     assert targets.floor_seconds(gpu_row(dtype="bfloat16"), floors, "forward") is None
+
+
+def test_attention_on_a_cpu():
+    row = row_of(
+        0, 0, 0, 0,
+        operation="ms_deform_attn",
+        shape="100x167x22223x4x4x4",
+        ratios={"forward": {f"{GRID}/{OURS}": 4.1}, "backward": {f"{GRID}/{OURS}": 5.9}},
+        peak_extra_bytes={"forward": {OURS: 1000, GRID: 9000}, "backward": {OURS: 100, GRID: 9000}},
+    )  # fmt: skip
+    verdicts = [(target.name.partition(" ")[2], target.holds) for target in targets.evaluate([row], {})]
+    assert verdicts == [
+        ("forward, grid_sample / dcnops", True),
+        ("backward, grid_sample / dcnops", False),
+        ("forward, extra memory / grid_sample's", False),
+        ("backward, extra memory / grid_sample's", True),
+    ]
+
+
+def test_attention_on_a_gpu():
+    operation = load("ms_deform_attn")
+    work = operation.work(Case("cuda", operation.shapes[0], dtype="float16"))
+    assert work == (0, pytest.approx(57e6, rel=0.01))  # values and output 11 MB each, locations 23 MB, weights 11 MB
+    row = gpu_row(
+        operation="ms_deform_attn",
+        shape="100x167x22223x4x4x4",
+        work=work,
+        timings={"forward": {OURS: {"median_ms": 0.02}}},
+        host_seconds={"forward": {OURS: 44e-6}, "backward": {OURS: 201e-6}},
+    )
+    found = judged(row)
+    assert found["batch 16, float16 forward, grid_sample / dcnops"]
+    assert found["batch 16, float16 forward, share of the floor"]
+    assert not judged({**row, "timings": {"forward": {OURS: {"median_ms": 0.022}}}})[
+        "batch 16, float16 forward, share of the floor"
+    ]
+    assert found["batch 16, float16 forward, CPU time, us"] and not found["batch 16, float16 backward, CPU time, us"]

@@ -146,22 +146,12 @@ def sum_samples(
                                 value[n, pixel + width, low:high], value[n, pixel + width + 1, low:high],
                             )  # fmt: skip
                         else:
-                            if corners & _TOP_LEFT and w00 != 0:
-                                _add_scaled(sums, w00, value[n, pixel, low:high])
-                            if corners & _TOP_RIGHT and w01 != 0:
-                                _add_scaled(sums, w01, value[n, pixel + 1, low:high])
-                            if corners & _BOTTOM_LEFT and w10 != 0:
-                                _add_scaled(sums, w10, value[n, pixel + width, low:high])
-                            if corners & _BOTTOM_RIGHT and w11 != 0:
-                                _add_scaled(sums, w11, value[n, pixel + width + 1, low:high])
-
-
-@inner("reassoc", "nsz")
-def _dot(a: Any, b: Any) -> Any:
-    total = a.dtype.type(0)
-    for i in range(a.shape[0]):
-        total += a[i] * b[i]
-    return total
+                            for corner in range(4):
+                                w = (w00 if corner == 0 else w01) if corner < 2 else (w10 if corner == 2 else w11)
+                                if corners & (1 << corner) and w != 0:
+                                    _add_scaled(
+                                        sums, w, value[n, pixel + (corner >> 1) * width + (corner & 1), low:high]
+                                    )
 
 
 @inner("reassoc", "nsz")
@@ -218,28 +208,26 @@ def sampling_gradients(
                     pixel = pixels[k]
                     width = levels[strip, STRIP + k]
                     index = weight_start + m * weight_stride + k0 + k
-                    s00 = s01 = s10 = s11 = real(math.nan) if corners == _NAN else zero
-                    if corners == _INSIDE:
-                        s00, s01, s10, s11 = _corner_dots(
-                            gradient,
-                            value[n, pixel, low:high], value[n, pixel + 1, low:high],
-                            value[n, pixel + width, low:high], value[n, pixel + width + 1, low:high],
-                        )  # fmt: skip
-                    elif corners != _NAN:
-                        if corners & _TOP_LEFT:
-                            s00 = _dot(gradient, value[n, pixel, low:high])
-                        if corners & _TOP_RIGHT:
-                            s01 = _dot(gradient, value[n, pixel + 1, low:high])
-                        if corners & _BOTTOM_LEFT:
-                            s10 = _dot(gradient, value[n, pixel + width, low:high])
-                        if corners & _BOTTOM_RIGHT:
-                            s11 = _dot(gradient, value[n, pixel + width + 1, low:high])
-                    ly = fractions[k]
-                    lx = fractions[STRIP + k]
-                    hy = one - ly
-                    hx = one - lx
-                    total = dy = dx = s00  # outside the open box and for NaN
+                    total = dy = dx = real(math.nan) if corners == _NAN else zero
                     if corners & _INSIDE:
+                        # The dots of corners outside the level are computed for its first pixel and ignored.
+                        start = levels[strip, 2 * STRIP + k]
+                        i00 = pixel if corners & _TOP_LEFT else start
+                        i01 = pixel + 1 if corners & _TOP_RIGHT else start
+                        i10 = pixel + width if corners & _BOTTOM_LEFT else start
+                        i11 = pixel + width + 1 if corners & _BOTTOM_RIGHT else start
+                        s00, s01, s10, s11 = _corner_dots(
+                            gradient, value[n, i00, low:high], value[n, i01, low:high], value[n, i10, low:high],
+                            value[n, i11, low:high],
+                        )  # fmt: skip
+                        s00 = s00 if corners & _TOP_LEFT else zero
+                        s01 = s01 if corners & _TOP_RIGHT else zero
+                        s10 = s10 if corners & _BOTTOM_LEFT else zero
+                        s11 = s11 if corners & _BOTTOM_RIGHT else zero
+                        ly = fractions[k]
+                        lx = fractions[STRIP + k]
+                        hy = one - ly
+                        hx = one - lx
                         factor = weight[item, index]
                         top = _masked_product(hy * hx, s00) + _masked_product(hy * lx, s01)
                         total = top + _masked_product(ly * hx, s10) + _masked_product(ly * lx, s11)

@@ -18,7 +18,7 @@ from dcnops._explain import LOGGER
 
 _UNIT = "deform_attention_grad_value"
 _WORD_POINTS = 32 * WARP
-"""Points whose blocks have their marks in one word."""
+"""Points that a word of marks covers."""
 
 
 class DeformAttentionGradValueParams(ctypes.Structure):
@@ -49,7 +49,7 @@ def deterministic_grad_value(
     p, strip = points, strip_pixels(kernels.sum_bytes, kernels.vector)
     strips, words = ceil_div(p.S, strip), ceil_div(p.Lq * p.K, _WORD_POINTS)
     fitting = max(1, workspace_bytes // (4 * strips))
-    heads = max(1, fitting // words)
+    heads = max(1, min(p.N * p.M, fitting // words))
     queries = max(1, min(p.Lq, fitting * _WORD_POINTS // p.K, MAX_ROWS // p.K))
     # The sums over all queries of a head are final: they are written directly in the dtype of the value.
     is_whole = queries == p.Lq
