@@ -10,7 +10,7 @@ struct DeformAttentionForwardParams {
   RowLanes lanes;
 };
 
-// Block: (32, 8). Grid: rows, a few to each warp, by slices of channels. Only rows of one warp each have several slices.
+// Block: (32, 8). Grid: rows, a few to each warp, by slices of channels. A row with several slices has a whole warp.
 extern "C" __global__ void __launch_bounds__(kThreads, 3)
     DCN_KERNEL(deform_attention_forward)(const DeformAttentionForwardParams p) {
   DCN_SHARED_MEMORY(shared);

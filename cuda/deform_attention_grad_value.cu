@@ -79,7 +79,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   const int slice = lanes * DCN_VEC, slices = (D + slice - 1) / slice;
   const long long pixel_stride = static_cast<long long>(p.points.M) * D;
   const int share = (p.words + blockDim.y - 1) / blockDim.y;
-  const int first_word = min(static_cast<int>(threadIdx.y) * share, p.words), end_word = min(first_word + share, p.words);
+  const int first_word = min(static_cast<int>(threadIdx.y) * share, p.words),
+            end_word = min(first_word + share, p.words);
   for (long long item = blockIdx.x; item < p.heads * p.strips * slices; item += gridDim.x) {
     const long long of_strips = slices == 1 ? item : item / slices, head = of_strips / p.strips;
     const int strip = static_cast<int>(of_strips - head * p.strips), first_pixel = strip * kStrip;

@@ -127,8 +127,8 @@ __device__ __forceinline__ void add_region(const DeformRoIPoolGradInputParams& p
   for (int base = first; base < end; base += kWarp) {
     Sum weights[kStrip] = {};
     const bool touches = base + lane < end && weigh_strip(p.bins, {region, base + lane}, strip, weights);
-    const Scalar* const rows = grad_out + static_cast<long long>(base - first) * p.bins.size.C;
-    const auto row_of = [&](int source) { return rows + static_cast<long long>(source) * p.bins.size.C; };
+    const int row = base - first, C = p.bins.size.C;
+    const auto row_of = [=](int source) { return grad_out + static_cast<long long>(row + source) * C; };
     add_rows(weights, touches, p.lane_bits, has_channels, row_of, sums);
   }
 }

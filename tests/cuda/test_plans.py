@@ -408,8 +408,6 @@ FEW_SPECIALISATIONS = {
         "tests/arrays/test_ms_deform_attn.py::test_borders_nan_and_far_away_locations",
         "tests/arrays/test_ms_deform_attn.py::test_more_points_and_levels_than_usual",
         "tests/arrays/test_deform_aggregate.py::test_nan_and_infinite_offsets",
-        "tests/cuda/test_deform_attention.py::test_shapes_on_the_device_are_cut_off",
-        "tests/cuda/test_deform_attention.py::test_deterministic_gradients_have_the_same_bits_in_any_order",
     ),
 }
 
