@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from dcnops import DtypeError
-from dcnops._backends.cuda.programs import ProgramCache
+from dcnops._backends.cuda.programs import ProgramCache, Replay
 from dcnops.adapters.torch import cuda_attention_calls, devices
 from tests.cases import Case, assert_close, make_aggregate, make_attention
 from tests.cuda.emulator import host_engine
 from tests.cuda.emulator.host_engine import prepare_program
 from tests.torch.tensors import call, tensors_of, to_numpy
+from tests.torch.test_eager import count_calls
 
 CASES: dict[str, Case] = {
     "attention": make_attention(N=2, points=(2, 3)),
@@ -94,3 +95,18 @@ def test_errors_are_those_of_the_operator(arguments: tuple[Case, dict[str, Any]]
     for _ in range(3):
         with pytest.raises(DtypeError, match=f"{name} must be float16"):
             call(case, {**tensors, name: tensors[name].detach().int()})
+
+
+def test_a_call_costs_few_function_calls(arguments: tuple[Case, dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
+    """Without the launch itself, which is that of the other operations."""
+    monkeypatch.setattr(Replay, "issue", lambda self, addresses, stream: None)
+    case, tensors = arguments
+    results(case, tensors)
+    results(case, tensors)
+    output, leaves = call(case, tensors), [tensors[name] for name in case.needs]
+    grad_out = torch.ones_like(output)
+    backward = count_calls(lambda: torch.autograd.grad(output, leaves, grad_out, retain_graph=True))
+    recording = count_calls(lambda: call(case, tensors))
+    with torch.no_grad():
+        forward = count_calls(lambda: call(case, tensors))
+    assert forward <= 65 and recording <= 70 and backward <= 130, (forward, recording, backward)
