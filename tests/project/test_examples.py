@@ -38,6 +38,14 @@ def test_quickstart_torch() -> None:
     assert "layer output (4, 8, 48, 48)" in done.stdout
 
 
+def test_quickstart_attention() -> None:
+    done = run_example("quickstart_attention.py")
+    assert done.returncode == 0, done.stderr
+    x, y = re.findall(r"location \((\d\.\d+), (\d\.\d+)\)", done.stdout)[4]
+    assert abs(float(x) - 0.6) < 0.005 and abs(float(y) - 0.4) < 0.005
+    assert "layer output (1, 100, 16)" in done.stdout
+
+
 def test_quickstart_jax() -> None:
     done = run_example("quickstart_jax.py")
     assert done.returncode == 0, done.stderr
