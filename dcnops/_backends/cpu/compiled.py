@@ -86,7 +86,8 @@ def _warn(reason: str) -> None:
 
 def inner(*fastmath: str) -> Callable[[Function], Function]:
     """Return a decorator for functions that kernels of the same file call, with `fastmath` flags beyond "contract"."""
-    return cast(Callable[[Function], Function], numba.njit(**_options({"contract", *fastmath})))
+    options = {**_options({"contract", *fastmath}), "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return cast(Callable[[Function], Function], numba.njit(**options))
 
 
 def exact(function: Function) -> Function:
