@@ -38,7 +38,8 @@ def quiet(function: Function) -> Function:
 
 def _options(fastmath: set[str]) -> dict[str, Any]:
     # These loops allocate nothing. Without reference counts (_nrt), slicing needs no atomic operations.
-    return {"nogil": True, "error_model": "numpy", "_nrt": False, "fastmath": fastmath}
+    # A wrapper for C would take as long to compile as a short loop.
+    return {"nogil": True, "error_model": "numpy", "_nrt": False, "no_cfunc_wrapper": True, "fastmath": fastmath}
 
 
 def kernel(function: Function) -> Function:
@@ -86,7 +87,7 @@ def _warn(reason: str) -> None:
 
 def inner(*fastmath: str) -> Callable[[Function], Function]:
     """Return a decorator for functions that kernels of the same file call, with `fastmath` flags beyond "contract"."""
-    options = {**_options({"contract", *fastmath}), "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    options = {**_options({"contract", *fastmath}), "no_cpython_wrapper": True}
     return cast(Callable[[Function], Function], numba.njit(**options))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dcnops._backends.cpu import deform_conv2d_loops as loops
-from dcnops._backends.cpu import transpose_loops
+from dcnops._backends.cpu import transpose_loops, vectors
 from dcnops._backends.cpu.arrays import (
     CHANNELS_PER_THREAD,
     Array,
@@ -34,7 +34,7 @@ from dcnops._threads import threads_of_call
 # Tuned for 2 MB of L2 cache per core. Halving or doubling a value changes little.
 _BLOCK_CHANNELS = 128
 _LEAST_BLOCK_CHANNELS = 32
-_TILE_PIXELS = 16 * loops.ROWS
+_TILE_PIXELS = 16 * vectors.ROWS
 _TILE_BYTES = 2**19
 _SPAN_BYTES = 2**23
 _CHUNK_PIXELS = 2048
@@ -76,7 +76,7 @@ def _blocks(geometry: DeformConvGeometry, limit: int) -> Iterator[_Block]:
 def _choose_tile(pixels: int, bytes_per_pixel: int) -> int:
     """Return the pixels per tile: a multiple of ROWS that fits the cache and leaves work for every thread."""
     share = -(-pixels // (threads_of_call() * PIECES_PER_THREAD))
-    return max(1, min(_TILE_PIXELS, _TILE_BYTES // bytes_per_pixel, share) // loops.ROWS) * loops.ROWS
+    return max(1, min(_TILE_PIXELS, _TILE_BYTES // bytes_per_pixel, share) // vectors.ROWS) * vectors.ROWS
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ class _Chunk:
 def _sample_scratch(chunk: _Chunk) -> tuple[Array, Array]:
     """Return scratch memory for the sampling points of a strip; see `loops._locate_samples`."""
     K = chunk.geometry.K
-    return aligned_empty((K, 8 * loops.STRIP), np.dtype(np.int32)), aligned_empty((K, 11 * loops.STRIP), chunk.dtype)
+    return aligned_empty((K, 8 * vectors.STRIP), np.dtype(np.int32)), aligned_empty(
+        (K, 11 * vectors.STRIP), chunk.dtype
+    )
 
 
 def _channels_last(chunk: _Chunk, block: _Block) -> Array:
@@ -175,7 +177,7 @@ def _multiply_adds(geometry: DeformConvGeometry) -> int:
 def _add_block_output(chunk: _Chunk, block: _Block, bias: Array, out: Array) -> None:
     """Write the output of the first block of a weight group, or add that of a later block."""
     dtype = chunk.dtype
-    lanes = loops.panel_lanes(dtype.itemsize)
+    lanes = vectors.panel_lanes(dtype.itemsize)
     og = chunk.geometry.O // chunk.geometry.G
     panels = -(-og // lanes)
     length = chunk.geometry.K * block.cw
@@ -215,7 +217,7 @@ def deform_conv2d_backward(
     g = geometry
     og = g.O // g.G
     dtype = compute_dtype(input)
-    lanes = loops.panel_lanes(dtype.itemsize)
+    lanes = vectors.panel_lanes(dtype.itemsize)
     blocks = list(_blocks(geometry, _BLOCK_CHANNELS))
 
     results = {}
@@ -228,7 +230,7 @@ def deform_conv2d_backward(
     grad_bias = np.zeros(g.O, dtype)
     grad_weights: list[Array | None] = [None for _ in blocks]
     if "weight" in needs:
-        rows = round_up(og, loops.ROWS)
+        rows = round_up(og, vectors.ROWS)
         grad_weights = [np.zeros((block.Gb, rows, round_up(g.K * block.cw, lanes)), dtype) for block in blocks]
 
     with serial_if_small(2 * _multiply_adds(g)):
@@ -294,13 +296,13 @@ def _add_block_gradients(
     """Add the gradients of one block, in spans of output pixels with columns that fit the cache."""
     g, dtype, sizes = chunk.geometry, chunk.dtype, chunk.sizes
     og = g.O // g.G
-    lanes = loops.panel_lanes(dtype.itemsize)
+    lanes = vectors.panel_lanes(dtype.itemsize)
     panels = -(-g.K * block.cw // lanes)
     # An even number of panels would map the rows of a panel to few sets of the first-level cache.
     row_bytes = block.Gb * (panels | 1) * lanes * dtype.itemsize
     tile = _choose_tile(chunk.pixels, row_bytes)
     # Sums are added span by span, so its length must not depend on the number of threads, as that of a tile does.
-    span = min(round_up(chunk.pixels, loops.ROWS), max(1, _SPAN_BYTES // row_bytes // _TILE_PIXELS) * _TILE_PIXELS)
+    span = min(round_up(chunk.pixels, vectors.ROWS), max(1, _SPAN_BYTES // row_bytes // _TILE_PIXELS) * _TILE_PIXELS)
     LOGGER.debug(
         "%d channels, %d pixels in spans of %d and tiles of %d, %d threads",
         block.width, chunk.pixels, span, tile, threads_of_call(),

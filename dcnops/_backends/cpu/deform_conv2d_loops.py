@@ -35,16 +35,7 @@ from typing import Any
 import numpy as np
 
 from dcnops._backends.cpu.compiled import inner, kernel
-from dcnops._backends.cpu.vectors import (
-    DEPTH,
-    ROWS,
-    STRIP,
-    blend_strip,
-    dot_strip,
-    panel_lanes,
-    scatter_strip,
-    tile_product,
-)
+from dcnops._backends.cpu.vectors import DEPTH, ROWS, STRIP, blend_strip, dot_strip, scatter_strip, tile_product
 
 
 @kernel
@@ -447,7 +438,8 @@ def scatter_columns(
                     # Corners without weight get nothing, not even the product with an infinite gradient.
                     scatter_strip(
                         grad_image, n * extent * width + low, width, corners, (8 * k + 4) * STRIP,
-                        weights, 11 * k * STRIP, gradients, (g * rows + q - first) * padded + (k - g) * cw + low, padded,
+                        weights, 11 * k * STRIP,
+                        gradients, (g * rows + q - first) * padded + (k - g) * cw + low, padded,
                         count, min(high_channel, (g + 1) * cw) - low,
                     )  # fmt: skip
         q += count

@@ -1,8 +1,8 @@
-"""Inner loops of deformable convolution as vector code, generated directly.
+"""Inner loops of deformable convolution, generated as vector code.
 
-LLVM does not vectorise these loops well if they are written in Python: it keeps no sums of a register tile in registers,
-and it leaves short rows of channels to scalar code. Rows are given by the array and the position of their first element,
-which is also much less to compile than slices.
+LLVM compiles such loops badly if they are written in Python: it keeps no register tile of sums, and it leaves rows of
+few channels to scalar code. The functions take a row as an array and the position of the row's first element, because
+slices take long to compile.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class _Strip:
 
         self._builder = builder
         self.image, self._corners, self.weights, self.columns = map(elements, (0, 3, 5, 7))
-        self._width, self._row, self.count, self.channels = args[2], *args[9:]
+        self._width, self._row, self.count, self.channels = args[2], args[9], args[10], args[11]
 
     def corner_starts(self, t: Any) -> list[Any]:
         """Return the positions of the four corners of sampling point t, counted from the start of `image`."""
