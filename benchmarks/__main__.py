@@ -200,7 +200,7 @@ def _measure(run: _Run, device: str, meter: Meter, operations: Sequence[Operatio
     planned = []
     if set(options.parts) & set(DIRECTIONS):
         for operation in operations:
-            shapes = [shape for shape in options.shapes or operation.shapes if len(shape) == len(operation.shapes[0])]
+            shapes = options.shapes and [shape for shape in options.shapes if len(shape) == len(operation.shapes[0])]
             planned.append([(operation, case) for case in cases(operation, device, shapes)])
     # Alternate between the operations, so that the important rows of both come first.
     for operation, case in (row for turn in zip_longest(*planned) for row in turn if row is not None):

@@ -188,7 +188,9 @@ def _prepare_plain_conv(case: Case, arrays: Arrays, direction: str) -> Callable[
         return found.contiguous(memory_format=torch.channels_last) if on_gpu else found
 
     tensors = {name: tensor(name) for name in ("input", "weight", "bias")}
-    return prepare_torch(partial(torch.nn.functional.conv2d, padding=1), tensors, tensor("grad_out"), direction)
+    return prepare_torch(
+        partial(torch.nn.functional.conv2d, padding=1, groups=case.groups), tensors, tensor("grad_out"), direction
+    )
 
 
 def _prepare_roi_align(case: Case, arrays: Arrays, direction: str) -> Callable[[], Any]:

@@ -38,6 +38,9 @@ class Case:
     """Standard deviation of the offsets, in their unit."""
     deterministic: bool = False
     """Compute our gradients deterministically."""
+    groups: int = 1
+    """Weight groups of a convolution."""
+    deformable_groups: int = 1
 
     @property
     def label(self) -> str:
@@ -52,6 +55,8 @@ class Case:
             self.layout if self.layout != "NCHW" else "",
             f"spread {self.spread:g}" if self.spread != 1 else "",
             "deterministic" if self.deterministic else "",
+            f"{self.groups} weight groups" if self.groups != 1 else "",
+            f"{self.deformable_groups} deformable groups" if self.deformable_groups != 1 else "",
         ]
         return ", ".join(filter(None, parts))
 
@@ -103,6 +108,8 @@ class Operation:
     """
     columns: Sequence[str]
     """Names of all contenders, in the order of the table."""
+    cpu_cases: Sequence[Case] = ()
+    """Cases on a CPU besides those of `shapes`."""
     column_bytes: Callable[[Case], int | None] = lambda case: None
     """Return the size of an im2col buffer of one image, if the operation has one."""
     work: Callable[[Case], tuple[float, float] | None] = lambda case: None

@@ -191,6 +191,14 @@ def test_a_batch_begins_with_the_image_of_a_batch_of_one():
         np.testing.assert_array_equal(array, many[name][:1] if name in operation.per_image else many[name])
 
 
+def test_contenders_compute_groups_as_in_float64():
+    operation, case = deform_conv2d.OPERATION, Case("cpu", (8, 5, 6), groups=2, deformable_groups=4)
+    contenders = operation.contenders(case)
+    errors = correctness.check(operation, case, operation.inputs(case), contenders)
+    for contender in contenders:
+        assert max(errors[contender.name].values()) <= contender.tolerance
+
+
 def test_nan_and_another_shape_are_errors():
     expected = {"output": np.ones((2, 2))}
     assert correctness._errors({"output": np.full((2, 2), np.nan)}, expected) == {"output": np.inf}
