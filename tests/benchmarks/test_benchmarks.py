@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,13 @@ def test_a_wrong_contender_is_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """One gradient of each operation is off by a hundredth."""
+
+    def wrong(right: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        gradients = right(*args, **kwargs)
+        return gradients if gradients.mask is None else gradients._replace(mask=gradients.mask * np.float32(1.01))
+
     for name in ("deform_conv2d_backward", "deform_roi_pool_backward"):
-
-        def wrong(*args: Any, right: Callable[..., Any] = getattr(dcnops, name), **kwargs: Any) -> Any:
-            gradients = right(*args, **kwargs)
-            return gradients if gradients.mask is None else gradients._replace(mask=gradients.mask * np.float32(1.01))
-
-        monkeypatch.setattr(dcnops, name, wrong)
+        monkeypatch.setattr(dcnops, name, partial(wrong, getattr(dcnops, name)))
     monkeypatch.setattr("benchmarks.environment.limit_threads", lambda threads: None)  # sets environment variables
     path = tmp_path / "benchmark.json"
     assert main([*TINY, "--parts", "forward", "backward", "--output", str(path)]) == 1

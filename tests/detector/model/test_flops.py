@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from dcnops.detector.config import Config
-from dcnops.detector.model import Count, cost_rows, cost_table, count
-from dcnops.detector.model import flops
+from dcnops.detector.model import Count, cost_rows, cost_table, count, flops
 from dcnops.detector.model.flops import count_presets
 from dcnops.detector.presets import PRESETS, Preset
 
