@@ -28,6 +28,7 @@ def test_import_is_fast_and_imports_no_backend():
     assert min(float(seconds) for seconds, *_ in printed) < 0.2
 
 
+@pytest.mark.slow
 def test_a_checkout_that_is_not_installed_has_its_adapters():
     pytest.importorskip("torch")
     root = Path(__file__).resolve().parents[2]
@@ -48,6 +49,7 @@ assert not {"cupy", "torch", "jax"} & set(sys.modules), sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_the_torch_adapter_imports_neither_the_compiler_nor_a_backend():
     pytest.importorskip("torch")
     code = """

@@ -136,6 +136,7 @@ def test_groups_of_images_do_not_change_results(data: st.DataObject, chunk_bytes
     np.testing.assert_array_equal(fused(chunk_bytes=chunk_bytes).forward(case), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -100,6 +100,7 @@ def test_v1_starts_as_the_regular_network(preset, detector):
     assert_equal(deformable, regular)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("detector", "backbone"), [*((detector, "small") for detector in DETECTORS), ("mask", "resnet50")]
 )
@@ -126,6 +127,7 @@ def test_sigmoid_masks_start_as_half_the_regular_network(detector):
     assert_equal(deformable, regular)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "detector"), [("dconv-c3c5-dpool", "faster"), *(("dcnv2", detector) for detector in DETECTORS)]
 )
@@ -239,6 +241,7 @@ def test_options_reach_the_layers():
         assert (pool.gamma, pool.sampling_ratio, pool.mask_scale) == (1, 3, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_every_trained_parameter_has_a_gradient(detector):
     """Including a batch without objects, as data-parallel training waits for all gradients."""
@@ -328,6 +331,7 @@ def test_sizes_in_training_and_testing():
     assert tuple(transform.eval().resize(image)[0].shape[1:]) == (side, side)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_a_training_step_under_autocast(detector):
     network = build(f"network.detector={detector}", "network.backbone=small", "network.preset=dcnv2").float().train()
