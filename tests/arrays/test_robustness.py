@@ -405,6 +405,7 @@ assert os.waitpid(child, 0)[1] == 0, "the child hangs"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("step", ["first_call", "compile", "prefetch", "compute"])
 def test_a_fork_next_to_a_first_call(step: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import dcnops
 from benchmarks import correctness, deform_aggregate, deform_conv2d, deform_roi_pool, ms_deform_attn, report
 from benchmarks.__main__ import OPERATIONS, PARTS, main
 from benchmarks.contenders import POOLING, layer_tensors, prepare_torch, to_numpy
@@ -26,33 +29,28 @@ from tests.cases import make_aggregate, make_attention, make_conv, make_roi_pool
 ROOT = Path(__file__).parents[2]
 TINY = ("--device", "cpu", "--threads", "1", "--shapes", "4x6x5", "4x6x5x8x3", "--seconds", "0.01")
 
-# Run the benchmark with one gradient of each operation off by a hundredth.
-WRONG = """
-import sys
-import numpy as np
-import dcnops
-from benchmarks.__main__ import main
-
-for name in ("deform_conv2d_backward", "deform_roi_pool_backward"):
-    def wrong(*args, right=getattr(dcnops, name), **kwargs):
-        gradients = right(*args, **kwargs)
-        return gradients if gradients.mask is None else gradients._replace(mask=gradients.mask * np.float32(1.01))
-    setattr(dcnops, name, wrong)
-sys.exit(main(sys.argv[1:]))
-"""
-
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=ROOT, check=False, capture_output=True, text=True)
 
 
-@pytest.mark.slow
-def test_a_wrong_contender_is_not_timed(tmp_path: Path):
+def test_a_wrong_contender_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """One gradient of each operation is off by a hundredth."""
+
+    def wrong(right: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        gradients = right(*args, **kwargs)
+        return gradients if gradients.mask is None else gradients._replace(mask=gradients.mask * np.float32(1.01))
+
+    for name in ("deform_conv2d_backward", "deform_roi_pool_backward"):
+        monkeypatch.setattr(dcnops, name, partial(wrong, getattr(dcnops, name)))
+    monkeypatch.setattr("benchmarks.environment.limit_threads", lambda threads: None)  # sets environment variables
     path = tmp_path / "benchmark.json"
-    done = run("-c", WRONG, *TINY, "--parts", "forward", "backward", "--output", str(path))
-    assert done.returncode == 1
-    assert "dcnops is wrong: mask is off by 1.0e-02" in done.stdout
-    assert "dcnops modulated is wrong: mask is off by 1.0e-02" in done.stdout
+    assert main([*TINY, "--parts", "forward", "backward", "--output", str(path)]) == 1
+    printed = capsys.readouterr().out
+    assert "dcnops is wrong: mask is off by 1.0e-02" in printed
+    assert "dcnops modulated is wrong: mask is off by 1.0e-02" in printed
     conv, pool = json.loads(path.read_text())["results"]
     for direction in ("forward", "backward"):
         assert set(conv["timings"][direction]) == {PEER, PLAIN}

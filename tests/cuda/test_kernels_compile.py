@@ -1,6 +1,6 @@
 """NVRTC builds all specialisations without a GPU. No kernel may spill.
 
-The default run builds the widest vectors and those of one element, each for one architecture, and each unit for every
+The default run builds the widest vectors and some of one element, each for one architecture, and each unit for every
 generation. The exhaustive run builds everything for all architectures. The test run prints the registers of each kernel
 at its end.
 """
@@ -53,15 +53,20 @@ def resources(log: str) -> dict[str, tuple[int, int]]:
 
 
 def typical() -> Iterator[Specialisation]:
-    """Yield the specialisations with the widest vectors, which need most registers, and those without vectors."""
+    """Yield the specialisations with the widest vectors, which need most registers, and some without vectors.
+
+    Only the smallest tiles of the fused kernel are built for 16-bit offsets: they are read before the products.
+    """
     widest: dict[tuple[object, ...], int] = {}
     for specialisation in specialisations():
         kind, vector = _kind_and_vector(specialisation)
         widest[kind] = max(vector, widest.get(kind, 0))
     for specialisation in specialisations():
         kind, vector = _kind_and_vector(specialisation)
-        one_type = specialisation.macros.get("DCN_OFFSET_SCALAR") == specialisation.macros["DCN_SCALAR"]
-        if vector == widest[kind] or (vector == 1 and one_type):
+        macros = specialisation.macros
+        one_type = macros.get("DCN_OFFSET_SCALAR") == macros["DCN_SCALAR"]
+        large_tile = one_type and macros["DCN_SCALAR"] in ("Half", "BFloat16") and macros.get("DCN_OUTPUTS", 64) != 64
+        if (vector == widest[kind] and not large_tile) or (vector == 1 and one_type and kind[1] in ("f16", "f64")):
             yield specialisation
 
 

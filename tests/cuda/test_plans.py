@@ -293,24 +293,28 @@ ROI_BARRIERS = {
 }
 
 
+def assert_schedules_are_correct(old: str, new: str) -> None:
+    """Pool regions with the first warp ahead, with the last warp ahead, and with all mixed."""
+    case = make_roi_pool(N=1, C=140, H=9, W=17, R=9, output_size=(2, 3), sampling_ratio=9, seed=1)
+    for schedule in ("forward", "reverse", "random"):
+        for deterministic in (False, True):
+            runner = broken(old, new, schedule=schedule, single_block=True, deterministic=deterministic)
+            assert_correct(runner, case)
+
+
+@pytest.mark.slow
+def test_roi_pooling_with_all_barriers_is_correct():
+    assert_schedules_are_correct("not in the source", "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("before", ROI_BARRIERS)
 def test_a_missing_barrier_of_roi_pooling_is_caught(before: str):
     old, new = ROI_BARRIERS[before]
     units = ("deform_roi_pool_forward", "deform_roi_pool_backward", "deform_roi_pool_grad_input")
     assert any(old in kernel_source(unit) for unit in units)
-    case = make_roi_pool(N=1, C=140, H=9, W=17, R=9, output_size=(2, 3), sampling_ratio=9, seed=1)
-
-    def run(old: str) -> None:
-        # The first warp runs ahead, the last warp runs ahead, and all are mixed.
-        for schedule in ("forward", "reverse", "random"):
-            for deterministic in (False, True):
-                runner = broken(old, new, schedule=schedule, single_block=True, deterministic=deterministic)
-                assert_correct(runner, case)
-
-    run("not in the source")
     with pytest.raises(AssertionError):
-        run(old)
+        assert_schedules_are_correct(old, new)
 
 
 BROKEN = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +22,8 @@ from dcnops.detector.commands import RUN
 from dcnops.detector.config import Config
 from dcnops.detector.data import Category
 from dcnops.detector.errors import UserError
-from dcnops.detector.model import build_detector, load_checkpoint, save_checkpoint
+from dcnops.detector.model import build_detector, flops, load_checkpoint, save_checkpoint
+from dcnops.detector.presets import PRESETS
 from tests.detector.configurations import assignments
 from tests.detector.model.foreign_detectors import MMDETECTION, detector
 
@@ -202,13 +204,14 @@ def test_resume_trains_on(run, data):
     assert load_checkpoint(run / "model.pth")["iteration"] == 4
 
 
-def test_flops(capsys):
+def test_flops(capsys, monkeypatch):
+    presets = {preset: PRESETS[preset] for preset in ("regular", "dcnv2", "dcnv2-mimic")}
+    monkeypatch.setattr(flops, "PRESETS", presets)  # others are slow, and counted in model/test_flops.py
     assert main(["flops"]) == 0
     assert capsys.readouterr().out.count("14,917,618") == 4
-    assert main(["flops", "--json", "--set", "network.deform_groups=4"]) == 0
+    assert main(["flops", "--json", "--set", "network.backbone=small", "network.deform_groups=4"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 18
-    assert {row["detector"] for row in rows} == {"faster", "mask"}
+    assert [(row["detector"], row["preset"]) for row in rows] == list(itertools.product(("faster", "mask"), presets))
     assert main(["flops", "--json", "--set", "network.backbone=small", "network.detector=mask"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {(row["detector"], row["backbone"]) for row in rows} == {("mask", "small")}

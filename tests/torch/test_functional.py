@@ -139,7 +139,7 @@ def operator_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("requires_grad", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 @pytest.mark.parametrize("kind", ["conv", "roi"])
 def test_opcheck(kind: str, requires_grad: bool):
     case = differentiable_case(kind)
