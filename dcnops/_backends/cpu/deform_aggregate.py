@@ -30,7 +30,7 @@ def deform_aggregate_backward(
     """Compute the gradients in `needs`, by argument name. See `dcnops.deform_aggregate_backward`."""
     g = geometry
     samples = _weighted_samples(geometry, input, offset, mask)
-    gradient = loop_array(grad_out, samples.dtype, g.N * g.oh * g.ow, g.G * g.D)
+    gradient = loop_array(grad_out, samples.dtype, g.N * g.oh * g.ow, g.G, g.D)
     results = {}
     if "input" in needs:
         results["input"] = rounded(samples.backward_value(gradient), input.dtype).reshape(input.shape)
@@ -57,13 +57,12 @@ def _weighted_samples(
     packed = HeadStrides(offset=3 * g.K, weight=3 * g.K, first_weight=2 * g.K)
     offsets = offset.reshape(rows, offset.shape[3])
     return WeightedSamples(
-        heads=g.G,
         queries=(g.oh * g.ow, g.ow),
         origin=(cy - g.ph, cx - g.pw),
         step=(g.sh, g.sw),
         points=[Point(g.H, g.W, 0, scale, (i * g.dh - cy, j * g.dw - cx)) for i, j in g.taps],
         strides=packed if mask is None else HeadStrides(offset=2 * g.K, weight=g.K),
-        value=input.reshape(g.N, g.H * g.W, g.G * g.D),
+        value=input.reshape(g.N, g.H * g.W, g.G, g.D),
         offset=offsets,
         weight=offsets if mask is None else mask.reshape(rows, g.G * g.K),
     )

@@ -6,6 +6,7 @@ thread processes some heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,7 +45,6 @@ class WeightedSamples:
 
     Attributes
     ----------
-    heads : int
     queries : (int, int)
         Queries per image, and per row of an output image.
     origin, step : (float, float), (int, int)
@@ -52,11 +52,10 @@ class WeightedSamples:
     points : sequence of Point
         The points of a head.
     strides : HeadStrides
-    value : array [N, S, heads*D]
+    value : array [N, S, heads, D]
     offset, weight : array [N*Lq, elements]
     """
 
-    heads: int
     queries: tuple[int, int]
     origin: tuple[float, float]
     step: tuple[int, int]
@@ -72,13 +71,13 @@ class WeightedSamples:
         return compute_dtype(self.value)
 
     def forward(self) -> Array:
-        """Return the sums [N*Lq, heads*D] in the dtype of computation."""
-        rows, channels = len(self.offset), self.value.shape[2]
-        out = np.empty((rows, channels), self.dtype)
+        """Return the sums [N*Lq, heads, D] in the dtype of computation."""
+        rows = len(self.offset)
+        out = np.empty((rows, *self.value.shape[2:]), self.dtype)
         LOGGER.debug("%d queries, %d threads", rows, threads_of_call())
         with serial_if_small(self._multiply_adds):
             parallel(
-                loops.sum_samples, rows if channels else 0,
+                loops.sum_samples, rows if out.size else 0,
                 *self._shared, self._loop_value, *self._sampling, out,
                 scratch=self._scratch,
             )  # fmt: skip
@@ -96,14 +95,16 @@ class WeightedSamples:
     def backward_value(self, grad_out: Array) -> Array:
         """Return the gradient of `value` in the dtype of computation."""
         gradient = np.zeros(self.value.shape, self.dtype)
-        heads, channels = len(self.value) * self.heads, self.value.shape[2] // max(self.heads, 1)
+        N, S, M, D = self.value.shape
         # A head is located by each thread that owns some of its channels, so it is split only if there are few.
-        most = max(1, channels // CHANNELS_PER_THREAD)
-        parts = min(most, -(-threads_of_call() // heads)) if heads else 1
+        wanted = min(D // CHANNELS_PER_THREAD, -(-threads_of_call() // max(N * M, 1)))
+        parts = next((parts for parts in range(wanted, 1, -1) if D % parts == 0), 1)
+        by_part = M * parts, D // parts
         with serial_if_small(self._multiply_adds):
             parallel(
-                loops.scatter_samples, heads * parts if channels and self.queries[0] else 0,
-                *self._shared, *self._sampling, grad_out, gradient, parts,
+                loops.scatter_samples, N * M * parts if D and self.queries[0] else 0,
+                *self._shared, *self._sampling,
+                grad_out.reshape(len(grad_out), *by_part), gradient.reshape(N, S, *by_part), parts,
                 scratch=self._scratch,
             )  # fmt: skip
         return gradient
@@ -122,7 +123,7 @@ class WeightedSamples:
             for table in (levels, scales)
         ]
         origin = tuple(self.dtype.type(number) for number in self.origin)
-        return (*self.queries, *self.step, self.heads, K, *self.strides), origin, *tables
+        return (*self.queries, *self.step, self.value.shape[2], K, *self.strides), origin, *tables
 
     @cached_property
     def _loop_value(self) -> Array:
@@ -135,7 +136,7 @@ class WeightedSamples:
 
     @property
     def _multiply_adds(self) -> int:
-        return len(self.offset) * len(self.points) * 4 * int(self.value.shape[2])
+        return len(self.offset) * len(self.points) * 4 * math.prod(self.value.shape[2:])
 
     def _scratch(self) -> tuple[Array, Array]:
         return aligned_empty((2 * loops.STRIP,), np.dtype(np.int32)), aligned_empty((2 * loops.STRIP,), self.dtype)

@@ -17,7 +17,7 @@ origin : tuple of float
 levels : array of int32 [strips, 3*STRIP], scales : array [strips, 4*STRIP]
     Tables of the points of a head in strips of STRIP points: height, width and first pixel of the level; vertical and
     horizontal scale, vertical and horizontal base.
-value : array [N, S, heads*D]
+value : array [N, S, heads, D]
 offset : array [N*Lq, elements]
     Pairs (x, y).
 weight : array [N*Lq, elements]
@@ -103,17 +103,14 @@ def sum_samples(
     sizes: Any, origin: Any, levels: Any, scales: Any, value: Any, offset: Any, weight: Any, out: Any, pixels: Any,
     fractions: Any, begin: int, end: int,
 ) -> None:  # fmt: skip
-    """Compute the weighted sums `out` [N*Lq, heads*D]; a work item is a query."""
+    """Compute the weighted sums `out` [N*Lq, heads, D]; a work item is a query."""
     Lq, _, _, _, M, K, offset_stride, weight_stride, weight_start = sizes
     real = value.dtype.type
     one = real(1)
-    D = value.shape[2] // M
     for item in range(begin, end):
         n = item // Lq
         for m in range(M):
-            low = m * D
-            high = low + D
-            sums = out[item, low:high]
+            sums = out[item, m]
             sums[:] = real(0)
             for k0 in range(0, K, STRIP):
                 count = min(STRIP, K - k0)
@@ -142,16 +139,14 @@ def sum_samples(
                         if corners == _INSIDE and w00 != 0 and w01 != 0 and w10 != 0 and w11 != 0:
                             _add_corners(
                                 sums, w00, w01, w10, w11,
-                                value[n, pixel, low:high], value[n, pixel + 1, low:high],
-                                value[n, pixel + width, low:high], value[n, pixel + width + 1, low:high],
+                                value[n, pixel, m], value[n, pixel + 1, m],
+                                value[n, pixel + width, m], value[n, pixel + width + 1, m],
                             )  # fmt: skip
                         else:
                             for corner in range(4):
                                 w = (w00 if corner == 0 else w01) if corner < 2 else (w10 if corner == 2 else w11)
                                 if corners & (1 << corner) and w != 0:
-                                    _add_scaled(
-                                        sums, w, value[n, pixel + (corner >> 1) * width + (corner & 1), low:high]
-                                    )
+                                    _add_scaled(sums, w, value[n, pixel + (corner >> 1) * width + (corner & 1), m])
 
 
 @inner("reassoc", "nsz")
@@ -180,7 +175,7 @@ def sampling_gradients(
 
     Parameters
     ----------
-    grad_out : array [N*Lq, heads*D]
+    grad_out : array [N*Lq, heads, D]
     grad_offset, grad_weight : array
         With the shapes of `offset` and `weight`, or empty.
     """
@@ -188,13 +183,10 @@ def sampling_gradients(
     real = value.dtype.type
     zero = real(0)
     one = real(1)
-    D = value.shape[2] // M
     for item in range(begin, end):
         n = item // Lq
         for m in range(M):
-            low = m * D
-            high = low + D
-            gradient = grad_out[item, low:high]
+            gradient = grad_out[item, m]
             for k0 in range(0, K, STRIP):
                 count = min(STRIP, K - k0)
                 strip = k0 // STRIP
@@ -217,8 +209,8 @@ def sampling_gradients(
                         i10 = pixel + width if corners & _BOTTOM_LEFT else start
                         i11 = pixel + width + 1 if corners & _BOTTOM_RIGHT else start
                         s00, s01, s10, s11 = _corner_dots(
-                            gradient, value[n, i00, low:high], value[n, i01, low:high], value[n, i10, low:high],
-                            value[n, i11, low:high],
+                            gradient, value[n, i00, m], value[n, i01, m], value[n, i10, m],
+                            value[n, i11, m],
                         )  # fmt: skip
                         s00 = s00 if corners & _TOP_LEFT else zero
                         s01 = s01 if corners & _TOP_RIGHT else zero
@@ -250,18 +242,21 @@ def scatter_samples(
     """Add to the gradient of `value`; a work item is one of the `parts` of the channels of a head in an image.
 
     No two threads write the same element. The terms of each element are added in the order of the queries.
+
+    Parameters
+    ----------
+    grad_out : array [N*Lq, heads*parts, D/parts]
+    grad_value : array [N, S, heads*parts, D/parts]
     """
     Lq, _, _, _, M, K, offset_stride, weight_stride, weight_start = sizes
     one = grad_value.dtype.type(1)
-    D = grad_value.shape[2] // M
     for item in range(begin, end):
         n = item // (M * parts)
-        m = item // parts % M
-        low = m * D + item % parts * D // parts
-        high = m * D + (item % parts + 1) * D // parts
+        part = item % (M * parts)
+        m = part // parts
         for q in range(Lq):
             row = n * Lq + q
-            gradient = grad_out[row, low:high]
+            gradient = grad_out[row, part]
             for k0 in range(0, K, STRIP):
                 count = min(STRIP, K - k0)
                 strip = k0 // STRIP
@@ -283,5 +278,5 @@ def scatter_samples(
                             w = (top if corner < 2 else bottom) * (lx if corner & 1 else one - lx)
                             if corners & (1 << corner) and w != 0:
                                 _add_scaled(
-                                    grad_value[n, pixel + (corner >> 1) * width + (corner & 1), low:high], w, gradient
+                                    grad_value[n, pixel + (corner >> 1) * width + (corner & 1), part], w, gradient
                                 )

@@ -37,7 +37,7 @@ def ms_deform_attn_backward(
     """Compute the gradients in `needs`, by argument name. See `dcnops.ms_deform_attn_backward`."""
     g = geometry
     samples = _weighted_samples(geometry, value, sampling_locations, attention_weights)
-    gradient = loop_array(grad_out, samples.dtype, g.N * g.Lq, g.M * g.D)
+    gradient = loop_array(grad_out, samples.dtype, g.N * g.Lq, g.M, g.D)
     results = {}
     if "value" in needs:
         results["value"] = rounded(samples.backward_value(gradient), value.dtype).reshape(value.shape)
@@ -63,13 +63,12 @@ def _weighted_samples(
         points += [Point(height, width, start, scale=(height, width))] * count
         start += height * width
     return WeightedSamples(
-        heads=g.M,
         queries=(g.Lq, max(g.Lq, 1)),
         origin=(-0.5, -0.5),
         step=(0, 0),
         points=points,
         strides=HeadStrides(offset=2 * g.K, weight=g.K),
-        value=value.reshape(g.N, g.S, g.M * g.D),
+        value=value,
         offset=sampling_locations.reshape(g.N * g.Lq, g.M * g.K * 2),
         weight=attention_weights.reshape(g.N * g.Lq, g.M * g.K),
     )
