@@ -104,10 +104,8 @@ class _Chunk:
 
 def _sample_scratch(chunk: _Chunk) -> tuple[Array, Array]:
     """Return scratch memory for the sampling points of a strip; see `loops._locate_samples`."""
-    K = chunk.geometry.K
-    return aligned_empty((K, 8 * vectors.STRIP), np.dtype(np.int32)), aligned_empty(
-        (K, 11 * vectors.STRIP), chunk.dtype
-    )
+    taps = chunk.geometry.K * vectors.STRIP
+    return aligned_empty((8 * taps,), np.dtype(np.int32)), aligned_empty((11 * taps,), chunk.dtype)
 
 
 def _channels_last(chunk: _Chunk, block: _Block) -> Array:

@@ -112,11 +112,12 @@ def _locate_samples(sizes: Any, offset: Any, mask: Any, samples: Any, d: int, n:
     Parameters
     ----------
     samples : tuple of array
-        corners [K, 8*STRIP] int32: pixels (y, x), (y, x+1), (y+1, x), (y+1, x+1) of the image; the zero pixel for
-        corners outside the image and samples outside the open box. Then the same once more, with the zero pixel also
-        for corners without weight.
-        weights [K, 11*STRIP]: the four corner weights (bilinear times mask), ly, lx, and the mask, which is 1 outside
-        the open box. A NaN coordinate makes the first six NaN. The last four are free for sums over channels.
+        corners [K*8*STRIP] int32, for each tap: pixels (y, x), (y, x+1), (y+1, x), (y+1, x+1) of the image; the zero
+        pixel for corners outside the image and samples outside the open box. Then the same once more, with the zero
+        pixel also for corners without weight.
+        weights [K*11*STRIP], for each tap: the four corner weights (bilinear times mask), ly, lx, and the mask, which
+        is 1 outside the open box. A NaN coordinate makes the first six NaN. The last four are free for sums over
+        channels.
     """
     H, W, ow, kh, kw, sh, sw, dh, dw, pad_top, pad_left, _ = sizes
     corners, weights = samples
@@ -162,21 +163,23 @@ def _locate_samples(sizes: Any, offset: Any, mask: Any, samples: Any, d: int, n:
             w01 = _corner_weight((top & right) | nan, hy * lx, modulation)
             w10 = _corner_weight((bottom & left) | nan, ly * hx, modulation)
             w11 = _corner_weight((bottom & right) | nan, ly * lx, modulation)
-            corners[k, t] = i00
-            corners[k, STRIP + t] = i01
-            corners[k, 2 * STRIP + t] = i10
-            corners[k, 3 * STRIP + t] = i11
-            corners[k, 4 * STRIP + t] = i00 if w00 != 0 else zero
-            corners[k, 5 * STRIP + t] = i01 if w01 != 0 else zero
-            corners[k, 6 * STRIP + t] = i10 if w10 != 0 else zero
-            corners[k, 7 * STRIP + t] = i11 if w11 != 0 else zero
-            weights[k, t] = w00
-            weights[k, STRIP + t] = w01
-            weights[k, 2 * STRIP + t] = w10
-            weights[k, 3 * STRIP + t] = w11
-            weights[k, 4 * STRIP + t] = ly
-            weights[k, 5 * STRIP + t] = lx
-            weights[k, 6 * STRIP + t] = modulation
+            c = 8 * k * STRIP + t
+            w = 11 * k * STRIP + t
+            corners[c] = i00
+            corners[c + STRIP] = i01
+            corners[c + 2 * STRIP] = i10
+            corners[c + 3 * STRIP] = i11
+            corners[c + 4 * STRIP] = i00 if w00 != 0 else zero
+            corners[c + 5 * STRIP] = i01 if w01 != 0 else zero
+            corners[c + 6 * STRIP] = i10 if w10 != 0 else zero
+            corners[c + 7 * STRIP] = i11 if w11 != 0 else zero
+            weights[w] = w00
+            weights[w + STRIP] = w01
+            weights[w + 2 * STRIP] = w10
+            weights[w + 3 * STRIP] = w11
+            weights[w + 4 * STRIP] = ly
+            weights[w + 5 * STRIP] = lx
+            weights[w + 6 * STRIP] = modulation
 
 
 @inner()
@@ -190,7 +193,7 @@ def _fill_columns(
     begin = max(0, d * cd - c0)
     end = min(width, (d + 1) * cd - c0)
     weight_groups = range(begin // cw, (end - 1) // cw + 1)
-    for k in range(corners.shape[0]):
+    for k in range(corners.size // (8 * STRIP)):
         for g in weight_groups:
             low = max(begin, g * cw)
             # Corners without weight are not read, so that infinity and NaN there have no effect.
@@ -251,10 +254,9 @@ def output_tile(
                 for o1 in range(0, og, 16):
                     for o in range(o1, min(o1 + 16, og)):
                         row = out[n, o0 + g * og + o, p : p + count]
-                        if not add:
-                            row[:] = bias[o0 + g * og + o]
+                        first_term = bias[o0 + g * og + o]
                         for i in range(count):
-                            row[i] += products[g, q - first + i, o]
+                            row[i] = (row[i] if add else first_term) + products[g, q - first + i, o]
                 q += count
 
 
@@ -340,7 +342,7 @@ def _add_sampling_gradients(
 ) -> None:  # fmt: skip
     """Add the offset and mask gradients of group d for the strip of output pixels that starts at (n, p)."""
     corners, weights = samples
-    K = corners.shape[0]
+    K = corners.size // (8 * STRIP)
     rows, padded = gradients.shape[1:]
     extent, width = image.shape[1:]
     zero = extent - 1
@@ -349,7 +351,8 @@ def _add_sampling_gradients(
     end = min(width, (d + 1) * cd - c0)
     weight_groups = range(begin // cw, (end - 1) // cw + 1)
     for k in range(K):
-        weights[k, 7 * STRIP :] = 0
+        for i in range((11 * k + 7) * STRIP, 11 * (k + 1) * STRIP):
+            weights[i] = 0
         for g in weight_groups:
             low = max(begin, g * cw)
             dot_strip(
@@ -360,14 +363,16 @@ def _add_sampling_gradients(
         offset_x = grad_offset[n, 2 * (d * K + k) + 1, p : p + count]
         modulations = grad_mask[n, d * K + k, p : p + count] if grad_mask.size else offset_y
         for t in range(count):
+            c = 8 * k * STRIP + t
+            w = 11 * k * STRIP + t
             # The product of an infinite gradient and the zero pixel must not be NaN.
-            s00 = weights[k, 7 * STRIP + t] if corners[k, t] != zero else real(0)
-            s01 = weights[k, 8 * STRIP + t] if corners[k, STRIP + t] != zero else real(0)
-            s10 = weights[k, 9 * STRIP + t] if corners[k, 2 * STRIP + t] != zero else real(0)
-            s11 = weights[k, 10 * STRIP + t] if corners[k, 3 * STRIP + t] != zero else real(0)
-            ly = weights[k, 4 * STRIP + t]
-            lx = weights[k, 5 * STRIP + t]
-            modulation = weights[k, 6 * STRIP + t]
+            s00 = weights[w + 7 * STRIP] if corners[c] != zero else real(0)
+            s01 = weights[w + 8 * STRIP] if corners[c + STRIP] != zero else real(0)
+            s10 = weights[w + 9 * STRIP] if corners[c + 2 * STRIP] != zero else real(0)
+            s11 = weights[w + 10 * STRIP] if corners[c + 3 * STRIP] != zero else real(0)
+            ly = weights[w + 4 * STRIP]
+            lx = weights[w + 5 * STRIP]
+            modulation = weights[w + 6 * STRIP]
             hy = real(1) - ly
             hx = real(1) - lx
             dy = _masked_product(hx, s10 - s00) + _masked_product(lx, s11 - s01)
@@ -432,7 +437,7 @@ def scatter_columns(
             high_channel = min(end, (d + 1) * cd - c0)
             weight_groups = range(low_channel // cw, (high_channel - 1) // cw + 1)
             _locate_samples(sizes, offset, mask, samples, d, n, p, count)
-            for k in range(corners.shape[0]):
+            for k in range(corners.size // (8 * STRIP)):
                 for g in weight_groups:
                     low = max(low_channel, g * cw)
                     # Corners without weight get nothing, not even the product with an infinite gradient.

@@ -3,6 +3,8 @@
 LLVM compiles such loops badly if they are written in Python: it keeps no register tile of sums, and it leaves rows of
 few channels to scalar code. The functions take a row as an array and the position of the row's first element, because
 slices take long to compile.
+
+Numba does not recompile loops if this file changes: delete the `__pycache__` next to it after an edit.
 """
 
 from __future__ import annotations
