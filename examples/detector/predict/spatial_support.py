@@ -138,19 +138,25 @@ def _region_score(
     names: Sequence[str],
     category: str | None,
 ) -> tuple[str, RoINode]:
-    """Return the title of a region and the node of its score for `category`, by default the best category."""
+    """Return the title of a region and the node of its score for `category`.
+
+    By default, it is the category with the best score, also background unless `title` says that the region is an object.
+    """
     vertical, horizontal = prepared.scale
     scaled = [value * scale for value, scale in zip(box, (horizontal, vertical) * 2)]
     if scaled[2] <= scaled[0] or scaled[3] <= scaled[1]:
         raise UserError(f"--roi must be x1,y1,x2,y2 with x1 < x2 and y1 < y2, got {','.join(map(str, box))}")
+    outputs = [BACKGROUND, *names]
     if title == BACKGROUND:
-        return title, RoINode(scaled, 0)
-    if category is None:
+        label = 0
+    elif category is None:
         with torch.no_grad():
-            label = int(RoINode(scaled)(network, prepared.network[None])[0][1:].argmax()) + 1
+            scores = RoINode(scaled)(network, prepared.network[None])[0]
+        label = int(scores[1:].argmax()) + 1 if title else int(scores.argmax())
     else:
-        label = names.index(category) + 1
-    return f"{title}: {names[label - 1]}" if title else names[label - 1], RoINode(scaled, label)
+        label = outputs.index(category, 1)
+    name = outputs[label]
+    return f"{title}: {name}" if title and label else name, RoINode(scaled, label)
 
 
 def _prepare(network: GeneralizedRCNN, image: Tensor) -> _PreparedImage:

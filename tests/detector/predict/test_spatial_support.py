@@ -85,12 +85,18 @@ def test_regions_of_the_background_and_of_categories():
     torch.manual_seed(1)
     network = build_detector(config.network, 2)
     view = SpatialSupportView(figure=2, budget=10)
+    view_of_region = dataclasses.replace(view, roi=((5, 5, 30, 40),))
     odd = "$\\frac{$\ud800"  # no formula, and no text that can be drawn
     for roi, category, title in (((), None, "background"), (((5, 5, 30, 40),), odd, r"$\frac{$\ud800")):
         chosen = dataclasses.replace(view, roi=roi, category=category)
         figure = draw_spatial_support({odd: network}, torch.rand(3, 64, 64), ["club", odd], chosen)
         assert figure.axes[0].get_title() == title
         figure.savefig(io.BytesIO())
+    for label, title in enumerate(("background", "club")):
+        with torch.no_grad():
+            network.roi_heads.box_predictor.cls_score.bias[label] += 1000 * (1 + label)
+        figure = draw_spatial_support({"a": network}, torch.rand(3, 64, 64), ["club", odd], view_of_region)
+        assert figure.axes[0].get_title() == title
 
 
 def test_nodes_of_regions(monkeypatch):
