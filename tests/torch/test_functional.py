@@ -140,8 +140,14 @@ def test_opcheck(kind: str, requires_grad: bool):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("kind", ["conv", "roi"])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("conv", "inductor"),
+        ("roi", "aot_eager"),
+        *(pytest.param(*item, marks=pytest.mark.exhaustive) for item in (("conv", "aot_eager"), ("roi", "inductor"))),
+    ],
+)
 def test_compile_without_graph_breaks(kind: str, backend: str):
     torch._dynamo.reset()
     case = make_conv(N=2, D=2) if kind == "conv" else make_roi_pool()
