@@ -26,7 +26,7 @@ settings.register_profile(
     "default",
     derandomize=True,  # the same examples in every run; the thorough profile draws new examples
     deadline=None,
-    max_examples=40,
+    max_examples=30,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )

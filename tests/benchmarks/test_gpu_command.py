@@ -35,8 +35,8 @@ def rehearsed(out: Path, *parts: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_rehearsal_of_tests_model_and_workspace(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    results = rehearsed(tmp_path, "model", "workspace", "tests")
+def test_rehearsal_of_model_and_workspace(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results = rehearsed(tmp_path, "model", "workspace")
     model, workspace = results["model"], results["workspace"]
     assert "REHEARSAL" in capsys.readouterr().out
     assert model["rehearsal"] and [row["mode"] for row in model["results"]] == ["eager", "graphs"]
@@ -50,6 +50,11 @@ def test_rehearsal_of_tests_model_and_workspace(tmp_path: Path, capsys: pytest.C
     assert small["products"] > large["products"] == 2
     for part in (model, workspace):
         assert part["failures"] == part["not_reached"] == []
+
+
+@pytest.mark.exhaustive
+def test_rehearsal_of_the_tests(tmp_path: Path):
+    rehearsed(tmp_path, "tests")
 
 
 @pytest.mark.exhaustive

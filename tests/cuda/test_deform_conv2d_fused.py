@@ -79,7 +79,11 @@ def test_equals_the_reference(dtype: str, precision: str, data: st.DataObject):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, precision", KINDS, ids=KIND_NAMES)
+@pytest.mark.parametrize(
+    "dtype, precision",
+    [pytest.param(*kind, marks=pytest.mark.exhaustive) if kind[0] == "bfloat16" else kind for kind in KINDS],
+    ids=KIND_NAMES,
+)
 @pytest.mark.parametrize(
     "outputs, device",
     [

@@ -55,7 +55,8 @@ def resources(log: str) -> dict[str, tuple[int, int]]:
 def typical() -> Iterator[Specialisation]:
     """Yield the specialisations with the widest vectors, which need most registers, and some without vectors.
 
-    Only the smallest tiles of the fused kernel are built for 16-bit offsets: they are read before the products.
+    Only the smallest tiles of the fused kernel are built for 16-bit offsets, which are read before the products, and
+    for bfloat16, which has the registers of float16.
     """
     widest: dict[tuple[object, ...], int] = {}
     for specialisation in specialisations():
@@ -65,8 +66,9 @@ def typical() -> Iterator[Specialisation]:
         kind, vector = _kind_and_vector(specialisation)
         macros = specialisation.macros
         one_type = macros.get("DCN_OFFSET_SCALAR") == macros["DCN_SCALAR"]
-        large_tile = one_type and macros["DCN_SCALAR"] in ("Half", "BFloat16") and macros.get("DCN_OUTPUTS", 64) != 64
-        if (vector == widest[kind] and not large_tile) or (vector == 1 and one_type and kind[1] in ("f16", "f64")):
+        alike = kind[1] == "bf16" or (kind[1] == "f16" and one_type)
+        left_out = alike and macros.get("DCN_OUTPUTS", 64) != 64
+        if (vector == widest[kind] and not left_out) or (vector == 1 and one_type and kind[1] in ("f16", "f64")):
             yield specialisation
 
 

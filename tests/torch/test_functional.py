@@ -139,21 +139,27 @@ def operator_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("requires_grad", [pytest.param(False, marks=pytest.mark.exhaustive), True])
+@pytest.mark.parametrize("second", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("kind", ["conv", "roi"])
-def test_opcheck(kind: str, requires_grad: bool):
+def test_opcheck(kind: str, second: bool):
+    """Check both operators, and the derivatives of the backward operator if `second`, which are slow to trace."""
     case = differentiable_case(kind)
-    arguments = operator_arguments(case, requires_grad)
     namespace = torch.ops.dcnops
-    torch.library.opcheck(getattr(namespace, case.operation).default, arguments)
+    torch.library.opcheck(getattr(namespace, case.operation).default, operator_arguments(case, requires_grad=True))
     needs = [True] * len(case.differentiable)
-    backward = (torch.from_numpy(case.grad_out), *arguments, needs)
+    backward = (torch.from_numpy(case.grad_out), *operator_arguments(case, requires_grad=second), needs)
     torch.library.opcheck(getattr(namespace, f"{case.operation}_backward").default, backward)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("kind", ["conv", "roi"])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("conv", "inductor"),
+        ("roi", "aot_eager"),
+        *(pytest.param(*item, marks=pytest.mark.exhaustive) for item in (("conv", "aot_eager"), ("roi", "inductor"))),
+    ],
+)
 def test_compile_without_graph_breaks(kind: str, backend: str):
     torch._dynamo.reset()
     case = make_conv(N=2, D=2) if kind == "conv" else make_roi_pool()
