@@ -68,7 +68,7 @@ def test_rehearsal_of_the_sanitizers(tmp_path: Path):
 def test_the_cases_for_the_sanitizers_are_correct(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(sys, "argv", ["sanitizer_cases", "--rehearse"])
     assert sanitizer_cases.main() == 0
-    assert capsys.readouterr().out.count("deterministic: correct") == 6
+    assert capsys.readouterr().out.count("deterministic: correct") == 8
 
 
 @pytest.mark.exhaustive
