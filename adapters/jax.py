@@ -1,4 +1,4 @@
-"""(Modulated) deformable convolution and deformable RoI pooling on JAX arrays.
+"""The operations on JAX arrays: deformable convolution, RoI pooling, multi-scale attention and aggregation.
 
 XLA calls back into the array functions with its own buffers, without copying them. On the CPU the buffers become NumPy
 arrays; on a GPU they become CuPy arrays (through DLPack) on XLA's stream. Eager calls and compiled programs take the
@@ -15,7 +15,8 @@ from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
-from dcnops._arguments import Padding, Pair, check_layout, check_precision
+from dcnops._arguments import Padding, Pair, Points, SpatialShapes, check_layout, check_precision
+from dcnops._attention_shapes import DeformAggregateGeometry, MSDeformAttnGeometry
 from dcnops._dispatch import check_arrays, load_backend
 from dcnops._dtypes import DTYPES
 from dcnops._errors import ArgumentError, DeviceError, DtypeError
@@ -156,21 +157,127 @@ def deform_roi_pool(
     return _run_compiled(_Signature("deform_roi_pool", geometry, order, ("input",)), _unify_varying_axes(arrays))
 
 
+def ms_deform_attn(
+    value: Array,
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Array,
+    attention_weights: Array,
+    *,
+    points: Points | None = None,
+) -> jax.Array:
+    """Compute multi-scale deformable attention of JAX arrays.
+
+    See `dcnops.ms_deform_attn` for the parameters, the formula and the errors. Here arrays are JAX or NumPy arrays.
+    `spatial_shapes` and `points` must be known under `jax.jit` too: Python integers, or a NumPy array.
+
+    Raises
+    ------
+    DtypeError
+        An argument is not a JAX or NumPy array, or has the wrong dtype.
+    NotImplementedError
+        A second derivative is taken.
+
+    Notes
+    -----
+    The notes of `deform_conv2d` apply.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from dcnops.adapters.jax import ms_deform_attn
+    >>> value = jnp.arange(6, dtype=jnp.float32).reshape(1, 6, 1, 1)  # a map of 2 x 2 pixels, and one of 1 x 2
+    >>> locations = jnp.full((1, 1, 1, 2, 1, 2), 0.5, jnp.float32)  # the centers of both maps
+    >>> weights = jnp.array([0.25, 0.75], jnp.float32).reshape(1, 1, 1, 2, 1)
+    >>> ms_deform_attn(value, [(2, 2), (1, 2)], locations, weights).item()  # 0.25 * 1.5 + 0.75 * 4.5
+    3.75
+    """
+    _check_static(spatial_shapes=spatial_shapes, points=points)
+    data = _check_jax_arrays({"value": value})
+    sampling = _check_jax_arrays({"sampling_locations": sampling_locations, "attention_weights": attention_weights})
+    check_arrays(_empty_arrays(data), _empty_arrays(sampling))
+    arrays = data | sampling
+    shapes = np.asarray(spatial_shapes) if isinstance(spatial_shapes, jax.Array) else spatial_shapes
+    geometry = MSDeformAttnGeometry.of(**arrays, spatial_shapes=shapes, points=points)
+    # The geometry holds the shapes.
+    signature = _Signature("ms_deform_attn", geometry, data="value", options=(("spatial_shapes", None),))
+    return _run_compiled(signature, _unify_varying_axes(arrays))
+
+
+def deform_aggregate(
+    input: Array,
+    offset: Array,
+    mask: Array | None = None,
+    *,
+    groups: int,
+    kernel_size: Pair,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+) -> jax.Array:
+    """Compute the core of DCNv3, or with one packed array that of DCNv4, on JAX arrays.
+
+    See `dcnops.deform_aggregate` for the parameters, the formula and the errors. Here arrays are JAX or NumPy arrays,
+    and the keyword arguments must be Python numbers under `jax.jit` too.
+
+    Raises
+    ------
+    DtypeError
+        An argument is not a JAX or NumPy array, or has the wrong dtype.
+    NotImplementedError
+        A second derivative is taken.
+
+    Notes
+    -----
+    The notes of `deform_conv2d` apply.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from dcnops.adapters.jax import deform_aggregate
+    >>> image = jnp.arange(16, dtype=jnp.float32).reshape(1, 4, 4, 1)
+    >>> offset = jnp.zeros((1, 4, 4, 2), jnp.float32).at[..., 0].set(0.5)  # half a pixel to the right
+    >>> deform_aggregate(image, offset, jnp.ones((1, 4, 4, 1)), groups=1, kernel_size=1)[0, 0, :, 0].tolist()
+    [0.5, 1.5, 2.5, 1.5]
+    """
+    numbers: dict[str, Any] = {
+        "groups": groups,
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "offset_scale": offset_scale,
+        "remove_center": remove_center,
+    }
+    _check_static(**numbers)
+    optional = ("mask",)
+    data = _check_jax_arrays({"input": input})
+    sampling = _check_jax_arrays({"offset": offset, "mask": mask}, optional)
+    check_arrays(_empty_arrays(data), _empty_arrays(sampling), optional=optional)
+    arrays = data | sampling
+    geometry = DeformAggregateGeometry.of(**arrays, **numbers)
+    return _run_compiled(_Signature("deform_aggregate", geometry), _unify_varying_axes(arrays))
+
+
 @dataclass(frozen=True)
 class _Signature:
     """Everything about a call except its arrays. JAX compiles equal signatures once."""
 
     operation: str
-    geometry: DeformConvGeometry | DeformRoIPoolGeometry
+    geometry: DeformConvGeometry | DeformRoIPoolGeometry | MSDeformAttnGeometry | DeformAggregateGeometry
     layout: Layout = NCHW
     images: tuple[str, ...] = ()
     """Names of the arrays that have this layout."""
     options: tuple[tuple[str, Any], ...] = ()
     """Keyword arguments of the forward and the backward function."""
+    data: str = "input"
+    """Name of the array with the dtype of the output."""
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        return self.layout.shape(*self.geometry.output_shape)
+        shape = self.geometry.output_shape
+        return shape if self.layout is NCHW else self.layout.shape(*shape)
 
 
 def _check_static(**parameters: Any) -> None:
@@ -247,7 +354,7 @@ def _shape_struct(shape: tuple[int, ...], dtype: np.dtype[Any]) -> jax.ShapeDtyp
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run_operation(signature: _Signature, arrays: _Arrays) -> jax.Array:
-    results = {"output": _shape_struct(signature.output_shape, arrays["input"].dtype)}
+    results = {"output": _shape_struct(signature.output_shape, arrays[signature.data].dtype)}
     return _call_back(_Callback(signature), results, arrays)["output"]
 
 

@@ -1,4 +1,4 @@
-"""Compare dcnops with torchvision and a plain convolution: `python -m benchmarks`.
+"""Compare dcnops with torchvision, a plain convolution and grid_sample: `python -m benchmarks`.
 
 The output and gradients of every contender are first compared with float64 results for the same inputs. A contender
 with wrong results is not timed, and the exit status is 1.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from benchmarks.operations import Operation
     from benchmarks.targets import Target
 
-OPERATIONS = ("deform_conv2d", "deform_roi_pool")
+OPERATIONS = ("deform_conv2d", "deform_roi_pool", "ms_deform_attn", "deform_aggregate")
 DEVICES = ("all", "cpu", "cuda")
 PARTS = ("forward", "backward", "memory", "first-call")
 _SECONDS = {"cpu": 8.0, "cuda": 0.3, "rehearsal": 0.0}
@@ -153,8 +153,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--shapes",
         type=_shape,
         nargs="+",
-        metavar="CxHxW",
-        help="replace the standard shapes: CxHxW for a convolution, CxHxWxRxP for RoI pooling, as in the tables",
+        metavar="CxHxW...",
+        help="replace the standard shapes: those with the number of sizes of an operation, as in its tables",
     )
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS, help="figures to measure; default: all")
     destination = parser.add_mutually_exclusive_group()
@@ -200,7 +200,7 @@ def _measure(run: _Run, device: str, meter: Meter, operations: Sequence[Operatio
     planned = []
     if set(options.parts) & set(DIRECTIONS):
         for operation in operations:
-            shapes = [shape for shape in options.shapes or operation.shapes if len(shape) == len(operation.shapes[0])]
+            shapes = options.shapes and [shape for shape in options.shapes if len(shape) == len(operation.shapes[0])]
             planned.append([(operation, case) for case in cases(operation, device, shapes)])
     # Alternate between the operations, so that the important rows of both come first.
     for operation, case in (row for turn in zip_longest(*planned) for row in turn if row is not None):

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.deform_conv2d import TAPS
+from benchmarks.ms_deform_attn import CHANNELS, HEADS, levels_and_points
 from benchmarks.operations import Case
 from benchmarks.report import markdown
+from dcnops._attention_shapes import DeformAggregateGeometry, MSDeformAttnGeometry
 from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.engine import Device, Engine
 from dcnops._backends.cuda.programs import ArrayForm, Fill, Launch, Product, Recorder
@@ -58,8 +60,11 @@ class Account:
 
 
 def account(case: Case, direction: str, device: Device = H200) -> Account:
-    """Count the resources of our call: a modulated convolution or RoI pooling without offsets, as in the benchmark."""
-    plan, geometry, forms, options = (_pool if len(case.shape) == 5 else _conv)(case, direction)
+    """Count the resources of our call, as in the benchmark: RoI pooling is without offsets.
+
+    The number of sizes in a shape tells the operations apart.
+    """
+    plan, geometry, forms, options = _CALLS[len(case.shape)](case, direction)
     program, _ = Recorder(_engine(device)).record(plan, geometry, forms, options)
     kernels = tuple(step.launcher.name for step in program.steps if isinstance(step, Launch))  # type: ignore[attr-defined]
     products, fills = (sum(isinstance(step, kind) for step in program.steps) for kind in (Product, Fill))
@@ -113,6 +118,34 @@ def _pool(case: Case, direction: str) -> tuple[Any, ...]:
         return plans.deform_roi_pool, geometry, [input, rois, None, None], ()
     forms = [ArrayForm((R, C, P, P), dtype), input, rois, None, None]
     return plans.deform_roi_pool_backward, geometry, forms, ({"input"}, case.deterministic, get_workspace())
+
+
+def _attention(case: Case, direction: str) -> tuple[Any, ...]:
+    sizes, points = levels_and_points(case.shape)
+    dtype, float32 = _numpy_dtype(case.dtype), np.dtype(np.float32)
+    queries = (case.N, case.shape[2], HEADS, sum(points))
+    value = ArrayForm((case.N, sum(height * width for height, width in sizes), HEADS, CHANNELS), dtype)
+    locations, weights = ArrayForm((*queries, 2), float32), ArrayForm(queries, float32)
+    geometry = MSDeformAttnGeometry.of(value, sizes, locations, weights, points)
+    if direction == "forward":
+        return plans.ms_deform_attn, geometry, [value, None, locations, weights], ()
+    forms = [ArrayForm(geometry.output_shape, dtype), value, None, locations, weights]
+    needs = {"value", "sampling_locations", "attention_weights"}
+    return plans.ms_deform_attn_backward, geometry, forms, (needs, case.deterministic, get_workspace())
+
+
+def _aggregation(case: Case, direction: str) -> tuple[Any, ...]:
+    (G, D, H, W), float32 = case.shape, np.dtype(np.float32)
+    input = ArrayForm((case.N, H, W, G * D), _numpy_dtype(case.dtype))
+    sampling = [ArrayForm((case.N, H, W, channels * G * TAPS), float32) for channels in (2, 1)]
+    geometry = DeformAggregateGeometry.of(input, *sampling, groups=G, kernel_size=3, padding=1)
+    if direction == "forward":
+        return plans.deform_aggregate, geometry, [input, *sampling], ()
+    options = ({"input", "offset", "mask"}, case.deterministic, get_workspace())
+    return plans.deform_aggregate_backward, geometry, [input, input, *sampling], options
+
+
+_CALLS = {3: _conv, 4: _aggregation, 5: _pool, 6: _attention}
 
 
 def _numpy_dtype(name: str) -> Any:

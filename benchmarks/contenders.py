@@ -1,6 +1,7 @@
-"""Contenders of both operations, and conversion of a case's arrays to their libraries.
+"""Contenders of convolution and RoI pooling, and conversion of a case's arrays to their libraries.
 
-To add a contender, add it to `conv_contenders` or `pool_contenders` and its name to `columns` of the operation.
+Those of attention and aggregation are in `benchmarks.weighted_samples`. To add a contender, add it to `conv_contenders`
+or `pool_contenders` and its name to `columns` of the operation.
 """
 
 from __future__ import annotations
@@ -98,8 +99,6 @@ def prepare_tensors(
     operation: str, images: frozenset[str], options: dict[str, Any], case: Case, arrays: Arrays, direction: str
 ) -> Callable[[], Any]:
     """Prepare a call of dcnops on tensors; those named in `images` have the memory format of the case."""
-    import torch
-
     from dcnops.adapters import torch as adapter
 
     tensors = layer_tensors(case, arrays, arrays, images if case.layout == "NHWC" else ())
@@ -107,6 +106,13 @@ def prepare_tensors(
     if "rois" in tensors:
         constants["rois"] = tensors.pop("rois")
     call = prepare_torch(partial(getattr(adapter, operation), **constants, **options), tensors, grad_out, direction)
+    return deterministic_if_wanted(call, case, direction)
+
+
+def deterministic_if_wanted(call: Callable[[], Any], case: Case, direction: str) -> Callable[[], Any]:
+    """Return the call, or one that computes gradients with torch's deterministic algorithms if the case wants that."""
+    import torch
+
     if direction == "forward" or not case.deterministic:
         return call
 
@@ -182,7 +188,9 @@ def _prepare_plain_conv(case: Case, arrays: Arrays, direction: str) -> Callable[
         return found.contiguous(memory_format=torch.channels_last) if on_gpu else found
 
     tensors = {name: tensor(name) for name in ("input", "weight", "bias")}
-    return prepare_torch(partial(torch.nn.functional.conv2d, padding=1), tensors, tensor("grad_out"), direction)
+    return prepare_torch(
+        partial(torch.nn.functional.conv2d, padding=1, groups=case.groups), tensors, tensor("grad_out"), direction
+    )
 
 
 def _prepare_roi_align(case: Case, arrays: Arrays, direction: str) -> Callable[[], Any]:

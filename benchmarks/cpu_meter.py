@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,13 @@ class CpuMeter(Meter):
         """
         if not _CLEAR_REFS.exists():
             return None
-        return int(run_module("benchmarks.cpu_meter", operation.name, contender, direction, *map(str, case.shape)))
+        arguments = (operation.name, contender, direction, json.dumps(asdict(case)))
+        return int(run_module("benchmarks.cpu_meter", *arguments))
 
 
 def _peak_extra_bytes_here(operation: Operation, case: Case, name: str, direction: str) -> int:
     contender = next(c for c in operation.contenders(case) if c.name == name)
-    tiny = replace(case, shape=tuple(min(size, _TINY) for size in case.shape))
+    tiny = Case(case.device, tuple(min(size, _TINY) for size in case.shape))
     contender.prepare(tiny, operation.inputs(tiny), direction)()
     call = contender.prepare(case, operation.inputs(case), direction)
     before = _settled_bytes()
@@ -71,6 +72,7 @@ def _status_bytes(field: str) -> int:
 
 
 if __name__ == "__main__":
-    operation_name, contender_name, direction, *sizes = sys.argv[1:]
-    case = Case("cpu", tuple(map(int, sizes)))
+    operation_name, contender_name, direction, fields = sys.argv[1:]
+    case = Case(**json.loads(fields))
+    case = replace(case, shape=tuple(case.shape))
     print(json.dumps(_peak_extra_bytes_here(load(operation_name), case, contender_name, direction)))

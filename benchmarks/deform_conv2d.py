@@ -17,7 +17,8 @@ TAPS = 9
 
 
 def _inputs(case: Case) -> Arrays:
-    arrays = dict(_random(case.shape, 1 if case.N == 1 else 2 if case.N == 2 else 16))
+    images = 1 if case.N == 1 else 2 if case.N == 2 else 16
+    arrays = dict(_random(case.shape, images, case.groups, case.deformable_groups))
     arrays["offset"] = np.float32(case.spread) * arrays["offset"]
     return {
         name: rounded(array[: case.N] if name in _PER_IMAGE else array, case.dtype) for name, array in arrays.items()
@@ -25,7 +26,7 @@ def _inputs(case: Case) -> Arrays:
 
 
 @lru_cache(maxsize=12)
-def _random(shape: tuple[int, int, int], N: int) -> Arrays:
+def _random(shape: tuple[int, int, int], N: int, G: int, D: int) -> Arrays:
     C, H, W = shape
 
     def normal(stream: int, *shape: int) -> np.ndarray:
@@ -38,10 +39,10 @@ def _random(shape: tuple[int, int, int], N: int) -> Arrays:
     random = np.random.default_rng(0)
     return {
         "input": normal(1, N, C, H, W),
-        "offset": normal(2, N, 2 * TAPS, H, W),
-        "weight": random.standard_normal((C, C, 3, 3), np.float32) * np.float32((TAPS * C) ** -0.5),
+        "offset": normal(2, N, 2 * D * TAPS, H, W),
+        "weight": random.standard_normal((C, C // G, 3, 3), np.float32) * np.float32((TAPS * C // G) ** -0.5),
         "bias": random.standard_normal(C, np.float32),
-        "mask": 1 / (1 + np.exp(-normal(3, N, TAPS, H, W))),
+        "mask": 1 / (1 + np.exp(-normal(3, N, D * TAPS, H, W))),
         "grad_out": normal(4, N, C, H, W),
     }
 
@@ -61,19 +62,20 @@ def expected(arrays: Arrays, coordinates: str = "float32", device: str = "cpu") 
     axes = (torch.arange(size, device=device, dtype=torch.float64) for size in grad_out.shape[2:])
     pixels = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     bias = exact.pop("bias")
+    groups = torch.arange(exact["mask"].shape[1] // TAPS) * TAPS  # first tap of each deformable group
     results = {name: torch.zeros_like(array) for name, array in exact.items()}
     results |= {"bias": grad_out.sum((0, 2, 3)), "output": bias[:, None, None].expand(grad_out.shape).clone()}
     for k in range(TAPS):
         i, j = divmod(k, 3)
         parts: dict[str, Any] = {
             "input": np.s_[:],
-            "offset": np.s_[:, 2 * k : 2 * k + 2],
+            "offset": np.s_[:, (2 * (groups + k)[:, None] + torch.arange(2)).flatten()],
             "weight": np.s_[:, :, i : i + 1, j : j + 1],
-            "mask": np.s_[:, k : k + 1],
+            "mask": np.s_[:, groups + k],
         }
         tap = {name: exact[name][part] for name, part in parts.items()}
-        regular = pixels + torch.tensor([i - 1, j - 1], device=device)[:, None, None]
-        tap["offset"] = (regular.to(rounding) + tap["offset"].to(rounding)).double() - pixels
+        regular = (pixels + torch.tensor([i - 1, j - 1], device=device)[:, None, None]).repeat(len(groups), 1, 1)
+        tap["offset"] = (regular.to(rounding) + tap["offset"].to(rounding)).double() - pixels.repeat(len(groups), 1, 1)
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in tap.items()}
         output = deform_conv2d(**leaves, bias=None, stride=1, padding=0, dilation=1)
         results["output"] += output.detach()
@@ -91,7 +93,8 @@ def _column_bytes(case: Case) -> int:
 def _work(case: Case) -> tuple[float, float]:
     C, H, W = case.shape
     pixels, size = case.N * H * W, DTYPES[case.dtype].itemsize
-    return 2.0 * pixels * C * C * TAPS, float(size * (pixels * (2 * C + 3 * TAPS) + C * C * TAPS + C))
+    weights = C * C // case.groups * TAPS
+    return 2.0 * pixels * weights, float(size * (pixels * (2 * C + 3 * TAPS * case.deformable_groups) + weights + C))
 
 
 def _gpu_variants() -> list[dict[str, Any]]:
@@ -117,6 +120,15 @@ def _gpu_variants() -> list[dict[str, Any]]:
     ]
 
 
+CPU_CASES = (
+    Case("cpu", (64, 128, 128), deformable_groups=8),  # EDVR
+    Case("cpu", (128, 64, 64), deformable_groups=16),  # BasicVSR++, ProPainter
+    Case("cpu", (128, 48, 48), deformable_groups=128),
+    Case("cpu", (256, 14, 14)),
+    Case("cpu", (256, 50, 84), groups=32),  # ResNeXt
+    Case("cpu", (512, 25, 42), N=8),
+)
+
 OPERATION = Operation(
     name="deform_conv2d",
     sizes="C=O x H x W",
@@ -127,6 +139,7 @@ OPERATION = Operation(
     contenders=conv_contenders,
     expected=expected,
     columns=(OURS, PEER, PLAIN),
+    cpu_cases=CPU_CASES,
     column_bytes=_column_bytes,
     work=_work,
 )

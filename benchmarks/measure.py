@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -47,12 +47,13 @@ class Meter:
         return None
 
 
-def cases(operation: Operation, device: str, shapes: Iterable[tuple[int, ...]]) -> Iterator[Case]:
-    """Yield all shapes in the most important variant, then in the next."""
-    shapes = list(shapes)
+def cases(operation: Operation, device: str, shapes: Sequence[tuple[int, ...]] | None = None) -> Iterator[Case]:
+    """Yield all standard cases, or those of the given shapes: all in the most important variant, then in the next."""
     for variant in [{}] if device == "cpu" else operation.gpu_variants:
-        for shape in shapes:
+        for shape in operation.shapes if shapes is None else shapes:
             yield Case(device, shape, **variant)
+    if device == "cpu" and shapes is None:
+        yield from operation.cpu_cases
 
 
 def measure(

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-OURS, PEER, PLAIN, MODULATED = "dcnops", "torchvision", "conv2d", "dcnops modulated"
+OURS, PEER, PLAIN, MODULATED, GRID = "dcnops", "torchvision", "conv2d", "dcnops modulated", "grid_sample"
 """Names of the contenders in tables and files.
 
 `PLAIN` is the ordinary convolution that the deformable one extends. `MODULATED` is RoI pooling with offset and mask;
-without them the operation is RoIAlign, which torchvision has too.
+without them the operation is RoIAlign, which torchvision has too. `GRID` computes attention and aggregation with
+PyTorch's `grid_sample`.
 """
 
 Arrays = Mapping[str, np.ndarray]
@@ -37,6 +38,9 @@ class Case:
     """Standard deviation of the offsets, in their unit."""
     deterministic: bool = False
     """Compute our gradients deterministically."""
+    groups: int = 1
+    """Weight groups of a convolution."""
+    deformable_groups: int = 1
 
     @property
     def label(self) -> str:
@@ -51,6 +55,8 @@ class Case:
             self.layout if self.layout != "NCHW" else "",
             f"spread {self.spread:g}" if self.spread != 1 else "",
             "deterministic" if self.deterministic else "",
+            f"{self.groups} weight groups" if self.groups != 1 else "",
+            f"{self.deformable_groups} deformable groups" if self.deformable_groups != 1 else "",
         ]
         return ", ".join(filter(None, parts))
 
@@ -102,6 +108,8 @@ class Operation:
     """
     columns: Sequence[str]
     """Names of all contenders, in the order of the table."""
+    cpu_cases: Sequence[Case] = ()
+    """Cases on a CPU besides those of `shapes`."""
     column_bytes: Callable[[Case], int | None] = lambda case: None
     """Return the size of an im2col buffer of one image, if the operation has one."""
     work: Callable[[Case], tuple[float, float] | None] = lambda case: None
@@ -110,7 +118,7 @@ class Operation:
     @property
     def ratios(self) -> list[tuple[str, str]]:
         """Pairs of contenders to compare."""
-        return [pair for pair in ((PEER, OURS), (OURS, PLAIN)) if set(pair) <= set(self.columns)]
+        return [pair for pair in ((PEER, OURS), (GRID, OURS), (OURS, PLAIN)) if set(pair) <= set(self.columns)]
 
     @property
     def with_memory(self) -> list[str]:

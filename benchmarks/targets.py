@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from benchmarks.operations import OURS, PEER, PLAIN
+from benchmarks.operations import GRID, OURS, PEER, PLAIN
 
 Row = Mapping[str, Any]
 
@@ -109,13 +109,18 @@ _TO_COLUMNS = _Figure(
 _TO_PEER = _Figure(
     "extra memory / torchvision's", lambda row, way, run: _quotient(*map(_extra_memory(row, way).get, (OURS, PEER)))
 )
+_OVER_GRID = _ratio(GRID, OURS)
+_TO_GRID = _Figure(
+    "extra memory / grid_sample's", lambda row, way, run: _quotient(*map(_extra_memory(row, way).get, (OURS, GRID)))
+)
 _FLOOR = _Figure("share of the floor", _share_of_floor)
 _HOST = _Figure("CPU time, us", _host_microseconds)
 _DETERMINISM = _Figure("deterministic / default", _cost_of_determinism)
 
 _TF32 = "float32, tf32"
 _CPU = {"device": "cpu", "kind": "float32", "N": 1}
-_CPU_CONV = {**_CPU, "operation": "deform_conv2d"}
+_CPU_CONV = {**_CPU, "operation": "deform_conv2d", "groups": 1, "deformable_groups": 1}
+_CPU_WEIGHT_GROUPS = {**_CPU_CONV, "shape": "256x50x84", "groups": 32}
 _CPU_POOL = {
     **_CPU,
     "operation": "deform_roi_pool",
@@ -123,6 +128,12 @@ _CPU_POOL = {
 }
 _CPU_LARGE = {**_CPU_CONV, "shape": ("128x100x168", "256x50x84", "512x50x84")}
 _CPU_ALL = {**_CPU_CONV, "shape": ("64x56x56", "128x100x168", "256x50x84", "512x50x84")}
+_ENCODER, _DECODERS = "100x167x22223x4x4x4", ("100x167x300x4x4x4", "80x80x300x3x3x6")
+_CPU_ENCODER = {**_CPU, "operation": "ms_deform_attn", "shape": _ENCODER}
+_CPU_DECODERS = {**_CPU_ENCODER, "shape": _DECODERS}
+_CPU_AGGREGATE = {**_CPU, "operation": "deform_aggregate"}
+_GPU_ATTENTION = {"device": "cuda", "operation": "ms_deform_attn", "deterministic": False}
+_GPU_ENCODER = {**_GPU_ATTENTION, "shape": _ENCODER}
 _GPU_POOL = {"device": "cuda", "operation": "deform_roi_pool", "layout": "NCHW", "deterministic": False}
 _GPU_ANY = {"device": "cuda", "operation": "deform_conv2d", "layout": "NCHW", "spread": 2.0}
 _GPU = {**_GPU_ANY, "deterministic": False, "kind": ("float16", "bfloat16", _TF32, "float32")}
@@ -131,13 +142,35 @@ _GPU_LARGE = {**_GPU, "N": (8, 16)}
 TABLE: tuple[tuple[Mapping[str, Any], str, _Figure, str, float], ...] = (
     # Fields of the row (a tuple lists alternatives), direction, figure, relation, limit.
     ({**_CPU_CONV, "shape": "128x100x168"}, "forward", _SPEEDUP, ">=", 6.0),
-    ({**_CPU_CONV, "shape": ("64x56x56", "256x50x84", "512x50x84")}, "forward", _SPEEDUP, ">=", 2.5),
+    ({**_CPU_CONV, "shape": ("256x50x84", "512x50x84")}, "forward", _SPEEDUP, ">=", 2.5),
+    ({**_CPU_CONV, "shape": "64x56x56"}, "forward", _SPEEDUP, ">=", 6.0),
+    ({**_CPU_CONV, "shape": "64x56x56"}, "backward", _SPEEDUP, ">=", 16.0),
+    ({**_CPU_CONV, "shape": "256x14x14"}, "forward", _SPEEDUP, ">=", 3.5),
+    ({**_CPU_CONV, "shape": "256x14x14"}, "backward", _SPEEDUP, ">=", 8.0),
+    ({**_CPU_CONV, "shape": "512x25x42", "N": 8}, "forward", _SPEEDUP, ">=", 3.2),
+    ({**_CPU_CONV, "shape": "512x25x42", "N": 8}, "backward", _SPEEDUP, ">=", 5.5),
+    (_CPU_WEIGHT_GROUPS, "forward", _SPEEDUP, ">=", 12.0),
+    (_CPU_WEIGHT_GROUPS, "backward", _SPEEDUP, ">=", 16.0),
+    ({**_CPU_CONV, "deformable_groups": 8}, "forward", _SPEEDUP, ">=", 10.0),
+    ({**_CPU_CONV, "deformable_groups": 8}, "backward", _SPEEDUP, ">=", 14.0),
+    ({**_CPU_CONV, "deformable_groups": 16}, "forward", _SPEEDUP, ">=", 8.0),
+    ({**_CPU_CONV, "deformable_groups": 16}, "backward", _SPEEDUP, ">=", 12.0),
+    ({**_CPU_CONV, "deformable_groups": 128}, "forward", _SPEEDUP, ">=", 2.5),
+    ({**_CPU_CONV, "deformable_groups": 128}, "backward", _SPEEDUP, ">=", 2.5),
     (_CPU_LARGE, "forward", _TO_PLAIN, "<=", 2.0),
-    (_CPU_ALL, "backward", _SPEEDUP, ">=", 7.0),
+    (_CPU_LARGE, "backward", _SPEEDUP, ">=", 7.0),
     (_CPU_LARGE, "backward", _TO_PLAIN, "<=", 2.5),
     (_CPU_ALL, "forward", _TO_COLUMNS, "<=", 1 / 8),
     (_CPU_POOL, "forward", _SPEEDUP, ">=", 1.0),
     (_CPU_POOL, "backward", _SPEEDUP, ">=", 2.0),
+    (_CPU_ENCODER, "forward", _OVER_GRID, ">=", 4.0),
+    (_CPU_ENCODER, "backward", _OVER_GRID, ">=", 6.0),
+    (_CPU_ENCODER, "forward", _TO_GRID, "<=", 0.1),
+    (_CPU_ENCODER, "backward", _TO_GRID, "<=", 0.1),
+    (_CPU_DECODERS, "forward", _OVER_GRID, ">=", 2.0),
+    (_CPU_DECODERS, "backward", _OVER_GRID, ">=", 2.0),
+    (_CPU_AGGREGATE, "forward", _OVER_GRID, ">=", 2.0),
+    (_CPU_AGGREGATE, "backward", _OVER_GRID, ">=", 2.0),
     ({**_GPU_LARGE, "kind": "float16"}, "forward", _SPEEDUP, ">=", 4.0),
     ({**_GPU_LARGE, "kind": _TF32}, "forward", _SPEEDUP, ">=", 2.5),
     ({**_GPU_LARGE, "kind": "float32"}, "forward", _SPEEDUP, ">=", 1.3),
@@ -156,9 +189,14 @@ TABLE: tuple[tuple[Mapping[str, Any], str, _Figure, str, float], ...] = (
     ({**_GPU_ANY, "deterministic": True}, "backward", _DETERMINISM, "<=", 1.3),
     (_GPU_POOL, "forward", _SPEEDUP, ">=", 1.0),
     (_GPU_POOL, "backward", _SPEEDUP, ">=", 3.0),
+    (_GPU_ENCODER, "forward", _OVER_GRID, ">=", 3.0),
+    (_GPU_ENCODER, "backward", _OVER_GRID, ">=", 4.0),
+    (_GPU_ENCODER, "forward", _FLOOR, ">=", 1 / 1.5),
+    (_GPU_ATTENTION, "forward", _HOST, "<=", 45.0),
+    (_GPU_ATTENTION, "backward", _HOST, "<=", 200.0),
 )
 
-_FIRST_CALL_SECONDS = {"cold": 15.0, "warm": 1.0}
+_FIRST_CALL_SECONDS = {"cold": {"forward": 2.0, "backward": 3.0}, "warm": {"forward": 1.0, "backward": 1.0}}
 _MODEL_RATIO = 1.0
 """Largest time of a row of the benchmark of the model, in that of torchvision's operation."""
 
@@ -175,12 +213,11 @@ def evaluate(
     """
     run = _Run(rows, floors or {})
     targets = [target for row in rows for target in _of_row(row, run)]
-    for state, limit in _FIRST_CALL_SECONDS.items():
+    for state, limits in _FIRST_CALL_SECONDS.items():
         if state in first_call.get("cpu", {}):
             steps = first_call["cpu"][state]
-            seconds = steps["import"] + steps["forward"]
-            targets.append(Target(f"first call {state}, import and forward, s", seconds, "<=", limit))
-            targets.append(Target(f"first backward call {state}, s", steps["backward"], "<=", limit))
+            targets.append(Target(f"first forward call {state}, s", steps["forward"], "<=", limits["forward"]))
+            targets.append(Target(f"first backward call {state}, s", steps["backward"], "<=", limits["backward"]))
     return targets
 
 
@@ -196,7 +233,7 @@ def evaluate_model(rows: Sequence[Row]) -> list[Target]:
 def _of_row(row: Row, run: _Run) -> Iterator[Target]:
     kind = _kind(row)
     fields = {**row, "kind": kind}
-    name = row["shape"] if row["device"] == "cpu" else f"{row['shape']}, batch {row['N']}, {kind}"
+    name = f"{row['shape']}, batch {row['N']}, {row['data'] if row['device'] == 'cpu' else kind}"
     for conditions, direction, figure, relation, limit in TABLE:
         if all(_matches(fields[field], wanted) for field, wanted in conditions.items()):
             value = figure.value(row, direction, run)

@@ -12,6 +12,7 @@
 // columns.
 
 #include "dcn/deform_conv2d.cuh"
+#include "dcn/sample_gradients.cuh"
 #include "dcn/array_jobs.cuh"
 
 // A column that adds to the pixel of the list.
@@ -77,12 +78,6 @@ struct alignas(16) PreparedSample {
 };
 
 constexpr int kAnyPixel = 15, kIsNaN = 1 << 4, kHasRight = 1 << 5, kHasLower = 1 << 6;
-
-// Dot products of the column's gradient with the channels of the neighbours. The entry of a neighbour outside the image
-// is meaningless.
-struct alignas(16) SampleDots {
-  Sum at[4];
-};
 
 static_assert(sizeof(PreparedSample) + sizeof(SampleDots) <= DCN_SAMPLE_BYTES, "shared memory per sampling point");
 
@@ -611,52 +606,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Sums four values over the `lanes` threads of a sampling point. With 4 threads or more, thread i < 4 writes sum i;
-// with fewer, thread 0 writes all. Threads exchange values before they add, which takes fewer shuffles than four
-// separate sums.
-__device__ __forceinline__ void sum_over_lanes(int lanes, const Sum (&value)[4], SampleDots& dots) {
-  const int x = threadIdx.x;
-  if (lanes < 4) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Sum sum = lanes == 2 ? value[i] + __shfl_xor_sync(kAllLanes, value[i], 1) : value[i];
-      if (x == 0) dots.at[i] = sum;
-    }
-    return;
-  }
-  const bool odd = x & 1, upper = x & 2;
-  const Sum low = (odd ? value[1] : value[0]) + __shfl_xor_sync(kAllLanes, odd ? value[0] : value[1], 1);
-  const Sum high = (odd ? value[3] : value[2]) + __shfl_xor_sync(kAllLanes, odd ? value[2] : value[3], 1);
-  Sum sum = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, 2);
-#pragma unroll
-  for (int distance = 4; distance < 32; distance *= 2) {
-    const Sum other = __shfl_xor_sync(kAllLanes, sum, distance);
-    if (distance < lanes) sum += other;
-  }
-  if (x < 4) dots.at[x] = sum;
-}
-
-// Gradients of the position and the modulation of a sampling point.
-struct SampleGradient {
-  Sum y, x, modulation;
-};
-
-__device__ __forceinline__ SampleGradient differentiate(const PreparedSample& sample, const SampleDots& dots) {
-  Sum dot[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) dot[i] = sample.flags >> i & 1 ? dots.at[i] : Sum(0);
-  const Sum ly = sample.ly, lx = sample.lx;
-  SampleGradient gradient;
-  gradient.y = weighted(sample.modulation, weighted(Sum(1) - lx, dot[2] - dot[0]) + weighted(lx, dot[3] - dot[1]));
-  gradient.x = weighted(sample.modulation, weighted(Sum(1) - ly, dot[1] - dot[0]) + weighted(ly, dot[3] - dot[2]));
-  const SamplePoint<Sum> point = {0, 0, ly, lx, sample.flags, false};
-  gradient.modulation = Sum(0);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) gradient.modulation += weighted(bilinear_weight(point, i), dot[i]);
-  if (sample.flags & kIsNaN) gradient.y = gradient.x = gradient.modulation = not_a_number<Sum>();
-  return gradient;
-}
-
 #if __CUDA_ARCH__ >= 800
 template <typename T>
 __device__ __forceinline__ unsigned pack(float low, float high);
@@ -737,14 +686,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, kManyBlocks)
           if (p.write_columns) store_vector(at, narrow_vector<Scalar>(sums));
         }
       }
-      sum_over_lanes(blockDim.x, dot, dots[s]);
+      sum_over_lanes(threadIdx.x, blockDim.x, dot, dots[s]);
     }
     __syncthreads();
 
     for (int s = thread_of_block(); s < p.tile_samples; s += threads_of_block()) {
       const Sample sample = sample_of_tile(p, tile, s);
       if (sample.row >= p.range.rows) continue;
-      const SampleGradient gradient = differentiate(prepared[s], dots[s]);
+      const PreparedSample& at = prepared[s];
+      const SamplePoint<Sum> point = {0, 0, at.ly, at.lx, at.flags, (at.flags & kIsNaN) != 0};
+      const SampleGradient gradient = differentiate(point, at.modulation, dots[s]);
       const Tap tap = find_tap(p, p.grad_stride, sample.row, sample.d * (p.size.kh * p.size.kw) + sample.k);
       if (p.grad_offset) {
         p.grad_offset[tap.offset_at] = narrow<OffsetScalar>(gradient.y);

@@ -5,6 +5,7 @@
 // weights of 32 bins in the strip at once, one bin per lane.
 
 #include "dcn/roi_bins.cuh"
+#include "dcn/strip_sums.cuh"
 
 // Inclusive bounds of the pixels that can contribute to the bins of a region; image is -1 if there are none.
 struct RegionBounds {
@@ -63,11 +64,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-constexpr int kStrip = sizeof(Sum) == 8 ? 2 : DCN_VEC == 8 ? 4 : 8;  // pixels; the sums of a lane must fit registers
-constexpr int kBinsTogether = sizeof(Sum) == 8 ? 1 : 2;              // gradients that a lane loads before it adds them
-constexpr int kStripPadding = 4;  // prevents bank conflicts of threads that run over pixels
-constexpr int kPitch = kWarp * DCN_VEC + kStripPadding;
-
 struct Strip {
   int image, y, x;
 };
@@ -122,16 +118,6 @@ __device__ __forceinline__ bool weigh_strip(const DeformRoIPoolBins& bins, const
   return touches;
 }
 
-// Removes the next bit for each group of lanes from `bits`. Returns the number of this group's bit, or -1.
-__device__ __forceinline__ int next_bit(unsigned& bits, int group, int groups) {
-  int mine = -1;
-  for (int g = 0; g < groups && bits; ++g) {
-    if (g == group) mine = __ffs(static_cast<int>(bits)) - 1;
-    bits &= bits - 1;
-  }
-  return mine;
-}
-
 // Adds the weighted gradients of the bins from `first` to `end` of a region to the sums of a strip. Called by a whole
 // warp; its groups of lanes share the bins. grad_out points at the gradient of bin `first`.
 __device__ __forceinline__ void add_region(const DeformRoIPoolGradInputParams& p, const Strip& strip, int region,
@@ -141,28 +127,9 @@ __device__ __forceinline__ void add_region(const DeformRoIPoolGradInputParams& p
   for (int base = first; base < end; base += kWarp) {
     Sum weights[kStrip] = {};
     const bool touches = base + lane < end && weigh_strip(p.bins, {region, base + lane}, strip, weights);
-    unsigned bits = __ballot_sync(kAllLanes, touches);
-    while (bits) {
-      int sources[kBinsTogether];
-      ScalarVector grads[kBinsTogether];
-#pragma unroll
-      for (int b = 0; b < kBinsTogether; ++b) {
-        sources[b] = next_bit(bits, lane >> p.lane_bits, kWarp >> p.lane_bits);
-        if (sources[b] < 0 || !has_channels) continue;
-        const long long row = base - first + sources[b];
-        grads[b] = *reinterpret_cast<const ScalarVector*>(grad_out + row * p.bins.size.C);
-      }
-#pragma unroll
-      for (int b = 0; b < kBinsTogether; ++b) {
-#pragma unroll
-        for (int k = 0; k < kStrip; ++k) {
-          const Sum weight = __shfl_sync(kAllLanes, weights[k], max(sources[b], 0));
-          if (sources[b] < 0 || !has_channels || weight == Sum(0)) continue;
-#pragma unroll
-          for (int e = 0; e < DCN_VEC; ++e) sums[k][e] += weight * widen(grads[b].at[e]);
-        }
-      }
-    }
+    const int row = base - first, C = p.bins.size.C;
+    const auto row_of = [=](int source) { return grad_out + static_cast<long long>(row + source) * C; };
+    add_rows(weights, touches, p.lane_bits, has_channels, row_of, sums);
   }
 }
 
@@ -171,7 +138,7 @@ __device__ __forceinline__ void add_region(const DeformRoIPoolGradInputParams& p
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     DCN_KERNEL(deform_roi_pool_grad_input)(const DeformRoIPoolGradInputParams p) {
   DCN_SHARED_MEMORY(shared);
-  Sum(*const partial)[kStrip][kPitch] = reinterpret_cast<Sum(*)[kStrip][kPitch]>(shared);
+  StripSums* const partial = reinterpret_cast<StripSums*>(shared);
   const DeformRoIPoolSizes& size = p.bins.size;
   const int lane = threadIdx.x, warp = threadIdx.y, bins = size.P * size.Q;
   const int lanes = 1 << p.lane_bits, slice = lanes * DCN_VEC, slices = (size.C + slice - 1) / slice;
@@ -199,21 +166,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
         add_region(p, strip, p.range.first_image + region, first, end, grad_out, c < size.C, sums);
       }
     }
-#pragma unroll
-    for (int k = 0; k < kStrip; ++k) {
-#pragma unroll
-      for (int e = 0; e < DCN_VEC; ++e) partial[warp][k][lane * DCN_VEC + e] = sums[k][e];
-    }
+    store_strip(sums, partial);
     __syncthreads();
 
     const bool rows = !p.grad_input || p.channels_last;
     for (int i = thread_of_block(); i < kStrip * slice; i += threads_of_block()) {
       const int k = rows ? i / slice : i % kStrip, channel = rows ? i % slice : i / kStrip;
       if (k >= size.W - strip.x || channel >= size.C - first_channel) continue;
-      Sum sum = Sum(0);
-      for (int w = 0; w < static_cast<int>(blockDim.y); ++w) {
-        for (int of_group = channel; of_group < kWarp * DCN_VEC; of_group += slice) sum += partial[w][k][of_group];
-      }
+      const Sum sum = total_of_strip(partial, k, channel, slice);
       const int in_image = strip.y * size.W + strip.x + k, pixels = size.H * size.W;
       const long long at_row = (static_cast<long long>(strip.image) * pixels + in_image) * size.C;
       const long long at_plane = (static_cast<long long>(strip.image) * size.C + first_channel + channel) * pixels;

@@ -18,11 +18,17 @@ from dcnops._layout import LAYOUTS, Layout
 
 Pair: TypeAlias = int | Sequence[int]
 Padding: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]]
+Points: TypeAlias = int | Sequence[int]
+SpatialShapes: TypeAlias = Any
+"""Pairs (height, width): a sequence of them, or an integer array [L, 2]."""
 
 PRECISIONS = ("ieee", "tf32", "3xtf32")
 
 MAX_EXTENT = 2**24
 """Largest padded extent: float32 coordinates represent every integer up to here exactly."""
+
+MAX_LEVELS = 64
+"""Largest number of levels of multi-scale attention."""
 
 MAX_FACTOR = (2 - 2**-23) * 2.0**127
 """Largest spatial_scale and gamma: the largest finite float32."""
@@ -91,6 +97,44 @@ def check_sampling(sampling_ratio: int, spatial_scale: float, gamma: float) -> t
     return ratio, scale, factor
 
 
+def check_offset_scale(offset_scale: float) -> float:
+    """Check the factor of the offsets of deformable aggregation and return it as a plain Python number."""
+    scale = _number(offset_scale)
+    if scale is None or abs(scale) > MAX_FACTOR:
+        raise ArgumentError(f"offset_scale must be a finite float32, got {shown(offset_scale)}")
+    return scale
+
+
+def expand_spatial_shapes(spatial_shapes: SpatialShapes) -> tuple[tuple[int, int], ...]:
+    """Return the height and width of each level as Python integers."""
+    items = _sequence(spatial_shapes, MAX_LEVELS + 1)
+    pairs = []
+    for item in items or ():
+        numbers = [as_integer(number) for number in _sequence(item) or ()]
+        if len(numbers) != 2 or not all(number is not None and 1 <= number <= MAX_EXTENT for number in numbers):
+            break
+        pairs.append((numbers[0], numbers[1]))
+    if not items or len(pairs) != len(items) or len(items) > MAX_LEVELS:
+        raise ArgumentError(
+            f"spatial_shapes must be 1 to {MAX_LEVELS} pairs (height, width) of integers from 1 to {MAX_EXTENT}, "
+            f"got {shown(spatial_shapes)}"
+        )
+    return tuple(pairs)  # type: ignore[arg-type]
+
+
+def expand_points(points: Points | None, levels: int) -> tuple[bool, tuple[int, ...] | None]:
+    """Return True if `points` is a sequence, and the number of points of each level (None if not given)."""
+    if points is None:
+        return False, None
+    items = _sequence(points, levels + 1)
+    numbers = [as_integer(item) for item in ([points] * levels if items is None else items)]
+    if len(numbers) != levels or not all(number is not None and 1 <= number <= MAX_EXTENT for number in numbers):
+        raise ArgumentError(
+            f"points must be a positive integer or a sequence of L={levels} positive integers, got {shown(points)}"
+        )
+    return items is not None, tuple(numbers)  # type: ignore[arg-type]
+
+
 def check_layout(layout: object) -> Layout:
     """Return the `Layout` with the given name."""
     known = LAYOUTS.get(layout) if isinstance(layout, str) else None
@@ -149,7 +193,8 @@ def _number(value: object) -> float | None:
     return number if -math.inf < number < math.inf else None
 
 
-def _sequence(value: object) -> list[object] | None:
+def _sequence(value: object, limit: int = 3) -> list[object] | None:
+    """Return at most `limit` items, which is one more than in any legal value; None for anything but a sequence."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
         return None
-    return list(itertools.islice(value, 3))  # one more than in any legal value
+    return list(itertools.islice(value, limit))

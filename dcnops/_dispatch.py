@@ -64,6 +64,22 @@ def check_arrays(
     return library
 
 
+def is_device_array(name: str, array: Any, like: str, first: Array, library: str) -> bool:
+    """Check an argument that may be on the host or next to the array `first`; return True if it is a CuPy array.
+
+    `like` is the name of `first`, and `library` the name of its library.
+    """
+    kind: type = type(array)
+    if _library_of(kind) != "cupy":
+        return False
+    if library != "cupy":
+        raise DeviceError(f"{name} must be on the host like {like}, got a cupy array")
+    if _native_name(name, _dtype(array)) not in ("int32", "int64"):
+        raise DtypeError(f"{name} must be int32 or int64, got {_dtype(array).name}")
+    _check_devices({like: first, name: array})
+    return True
+
+
 @functools.lru_cache(maxsize=256)
 def _check_kinds(
     kinds: tuple[tuple[str, type, Any], ...],

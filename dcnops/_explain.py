@@ -16,7 +16,7 @@ def is_explaining() -> bool:
 
 def log_call(operation: str, arguments: Mapping[str, Any]) -> None:
     """Log a call before anything is checked or launched, so that a crash leaves the line behind."""
-    library = type(arguments["input"]).__module__.partition(".")[0]
+    library = type(next(iter(arguments.values()))).__module__.partition(".")[0]
     given = (f"{name}={_describe(value)}" for name, value in arguments.items() if value is not None)
     LOGGER.debug("%s of %s arrays: %s", operation, library, ", ".join(given))
 

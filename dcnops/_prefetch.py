@@ -8,12 +8,15 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dcnops._arguments import Padding, Pair, expand_padding, expand_pair, shown
+from dcnops._arguments import Padding, Pair, as_integer, expand_padding, expand_pair, shown
+from dcnops._attention_shapes import packed_channels
 from dcnops._dtypes import DTYPES
 from dcnops._errors import ArgumentError, ShapeError
 from dcnops._shapes import output_extent
+from dcnops.deform_aggregate import deform_aggregate, deform_aggregate_backward
 from dcnops.deform_conv2d import deform_conv2d, deform_conv2d_backward
 from dcnops.deform_roi_pool import deform_roi_pool, deform_roi_pool_backward
+from dcnops.ms_deform_attn import ms_deform_attn, ms_deform_attn_backward
 
 LIBRARIES = ("numpy", "cupy")
 _MOST_VALUES = 2**31  # of an array
@@ -30,13 +33,15 @@ def prefetch(
     dilation: Pair = 1,
     deform_groups: int = 1,
     output_size: Pair = 7,
+    heads: int = 1,
     backward: bool = True,
     precision: str | None = None,
 ) -> None:
     """Compile everything that later calls need, so that the first call does not wait for the compiler.
 
-    For each dtype, both operations run on arrays of zeros: convolution with and without a mask, pooling with and
-    without offsets and masks, with a fixed and an adaptive number of samples. The compiled code is kept on disk in the
+    For each dtype, all operations run on arrays of zeros: convolution with and without a mask, pooling with and
+    without offsets and masks, with a fixed and an adaptive number of samples, attention with 4 points, and aggregation
+    with separate and packed weights. The compiled code is kept on disk in the
     cache folders of Numba and CuPy, also for later processes; ``python -m dcnops`` shows the folders.
 
     Parameters
@@ -49,6 +54,8 @@ def prefetch(
     stride, padding, dilation, deform_groups : as in `deform_conv2d`
     output_size : int or (P, Q)
         Bins of RoI pooling.
+    heads : int
+        Heads of attention and groups of aggregation, between which the C channels of `input` are divided.
     backward : bool
         Compile the gradients as well.
     precision : str, optional
@@ -57,7 +64,7 @@ def prefetch(
     Raises
     ------
     ArgumentError
-        `library` or a name in `dtypes` is unknown.
+        `library` or a name in `dtypes` is unknown, or `heads` is not a divisor of C.
     ShapeError
         `input`, `weight` and `deform_groups` do not fit each other.
     ImportError
@@ -93,6 +100,8 @@ def prefetch(
         if len(sizes) != 4 or min(sizes) < 1 or math.prod(sizes) >= _MOST_VALUES:
             needed = f"4 positive numbers with a product of less than {_MOST_VALUES}"
             raise ShapeError(f"{argument} must be {needed}, got {shown(sizes)}")
+    if as_integer(heads) is None or heads < 1 or image[1] % heads:
+        raise ArgumentError(f"heads must be a divisor of input's C={image[1]}, got {shown(heads)}")
     xp = importlib.import_module(library)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "precision": precision}
     for name in names:
@@ -103,6 +112,8 @@ def prefetch(
 
         _convolve(zeros, image, taps, deform_groups, options, backward)
         _pool(zeros, image, expand_pair("output_size", output_size), backward)
+        _attend(zeros, image, heads, backward)
+        _aggregate(zeros, image, heads, weight=taps[2:], backward=backward)
 
 
 def _convolve(
@@ -137,3 +148,30 @@ def _pool(zeros: Callable[..., Any], input: tuple[int, ...], bins: tuple[int, in
         output = deform_roi_pool(image, rois, output_size=bins, **options)
         if backward:
             deform_roi_pool_backward(output, image, rois, output_size=bins, **options)
+
+
+def _attend(zeros: Callable[..., Any], input: tuple[int, ...], heads: int, backward: bool) -> None:
+    N, C, H, W = input
+    value, shapes = zeros(N, H * W, heads, C // heads), [(H, W)]
+    sampling = zeros(N, H * W, heads, 1, 4, 2), zeros(N, H * W, heads, 1, 4)
+    output = ms_deform_attn(value, shapes, *sampling)
+    if backward:
+        ms_deform_attn_backward(output, value, shapes, *sampling)
+
+
+def _aggregate(
+    zeros: Callable[..., Any], input: tuple[int, ...], groups: int, weight: tuple[int, ...], backward: bool
+) -> None:
+    N, C, H, W = input
+    taps = weight[0] * weight[1]
+    padding = weight[0] // 2, weight[1] // 2
+    size = N, H + 2 * padding[0] - weight[0] + 1, W + 2 * padding[1] - weight[1] + 1
+    image = zeros(N, H, W, C)
+    options: dict[str, Any] = {"groups": groups, "kernel_size": weight, "padding": padding}
+    for sampling in (
+        (zeros(*size, packed_channels(groups, taps)),),
+        (zeros(*size, 2 * groups * taps), zeros(*size, groups * taps)),
+    ):
+        output = deform_aggregate(image, *sampling, **options)
+        if backward:
+            deform_aggregate_backward(output, image, *sampling, **options)

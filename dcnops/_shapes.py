@@ -24,7 +24,7 @@ ImageStrides: TypeAlias = tuple[int, int, int]
 _SIZE_NAMES = ("N", "C", "H", "W", "oh", "ow", "kh", "kw", "sh", "sw", "dh", "dw", "pad_top", "pad_left", "G", "D")
 
 
-def _cached(function: _Function) -> _Function:
+def cached(function: _Function) -> _Function:
     """Cache results, except for sizes without a hash: the symbolic sizes of a trace (`torch.SymInt`)."""
     cached = functools.lru_cache(maxsize=256)(function)
 
@@ -156,7 +156,7 @@ class DeformConvGeometry:
         return cls._infer(*shapes, bias_shape, mask_shape, strides, sides, dilations, layout)
 
     @classmethod
-    @_cached
+    @cached
     def _infer(
         cls,
         input: tuple[int, ...],
@@ -186,8 +186,8 @@ class DeformConvGeometry:
         oh = output_extent("height", H, pad_top + pad_bottom, kh, sh, dh)
         ow = output_extent("width", W, pad_left + pad_right, kw, sw, dw)
 
-        _check_pixels("input", "height*width", H * W)
-        _check_pixels("input", "oh*ow", oh * ow)
+        check_below_limit("input", "height*width", H * W)
+        check_below_limit("input", "oh*ow", oh * ow)
 
         K = kh * kw
         channels = layout.sizes(offset)[1]
@@ -287,10 +287,10 @@ class DeformRoIPoolGeometry:
         shape = tuple(input.shape)
         check_roi_ranks(shape, tuple(rois.shape), layout)
         N, C, H, W = _image_sizes(shape, layout)
-        _check_pixels("input", "height*width", H * W)
+        check_below_limit("input", "height*width", H * W)
         R = rois.shape[0]
         P, Q = expand_pair("output_size", output_size)
-        _check_pixels("output_size", "bins", P * Q)
+        check_below_limit("output_size", "bins", P * Q)
         ratio, scale, factor = check_sampling(sampling_ratio, spatial_scale, gamma)
         if offset is not None and tuple(offset.shape) != (R, 2, P, Q):
             raise ShapeError(f"offset must be [R={R}, 2, P={P}, Q={Q}], got shape {tuple(offset.shape)}")
@@ -303,7 +303,7 @@ class DeformRoIPoolGeometry:
         _check_grad_out(grad_out, layout, R=self.R, C=self.C, P=self.P, Q=self.Q)
 
 
-@_cached
+@cached
 def check_conv_ranks(
     input: tuple[int, ...],
     offset: tuple[int, ...],
@@ -343,7 +343,8 @@ def _check_grad_out(grad_out: tuple[int, ...], layout: Layout, **sizes: int) -> 
         raise ShapeError(f"grad_out must be [{needed}], got shape {grad_out}")
 
 
-def _check_pixels(argument: str, quantity: str, number: int) -> None:
+def check_below_limit(argument: str, quantity: str, number: int) -> None:
+    """Check a number that kernels hold in 32 bits."""
     if number >= _MAX_PIXELS:
         raise ShapeError(f"{argument} must have {quantity} below {_MAX_PIXELS}, got {number}")
 

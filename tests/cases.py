@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from typing_extensions import Self
 
 from dcnops import _dtypes
+from dcnops._attention_shapes import DeformAggregateGeometry, MSDeformAttnGeometry, packed_channels
 from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
-from tests import reference
+from tests import reference, reference_attention
 
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in _dtypes.DTYPES}
 
@@ -27,13 +28,13 @@ class Case:
     """Arguments of one call, as NumPy arrays."""
 
     operation: ClassVar[str]
-    geometry_type: ClassVar[type[DeformConvGeometry] | type[DeformRoIPoolGeometry]]
+    geometry_type: ClassVar[Any]
+    reference: ClassVar[Any] = reference
     arrays: ClassVar[tuple[str, ...]]
     """Array arguments of the forward pass, in their order."""
     parameters: ClassVar[tuple[str, ...]]
     differentiable: ClassVar[tuple[str, ...]]
 
-    input: np.ndarray
     grad_out: np.ndarray
 
     def arguments(self) -> dict[str, Any]:
@@ -46,14 +47,14 @@ class Case:
         return replace(self, **changes)  # type: ignore[type-var]
 
     def expected(self) -> np.ndarray:
-        return getattr(reference, self.operation)(**self.arguments())
+        return getattr(self.reference, self.operation)(**self.arguments())
 
     def expected_gradients(self) -> dict[str, np.ndarray]:
-        return getattr(reference, f"{self.operation}_backward")(self.grad_out, **self.arguments())
+        return getattr(self.reference, f"{self.operation}_backward")(self.grad_out, **self.arguments())
 
     @property
     def dtype(self) -> str:
-        return self.input.dtype.name
+        return getattr(self, self.arrays[0]).dtype.name
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -100,6 +101,51 @@ class RoIPoolCase(Case):
     spatial_scale: float = 1.0
     sampling_ratio: int = 2
     gamma: float = 0.1
+    grad_out: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+
+@dataclass
+class AttentionCase(Case):
+    """Arguments of one multi-scale deformable attention."""
+
+    operation = "ms_deform_attn"
+    geometry_type = MSDeformAttnGeometry
+    reference = reference_attention
+    arrays = ("value", "sampling_locations", "attention_weights")
+    parameters = ("spatial_shapes", "points")
+    differentiable = arrays
+
+    value: np.ndarray
+    spatial_shapes: Any
+    sampling_locations: np.ndarray
+    attention_weights: np.ndarray
+    points: Any = None
+    grad_out: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+
+@dataclass
+class AggregateCase(Case):
+    """Arguments of one deformable aggregation."""
+
+    operation = "deform_aggregate"
+    geometry_type = DeformAggregateGeometry
+    reference = reference_attention
+    arrays = ("input", "offset", "mask")
+    parameters = (
+        "groups", "kernel_size", "stride", "padding", "dilation", "offset_scale", "remove_center",
+    )  # fmt: skip
+    differentiable = arrays
+
+    input: np.ndarray
+    offset: np.ndarray
+    mask: np.ndarray | None
+    groups: int = 1
+    kernel_size: Any = 3
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    offset_scale: float = 1.0
+    remove_center: bool = False
     grad_out: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
@@ -284,6 +330,131 @@ def roi_pool_cases(draw: st.DrawFn, dtypes: tuple[str, ...] = ("float32",), **fi
     return make_roi_pool(**{**options, **fixed})
 
 
+def make_attention(
+    *,
+    N: int = 1,
+    M: int = 2,
+    D: int = 4,
+    Lq: int = 5,
+    spatial_shapes: Any = ((6, 4), (3, 2)),
+    points: Any = None,
+    dtype: str = "float32",
+    offset_dtype: str | None = None,
+    spread: float = 0.4,
+    seed: int = 0,
+) -> AttentionCase:
+    """Make a case with locations of standard deviation `spread` around the middle, two per level by default."""
+    random = np.random.default_rng(seed)
+    S = sum(height * width for height, width in spatial_shapes)
+    tail = (sum(points),) if isinstance(points, tuple) else (len(spatial_shapes), points or 2)
+    locations = 0.5 + spread * random.standard_normal((N, Lq, M, *tail, 2))
+    return AttentionCase(
+        value=random.standard_normal((N, S, M, D)).astype(DTYPES[dtype]),
+        spatial_shapes=spatial_shapes,
+        sampling_locations=locations.astype(DTYPES[offset_dtype or dtype]),
+        attention_weights=random.uniform(-0.5, 1.5, (N, Lq, M, *tail)).astype(DTYPES[offset_dtype or dtype]),
+        points=points,
+        grad_out=random.standard_normal((N, Lq, M * D)).astype(DTYPES[dtype]),
+    )
+
+
+@st.composite
+def attention_cases(draw: st.DrawFn, dtypes: tuple[str, ...] = ("float32",), **fixed: Any) -> AttentionCase:
+    """Draw a legal call of moderate size, with all arguments of `make_attention` that are not in `fixed`."""
+    dtype = draw(st.sampled_from(dtypes))
+    shapes = tuple(draw(st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=4)))
+    per_level = st.tuples(*[st.integers(1, 4)] * len(shapes))
+    options: dict[str, Any] = {
+        "N": draw(st.integers(0, 2)),
+        "M": draw(st.integers(1, 4)),
+        "D": draw(st.sampled_from(CHANNELS)),
+        "Lq": draw(st.integers(0, 6)),
+        "spatial_shapes": shapes,
+        "points": draw(st.one_of(st.none(), st.integers(1, 4), per_level)),
+        "dtype": dtype,
+        "offset_dtype": "float32" if dtype in ("float16", "bfloat16") and draw(st.booleans()) else dtype,
+        "spread": draw(st.sampled_from([0.0, 0.1, 0.4, 5.0])),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+    }
+    return make_attention(**{**options, **fixed})
+
+
+def make_aggregate(
+    *,
+    N: int = 1,
+    G: int = 2,
+    D: int = 4,
+    H: int = 5,
+    W: int = 6,
+    kernel_size: Any = 3,
+    stride: Any = 1,
+    padding: Any = 1,
+    dilation: Any = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    packed: bool = False,
+    dtype: str = "float32",
+    offset_dtype: str | None = None,
+    spread: float = 1.5,
+    seed: int = 0,
+) -> AggregateCase:
+    """Make a case with normally distributed arrays and offsets of standard deviation `spread`."""
+    random = np.random.default_rng(seed)
+    pairs = (reference.expand_pair(value) for value in (kernel_size, stride, padding, dilation))
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = pairs
+    K = kh * kw - remove_center
+    size = (N, (H + 2 * ph - dh * (kh - 1) - 1) // sh + 1, (W + 2 * pw - dw * (kw - 1) - 1) // sw + 1)
+    offset, mask = spread * random.standard_normal((*size, G, 2 * K)), random.uniform(-0.5, 1.5, (*size, G, K))
+    if packed:
+        together = np.concatenate([offset, mask], axis=4).reshape(*size, 3 * G * K)
+        offset = np.zeros((*size, packed_channels(G, K)))
+        offset[..., : 3 * G * K] = together
+        offset[..., 3 * G * K :] = np.nan  # the padding is not read
+    offsets = offset if packed else offset.reshape(*size, 2 * G * K)
+    return AggregateCase(
+        input=random.standard_normal((N, H, W, G * D)).astype(DTYPES[dtype]),
+        offset=offsets.astype(DTYPES[offset_dtype or dtype]),
+        mask=None if packed else mask.reshape(*size, G * K).astype(DTYPES[offset_dtype or dtype]),
+        groups=G,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        offset_scale=offset_scale,
+        remove_center=remove_center,
+        grad_out=random.standard_normal((*size, G * D)).astype(DTYPES[dtype]),
+    )
+
+
+@st.composite
+def aggregate_cases(draw: st.DrawFn, dtypes: tuple[str, ...] = ("float32",), **fixed: Any) -> AggregateCase:
+    """Draw a legal call of moderate size, with all arguments of `make_aggregate` that are not in `fixed`."""
+    dtype = draw(st.sampled_from(dtypes))
+    kernel = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    dilation, padding = (draw(st.tuples(st.integers(low, 2), st.integers(low, 2))) for low in (1, 0))
+    smallest = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding)]
+    is_odd = kernel[0] % 2 == kernel[1] % 2 == 1 and kernel != (1, 1)
+    options: dict[str, Any] = {
+        "N": draw(st.integers(0, 2)),
+        "G": draw(st.integers(1, 4)),
+        "D": draw(st.sampled_from(CHANNELS)),
+        "H": draw(st.integers(smallest[0], smallest[0] + 3)),
+        "W": draw(st.integers(smallest[1], smallest[1] + 3)),
+        "kernel_size": kernel,
+        "stride": draw(st.integers(1, 3)),
+        "padding": padding,
+        "dilation": dilation,
+        "offset_scale": draw(st.sampled_from([1.0, 0.5, 2.3, -1.0, 0.0])),
+        "remove_center": is_odd and draw(st.booleans()),
+        "packed": draw(st.booleans()),
+        "dtype": dtype,
+        "offset_dtype": "float32" if dtype in ("float16", "bfloat16") and draw(st.booleans()) else dtype,
+        "spread": draw(st.sampled_from([0.0, 0.4, 2.0, 20.0])),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+    }
+    return make_aggregate(**{**options, **fixed})
+
+
 def assert_close(
     actual: np.ndarray, expected: np.ndarray, dtype: str, name: str = "output", slack: float = 1.0
 ) -> None:
@@ -301,7 +472,7 @@ def assert_close(
 def assert_correct(run: Any, case: Case, slack: float = 1.0) -> None:
     """Check the output and all gradients of a runner (see tests/conftest.py) against the reference."""
     output = run.forward(case)
-    assert output.dtype == case.input.dtype
+    assert output.dtype.name == case.dtype
     assert_close(output, case.expected(), case.dtype, slack=slack)
     gradients, expected = run.backward(case), case.expected_gradients()
     assert set(gradients) == set(case.needs)

@@ -1,4 +1,4 @@
-"""Reference implementation of both operations in plain loops and float64.
+"""Reference implementation of deformable convolution and RoI pooling in plain loops and float64.
 
 Only coordinates are computed in the precision of the library, float32 unless the data are float64, so that rounded
 coordinates fall on the same side of a kink or of the image border.
@@ -31,14 +31,19 @@ class Sample:
 
     def corners(self, H: int, W: int) -> Iterator[tuple[int, int, float, float, float]]:
         """Yield (row, column, weight, d weight / dy, d weight / dx) of the neighbours inside the image."""
-        if not (-1 < self.y < H and -1 < self.x < W):
-            return
-        y0, x0 = floor(self.y), floor(self.x)
-        ly, lx = self.y - y0, self.x - x0
-        for r, wy, dwy in ((y0, 1 - ly, -1.0), (y0 + 1, ly, 1.0)):
-            for s, wx, dwx in ((x0, 1 - lx, -1.0), (x0 + 1, lx, 1.0)):
-                if 0 <= r < H and 0 <= s < W:
-                    yield r, s, wy * wx, dwy * wx, wy * dwx
+        return bilinear_corners(self.y, self.x, H, W)
+
+
+def bilinear_corners(y: float, x: float, H: int, W: int) -> Iterator[tuple[int, int, float, float, float]]:
+    """Yield (row, column, weight, d weight / dy, d weight / dx) of the neighbours of (y, x) inside an image."""
+    if not (-1 < y < H and -1 < x < W):
+        return
+    y0, x0 = floor(y), floor(x)
+    ly, lx = y - y0, x - x0
+    for r, wy, dwy in ((y0, 1 - ly, -1.0), (y0 + 1, ly, 1.0)):
+        for s, wx, dwx in ((x0, 1 - lx, -1.0), (x0 + 1, lx, 1.0)):
+            if 0 <= r < H and 0 <= s < W:
+                yield r, s, wy * wx, dwy * wx, wy * dwx
 
 
 def times(factor: float, value: np.ndarray) -> np.ndarray:

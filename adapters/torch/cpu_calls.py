@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dcnops._attention_shapes import DeformAggregateGeometry, MSDeformAttnGeometry
 from dcnops._dispatch import load_backend
 from dcnops._dtypes import DTYPES
 from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
 from dcnops._threads import call_threads
 
+from . import attention_operators
 from .arrays import as_array, as_tensor
-from .operators import match_memory_format
+from .operators import match_memory_format, none_unless_needed
 
 _DTYPES = frozenset(getattr(torch, name) for name in DTYPES)
 
@@ -90,6 +92,71 @@ class RoICall(NamedTuple):
         return _gradient_tensors(arguments, gradients)
 
 
+class AttentionCall(NamedTuple):
+    """A multi-scale deformable attention."""
+
+    geometry: MSDeformAttnGeometry
+    is_flat: bool
+    """See `attention_operators`."""
+
+    def forward(self, value: Tensor, sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
+        """Return the output."""
+        value_array, *arrays = map(as_array, (value, sampling_locations, attention_weights))
+        with call_threads(torch.get_num_threads()):
+            return as_tensor(load_backend("numpy").ms_deform_attn(self.geometry, value_array, None, *arrays))
+
+    def backward(self, grad_out: Tensor, tensors: Sequence[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
+        """Return the gradients that are needed; None for the others."""
+        arguments = dict(zip(("value", "sampling_locations", "attention_weights"), tensors))
+        grad_array, value_array, *arrays = map(as_array, (grad_out, *tensors))
+        with call_threads(torch.get_num_threads()):
+            gradients = load_backend("numpy").ms_deform_attn_backward(
+                self.geometry, grad_array, value_array, None, *arrays, _needed(arguments, needs), True
+            )
+        return [as_tensor(gradients[name]) if name in gradients else None for name in arguments]
+
+    def operator_backward(
+        self, grad_out: Tensor, tensors: Sequence[Tensor], needs: tuple[bool, ...]
+    ) -> list[Tensor | None]:
+        """Return the gradients from the operator, which has a gradient itself."""
+        shapes = [extent for shape in self.geometry.shapes or () for extent in shape]
+        numbers = shapes, self.geometry.points, self.is_flat
+        value, *sampling = tensors
+        arguments = (grad_out, value, None, *sampling, *numbers, list(needs))
+        return none_unless_needed(attention_operators.ms_deform_attn_backward(*arguments), needs)
+
+
+class AggregateCall(NamedTuple):
+    """A deformable aggregation."""
+
+    geometry: DeformAggregateGeometry
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the output."""
+        arrays = map(as_array, (input, offset, mask))
+        with call_threads(torch.get_num_threads()):
+            return as_tensor(load_backend("numpy").deform_aggregate(self.geometry, *arrays))
+
+    def backward(
+        self, grad_out: Tensor, tensors: Sequence[Tensor | None], needs: tuple[bool, ...]
+    ) -> list[Tensor | None]:
+        """Return the gradients that are needed; None for the others."""
+        arguments = dict(zip(("input", "offset", "mask"), tensors))
+        arrays = map(as_array, (grad_out, *tensors))
+        with call_threads(torch.get_num_threads()):
+            gradients = load_backend("numpy").deform_aggregate_backward(
+                self.geometry, *arrays, _needed(arguments, needs), True
+            )
+        return [as_tensor(gradients[name]) if name in gradients else None for name in arguments]
+
+    def operator_backward(
+        self, grad_out: Tensor, tensors: Sequence[Tensor | None], needs: tuple[bool, ...]
+    ) -> list[Tensor | None]:
+        """Return the gradients from the operator, which has a gradient itself."""
+        arguments = (grad_out, *tensors, *attention_operators.aggregate_numbers(self.geometry), list(needs))
+        return none_unless_needed(attention_operators.deform_aggregate_backward(*arguments), needs)
+
+
 def conv_call(
     input: Tensor,
     offset: Tensor,
@@ -114,6 +181,27 @@ def roi_call(input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | 
     return RoICall(DeformRoIPoolGeometry.of(input, rois, offset, mask, *numbers))
 
 
+def attention_call(
+    value: Tensor, spatial_shapes: Any, sampling_locations: Tensor, attention_weights: Tensor, points: Any
+) -> AttentionCall | None:
+    """Check the sizes of an attention; return None for what the operator itself has to look at."""
+    if not _fit((value,), (sampling_locations, attention_weights)):
+        return None
+    if isinstance(spatial_shapes, Tensor):
+        if not spatial_shapes.is_cpu or spatial_shapes.dtype not in (torch.int32, torch.int64):
+            return None
+        spatial_shapes = spatial_shapes.tolist()
+    geometry = MSDeformAttnGeometry.of(value, spatial_shapes, sampling_locations, attention_weights, points)
+    return AttentionCall(geometry, sampling_locations.ndim == 5)
+
+
+def aggregate_call(input: Tensor, offset: Tensor, mask: Tensor | None, *numbers: Any) -> AggregateCall | None:
+    """Check the sizes of an aggregation; return None for dtypes or devices that the operator itself has to look at."""
+    if not _fit((input,), (offset, mask)):
+        return None
+    return AggregateCall(DeformAggregateGeometry.of(input, offset, mask, *numbers))
+
+
 def _fit(data: tuple[Any, ...], sampling: tuple[Tensor | None, ...]) -> bool:
     """Check for CPU tensors of dtypes that need no conversion."""
     dtype = data[0].dtype
@@ -131,7 +219,7 @@ def _fit(data: tuple[Any, ...], sampling: tuple[Tensor | None, ...]) -> bool:
     return first in (None, dtype) or (first is torch.float32 and dtype.itemsize == 2)
 
 
-def _needed(arguments: dict[str, Tensor | None], needs: tuple[bool, ...]) -> frozenset[str]:
+def _needed(arguments: Iterable[str], needs: tuple[bool, ...]) -> frozenset[str]:
     return frozenset(name for name, need in zip(arguments, needs) if need)
 
 

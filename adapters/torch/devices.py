@@ -21,10 +21,10 @@ DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 """Dispatch key of the operators by type of device."""
 
 
-def check_device(tensor: Tensor) -> None:
-    """Check that `input` is on a device of the operators; the meta device serves tracing."""
+def check_device(name: str, tensor: Tensor) -> None:
+    """Check that a tensor is on a device of the operators; the meta device serves tracing."""
     if tensor.device.type not in DEVICES and tensor.device.type != "meta":
-        raise DeviceError(f"input must be on a CPU or a CUDA GPU, got {tensor.device}")
+        raise DeviceError(f"{name} must be on a CPU or a CUDA GPU, got {tensor.device}")
 
 
 def is_autocast_enabled(device: torch.device) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcnops._attention_shapes import DeformAggregateGeometry, MSDeformAttnGeometry
 from dcnops._shapes import DeformConvGeometry, DeformRoIPoolGeometry
 
 
@@ -95,6 +96,72 @@ def deform_roi_pool(
     return output.to(input.dtype)
 
 
+def ms_deform_attn(
+    g: MSDeformAttnGeometry,
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """Compute `dcnops.ms_deform_attn` in at least float32, without waiting for `spatial_shapes` on a device."""
+    compute_dtype = _compute_dtype(value)
+    shapes = torch.tensor(g.shapes) if spatial_shapes is None else spatial_shapes
+    levels = shapes.to(value.device, torch.int64)
+    level_of_point = [level for level, points in enumerate(g.points) for _ in range(points)]
+    heights, widths = levels[level_of_point].unbind(1)
+    sizes = levels.prod(1)
+    starts = (sizes.cumsum(0) - sizes)[level_of_point]
+
+    locations = sampling_locations.to(compute_dtype).reshape(g.N, g.Lq, g.M, g.K, 2).transpose(1, 2)
+    x, y = locations[..., 0] * widths - 0.5, locations[..., 1] * heights - 0.5
+    inside = (y > -1) & (y < heights) & (x > -1) & (x < widths)
+    image = value.to(compute_dtype).permute(0, 2, 3, 1).reshape(g.N * g.M, g.D, g.S)
+    y, x, inside = (position.reshape(g.N * g.M, g.Lq * g.K) for position in (y, x, inside))
+    heights, widths, starts = (numbers.repeat(g.Lq) for numbers in (heights, widths, starts))
+    samples = _interpolate(image, y, x, inside, heights, widths, starts)
+    weights = attention_weights.to(compute_dtype).reshape(g.N, g.Lq, g.M, g.K).transpose(1, 2)
+    return _weighted_sum(samples, weights).to(value.dtype).reshape(g.output_shape)
+
+
+def deform_aggregate(g: DeformAggregateGeometry, input: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute `dcnops.deform_aggregate` in at least float32."""
+    compute_dtype = _compute_dtype(input)
+    if mask is None:
+        values = offset[..., : g.G * 3 * g.K].reshape(g.N, g.oh, g.ow, g.G, 3 * g.K)
+        offset, mask = values.split([2 * g.K, g.K], dim=-1)
+    shift = g.offset_scale * offset.to(compute_dtype).reshape(g.N, g.oh, g.ow, g.G, g.K, 2).permute(0, 3, 1, 2, 4, 5)
+    rows, columns = (torch.tensor(taps, device=input.device, dtype=compute_dtype) for taps in zip(*g.taps))
+    tops = _tap_positions(rows, g.oh, g.kh, g.sh, g.ph, g.dh, g.offset_scale)
+    lefts = _tap_positions(columns, g.ow, g.kw, g.sw, g.pw, g.dw, g.offset_scale)
+    y = tops[:, None] + shift[..., 1]
+    x = lefts + shift[..., 0]
+    inside = (y > -1) & (y < g.H) & (x > -1) & (x < g.W)
+    image = input.to(compute_dtype).reshape(g.N, g.H * g.W, g.G, g.D).permute(0, 2, 3, 1)
+    y, x, inside = (position.reshape(g.N * g.G, g.oh * g.ow * g.K) for position in (y, x, inside))
+    samples = _interpolate(image.reshape(g.N * g.G, g.D, g.H * g.W), y, x, inside, g.H, g.W)
+    weights = mask.to(compute_dtype).reshape(g.N, g.oh * g.ow, g.G, g.K).transpose(1, 2)
+    return _weighted_sum(samples, weights).to(input.dtype).reshape(g.output_shape)
+
+
+def _tap_positions(
+    taps: Tensor, extent: int, kernel_size: int, stride: int, padding: int, dilation: int, offset_scale: float
+) -> Tensor:
+    """Return the positions of taps without offsets along one axis, [pixels of the output, taps]."""
+    center = dilation * (kernel_size - 1) // 2
+    start = torch.arange(extent, device=taps.device)[:, None] * stride - padding + center
+    return start + offset_scale * (taps * dilation - center)
+
+
+def _weighted_sum(samples: Tensor, weights: Tensor) -> Tensor:
+    """Return [N, queries, heads, channels]: `samples` [N*heads, channels, queries*K] weighted and summed over K.
+
+    `weights` are [N, heads, queries, K].
+    """
+    N, M, queries, K = weights.shape
+    samples = samples.reshape(N, M, samples.shape[1], queries, K)
+    return torch.einsum("nmdqk,nmqk->nqmd", samples, weights)
+
+
 def _displacement(factor: Tensor, offset: Tensor) -> Tensor:
     """Return `factor * offset`, but an infinite offset for an infinite offset, even if the factor is 0."""
     return torch.where(torch.isinf(offset), offset.detach(), factor * offset)
@@ -109,18 +176,26 @@ def _adaptive_samples(length: Tensor) -> int:
     return max(int(length.ceil()), 0) if bool(torch.isfinite(length)) else 1
 
 
-def _interpolate(image: Tensor, y: Tensor, x: Tensor, inside: Tensor, H: int, W: int) -> Tensor:
-    """Sample images [B, C, H*W] bilinearly at positions [B, points], giving [B, C, points]; 0 where not `inside`."""
+def _interpolate(
+    image: Tensor, y: Tensor, x: Tensor, inside: Tensor, H: int | Tensor, W: int | Tensor, start: int | Tensor = 0
+) -> Tensor:
+    """Sample images [B, C, H*W] bilinearly at positions [B, points], giving [B, C, points]; 0 where not `inside`.
+
+    Several images may follow one another in `image`. Then `H`, `W` and `start` are tensors [points]: the size of the
+    image of each point, and the index of its first pixel. Pixels beyond the end of `image` do not count.
+    """
     # Zero, or NaN at a NaN position: its sample must become NaN.
-    taint = (0 * torch.where(torch.isnan(y + x), y + x, 0.0))[:, None]
+    taint = (0 * torch.where(torch.isnan(y) | torch.isnan(x), y + x, 0.0))[:, None]
     y, x = torch.where(inside, y, y.new_zeros(())), torch.where(inside, x, x.new_zeros(()))
     y0, x0 = y.detach().floor(), x.detach().floor()
     ly, lx = y - y0, x - x0
     total = image.new_zeros(())
     for row, weight_y in ((y0, 1 - ly), (y0 + 1, ly)):
         for column, weight_x in ((x0, 1 - lx), (x0 + 1, lx)):
+            index = row.long() * W + column.long() + start
             is_pixel = inside & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-            index = row.clamp(0, H - 1).long() * W + column.clamp(0, W - 1).long()
+            is_pixel &= (index >= 0) & (index < image.shape[2])
+            index = torch.where(is_pixel, index, 0)
             pixels = image.gather(2, index[:, None].expand(-1, image.shape[1], -1))
             total = total + torch.where(is_pixel, weight_y * weight_x, 0.0)[:, None] * pixels
     return total + taint

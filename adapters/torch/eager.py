@@ -66,7 +66,7 @@ def _is_default_device_all() -> bool:
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def _is_plain_gradient(grad_out: Tensor) -> bool:
+def is_plain_gradient(grad_out: Tensor) -> bool:
     return (grad_out.is_cpu or devices.is_on_current_gpu(grad_out)) and is_plain((grad_out,), ())
 
 
@@ -178,7 +178,7 @@ class _DeformConv2d(Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         call, tensors = ctx.call, ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or not _is_plain_gradient(grad_out):
+        if torch.is_grad_enabled() or not is_plain_gradient(grad_out):
             # The operator has a gradient of its own.
             return (None, *_operator_gradients(call.numbers, grad_out, tensors, needs))
         return (None, *call.backward(grad_out, tensors, needs))
@@ -272,7 +272,7 @@ class _DeformRoIPool(Function):
         call, tensors = ctx.call, ctx.saved_tensors
         _, input, _, offset, mask = ctx.needs_input_grad
         needs = (input, offset, mask)
-        if torch.is_grad_enabled() or not (_is_plain_gradient(grad_out) and call.has_backward(needs)):
+        if torch.is_grad_enabled() or not (is_plain_gradient(grad_out) and call.has_backward(needs)):
             # The operator can be differentiated again, and can be deterministic.
             gradients = operators.deform_roi_pool_backward(grad_out, *tensors, *call.numbers, list(needs))
             input, offset, mask = operators.none_unless_needed(gradients, needs)

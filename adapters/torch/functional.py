@@ -104,16 +104,17 @@ def deform_conv2d(
         output = _call_eagerly(input, offset, weight, bias, mask, stride, padding, dilation, precision)  # type: ignore[arg-type]
         if output is not None:
             return output
-    if proxies := _tensor_proxies(input, offset, weight, bias, mask):
+    if proxies := tensor_proxies(input, offset, weight, bias, mask):
         arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
         return handle_torch_function(deform_conv2d, proxies, *arguments, precision=precision)
     check_precision(precision)
-    _check_tensors({"input": input, "weight": weight, "offset": offset}, {"bias": bias, "mask": mask})
-    (input, weight, bias), (offset, mask) = _promote_dtypes((input, weight, bias), (offset, mask))
+    required = {"input": input, "weight": weight, "offset": offset}
+    check_tensors("deform_conv2d", required, {"bias": bias, "mask": mask})
+    (input, weight, bias), (offset, mask) = promote_dtypes((input, weight, bias), (offset, mask))
     vertical, horizontal = expand_padding(padding)  # type: ignore[arg-type]
     numbers = (expand_pair("stride", stride), [*vertical, *horizontal], expand_pair("dilation", dilation))
     tensors = (input, offset, weight, bias, mask)
-    return _call_operator(operators.deform_conv2d, *tensors, *numbers, operator_precision(precision, input))
+    return call_operator(operators.deform_conv2d, *tensors, *numbers, operator_precision(precision, input))
 
 
 def deform_roi_pool(
@@ -173,13 +174,13 @@ def deform_roi_pool(
             [10.5000, 12.5000]])
     """
     if not torch.compiler.is_compiling() and eager.is_plain((input, rois), (offset, mask)):
-        if is_autocast_enabled(input.device) and _are_floating((input, offset, mask)):
-            (input,), (offset, mask) = _promote_dtypes((input,), (offset, mask))
+        if is_autocast_enabled(input.device) and are_floating((input, offset, mask)):
+            (input,), (offset, mask) = promote_dtypes((input,), (offset, mask))
         numbers = (output_size, spatial_scale, sampling_ratio, gamma)
         output = eager.deform_roi_pool(input, rois, offset, mask, *numbers)
         if output is not None:
             return output
-    if proxies := _tensor_proxies(input, rois, offset, mask):
+    if proxies := tensor_proxies(input, rois, offset, mask):
         return handle_torch_function(
             deform_roi_pool,
             proxies,
@@ -192,11 +193,11 @@ def deform_roi_pool(
             sampling_ratio=sampling_ratio,
             gamma=gamma,
         )
-    _check_tensors({"input": input, "rois": rois}, {"offset": offset, "mask": mask})
-    (input,), (offset, mask) = _promote_dtypes((input,), (offset, mask))
+    check_tensors("deform_roi_pool", {"input": input, "rois": rois}, {"offset": offset, "mask": mask})
+    (input,), (offset, mask) = promote_dtypes((input,), (offset, mask))
     size = expand_pair("output_size", output_size)
     ratio, scale, factor = check_sampling(sampling_ratio, spatial_scale, gamma)
-    return _call_operator(operators.deform_roi_pool, input, rois, offset, mask, size, scale, ratio, factor)
+    return call_operator(operators.deform_roi_pool, input, rois, offset, mask, size, scale, ratio, factor)
 
 
 def named_padding(
@@ -231,11 +232,11 @@ def _call_eagerly(
     if not (input.is_cpu or input.is_cuda):
         return None
     if torch.is_autocast_enabled(input.device.type):
-        if not _are_floating((input, offset, weight, bias, mask)):
+        if not are_floating((input, offset, weight, bias, mask)):
             return None
         # The kernels round float32 weights themselves, and do not round their gradient.
         is_wide = weight.dtype == torch.float32 and devices.is_on_current_gpu(input)
-        data, (offset, mask) = _promote_dtypes((input, bias) if is_wide else (input, bias, weight), (offset, mask))
+        data, (offset, mask) = promote_dtypes((input, bias) if is_wide else (input, bias, weight), (offset, mask))
         input, bias = data[:2]
         if not is_wide or input.dtype not in _SIXTEEN_BIT_DTYPES:
             weight = weight.to(input.dtype)
@@ -245,7 +246,7 @@ def _call_eagerly(
     return eager.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation, chosen)
 
 
-def _call_operator(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def call_operator(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
     if forward_ad._current_level >= 0 and any(
         isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None for argument in arguments
     ):
@@ -271,7 +272,7 @@ def is_tensor_proxy(value: object) -> bool:
     return not isinstance(value, Tensor) and hasattr(type(value), "__torch_function__")
 
 
-def _tensor_proxies(*values: object) -> list[Any]:
+def tensor_proxies(*values: object) -> list[Any]:
     return [value for value in values if is_tensor_proxy(value)]
 
 
@@ -279,27 +280,27 @@ def type_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _check_tensors(required: dict[str, Any], optional: dict[str, Any]) -> None:
+def check_tensors(operation: str, required: dict[str, Any], optional: dict[str, Any]) -> None:
+    """Check the types, dtypes and devices of tensors by argument name; the first determines the device."""
     given = {**required, **{name: tensor for name, tensor in optional.items() if tensor is not None}}
-    first = next(iter(given.values()))
+    like, first = next(iter(given.items()))
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
-            operation = "deform_roi_pool" if "rois" in given else "deform_conv2d"
             raise DtypeError(
                 f"{name} must be a torch.Tensor, got {type_name(tensor)}; for arrays there is dcnops.{operation}"
             )
         if tensor.dtype not in _FLOAT_DTYPES:
             raise DtypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.device != first.device:
-            raise DeviceError(f"{name} must be on {first.device} like input, got {tensor.device}")
-    check_device(first)
+            raise DeviceError(f"{name} must be on {first.device} like {like}, got {tensor.device}")
+    check_device(like, first)
 
 
-def _are_floating(tensors: Sequence[Tensor | None]) -> bool:
+def are_floating(tensors: Sequence[Tensor | None]) -> bool:
     return all(tensor is None or tensor.dtype in _FLOAT_DTYPES for tensor in tensors)
 
 
-def _promote_dtypes(data: Sequence[Tensor | None], sampling: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
+def promote_dtypes(data: Sequence[Tensor | None], sampling: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
     """Convert the tensors to the dtypes that the operator accepts; see the notes of `deform_conv2d`."""
     first = data[0]
     assert first is not None

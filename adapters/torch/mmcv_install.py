@@ -44,9 +44,9 @@ def install_into_mmcv(replacements: Mapping[str, Any], layers: Mapping[str, type
         mmcv._ext = _import_stand_in()  # type: ignore[attr-defined]
         found.update(roi_align=roi_align, roi_pool=roi_pool, sigmoid_focal_loss=sigmoid_focal_loss)
     operations = importlib.import_module("mmcv.ops")
-    if isinstance(sys.modules[EXTENSION], StandIn):
-        _use_attention_without_extension()
-    _replace({name: (getattr(operations, name, None), new) for name, new in found.items()})
+    # The functions of this module are not in mmcv.ops.
+    attention = sys.modules.get("mmcv.ops.multi_scale_deform_attn")
+    _replace({name: (getattr(operations, name, getattr(attention, name, None)), new) for name, new in found.items()})
     for name, layer in layers.items():
         registry.register_module(name, force=True, module=layer)
 
@@ -107,24 +107,6 @@ def _import_stand_in() -> ModuleType:
     module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(EXTENSION, _StandInLoader()))
     sys.modules[EXTENSION] = module
     return module
-
-
-def _use_attention_without_extension() -> None:
-    """Compute multi-scale deformable attention with mmcv's function in PyTorch on GPUs too."""
-    attention: Any = sys.modules.get("mmcv.ops.multi_scale_deform_attn")
-    if not hasattr(attention, "multi_scale_deformable_attn_pytorch"):
-        return
-    compute = attention.multi_scale_deformable_attn_pytorch
-
-    class Attention:
-        @staticmethod
-        def apply(
-            value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor, im2col_step: int = 64
-        ) -> Tensor:
-            output: Tensor = compute(value, shapes, locations, weights)
-            return output
-
-    attention.MultiScaleDeformableAttnFunction = Attention
 
 
 @functools.cache

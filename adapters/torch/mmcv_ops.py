@@ -38,6 +38,11 @@ from dcnops._shapes import output_extent
 from . import deform_conv2d_layers, deform_roi_pool_layers, functional
 from .deform_conv2d_layers import DeformConvBase, check_divisible
 from .deform_roi_pool_layers import RoIPoolBase
+from .mmcv_attention import (
+    MultiScaleDeformableAttention,
+    MultiScaleDeformableAttnFunction,
+    multi_scale_deformable_attn_pytorch,
+)
 from .mmcv_install import install_into_mmcv
 from .zero_layers import OffsetProjection, ZeroLayer
 
@@ -49,10 +54,13 @@ __all__ = [
     "ModulatedDeformConv2d",
     "ModulatedDeformConv2dPack",
     "ModulatedDeformRoIPoolPack",
+    "MultiScaleDeformableAttention",
+    "MultiScaleDeformableAttnFunction",
     "deform_conv2d",
     "deform_roi_pool",
     "install",
     "modulated_deform_conv2d",
+    "multi_scale_deformable_attn_pytorch",
 ]
 
 
@@ -61,8 +69,8 @@ def install(*, allow_larger_offsets: bool = False) -> None:
 
     Call it once, before mmdetection is imported. It works with mmcv 2 and mmcv-lite 2, also if mmcv's compiled
     operations are missing or cannot be loaded. In that case a stand-in takes their place. Of the other operations, it
-    has `nms`, `batched_nms`, `roi_align` and `roi_pool` by means of torchvision, `sigmoid_focal_loss` and multi-scale
-    deformable attention in PyTorch. The rest raises `NotImplementedError` when it is called.
+    has `nms`, `batched_nms`, `roi_align` and `roi_pool` by means of torchvision, and `sigmoid_focal_loss` in PyTorch.
+    The rest raises `NotImplementedError` when it is called.
 
     Parameters
     ----------
@@ -86,7 +94,12 @@ def install(*, allow_larger_offsets: bool = False) -> None:
     replacements = {name: globals()[name] for name in __all__ if name != "install"}
     if allow_larger_offsets:
         replacements["modulated_deform_conv2d"] = functools.partial(modulated_deform_conv2d, allow_larger_offsets=True)
-    install_into_mmcv(replacements, {"DCN": DeformConv2dPack, "DCNv2": ModulatedDeformConv2dPack})
+    layers = {
+        "DCN": DeformConv2dPack,
+        "DCNv2": ModulatedDeformConv2dPack,
+        "MultiScaleDeformableAttention": MultiScaleDeformableAttention,
+    }
+    install_into_mmcv(replacements, layers)
     ModulatedDeformConv2d.allow_larger_offsets = allow_larger_offsets
 
 

@@ -1,7 +1,8 @@
 """Export to ONNX with standard operators only.
 
 Deformable convolution becomes ``DeformConv`` (ai.onnx, opset 19). Deformable RoI pooling becomes ``RoiAlign`` or, with
-offsets, elementwise operators around ``Gather`` and ``MatMul``. Export needs `onnxscript`; running the exported model
+offsets, elementwise operators around ``Gather`` and ``MatMul``. Multi-scale deformable attention and deformable
+aggregation become ``GridSample``. Export needs `onnxscript`; running the exported model
 needs neither torch nor dcnops.
 """
 
@@ -15,12 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from dcnops._errors import ArgumentError, DcnError, ShapeError
+from dcnops._errors import ArgumentError, DcnError
 
 from .. import name_extra
-from . import operators
+from . import attention_operators, onnx_attention, operators
+from .onnx_nodes import (
+    LOWEST_OPSET,
+    cast,
+    check_opset,
+    constant_of,
+    data_types,
+    fixed_size,
+    opset,
+    opset_error,
+    to_index,
+)
 
-_LOWEST_OPSET = 19
 _DEFAULT_OPSET = 20
 
 
@@ -76,6 +87,9 @@ def export(
       onnxruntime uses float32 coordinates and sums for it, which ONNX does not require.
     - ``RoiAlign`` (regions without offsets) in onnxruntime rejects regions that are not finite; dcnops returns NaN.
       With offsets, only ``Gather`` checks the index of a feature map: a negative index counts from the end.
+    - ``GridSample`` takes positions relative to the size of a map, which costs a few rounding errors of float32. 16-bit
+      data are computed in float32 and cast back. A NaN location gives an undefined result, and a NaN or infinite pixel
+      with weight zero gives NaN. Below opset 20, onnxruntime 1.32 has no CPU kernel for float64.
     - RoI pooling with offsets needs ``sampling_ratio > 0`` and memory for ``R * P * Q * sampling_ratio**2 * C`` values:
       200 MB for 1000 regions, 7 * 7 bins, 256 channels and sampling ratio 2.
 
@@ -97,8 +111,8 @@ def export(
     >>> [node.op_type for node in program.model.graph]
     ['DeformConv']
     """
-    if opset_version < _LOWEST_OPSET:
-        raise _opset_error(opset_version)
+    if opset_version < LOWEST_OPSET:
+        raise opset_error(opset_version)
     try:
         with name_extra("onnx", "onnx", "onnxscript", "onnx_ir"):
             program = torch.onnx.export(
@@ -151,37 +165,12 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     >>> "RoiAlign" in [node.op_type for node in program.model.graph]
     True
     """
-    return {operators.deform_conv2d: _deform_conv2d, operators.deform_roi_pool: _deform_roi_pool}
-
-
-def _opset() -> Any:
-    """Return the ONNX operators. Imported here because only an export needs onnxscript."""
-    import onnxscript
-
-    return onnxscript.opset19
-
-
-def _check_opset() -> None:
-    """Check the opset of a direct export, which would silently write operators of a newer opset into the model."""
-    from onnxscript import evaluator
-
-    requested = getattr(evaluator.default(), "opset", None)
-    if requested is not None and requested.version < _LOWEST_OPSET:
-        raise _opset_error(requested.version)
-
-
-def _opset_error(version: int) -> ArgumentError:
-    return ArgumentError(f"opset_version must be at least {_LOWEST_OPSET}, the first with DeformConv, got {version}")
-
-
-def _types() -> Any:
-    import onnx_ir
-
-    return onnx_ir.DataType
-
-
-def _cast(value: Any, dtype: Any) -> Any:
-    return value if value is None or value.dtype == dtype else _opset().Cast(value, to=int(dtype))
+    return {
+        operators.deform_conv2d: _deform_conv2d,
+        operators.deform_roi_pool: _deform_roi_pool,
+        attention_operators.ms_deform_attn: onnx_attention.ms_deform_attn,
+        attention_operators.deform_aggregate: onnx_attention.deform_aggregate,
+    }
 
 
 def _deform_conv2d(
@@ -195,29 +184,23 @@ def _deform_conv2d(
     dilation: Sequence[int],
     precision: str,
 ) -> Any:
-    _check_opset()
-    channels = _fixed_size("input's channels", input.shape[1])
-    channels_per_group, kh, kw = (_fixed_size("weight", size) for size in weight.shape[1:])
+    check_opset()
+    channels = fixed_size("input's channels", input.shape[1])
+    channels_per_group, kh, kw = (fixed_size("weight", size) for size in weight.shape[1:])
     top, bottom, left, right = padding
-    one_dtype = input.dtype != _types().BFLOAT16 and offset.dtype == input.dtype
-    compute_type = input.dtype if one_dtype else _types().FLOAT
-    output = _opset().DeformConv(
-        *(_cast(value, compute_type) for value in (input, weight, offset, bias, mask)),
+    one_dtype = input.dtype != data_types().BFLOAT16 and offset.dtype == input.dtype
+    compute_type = input.dtype if one_dtype else data_types().FLOAT
+    output = opset().DeformConv(
+        *(cast(value, compute_type) for value in (input, weight, offset, bias, mask)),
         group=channels // channels_per_group,
-        offset_group=_fixed_size("offset's channels", offset.shape[1]) // (2 * kh * kw),
+        offset_group=fixed_size("offset's channels", offset.shape[1]) // (2 * kh * kw),
         kernel_shape=[kh, kw],
         strides=list(stride),
         pads=[top, left, bottom, right],
         dilations=list(dilation),
     )
     output.dtype = compute_type
-    return _cast(output, input.dtype)
-
-
-def _fixed_size(name: str, size: Any) -> int:
-    if not isinstance(size, int):
-        raise ShapeError(f"{name} must have a fixed size in an ONNX model, got the dynamic size {size}")
-    return size
+    return cast(output, input.dtype)
 
 
 def _deform_roi_pool(
@@ -230,10 +213,10 @@ def _deform_roi_pool(
     sampling_ratio: int,
     gamma: float,
 ) -> Any:
-    _check_opset()
-    op, types = _opset(), _types()
+    check_opset()
+    op, types = opset(), data_types()
     compute_type = types.DOUBLE if input.dtype == types.DOUBLE else types.FLOAT
-    rois = _cast(rois, compute_type)
+    rois = cast(rois, compute_type)
     if offset is None:
         output = _roi_align(input, rois, compute_type, output_size, spatial_scale, sampling_ratio)
     elif sampling_ratio == 0:
@@ -242,10 +225,10 @@ def _deform_roi_pool(
             "samples would depend on the region. Export with sampling_ratio=2 (and train with it), or without offsets"
         )
     else:
-        offset = _cast(offset, compute_type)
+        offset = cast(offset, compute_type)
         output = _pool_samples(input, rois, offset, compute_type, output_size, spatial_scale, sampling_ratio, gamma)
     if mask is not None:
-        output = op.Mul(output, op.Unsqueeze(_cast(mask, compute_type), [1]))
+        output = op.Mul(output, op.Unsqueeze(cast(mask, compute_type), [1]))
     return op.Cast(output, to=int(input.dtype)) if input.dtype != compute_type else output
 
 
@@ -253,19 +236,19 @@ def _roi_align(
     input: Any, rois: Any, compute_type: Any, output_size: Sequence[int], spatial_scale: float, sampling_ratio: int
 ) -> Any:
     """Return the output [R, C, P, Q] in `compute_type`."""
-    op = _opset()
+    op = opset()
     maps, regions = op.Slice(rois, [0], [1], [1]), op.Slice(rois, [1], [5], [1])
     if sampling_ratio == 0:
         # Inverted regions have no samples, like empty regions. onnxruntime fails for them.
         low, high = op.Split(regions, num_outputs=2, axis=1)
         regions = op.Concat(low, op.Max(low, high), axis=1)
-    if compute_type == _types().DOUBLE:
+    if compute_type == data_types().DOUBLE:
         # The attribute spatial_scale of RoiAlign has single precision.
-        regions, spatial_scale = regions * _constant(spatial_scale, compute_type), 1.0
+        regions, spatial_scale = regions * constant_of(spatial_scale, compute_type), 1.0
     return op.RoiAlign(
-        _cast(input, compute_type),
+        cast(input, compute_type),
         regions,
-        _to_index(op.Squeeze(maps, [1])),
+        to_index(op.Squeeze(maps, [1])),
         coordinate_transformation_mode="half_pixel",
         mode="avg",
         output_height=output_size[0],
@@ -289,7 +272,7 @@ def _pool_samples(
 
     Each of the four pixels around a sample is gathered for all samples at once.
     """
-    op = _opset()
+    op = opset()
     P, Q = output_size
     height, width = op.Shape(input, start=2, end=3), op.Shape(input, start=3, end=4)
     maps, x1, y1, x2, y2 = op.Split(op.Unsqueeze(rois, [2, 3]), num_outputs=5, axis=1)
@@ -297,18 +280,18 @@ def _pool_samples(
     numbers = (samples, spatial_scale, gamma, compute_type)
     rows = _axis_neighbours(y1, y2, shift_y, np.arange(P).reshape(P, 1, 1), height, *numbers)
     columns = _axis_neighbours(x1, x2, shift_x, np.arange(Q).reshape(Q, 1), width, *numbers)
-    channels = _fixed_size("input's channels", input.shape[1])
+    channels = fixed_size("input's channels", input.shape[1])
     pixels = op.Reshape(op.Transpose(input, perm=[0, 2, 3, 1]), [-1, channels])
     total = None
     for row, row_weight in rows:
-        row_start = (_to_index(maps) * height + row) * width
+        row_start = (to_index(maps) * height + row) * width
         for column, column_weight in columns:
             index = op.Unsqueeze(row_start, [4]) + op.Unsqueeze(column, [3])
             weight = op.Unsqueeze(row_weight, [4]) * op.Unsqueeze(column_weight, [3])
             values = op.Gather(pixels, op.Reshape(index, [-1, P, Q, samples**2]), axis=0)
             part = op.MatMul(op.Reshape(weight, [-1, P, Q, 1, samples**2]), op.Cast(values, to=int(compute_type)))
             total = part if total is None else total + part
-    mean = op.Squeeze(total, [3]) / _constant(float(samples**2), compute_type)
+    mean = op.Squeeze(total, [3]) / constant_of(float(samples**2), compute_type)
     return op.Transpose(mean, perm=[0, 3, 1, 2])
 
 
@@ -327,7 +310,7 @@ def _axis_neighbours(
 
     The regions reach from `low` to `high`, `shift` holds the offsets, and `extent` is the size of the image.
     """
-    op, constant = _opset(), partial(_constant, dtype=compute_type)
+    op, constant = opset(), partial(constant_of, dtype=compute_type)
     zero, half, one = constant(0.0), constant(0.5), constant(1.0)
     start = low * constant(spatial_scale) - half
     region = (high * constant(spatial_scale) - half) - start
@@ -337,7 +320,7 @@ def _axis_neighbours(
     position = position + constant(np.arange(samples) + 0.5) * length / constant(float(samples))
     # region - region is NaN for an infinite region: such a region gives NaN, an infinite offset gives 0.
     position = position + (region - region)
-    extent = _cast(extent, compute_type)
+    extent = cast(extent, compute_type)
     inside = op.And(position >= constant(-1.0), position <= extent)
     factor = op.Where(inside, one, op.Where(op.IsNaN(position), position, zero))
     last = extent - one
@@ -345,16 +328,6 @@ def _axis_neighbours(
     pixel = op.Floor(clamped)
     fraction = clamped - pixel
     return [
-        (_to_index(pixel), factor * (one - fraction)),
-        (_to_index(op.Min(pixel + one, last)), factor * fraction),
+        (to_index(pixel), factor * (one - fraction)),
+        (to_index(op.Min(pixel + one, last)), factor * fraction),
     ]
-
-
-def _constant(values: Any, dtype: Any) -> Any:
-    import onnx_ir
-
-    return _opset().Constant(value=onnx_ir.tensor(np.asarray(values, dtype.numpy())))
-
-
-def _to_index(value: Any) -> Any:
-    return _opset().Cast(value, to=int(_types().INT64))

@@ -4,6 +4,8 @@ Each forward and each backward pass is an operator, so `torch.compile` and `torc
 backward operator returns one tensor per differentiable argument, which is empty if that gradient is not needed. The
 gradient of a backward operator (double backward) is computed by `differentiable`.
 
+Deformable attention and aggregation are in `attention_operators`.
+
 Operator schemas allow only flat lists, so `padding` is [top, bottom, left, right] here.
 """
 
@@ -29,6 +31,14 @@ _CONV_NUMBERS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, str preci
 _ROI_TENSORS = "Tensor input, Tensor rois, Tensor? offset, Tensor? mask"
 _ROI_NUMBERS = "SymInt[] output_size, float spatial_scale, SymInt sampling_ratio, float gamma"
 
+_ATTN_TENSORS = "Tensor value, Tensor? spatial_shapes, Tensor sampling_locations, Tensor attention_weights"
+_ATTN_NUMBERS = "SymInt[] shapes, SymInt[] points, bool is_flat"
+_AGGREGATE_TENSORS = "Tensor input, Tensor offset, Tensor? mask"
+_AGGREGATE_NUMBERS = (
+    "SymInt groups, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, float offset_scale, "
+    "bool remove_center"
+)
+
 _SCHEMAS = (
     f"deform_conv2d({_CONV_TENSORS}, {_CONV_NUMBERS}) -> Tensor",
     f"deform_conv2d_backward(Tensor grad_out, {_CONV_TENSORS}, {_CONV_NUMBERS}, bool[] needs)"
@@ -36,26 +46,32 @@ _SCHEMAS = (
     f"deform_roi_pool({_ROI_TENSORS}, {_ROI_NUMBERS}) -> Tensor",
     f"deform_roi_pool_backward(Tensor grad_out, {_ROI_TENSORS}, {_ROI_NUMBERS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor)",
+    f"ms_deform_attn({_ATTN_TENSORS}, {_ATTN_NUMBERS}) -> Tensor",
+    f"ms_deform_attn_backward(Tensor grad_out, {_ATTN_TENSORS}, {_ATTN_NUMBERS}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor)",
+    f"deform_aggregate({_AGGREGATE_TENSORS}, {_AGGREGATE_NUMBERS}) -> Tensor",
+    f"deform_aggregate_backward(Tensor grad_out, {_AGGREGATE_TENSORS}, {_AGGREGATE_NUMBERS}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 
 
-def _implementation_library() -> torch.library.Library:
-    """Define the operators, unless this module was imported before; return the library of their implementations.
+def implementation_library(name: str) -> torch.library.Library:
+    """Define the operators, unless this module was imported before; return the library of a module's implementations.
 
-    Torch allows one definition per process. Implementations of an earlier import are removed.
+    Torch allows one definition per process. Implementations of an earlier import of the module are removed.
     """
     libraries: dict[str, Any] = vars(torch.ops.dcnops)
-    if "_implementations" in libraries:
-        libraries["_implementations"]._destroy()
-    else:
+    if "_definitions" not in libraries:
         libraries["_definitions"] = torch.library.Library("dcnops", "DEF")
         for schema in _SCHEMAS:
             libraries["_definitions"].define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    libraries["_implementations"] = library = torch.library.Library("dcnops", "IMPL")
+    if name in libraries:
+        libraries[name]._destroy()
+    libraries[name] = library = torch.library.Library("dcnops", "IMPL")
     return library
 
 
-_LIBRARY = _implementation_library()
+_LIBRARY = implementation_library("_implementations")
 
 deform_conv2d = torch.ops.dcnops.deform_conv2d.default
 deform_roi_pool = torch.ops.dcnops.deform_roi_pool.default
@@ -68,7 +84,7 @@ def _padding_pairs(padding: Sequence[int]) -> tuple[tuple[int, int], tuple[int, 
     return (top, bottom), (left, right)
 
 
-def _arrays(**tensors: Tensor | None) -> dict[str, Any]:
+def as_arrays(**tensors: Tensor | None) -> dict[str, Any]:
     return {name: as_array(tensor) for name, tensor in tensors.items()}
 
 
@@ -77,7 +93,7 @@ def _coordinates(rois: Tensor, input: Tensor) -> Tensor:
     return rois.to(coordinate_dtype(input)).contiguous() if input.is_cuda and rois.is_floating_point() else rois
 
 
-def _needed_names(needs: Sequence[bool], *names: str) -> list[str]:
+def needed_names(needs: Sequence[bool], *names: str) -> list[str]:
     return [name for name, need in zip(names, needs) if need]
 
 
@@ -124,7 +140,7 @@ def _conv_forward_kernel(
 ) -> Tensor:  # fmt: skip
     with on_device_of(input):
         output = dcnops.deform_conv2d(
-            **_arrays(input=input, offset=offset, weight=weight, bias=bias, mask=mask),
+            **as_arrays(input=input, offset=offset, weight=weight, bias=bias, mask=mask),
             stride=stride, padding=_padding_pairs(padding), dilation=dilation,
             precision=precision_now(precision),
         )  # fmt: skip
@@ -137,10 +153,10 @@ def _conv_backward_kernel(
 ) -> list[Tensor]:  # fmt: skip
     with on_device_of(input):
         gradients = dcnops.deform_conv2d_backward(
-            **_arrays(grad_out=grad_out, input=input, offset=offset, weight=weight, bias=bias, mask=mask),
+            **as_arrays(grad_out=grad_out, input=input, offset=offset, weight=weight, bias=bias, mask=mask),
             stride=stride, padding=_padding_pairs(padding), dilation=dilation,
             precision=precision_now(precision),
-            needs=_needed_names(needs, "input", "offset", "weight", "bias", "mask"),
+            needs=needed_names(needs, "input", "offset", "weight", "bias", "mask"),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         return _gradient_tensors(gradients, (input, offset, weight, bias, mask))
@@ -152,7 +168,7 @@ def _roi_forward_kernel(
 ) -> Tensor:  # fmt: skip
     with on_device_of(input):
         output = dcnops.deform_roi_pool(
-            **_arrays(input=input, rois=_coordinates(rois, input), offset=offset, mask=mask),
+            **as_arrays(input=input, rois=_coordinates(rois, input), offset=offset, mask=mask),
             output_size=output_size, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio, gamma=gamma,
         )  # fmt: skip
         return as_tensor(output)
@@ -164,9 +180,9 @@ def _roi_backward_kernel(
 ) -> list[Tensor]:  # fmt: skip
     with on_device_of(input):
         gradients = dcnops.deform_roi_pool_backward(
-            **_arrays(grad_out=grad_out, input=input, rois=_coordinates(rois, input), offset=offset, mask=mask),
+            **as_arrays(grad_out=grad_out, input=input, rois=_coordinates(rois, input), offset=offset, mask=mask),
             output_size=output_size, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio, gamma=gamma,
-            needs=_needed_names(needs, "input", "offset", "mask"),
+            needs=needed_names(needs, "input", "offset", "mask"),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         return _gradient_tensors(gradients, (input, offset, mask))
@@ -178,12 +194,12 @@ def _roi_backward_kernel(
 # again. Symbolic sizes are therefore not checked here but where they are known: when the operator runs.
 
 
-def _has_symbols(*arguments: Any) -> bool:
+def has_symbols(*arguments: Any) -> bool:
     """Check for a tensor with symbolic sizes or a symbolic number."""
     return any(
         argument._has_symbolic_sizes_strides
         if isinstance(argument, Tensor)
-        else _has_symbols(*argument)
+        else has_symbols(*argument)
         if isinstance(argument, (list, tuple))
         else isinstance(argument, (torch.SymInt, torch.SymFloat))
         for argument in arguments
@@ -192,7 +208,7 @@ def _has_symbols(*arguments: Any) -> bool:
 
 def _check_conv(arguments: Sequence[Any], grad_out: Tensor | None = None) -> None:
     input, offset, weight, bias, mask, stride, padding, dilation, _ = arguments
-    if _has_symbols(grad_out, *arguments):
+    if has_symbols(grad_out, *arguments):
         check_conv_ranks(input.shape, offset.shape, weight.shape, None if mask is None else mask.shape)
         return
     pairs = _padding_pairs(padding)
@@ -202,7 +218,7 @@ def _check_conv(arguments: Sequence[Any], grad_out: Tensor | None = None) -> Non
 
 
 def _check_roi_pool(arguments: Sequence[Any], grad_out: Tensor | None = None) -> None:
-    if _has_symbols(grad_out, *arguments):
+    if has_symbols(grad_out, *arguments):
         check_roi_ranks(arguments[0].shape, arguments[1].shape)
         return
     geometry = DeformRoIPoolGeometry.of(*arguments)
@@ -245,7 +261,9 @@ def _gradient_shapes(arguments: Sequence[Tensor | None], needs: Sequence[bool]) 
 # Gradients
 
 
-def _register_autograd(name: str, gradient: Callable[..., tuple[Any, ...]], tensors: int) -> None:
+def _register_autograd(
+    library: torch.library.Library, name: str, gradient: Callable[..., tuple[Any, ...]], tensors: int
+) -> None:
     """Give an operator, of which the first `tensors` arguments are tensors, its gradient.
 
     `torch.library.register_autograd` does the same but adds 60 microseconds to every recorded call.
@@ -271,7 +289,7 @@ def _register_autograd(name: str, gradient: Callable[..., tuple[Any, ...]], tens
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
-    _LIBRARY.impl(name, kernel, "Autograd")
+    library.impl(name, kernel, "Autograd")
 
 
 def _conv_gradient(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
@@ -298,7 +316,7 @@ def _conv_double_gradient(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
     def forward(*tensors: Any) -> Tensor:
         return differentiable.deform_conv2d(*tensors, *numbers)
 
-    return (*_second_gradients(ctx, forward, range(1, 6), needs, gradients), None, None, None, None, None)
+    return (*second_gradients(ctx, forward, range(1, 6), needs, gradients), None, None, None, None, None)
 
 
 def _roi_double_gradient(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -307,10 +325,10 @@ def _roi_double_gradient(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
     def forward(*tensors: Any) -> Tensor:
         return differentiable.deform_roi_pool(*tensors, *numbers)
 
-    return (*_second_gradients(ctx, forward, (1, 3, 4), needs, gradients), None, None, None, None, None)
+    return (*second_gradients(ctx, forward, (1, 3, 4), needs, gradients), None, None, None, None, None)
 
 
-def _second_gradients(
+def second_gradients(
     ctx: Any,
     forward: Callable[..., Tensor],
     differentiated: Sequence[int],
@@ -336,13 +354,22 @@ def _second_gradients(
     return [dict(zip(targets, second)).get(i) for i in range(len(leaves))]
 
 
-for _name, _kernel, _shape, _gradient, _tensors in (
-    ("deform_conv2d", _conv_forward_kernel, _conv_forward_shape, _conv_gradient, 5),
-    ("deform_conv2d_backward", _conv_backward_kernel, _conv_backward_shape, _conv_double_gradient, 6),
-    ("deform_roi_pool", _roi_forward_kernel, _roi_forward_shape, _roi_gradient, 4),
-    ("deform_roi_pool_backward", _roi_backward_kernel, _roi_backward_shape, _roi_double_gradient, 5),
-):
-    for _key in DEVICES.values():
-        torch.library.impl(f"dcnops::{_name}", _key, _kernel, lib=_LIBRARY)
-    torch.library.register_fake(f"dcnops::{_name}", _shape, lib=_LIBRARY)
-    _register_autograd(_name, _gradient, _tensors)
+def implement(
+    library: torch.library.Library,
+    name: str,
+    kernel: Callable[..., Any],
+    shape: Callable[..., Any],
+    gradient: Callable[..., tuple[Any, ...]],
+    tensors: int,
+) -> None:
+    """Give an operator its kernel, its function of output shapes and its gradient."""
+    for key in DEVICES.values():
+        torch.library.impl(f"dcnops::{name}", key, kernel, lib=library)
+    torch.library.register_fake(f"dcnops::{name}", shape, lib=library)
+    _register_autograd(library, name, gradient, tensors)
+
+
+implement(_LIBRARY, "deform_conv2d", _conv_forward_kernel, _conv_forward_shape, _conv_gradient, 5)
+implement(_LIBRARY, "deform_conv2d_backward", _conv_backward_kernel, _conv_backward_shape, _conv_double_gradient, 6)
+implement(_LIBRARY, "deform_roi_pool", _roi_forward_kernel, _roi_forward_shape, _roi_gradient, 4)
+implement(_LIBRARY, "deform_roi_pool_backward", _roi_backward_kernel, _roi_backward_shape, _roi_double_gradient, 5)

@@ -1,41 +1,7 @@
 // The sizes of a deformable convolution, the order of its rows and columns, and the sampling points of its taps.
 
-#include "dcn/sampling.cuh"
 #include "dcn/rows.cuh"
-
-__device__ __forceinline__ ScalarVector load_vector(const Scalar* at) {
-  ScalarVector value;
-  if constexpr (sizeof(ScalarVector) == 16) {
-    const uint4 words = *reinterpret_cast<const uint4*>(at);
-    memcpy(&value, &words, 16);
-  } else {
-    value = *reinterpret_cast<const ScalarVector*>(at);
-  }
-  return value;
-}
-
-__device__ __forceinline__ void store_vector(Scalar* to, const ScalarVector& value) {
-  if constexpr (sizeof(ScalarVector) == 16) {
-    unsigned words[4];
-    memcpy(words, &value, 16);
-    store_16(to, words);
-  } else {
-    *reinterpret_cast<ScalarVector*>(to) = value;
-  }
-}
-
-// Zeros if not valid.
-__device__ __forceinline__ ScalarVector load_vector_if(const Scalar* from, bool valid) {
-  ScalarVector value = {};
-  if constexpr (sizeof(ScalarVector) == 16) {
-    unsigned words[4];
-    load_16_if(words, from, valid);
-    memcpy(&value, words, 16);
-  } else {
-    if (valid) value = *reinterpret_cast<const ScalarVector*>(from);
-  }
-  return value;
-}
+#include "dcn/sampling.cuh"
 
 // Strides of offset [N, 2*D*K, oh*ow] and mask [N, D*K, oh*ow], or of their gradients, in elements.
 struct SamplingStrides {

@@ -3,12 +3,10 @@
 // The border rule is also in the CPU loops (`_locate_samples` and `_add_axis_weights` in dcnops/_backends/cpu) and in
 // adapters/torch/differentiable.py. The tests compare all of them with tests/reference.py.
 
-#include "dcn/types.cuh"
+#include "dcn/vectors.cuh"
 
-using Scalar = DCN_SCALAR;
 using OffsetScalar = DCN_OFFSET_SCALAR;
 using Sum = Accumulator<Scalar>;
-using ScalarVector = Vector<Scalar, DCN_VEC>;
 
 // A sampling point and its four neighbours, numbered 0 (y0, x0), 1 (y0, x0+1), 2 (y0+1, x0), 3 (y0+1, x0+1).
 template <typename A>

@@ -14,10 +14,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .config import Config
-from .data import Category, CocoDataset, TorchDataset, as_image, check_categories, read_image
+from .data import Category, CocoDataset, TorchDataset, as_image, check_categories, match_categories, read_image
 from .engine import Metrics, choose_device, coco_metrics, detect, evaluated_kinds, session, train
 from .errors import UserError
-from .model import build_detector, load_backbone, load_detector, save_checkpoint
+from .model import (
+    build_detector,
+    load_backbone,
+    load_detector,
+    load_initial_detector,
+    read_initial_detector,
+    save_checkpoint,
+    starting_config,
+)
 from .predict import AMP_TYPES, RLE, decode_rle, evaluating, infer_in_batches
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
@@ -39,7 +47,8 @@ class Detector:
         ``"resnet50"`` (the default), ``"small"`` for CPUs, and others; see the option ``network.backbone``.
     weights : str, optional
         Weights of the backbone: ``"imagenet"``, a file, or ``"none"``. The default is ``"none"`` for the small backbone
-        and ``"imagenet"`` for others.
+        and ``"imagenet"`` for others. A file with a whole detector (see `load`) also sets the options of the network,
+        which other arguments change.
     options : mapping, optional
         Further options of the configuration, such as ``{"network.min_size": 480, "training.epochs": 4}``. The command
         ``dcnops-detector train --help`` lists all.
@@ -55,6 +64,8 @@ class Detector:
         Every number of the network and its training.
     categories : list of str
     device : torch.device
+    report : list of str
+        What was used of a file with a whole detector, what was renamed and what was left out.
 
     Raises
     ------
@@ -81,15 +92,21 @@ class Detector:
         device: str | torch.device = "auto",
     ) -> None:
         named = {"network.preset": preset, "network.detector": detector, "network.backbone": backbone}
-        given = {name: value for name, value in named.items() if value is not None}
-        self.config = Config().set(_assignments({**given, **(options or {})}))
+        given: dict[str, object] = {name: value for name, value in named.items() if value is not None}
+        given |= options or {}
+        self.report: list[str] = []
+        initial = read_initial_detector(weights, self.report.append) if weights else None
+        start = starting_config(initial, "network.preset" in given) or Config()
+        self.config = start.set(_assignments(given))
         self._categories = _categories(categories)
         self.device = choose_device(device)
         torch.manual_seed(self.config.training.seed)
         self.model: nn.Module = build_detector(self.config.network, len(self._categories))
         name = self.config.network.backbone
         weights = weights or ("none" if name == "small" else "imagenet")
-        if weights != "none":
+        if initial:
+            self.report += load_initial_detector(self.model, initial, self._categories)
+        elif weights != "none":
             load_backbone(self.model, weights, name)
         self.model.to(self.device).eval()
 
@@ -98,15 +115,21 @@ class Detector:
         cls,
         path: str | os.PathLike[str],
         *,
+        categories: Sequence[str | Category] | None = None,
         options: Mapping[str, object] | None = None,
         device: str | torch.device = "auto",
     ) -> Detector:
         """Load a checkpoint of `save`, of `train` or of the command ``dcnops-detector train``.
 
+        Files with a Faster or Mask R-CNN of torchvision, mmdetection or detectron2 work too, see the table in the
+        documentation of the command.
+
         Parameters
         ----------
         path : path
             Such as ``runs/mine/model.pth``. Loading never runs code from the file.
+        categories : sequence of str, optional
+            Names of the categories, if the file does not have them.
         options : mapping, optional
             Changes of the configuration, such as ``{"network.score_threshold": 0.3}``.
         device : str or torch.device
@@ -119,11 +142,19 @@ class Detector:
         Raises
         ------
         UserError
-            There is no such file, it is damaged, or it does not fit the options.
+            There is no such file, it is damaged, it does not fit the options, or it does not have exactly the
+            parameters of the network.
         """
         detector = cls.__new__(cls)
         detector.device = choose_device(device)
-        loaded = load_detector(Path(path), detector.device, _assignments(options or {}))
+        detector.report = []
+        loaded = load_detector(
+            Path(path),
+            detector.device,
+            _assignments(options or {}),
+            categories=None if categories is None else _categories(categories),
+            report=detector.report.append,
+        )
         detector.model, detector.config, detector._categories = loaded
         return detector
 
@@ -184,8 +215,11 @@ class Detector:
         KeyboardInterrupt
             Ctrl-C was pressed; a checkpoint is saved first.
         """
-        data = self._data(train_set, "train_set", evaluated=False)
-        val_data = None if val_set is None else self._data(val_set, "val_set", evaluated=True)
+        data = self._data(train_set, evaluated=False)
+        val_data = None if val_set is None else self._data(val_set, evaluated=True)
+        for given, name in ((data, "train_set"), (val_data, "val_set")):
+            if given is not None:
+                check_categories(self._categories, given.categories, name)
         with session(self.device) as device:
             try:
                 return train(self.model, self.config, data, val_data, Path(out), device, resume=resume)
@@ -207,15 +241,17 @@ class Detector:
         -------
         dict
             `Scores` of the boxes (``"bbox"``) and, from Mask R-CNN, of the masks (``"segm"``): ``AP``, ``AP50``,
-            ``AP75``, ``APs``, ``APm`` and ``APl`` in 0..1, NaN without ground truth.
+            ``AP75``, ``APs``, ``APm``, ``APl``, the average recall ``AR1``, ``AR10``, ``AR100``, ``ARs``, ``ARm`` and
+            ``ARl``, and ``per_category`` and ``per_category_AP50`` by category id; in 0..1, NaN without ground truth.
 
         Raises
         ------
         UserError
             A sample is not as described in `train`.
         """
-        data = self._data(dataset, "dataset", evaluated=True)
+        data = self._data(dataset, evaluated=True)
         options: dict[str, Any] = {"workers": self.config.training.workers, "amp_dtype": self._amp_dtype()}
+        options["categories"] = match_categories(self._categories, data.categories, "dataset")
         with session(self.device) as device:
             results = detect(self.model, data, device, batch_size=batch_size, **options)
         return coco_metrics(data.coco, results, data.image_ids, evaluated_kinds(self.config.network))
@@ -265,9 +301,8 @@ class Detector:
     def _amp_dtype(self) -> torch.dtype | None:
         return AMP_TYPES[self.config.training.amp]
 
-    def _data(self, dataset: Dataset[Any], name: str, *, evaluated: bool) -> CocoDataset:
+    def _data(self, dataset: Dataset[Any], *, evaluated: bool) -> CocoDataset:
         if isinstance(dataset, CocoDataset):
-            check_categories(self._categories, dataset.categories, name)
             return dataset
         masks = "segm" in evaluated_kinds(self.config.network)
         return TorchDataset(dataset, self._categories, masks=masks, evaluated=evaluated)

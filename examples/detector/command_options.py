@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import Config, option, parse_assignments
+from .config import WEIGHT_FILES, Config, option, parse_assignments
 from .errors import UserError
 from .json_files import read_json
 from .presets import PRESETS
 from .spatial_support_view import SpatialSupportView
 from .variants import ABLATION_IMAGES, ABLATION_VARIANTS, Variant
+
+CHECKPOINT = "checkpoint of `train`, or of a Faster or Mask R-CNN of torchvision, mmdetection or detectron2"
 
 
 def required(help: str, **metadata: Any) -> Any:
@@ -78,8 +80,10 @@ class TrainOptions(DataOption, SetOption, DeviceOption):
     """
 
     out: Path = required("folder for checkpoints, metrics and TensorBoard files")
-    train_annotations: Path | None = option(None, "COCO JSON file to train on, instead of --data")
-    train_images: Path | None = option(None, "folder of the images of --train-annotations")
+    train_annotations: tuple[Path, ...] = option(
+        (), "COCO JSON files to train on, instead of --data; several are one data set, and must have equal categories"
+    )
+    train_images: tuple[Path, ...] = option((), "folder of the images of each of --train-annotations, or of all")
     val_annotations: Path | None = option(None, "COCO JSON file to evaluate on, instead of --data")
     val_images: Path | None = option(None, "folder of the images of --val-annotations")
     preset: str | None = option(None, f"sets network.preset: {', '.join(PRESETS)}")
@@ -89,7 +93,8 @@ class TrainOptions(DataOption, SetOption, DeviceOption):
         None,
         "weights of the backbone: imagenet, the name of torchvision weights, a .pth, .safetensors, .npz or .pkl file "
         "with torchvision's parameter names, or none; ResNets from Caffe and Keras need --set "
-        "network.stride_style=caffe; default: imagenet, or none for the small backbone",
+        "network.stride_style=caffe. Or a file with a whole detector, of `train`, torchvision, mmdetection or "
+        "detectron2, which also sets the options of the network; default: imagenet, or none for the small backbone",
     )
     mimic: str | None = option(
         None,
@@ -107,10 +112,16 @@ class TrainOptions(DataOption, SetOption, DeviceOption):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.configuration()
+        if not (self.weights or "").endswith(WEIGHT_FILES):  # a file may set the network
+            self.configuration()
 
-    def configuration(self) -> Config:
-        """Return the configuration of the detector and its training."""
+    @property
+    def sets_preset(self) -> bool:
+        """Return whether the user chooses the preset."""
+        return bool(self.preset) or any(item.startswith("network.preset=") for item in self.set)
+
+    def configuration(self, start: Config | None = None) -> Config:
+        """Return the configuration of the detector and its training; `start` is that of initial weights."""
         shortcuts = {
             "network.preset": self.preset,
             "network.detector": self.detector,
@@ -118,7 +129,7 @@ class TrainOptions(DataOption, SetOption, DeviceOption):
             "mimicking.regions": self.mimic,
         }
         given = [f"{name}={value}" for name, value in shortcuts.items() if value is not None]
-        config = Config()
+        config = start or Config()
         if self.config:
             try:
                 config = Config.from_dict(read_json(self.config))
@@ -128,24 +139,45 @@ class TrainOptions(DataOption, SetOption, DeviceOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(DataOption, SetOption, AutocastOption, DeviceOption):
-    """Compute the COCO average precision of a checkpoint or of a results file."""
+class CategoriesOption(Options):
+    """Names of the categories of a checkpoint."""
 
-    checkpoint: Path | None = option(None, "checkpoint written by `train`", exclusive=True)
-    results: Path | None = option(None, "detections in COCO's results format", exclusive=True)
-    annotations: Path | None = option(None, "COCO JSON file, instead of --data")
-    images: Path | None = option(None, "folder of the images of --annotations")
-    split: Literal["train", "val"] = option("val", "split of --data to evaluate on")
-    out: Path | None = option(None, "folder for metrics.json and the detections; default: only print the metrics")
-    batch_size: int = option(1, "images per forward pass", 1, 4096)
+    categories: Path | None = option(
+        None,
+        "file with the names of the checkpoint's categories, for checkpoints of other projects that do not have them: "
+        "text with a name per line, or a COCO JSON file",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(SetOption, AutocastOption, DeviceOption):
+class EvaluateOptions(DataOption, CategoriesOption, SetOption, AutocastOption, DeviceOption):
+    """Compute the COCO average precision of a checkpoint or of a results file.
+
+    Without annotations, as in COCO's test-dev, the detections of the checkpoint are only written to --out, in COCO's
+    results format.
+    """
+
+    checkpoint: Path | None = option(None, CHECKPOINT, exclusive=True)
+    results: Path | None = option(None, "detections in COCO's results format", exclusive=True)
+    annotations: Path | None = option(None, "COCO JSON file, instead of --data")
+    images: Path | None = option(None, "folder of the images of --annotations")
+    split: Literal["train", "val", "test"] = option("val", "split of --data to evaluate on")
+    allow_missing: bool = option(False, "evaluate without the images that are missing or unusable")
+    out: Path | None = option(None, "folder for metrics.json and the detections; default: only print the metrics")
+    batch_size: int = option(1, "images per forward pass", 1, 4096)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.categories and not self.checkpoint:
+            raise UserError("--categories goes with --checkpoint; detections in --results have the ids of the data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(CategoriesOption, SetOption, AutocastOption, DeviceOption):
     """Detect objects in images; write pictures and predictions.json."""
 
     images: tuple[str, ...] = required("files, folders or glob patterns", positional=True)
-    checkpoint: Path = required("checkpoint written by `train`")
+    checkpoint: Path = required(CHECKPOINT)
     out: Path = required("folder for the pictures and predictions.json")
     threshold: float = option(0.5, "minimum score of a detection", 0, 1)
     batch_size: int = option(
@@ -173,14 +205,14 @@ class SpatialSupportOptions(SpatialSupportView, SetOption, DeviceOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(SetOption):
+class ExportOptions(CategoriesOption, SetOption):
     """Export a detector to ONNX, for images of one size.
 
     The file takes image, float32 [1, 3, height, width] (RGB in 0..1), and returns boxes, labels, scores and, from Mask
     R-CNN, masks. It runs without PyTorch, for example in onnxruntime 1.25 or newer. Needs pip install 'dcnops[onnx]'.
     """
 
-    checkpoint: Path = required("checkpoint written by `train`")
+    checkpoint: Path = required(CHECKPOINT)
     out: Path = required("ONNX file to write")
     size: str = required("size of the images, pixels", metavar="HEIGHTxWIDTH")
 

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,12 +22,17 @@ from .command_options import (
     SynthOptions,
     TrainOptions,
 )
+from .config import Config
 from .data import (
+    Category,
     CocoDataset,
-    check_categories,
+    Split,
     find_data,
     find_images,
+    has_split,
     import_annotations,
+    match_categories,
+    read_categories,
     read_voc,
     read_yolo,
     write_synthetic,
@@ -44,31 +49,48 @@ from .engine import (
     metrics_table,
     session,
     world_size,
+    write_detections,
     write_results,
 )
 from .errors import UserError, printable
-from .model import cost_rows, cost_table, export_onnx, load_detector
+from .model import (
+    cost_rows,
+    cost_table,
+    export_onnx,
+    load_detector,
+    read_initial_detector,
+    starting_config,
+)
 from .predict import AMP_TYPES, draw_checkpoints, predict, write_predictions
 from .recipes import run_ablation, run_demo
 
 
 def run_train(options: TrainOptions) -> None:
-    config = options.configuration()
+    weights, initial = options.weights, None
+    if weights:
+        initial = read_initial_detector(weights, _say)
+    try:
+        config = options.configuration(starting_config(initial, options.sets_preset))
+    except UserError as error:
+        raise UserError(f"--weights {weights} sets the network: {error}" if initial else str(error)) from None
     masks, negatives = config.network.has_masks, config.training.negative_images
     train_annotations, train_images = _data(options, "train", "train_")
     train_set = CocoDataset(train_annotations, train_images, masks=masks, keep_empty=False, negatives=negatives)
     val_set = None
-    if options.val_annotations or options.data:
+    if options.val_annotations or options.val_images or (options.data and has_split(options.data, "val")):
         val_annotations, val_images = _data(options, "val", "val_")
         val_set = CocoDataset(val_annotations, val_images, masks=masks, keep_empty=True)
     with session(options.device) as device:
-        _warn(train_set, train_annotations)
+        _warn(train_set)
         if val_set:
-            _warn(val_set, val_annotations)
-        weights = options.weights or ("none" if config.network.backbone == "small" else "imagenet")
+            _warn(val_set)
+        elif options.data:
+            _say(f"{options.data}: no validation data, so the training goes without evaluation")
+        weights = weights or ("none" if config.network.backbone == "small" else "imagenet")
         resume = options.resume if options.resume == "auto" else options.resume == "always"
         hint = "the same command goes on from there" if options.resume == "auto" else RESUME_HINT
-        build_and_train(config, train_set, val_set, options.out, device, weights=weights, resume=resume, hint=hint)
+        start: dict[str, Any] = {"weights": weights, "initial": initial}
+        build_and_train(config, train_set, val_set, options.out, device, **start, resume=resume, hint=hint)
 
 
 def run_evaluate(options: EvaluateOptions) -> None:
@@ -76,20 +98,31 @@ def run_evaluate(options: EvaluateOptions) -> None:
         _make_folder(options.out)
         annotations = options.annotations or _data(options, options.split)[0]
         dataset = CocoDataset(annotations, None, masks=False, keep_empty=True)
+        if not dataset.annotated:
+            raise UserError(f"{dataset.name}: there are no annotations to evaluate detections with")
         results, kinds = load_results(options.results, dataset.coco)
         if "segm" in kinds:
             dataset = CocoDataset(annotations, None, masks=True, keep_empty=True)
-        _warn(dataset, annotations)
+        _warn(dataset)
         _report(dataset, results, kinds, options.out)
         return
     assert options.checkpoint is not None
     annotations, images = _data(options, options.split)
     _make_folder(options.out)
     with session(options.device) as device:
-        model, config, categories = load_detector(options.checkpoint, device, options.set)
+        model, config, categories = _load(options.checkpoint, device, options)
         dataset = CocoDataset(annotations, images, masks=config.network.has_masks, keep_empty=True)
-        check_categories(categories, dataset.categories, str(annotations))
-        _warn(dataset, annotations)
+        matched = match_categories(categories, dataset.categories, dataset.name)
+        if None in matched:
+            _say(f"{dataset.name}: has {len(dataset.categories)} of the detector's {len(matched)} categories")
+        if dataset.unusable_images and not options.allow_missing:
+            raise UserError(
+                f"{dataset.name}: {'; '.join(dataset.unusable_images)}: all images are needed, or --allow-missing to "
+                "evaluate the others alone"
+            )
+        if not (dataset.annotated or options.out):
+            raise UserError(f"{dataset.name}: there are no annotations, so --out is needed for the detections")
+        _warn(dataset)
         results = detect(
             model,
             dataset,
@@ -97,6 +130,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
             batch_size=options.batch_size,
             workers=config.training.workers,
             amp_dtype=AMP_TYPES[options.amp],
+            categories=matched,
         )
         if is_main():
             _report(dataset, results, evaluated_kinds(config.network), options.out)
@@ -107,7 +141,7 @@ def run_predict(options: PredictOptions) -> None:
     _make_folder(options.out)
     with session(options.device) as device:
         _require_one_process("predict")
-        model, config, categories = load_detector(options.checkpoint, device, options.set)
+        model, config, categories = _load(options.checkpoint, device, options)
         predictions = predict(
             model,
             paths,
@@ -135,7 +169,7 @@ def run_spatial_support(options: SpatialSupportOptions) -> None:
 
 def run_export(options: ExportOptions) -> None:
     _make_folder(options.out.parent)
-    model, _, categories = load_detector(options.checkpoint, torch.device("cpu"), options.set)
+    model, _, categories = _load(options.checkpoint, torch.device("cpu"), options)
     height, width = map(int, options.size.split("x"))
     export_onnx(model, options.out, (height, width), categories)
     print(f"{options.out}: for images of {height}x{width} pixels")
@@ -194,11 +228,31 @@ RUN: dict[str, Callable[[Any], None]] = {
 }
 
 
-def _data(options: Any, split: Literal["train", "val"], prefix: str = "") -> tuple[Path, Path]:
-    """Return the JSON file and the image folder of a split, from ``--data`` or from the two options for it."""
+def _load(path: Path, device: torch.device, options: Any) -> tuple[Any, Config, list[Category]]:
+    """Load a detector with the options ``--set`` and ``--categories``."""
+    names = read_categories(options.categories) if options.categories else None
+    return load_detector(path, device, options.set, categories=names, report=_say)
+
+
+def _say(line: str) -> None:
+    """Print a line about the input in the main process."""
+    if is_main():
+        print(printable(line), file=sys.stderr)
+
+
+def _data(options: Any, split: Split, prefix: str = "") -> tuple[Any, Any]:
+    """Return the JSON file and the image folder of a split, from ``--data`` or from the two options for it.
+
+    If the options take several paths, return tuples.
+    """
     annotations, images = getattr(options, f"{prefix}annotations"), getattr(options, f"{prefix}images")
     option = f"--{prefix}".replace("_", "-")
     if annotations and images:
+        if isinstance(images, tuple) and len(images) not in (1, len(annotations)):
+            raise UserError(
+                f"{option}images must name one folder or {len(annotations)}, one for each of {option}annotations, "
+                f"got {len(images)}"
+            )
         return annotations, images
     if annotations or images:
         missing = "images" if annotations else "annotations"
@@ -222,12 +276,20 @@ def _require_one_process(command: str) -> None:
         raise UserError(f"{command} runs in one process, not under torchrun")
 
 
-def _warn(dataset: CocoDataset, annotations: Path) -> None:
-    for line in dataset.report if is_main() else ():
-        print(f"{annotations}: {line}", file=sys.stderr)
+def _warn(dataset: CocoDataset) -> None:
+    for line in dataset.report:
+        _say(f"{dataset.name}: {line}")
 
 
 def _report(dataset: CocoDataset, results: list[dict[str, object]], kinds: tuple[Kind, ...], out: Path | None) -> None:
+    if not dataset.annotated:
+        assert out is not None
+        write_detections(out, results, kinds)
+        print(f"{len(results)} detections in {len(dataset)} images: {out}; no metrics, as there are no annotations")
+        return
+    if dataset.boxes_only:
+        print(f"{dataset.name}: masks are not evaluated, as no annotation has a segmentation", file=sys.stderr)
+        kinds = ("bbox",)
     metrics = coco_metrics(dataset.coco, results, dataset.image_ids, kinds)
     print(metrics_table(metrics, dataset.categories))
     if out:

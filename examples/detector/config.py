@@ -15,6 +15,7 @@ from .errors import UserError
 from .presets import PRESETS, STAGES, Preset
 
 T = TypeVar("T")
+WEIGHT_FILES = (".pth", ".pt", ".safetensors", ".npz", ".pkl")
 MOST_NUMBERS = 100  # in an option such as network.anchor_sizes
 
 
@@ -90,6 +91,12 @@ class NetworkConfig:
         "torchvision",
         "library to resize images like: torchvision rounds sides down, the others to the nearest integer, and pixels "
         "to 8 bits; pillow averages when it shrinks",
+    )
+    image_mean: tuple[float, ...] = option(
+        (0.485, 0.456, 0.406), "mean of red, green and blue in 0..1, subtracted from images", 0, 1
+    )
+    image_std: tuple[float, ...] = option(
+        (0.229, 0.224, 0.225), "images are divided by these; 1/255 for networks from Caffe", 1e-6, 1e6
     )
     anchor_sizes: tuple[float, ...] = option(
         (32, 64, 128, 256, 512), "sides of the anchors, pixels; with FPN five, one per level", 1, 1e5
@@ -336,6 +343,9 @@ class Config:
         _check_layers(network)
         if network.has_pyramid and len(network.anchor_sizes) != 5:
             raise UserError(f"network.anchor_sizes must be 5 numbers with FPN, got {len(network.anchor_sizes)}")
+        for name, colours in (("image_mean", network.image_mean), ("image_std", network.image_std)):
+            if len(colours) != 3:
+                raise UserError(f"network.{name} must be 3 numbers, for red, green and blue, got {len(colours)}")
         if network.rpn_negative_iou > network.rpn_positive_iou:
             raise UserError(
                 f"network.rpn_negative_iou must be at most rpn_positive_iou={network.rpn_positive_iou}, "

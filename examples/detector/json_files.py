@@ -1,14 +1,21 @@
-"""JSON files."""
+"""JSON files, and the numbers and flags in them, which are read leniently."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .errors import UserError
+
+CHUNK = 1 << 20  # characters that are read at a time
+SPACE = re.compile(r"[ \t\n\r]*")
+DECODER = json.JSONDecoder()
+WHOLE = re.compile(r"\s*[+-]?\d{1,18}\s*", re.ASCII)
 
 
 def read_json(path: Path) -> Any:
@@ -20,6 +27,25 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not json ({error})") from None
+
+
+def read_json_lists(path: Path, handlers: Mapping[str, Callable[[int, Any], None]]) -> dict[str, int]:
+    """Read lists of a JSON object item by item, so that the file need not fit into memory.
+
+    For each name in `handlers` that the object has as a list, call the handler with the index and the value of each
+    item. Return the lengths of these lists. Other entries are skipped.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            reader = _Reader(file)
+            if reader.peek() == "{":
+                return _read_lists(path, reader, handlers)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        pass
+    value = read_json(path)  # raises the error with its line
+    raise UserError(f"{path}: must hold a JSON object, got a {type(value).__name__}")
 
 
 def write_json(path: Path, value: object, indent: int | None = None) -> None:
@@ -40,3 +66,122 @@ def replace_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def is_whole(value: object) -> bool:
+    """Check that a value is an integer in the range of pycocotools' ids."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def is_finite(value: object) -> bool:
+    """Check that a value is a finite number."""
+    # Integers in JSON may be too large for a float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def is_missing(value: object) -> bool:
+    """Check that a number is absent, null or NaN."""
+    return value is None or value != value
+
+
+def whole_number(value: object) -> int | None:
+    """Return the whole number that a value means, also as a float or a text; None if it means none."""
+    if is_whole(value):
+        return value  # type: ignore[return-value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return int(value) if isinstance(value, str) and WHOLE.fullmatch(value) else None
+
+
+def flag(value: object) -> int | None:
+    """Return the meaning of a flag, 0 or 1; None if it has none. An absent flag is 0."""
+    if value is None:
+        return 0
+    if isinstance(value, str):
+        return {"0": 0, "false": 0, "1": 1, "true": 1}.get(value.lower())
+    return int(value) if isinstance(value, (int, float)) and value in (0, 1) else None
+
+
+class _Reader:
+    """Tokens and values of a JSON text that is read in chunks."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._text = ""
+        self._position = 0
+
+    def peek(self) -> str:
+        """Return the next character that is not white space, or an empty string at the end."""
+        while True:
+            character = self._text[self._position : self._position + 1]
+            if character > " ":  # no white space, which is usual
+                return character
+            match = SPACE.match(self._text, self._position)
+            assert match
+            self._position = match.end()
+            if self._position < len(self._text) or not self._more():
+                return self._text[self._position : self._position + 1]
+
+    def take(self, characters: str) -> str:
+        """Return the next character, which must be one of `characters`."""
+        character = self.peek()
+        if not character or character not in characters:
+            raise ValueError(f"expecting one of {characters}")
+        self._position += 1
+        return character
+
+    def value(self) -> Any:
+        """Return the next value."""
+        self.peek()
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self._text, self._position)
+            except ValueError:  # the value may continue in the next chunk
+                if not self._more():
+                    raise
+                continue
+            if end < len(self._text) or not self._more():  # a number may continue too
+                self._position = end
+                return value
+
+    def _more(self) -> bool:
+        rest = self._text[self._position :]
+        # Twice the rest, because an unfinished value is decoded again from its start.
+        chunk = self._file.read(max(CHUNK, len(rest)))
+        if chunk:
+            self._text, self._position = rest + chunk, 0
+        return bool(chunk)
+
+
+def _read_lists(path: Path, reader: _Reader, handlers: Mapping[str, Callable[[int, Any], None]]) -> dict[str, int]:
+    lengths: dict[str, int] = {}
+    reader.take("{")
+    more = reader.peek() != "}" or reader.take("}") != "}"
+    while more:
+        if reader.peek() != '"':
+            raise ValueError("expecting a name")
+        name = reader.value()
+        reader.take(":")
+        if name not in handlers or name in lengths:
+            reader.value()
+        elif reader.peek() == "[":
+            lengths[name] = _read_list(reader, handlers[name])
+        else:
+            raise UserError(f"{path}: needs a list {name!r}, got a {type(reader.value()).__name__}")
+        more = reader.take(",}") == ","
+    if reader.peek():
+        raise ValueError("extra data")
+    return lengths
+
+
+def _read_list(reader: _Reader, handle: Callable[[int, Any], None]) -> int:
+    reader.take("[")
+    if reader.peek() == "]":
+        reader.take("]")
+        return 0
+    count = 0
+    while True:
+        handle(count, reader.value())
+        count += 1
+        if reader.take(",]") == "]":
+            return count

@@ -27,7 +27,7 @@ class SpatialSupportView:
         "response of a region in figure 2: the features of the box head (the output of its second fully connected "
         "layer), as in the paper, or the score of a category; bins always show their effect on the score",
     )
-    category: str | None = option(None, "category to explain in figure 2; default: that with the best score, or background")
+    category: str | None = option(None, "category to explain in figure 2; default: the best one, or background")
     layer: str = option("backbone.body.layer4", "layer to take the pixels of figure 1 from")
     depth: int = option(3, "number of stacked layers to follow sampling points through", 1, 100)
     bound: float = option(0.1, "maximum relative error of the response to the saliency region", 0, 1)

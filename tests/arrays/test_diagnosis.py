@@ -119,7 +119,7 @@ MISSES = """
 import sys
 import numpy as np
 import dcnops
-from dcnops._backends.cpu import deform_conv2d_loops, transpose_loops, deform_roi_pool_loops
+from dcnops._backends.cpu import deform_attention_loops, deform_conv2d_loops, deform_roi_pool_loops, transpose_loops
 
 rng = np.random.default_rng(0)
 def random(*shape):
@@ -134,7 +134,13 @@ for given in ({}, {"offset": random(2, 2, 3, 4)}, {"offset": random(2, 2, 3, 4),
     image = random(2, 5, 9, 7)
     output = dcnops.deform_roi_pool(image, rois, output_size=(3, 4), sampling_ratio=0, **given)
     dcnops.deform_roi_pool_backward(output, image, rois, output_size=(3, 4), sampling_ratio=0, **given)
-modules = (deform_conv2d_loops, transpose_loops, deform_roi_pool_loops)
+attention = random(2, 30, 2, 3), [(6, 4), (3, 2)], random(2, 5, 2, 4, 2)[:, ::-1], random(2, 5, 2, 4)
+output = dcnops.ms_deform_attn(*attention, points=(3, 1))
+dcnops.ms_deform_attn_backward(output, *attention, points=(3, 1))
+aggregation = random(2, 5, 6, 4), random(2, 3, 4, 56)
+output = dcnops.deform_aggregate(*aggregation, groups=2, kernel_size=3)
+dcnops.deform_aggregate_backward(output, *aggregation, groups=2, kernel_size=3, needs="offset")
+modules = (deform_attention_loops, deform_conv2d_loops, deform_roi_pool_loops, transpose_loops)
 loops = [value for module in modules for value in vars(module).values()]
 print(sum(sum(loop.stats.cache_misses.values()) for loop in loops if hasattr(loop, "stats")))
 """
@@ -178,8 +184,12 @@ def test_prefetch_refuses_wrong_arguments() -> None:
         dcnops.prefetch(input=(1, 2, 3))
     with pytest.raises(dcnops.ShapeError, match="weight must be"):
         dcnops.prefetch(input=(1, 4, 9, 9), weight=(4, 3, 3, 3))
+    for heads in (0, 3, 1.0):
+        with pytest.raises(dcnops.ArgumentError, match=f"heads must be a divisor of input's C=4, got {heads}"):
+            dcnops.prefetch(input=(1, 4, 9, 9), weight=(4, 4, 3, 3), heads=heads)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prefetch_compiles_every_dtype(dtype: str) -> None:
-    dcnops.prefetch(dtypes=[dtype], input=(2, 4, 8, 8), weight=(6, 2, 3, 1), deform_groups=2, stride=2, padding=(1, 0))
+    sizes: dict[str, Any] = {"input": (2, 4, 8, 8), "weight": (6, 2, 3, 1), "deform_groups": 2, "heads": 2}
+    dcnops.prefetch(dtypes=[dtype], **sizes, stride=2, padding=(1, 0))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import dcnops
 from dcnops import ArgumentError, DcnError, DeviceError, DtypeError, ShapeError
-from tests.cases import Case, ConvCase, conv_cases, make_conv, make_roi_pool
+from tests.cases import Case, ConvCase, conv_cases, make_aggregate, make_attention, make_conv, make_roi_pool
 
 
 def fake_cupy(array: np.ndarray, device: int = 0) -> Any:
@@ -53,6 +53,16 @@ def arguments(**changes: Any) -> dict[str, Any]:
 def roi_arguments(**changes: Any) -> dict[str, Any]:
     """Return the arguments of a RoI pooling with 5 regions and 3x2 bins, with changes."""
     return changed_arguments(make_roi_pool(N=2, R=5, output_size=(3, 2)), changes)
+
+
+def attention_arguments(**changes: Any) -> dict[str, Any]:
+    """Return the arguments of an attention with 3 heads and 2 levels of 2 points, with changes."""
+    return changed_arguments(make_attention(N=2, M=3, D=4, Lq=5), changes)
+
+
+def aggregate_arguments(**changes: Any) -> dict[str, Any]:
+    """Return the arguments of an aggregation with 2 groups of 4 channels and a 3x3 kernel, with changes."""
+    return changed_arguments(make_aggregate(N=2, G=2, D=4, H=5, W=6), changes)
 
 
 def zeros(*shape: int) -> np.ndarray:
@@ -240,6 +250,166 @@ ROI_ERRORS: ErrorTable = {
     }),
 }  # fmt: skip
 
+NEEDS_SHAPES = "spatial_shapes must be 1 to 64 pairs (height, width) of integers from 1 to 16777216, got "
+NEEDS_POINTS = "points must be a positive integer or a sequence of L=2 positive integers, got "
+NEEDS_LOCATIONS = "sampling_locations must be [N=2, Lq, M=3, "
+ATTENTION_ERRORS: ErrorTable = {
+    **errors(ShapeError, {
+        "value rank": ({"value": zeros(2, 30, 12)}, "value must have 4 dimensions [N, S, M, D], got shape (2, 30, 12)"),
+        "locations rank": (
+            {"sampling_locations": zeros(2, 5, 3, 4, 2)},
+            "sampling_locations must have 6 dimensions [N, Lq, M, L, P, 2], got shape (2, 5, 3, 4, 2)",
+        ),
+        "locations of unequal points": (
+            {"points": (3, 1)}, "sampling_locations must have 5 dimensions [N, Lq, M, sum(points), 2], got shape (2, 5,"
+        ),
+        "no points": ({"sampling_locations": zeros(2, 5, 3, 2, 0, 2)}, "must be [N, Lq, M, L, P >= 1, 2], got shape"),
+        "sum of the sizes": (
+            {"spatial_shapes": [(6, 4), (3, 3)]},
+            "spatial_shapes must have a sum of height*width equal to value's S=30, got 33 for ((6, 4), (3, 3))",
+        ),
+        "levels": ({"spatial_shapes": [(6, 5)]}, NEEDS_LOCATIONS + "L=1, P=2, 2], got shape (2, 5, 3, 2, 2, 2)"),
+        "points": ({"points": 4}, NEEDS_LOCATIONS + "L=2, P=4, 2], got shape (2, 5, 3, 2, 2, 2)"),
+        "heads": ({"value": zeros(2, 30, 2, 4)}, "sampling_locations must be [N=2, Lq, M=2, L=2, P=2, 2], got shape"),
+        "images": ({"value": zeros(1, 30, 3, 4)}, "sampling_locations must be [N=1, Lq, M=3, L=2, P=2, 2], got shape"),
+        "coordinates": ({"sampling_locations": zeros(2, 5, 3, 2, 2, 3)}, NEEDS_LOCATIONS),
+        "weights": (
+            {"attention_weights": zeros(2, 4, 3, 2, 2)},
+            "attention_weights must be [N=2, Lq=5, M=3, L=2, P=2], got shape (2, 4, 3, 2, 2)",
+        ),
+        "too many channels": (
+            {
+                "value": np.broadcast_to(np.float32(0), (2, 30, 3, 2**30)),
+                "grad_out": np.broadcast_to(np.float32(0), (2, 5, 3 * 2**30)),
+            },
+            "value must have M*D below 2147483648, got 3221225472",
+        ),
+        "too many queries": (
+            {
+                "sampling_locations": np.broadcast_to(np.float32(0), (2, 2**31, 3, 2, 2, 2)),
+                "attention_weights": np.broadcast_to(np.float32(0), (2, 2**31, 3, 2, 2)),
+            },
+            "sampling_locations must have Lq below 2147483648, got 2147483648",
+        ),
+    }),
+    **errors(ArgumentError, {
+        "no levels": ({"spatial_shapes": []}, NEEDS_SHAPES + "[]"),
+        "empty level": ({"spatial_shapes": [(6, 4), (0, 2)]}, NEEDS_SHAPES + "[(6, 4), (0, 2)]"),
+        "flat sizes": ({"spatial_shapes": (6, 4, 3, 2)}, NEEDS_SHAPES + "(6, 4, 3, 2)"),
+        "fractional sizes": ({"spatial_shapes": np.array([[6.0, 4], [3, 2]])}, NEEDS_SHAPES),
+        "three sizes": ({"spatial_shapes": [(6, 4, 1), (3, 2, 1)]}, NEEDS_SHAPES),
+        "huge level": ({"spatial_shapes": [(2**30, 2**30), (3, 2)]}, NEEDS_SHAPES),
+        "levels without end": ({"spatial_shapes": itertools.repeat((6, 4))}, NEEDS_SHAPES + "repeat((6, 4))"),
+        "text": ({"spatial_shapes": "6432"}, NEEDS_SHAPES + "'6432'"),
+        "no points": ({"points": 0}, NEEDS_POINTS + "0"),
+        "points of three levels": ({"points": (1, 2, 1)}, NEEDS_POINTS + "(1, 2, 1)"),
+        "points without end": ({"points": itertools.repeat(2)}, NEEDS_POINTS + "repeat(2)"),
+        "fractional points": ({"points": 2.0}, NEEDS_POINTS + "2.0"),
+    }),
+    **errors(DtypeError, {
+        "value dtype": ({"value": astype(np.int32)}, "value must be float16, bfloat16, float32 or float64, got int32"),
+        "locations too coarse": (
+            {"sampling_locations": astype(np.float16)},
+            "sampling_locations must be float32 beside float32 value, got float16",
+        ),
+        "weights unlike locations": (
+            dict.fromkeys(("value", "grad_out", "attention_weights"), astype(np.float16)),
+            "attention_weights must be float32 like sampling_locations, got float16",
+        ),
+        "torch tensor": ({"sampling_locations": as_tensor}, NEEDS_ARRAY.format("sampling_locations") + "torch.Tensor"),
+        "integers on a device": (
+            {
+                **dict.fromkeys(("value", "grad_out", "sampling_locations", "attention_weights"), fake_cupy),
+                "spatial_shapes": fake_cupy(np.zeros((2, 2), np.int16)),
+            },
+            "spatial_shapes must be int32 or int64, got int16",
+        ),
+    }),
+    **errors(DeviceError, {
+        "locations elsewhere": (
+            {"sampling_locations": fake_cupy}, "sampling_locations must be a numpy array like value, got a cupy array"
+        ),
+        "sizes elsewhere": (
+            {"spatial_shapes": fake_cupy(np.zeros((2, 2), np.int64))},
+            "spatial_shapes must be on the host like value, got a cupy array",
+        ),
+        "sizes on another device": (
+            {
+                **dict.fromkeys(("value", "grad_out", "sampling_locations", "attention_weights"), fake_cupy),
+                "spatial_shapes": fake_cupy(np.zeros((2, 2), np.int64), device=1),
+            },
+            "spatial_shapes must be on device 0 like value, got device 1",
+        ),
+    }),
+}  # fmt: skip
+ATTENTION_BACKWARD_ERRORS: ErrorTable = {
+    **errors(ShapeError, {
+        "grad_out": ({"grad_out": zeros(2, 5, 3, 4)}, "grad_out must be [N=2, Lq=5, M*D=12], got shape (2, 5, 3, 4)"),
+    }),
+    **errors(ArgumentError, {
+        "unknown need": (
+            {"needs": "input"},
+            "needs must be names among value, sampling_locations, attention_weights, got 'input'",
+        ),
+    }),
+}  # fmt: skip
+
+AGGREGATE_ERRORS: ErrorTable = {
+    **errors(ShapeError, {
+        "input rank": ({"input": zeros(8, 5, 6)}, "input must have 4 dimensions [N, H, W, C], got shape (8, 5, 6)"),
+        "mask rank": ({"mask": zeros(2, 90, 18)}, "mask must have 4 dimensions [N, oh, ow, channels], got shape"),
+        "no height": ({"input": zeros(2, 0, 6, 8)}, "input must be [N, H >= 1, W >= 1, C], got shape (2, 0, 6, 8)"),
+        "groups": ({"groups": 3}, "input must have C divisible by groups=3, got shape (2, 5, 6, 8)"),
+        "offset channels": (
+            {"offset": zeros(2, 5, 6, 18)},
+            "offset must be [N=2, oh=5, ow=6, groups*2*9=36], got shape (2, 5, 6, 18)",
+        ),
+        "offset size": ({"stride": 2}, "offset must be [N=2, oh=3, ow=3, groups*2*9=36], got shape (2, 5, 6, 36)"),
+        "mask channels": (
+            {"mask": zeros(2, 5, 6, 9)}, "mask must be [N=2, oh=5, ow=6, groups*9=18], got shape (2, 5, 6, 9)"
+        ),
+        "not packed": (
+            {"mask": None},
+            "offset must be [N=2, oh=5, ow=6, groups*3*9=54 rounded up to a multiple of 8=56], got shape (2, 5, 6, 36)",
+        ),
+        "kernel too large": ({"kernel_size": (9, 1)}, "input must have a padded height of at least dilation*(kernel-"),
+    }),
+    **errors(ArgumentError, {
+        "no groups": ({"groups": 0}, "groups must be a positive integer, got 0"),
+        "groups text": ({"groups": "2"}, "groups must be a positive integer, got '2'"),
+        "kernel": ({"kernel_size": 0}, "kernel_size must be an integer from 1 to 16777216 or a pair of them, got 0"),
+        "stride": ({"stride": (1, 0)}, "stride must be an integer from 1 to"),
+        "padding": ({"padding": -1}, "padding must be an integer from 0 to"),
+        "dilation": ({"dilation": None}, "dilation must be an integer from 1 to"),
+        "scale": ({"offset_scale": float("nan")}, "offset_scale must be a finite float32, got nan"),
+        "scale beyond float32": ({"offset_scale": 1e39}, "offset_scale must be a finite float32, got 1e+39"),
+        "center text": ({"remove_center": "yes"}, "remove_center must be True or False, got 'yes'"),
+        "center of an even kernel": (
+            {"remove_center": True, "kernel_size": (3, 2)},
+            "remove_center must be False unless kernel_size is odd and above 1, got (3, 2)",
+        ),
+        "center of one tap": ({"remove_center": True, "kernel_size": 1}, "remove_center must be False unless"),
+    }),
+    **errors(DtypeError, {
+        "offset dtype": ({"offset": astype(np.float64)}, "offset must be float32 beside float32 input, got float64"),
+        "mask dtype": ({"mask": astype(np.float16)}, "mask must be float32 beside float32 input, got float16"),
+        "list": ({"mask": lambda mask: mask.tolist()}, NEEDS_ARRAY.format("mask") + "list"),
+    }),
+    **errors(DeviceError, {
+        "mask elsewhere": ({"mask": fake_cupy}, "mask must be a numpy array like input, got a cupy array"),
+    }),
+}  # fmt: skip
+AGGREGATE_BACKWARD_ERRORS: ErrorTable = {
+    **errors(ShapeError, {
+        "grad_out": (
+            {"grad_out": zeros(2, 8, 5, 6)}, "grad_out must be [N=2, oh=5, ow=6, C=8], got shape (2, 8, 5, 6)"
+        ),
+    }),
+    **errors(ArgumentError, {
+        "unknown need": ({"needs": ("weight",)}, "needs must be names among input, offset, mask, got ('weight',)"),
+    }),
+}  # fmt: skip
+
 NEEDS_NAMES = "needs must be names among input, offset, weight, bias, mask"
 BACKWARD_ERRORS: ErrorTable = {
     **errors(ShapeError, {
@@ -309,6 +479,24 @@ def test_roi_pooling_refuses(name: str):
     assert_raises(dcnops.deform_roi_pool, bad, error, message)
 
 
+@pytest.mark.parametrize("name", ATTENTION_ERRORS)
+def test_attention_refuses(name: str):
+    changes, error, message = ATTENTION_ERRORS[name]
+    bad = attention_arguments(**changes)
+    assert_raises(dcnops.ms_deform_attn_backward, bad, error, message)
+    del bad["grad_out"]
+    assert_raises(dcnops.ms_deform_attn, bad, error, message)
+
+
+@pytest.mark.parametrize("name", AGGREGATE_ERRORS)
+def test_aggregation_refuses(name: str):
+    changes, error, message = AGGREGATE_ERRORS[name]
+    bad = aggregate_arguments(**changes)
+    assert_raises(dcnops.deform_aggregate_backward, bad, error, message)
+    del bad["grad_out"]
+    assert_raises(dcnops.deform_aggregate, bad, error, message)
+
+
 @pytest.mark.parametrize("name", BACKWARD_ERRORS)
 def test_convolution_backward_refuses(name: str):
     changes, error, message = BACKWARD_ERRORS[name]
@@ -319,6 +507,18 @@ def test_convolution_backward_refuses(name: str):
 def test_roi_pooling_backward_refuses(name: str):
     changes, error, message = ROI_BACKWARD_ERRORS[name]
     assert_raises(dcnops.deform_roi_pool_backward, roi_arguments(**changes), error, message)
+
+
+@pytest.mark.parametrize("name", ATTENTION_BACKWARD_ERRORS)
+def test_attention_backward_refuses(name: str):
+    changes, error, message = ATTENTION_BACKWARD_ERRORS[name]
+    assert_raises(dcnops.ms_deform_attn_backward, attention_arguments(**changes), error, message)
+
+
+@pytest.mark.parametrize("name", AGGREGATE_BACKWARD_ERRORS)
+def test_aggregation_backward_refuses(name: str):
+    changes, error, message = AGGREGATE_BACKWARD_ERRORS[name]
+    assert_raises(dcnops.deform_aggregate_backward, aggregate_arguments(**changes), error, message)
 
 
 def test_backends_have_the_same_signatures():

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 import dcnops
-from tests.cases import make_conv, make_roi_pool
+from tests.cases import make_aggregate, make_attention, make_conv, make_roi_pool
+
+
+def explanations(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the messages at level DEBUG; a compilation adds one at level INFO."""
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.DEBUG]
 
 
 def test_both_directions_say_shapes_first_and_then_tiles(caplog: pytest.LogCaptureFixture):
@@ -16,7 +21,7 @@ def test_both_directions_say_shapes_first_and_then_tiles(caplog: pytest.LogCaptu
     with caplog.at_level(logging.DEBUG, logger="dcnops"):
         dcnops.deform_conv2d(**case.arguments())
         dcnops.deform_conv2d_backward(case.grad_out, **case.arguments(), needs=("offset",))
-    forward, tiles, backward, spans = caplog.messages
+    forward, tiles, backward, spans = explanations(caplog)
     assert forward.startswith("deform_conv2d of numpy arrays: input=float32[2, 4, 5, 6], offset=float32[2, 18, 5, 6]")
     assert "stride=1" in forward and "layout='NCHW'" in forward
     assert "60 pixels in tiles of" in tiles and "threads" in tiles
@@ -30,11 +35,23 @@ def test_roi_pooling_says_shapes_and_strides(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.DEBUG, logger="dcnops"):
         dcnops.deform_roi_pool(**case.arguments())
         dcnops.deform_roi_pool_backward(case.grad_out, **case.arguments())
-    assert "input=float32[1, 4, 8, 9] with strides (4, 4, 16, 128) in bytes" in caplog.messages[0]
-    assert [message.partition(" of numpy")[0] for message in caplog.messages[::2]] == [
+    assert "input=float32[1, 4, 8, 9] with strides (4, 4, 16, 128) in bytes" in explanations(caplog)[0]
+    assert [message.partition(" of numpy")[0] for message in explanations(caplog)[::2]] == [
         "deform_roi_pool",
         "deform_roi_pool_backward",
     ]
+
+
+def test_attention_and_aggregation_say_shapes_and_queries(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.DEBUG, logger="dcnops"):
+        for case in (make_attention(N=1, Lq=5), make_aggregate(N=2, H=4, W=3)):
+            getattr(dcnops, case.operation)(**case.arguments())
+            getattr(dcnops, f"{case.operation}_backward")(case.grad_out, **case.arguments())
+    attention, queries, attention_backward, aggregation, pixels, _ = caplog.messages
+    assert attention.startswith("ms_deform_attn of numpy arrays: value=float32[1, 30, 2, 4], spatial_shapes=((6, 4),")
+    assert attention_backward.startswith("ms_deform_attn_backward of numpy arrays: grad_out=float32[1, 5, 8]")
+    assert aggregation.startswith("deform_aggregate of numpy arrays: input=float32[2, 4, 3, 8]")
+    assert queries.startswith("5 queries, ") and pixels.startswith("24 queries, ")
 
 
 def test_a_wrong_call_leaves_its_shapes_behind(caplog: pytest.LogCaptureFixture):

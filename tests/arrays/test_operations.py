@@ -1,4 +1,4 @@
-"""Properties that both operations share, on every backend."""
+"""Properties that all operations share, on every backend."""
 
 from __future__ import annotations
 
@@ -12,19 +12,35 @@ from hypothesis import strategies as st
 
 from tests.cases import (
     DTYPES,
+    AggregateCase,
+    AttentionCase,
     Case,
     ConvCase,
     RoIPoolCase,
+    aggregate_cases,
     assert_close,
     assert_correct,
+    attention_cases,
     conv_cases,
+    make_aggregate,
+    make_attention,
     make_conv,
     make_roi_pool,
     roi_pool_cases,
 )
 
-CASES = {"deform_conv2d": conv_cases, "deform_roi_pool": roi_pool_cases}
-MAKE = {"deform_conv2d": make_conv, "deform_roi_pool": make_roi_pool}
+CASES: dict[str, Any] = {
+    "deform_conv2d": conv_cases,
+    "deform_roi_pool": roi_pool_cases,
+    "ms_deform_attn": attention_cases,
+    "deform_aggregate": aggregate_cases,
+}
+MAKE: dict[str, Any] = {
+    "deform_conv2d": make_conv,
+    "deform_roi_pool": make_roi_pool,
+    "ms_deform_attn": make_attention,
+    "deform_aggregate": make_aggregate,
+}
 
 each_operation = pytest.mark.parametrize("operation", CASES)
 
@@ -50,7 +66,8 @@ def draw_linear_case(data: st.DataObject, operation: str) -> tuple[Case, str]:
     """Draw a case and the name of an argument in which the operation is linear."""
     options: dict[str, Any] = {"bias": False} if operation == "deform_conv2d" else {}
     case = data.draw(CASES[operation](dtypes=("float64",), **options))
-    return case, data.draw(st.sampled_from([name for name in ("input", "weight", "mask") if name in case.needs]))
+    linear = ("input", "value", "weight", "mask", "attention_weights")
+    return case, data.draw(st.sampled_from([name for name in linear if name in case.needs]))
 
 
 @each_operation
@@ -75,7 +92,7 @@ def test_backward_is_the_adjoint_of_forward(run, operation: str, data: st.DataOb
 
 NEEDS = [
     (case.operation, needs)
-    for case in (ConvCase, RoIPoolCase)
+    for case in (ConvCase, RoIPoolCase, AttentionCase, AggregateCase)
     for count in range(1, len(case.differentiable) + 1)
     for needs in itertools.combinations(case.differentiable, count)
 ]
@@ -125,7 +142,7 @@ def test_results_are_new_contiguous_arrays(run, operation: str, dtype: str):
     offset_dtype = "float32" if dtype in ("float16", "bfloat16") else dtype
     case = MAKE[operation](N=2, dtype=dtype, offset_dtype=offset_dtype)
     output, gradients = run.forward(case), run.backward(case)
-    assert (output.dtype, output.shape) == (case.input.dtype, case.grad_out.shape)
+    assert (output.dtype, output.shape) == (case.grad_out.dtype, case.grad_out.shape)
     for name, gradient in gradients.items():
         argument = getattr(case, name)
         assert (gradient.dtype, gradient.shape) == (argument.dtype, argument.shape)

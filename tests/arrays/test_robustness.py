@@ -313,6 +313,18 @@ def test_a_corrupted_cache_is_rebuilt(pattern: str, damage: bytes | None, tmp_pa
     assert misses(load_loops(tmp_path)) == 0
 
 
+def test_a_long_compilation_is_announced_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiled, "_ANNOUNCE_SECONDS", 0.01)
+    with caplog.at_level("INFO", logger="dcnops"):
+        double = load_loops(tmp_path)
+        assert double(3.5) == 7 and double(3) == 6
+        assert load_loops(tmp_path)(3.5) == 7
+    (message,) = caplog.messages
+    assert message.startswith("compiling loops for the CPU") and str(tmp_path) in message
+
+
 @pytest.mark.exhaustive
 @CACHE_FILES
 @DAMAGES
@@ -393,6 +405,7 @@ assert os.waitpid(child, 0)[1] == 0, "the child hangs"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("step", ["first_call", "compile", "prefetch", "compute"])
 def test_a_fork_next_to_a_first_call(step: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 import dcnops
 from dcnops import _threads
 from dcnops._arguments import shown
-from dcnops._backends.cpu import threads
+from dcnops._backends.cpu import deform_conv2d, threads
 from tests.cases import make_conv, make_roi_pool
 
 
@@ -192,7 +192,9 @@ def test_the_pool_keeps_no_arrays(pool: threads._Pool):
     assert [loop._call for loop in kept] == [None]
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
+@pytest.mark.parametrize("span_bytes", [deform_conv2d._SPAN_BYTES, 1])
+def test_results_do_not_depend_on_the_number_of_threads(span_bytes: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(deform_conv2d, "_SPAN_BYTES", span_bytes)
     results: list[list[np.ndarray]] = []
     for number in (1, 2, 3, 4):
         dcnops.set_num_threads(number)

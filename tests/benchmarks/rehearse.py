@@ -19,8 +19,8 @@ from tests.cuda.emulated_cupy import emulated_cupy
 class RehearsalMeter(Meter):
     """Wall clock in place of a GPU's meter."""
 
-    shapes = ((32, 3, 2), (16, 6, 5, 4, 2))
-    """Shapes of a convolution and of RoI pooling, in place of the standard ones."""
+    shapes = ((32, 3, 2), (16, 6, 5, 4, 2), (5, 4, 3, 2, 2, 3), (2, 8, 5, 4))
+    """Shapes of all operations, in place of the standard ones."""
     workspaces = (2**13, 2**20)
 
     def host_seconds(self, call: Callable[[], object]) -> float | None:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import accounting
 from benchmarks.accounting import LAYERS, account
-from benchmarks.operations import Case
+from benchmarks.operations import Case, load
 from dcnops._backends.cuda.workspace import WORKSPACE_BYTES
 
 MIB = 2**20
@@ -83,3 +83,16 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str], monkeypa
     assert accounting.main() == 0
     printed = capsys.readouterr().out
     assert printed.count("conv4") == 24 and "backward" in printed
+
+
+@pytest.mark.parametrize("name", ["ms_deform_attn", "deform_aggregate"])
+def test_attention_and_aggregation_take_few_steps(name: str):
+    for shape, N, dtype in itertools.product(load(name).shapes, (1, 16), ("float16", "float32")):
+        found = account(Case("cuda", shape, N, dtype), "forward")
+        assert found.kernels[0].startswith("deform_attention_forward") and found.steps == 1 and found.scratch_bytes == 0
+        found = account(Case("cuda", shape, N, dtype), "backward")
+        assert found.kernels[0].startswith("deform_attention_backward") and found.steps == (
+            3 if dtype == "float16" else 2
+        )
+        found = account(Case("cuda", shape, N, dtype, deterministic=True), "backward")
+        assert found.scratch_bytes <= WORKSPACE_BYTES + ALIGNMENT

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +15,42 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import correctness, deform_conv2d, deform_roi_pool, report
-from benchmarks.__main__ import PARTS, main
+import dcnops
+from benchmarks import correctness, deform_aggregate, deform_conv2d, deform_roi_pool, ms_deform_attn, report
+from benchmarks.__main__ import OPERATIONS, PARTS, main
 from benchmarks.contenders import POOLING, layer_tensors, prepare_torch, to_numpy
 from benchmarks.cpu_meter import CpuMeter
 from benchmarks.environment import run_module
 from benchmarks.measure import time_in_turn
 from benchmarks.operations import MODULATED, OURS, PEER, PLAIN, Arrays, Case, load
 from tests.cases import Case as TestCase
-from tests.cases import make_conv, make_roi_pool
+from tests.cases import make_aggregate, make_attention, make_conv, make_roi_pool
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--device", "cpu", "--threads", "1", "--shapes", "4x6x5", "4x6x5x8x3", "--seconds", "0.01")
-
-# Run the benchmark with one gradient of each operation off by a hundredth.
-WRONG = """
-import sys
-import numpy as np
-import dcnops
-from benchmarks.__main__ import main
-
-for name in ("deform_conv2d_backward", "deform_roi_pool_backward"):
-    def wrong(*args, right=getattr(dcnops, name), **kwargs):
-        gradients = right(*args, **kwargs)
-        return gradients if gradients.mask is None else gradients._replace(mask=gradients.mask * np.float32(1.01))
-    setattr(dcnops, name, wrong)
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=ROOT, check=False, capture_output=True, text=True)
 
 
-@pytest.mark.slow
-def test_a_wrong_contender_is_not_timed(tmp_path: Path):
+def test_a_wrong_contender_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """One gradient of each operation is off by a hundredth."""
+
+    def wrong(right: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        gradients = right(*args, **kwargs)
+        return gradients if gradients.mask is None else gradients._replace(mask=gradients.mask * np.float32(1.01))
+
+    for name in ("deform_conv2d_backward", "deform_roi_pool_backward"):
+        monkeypatch.setattr(dcnops, name, partial(wrong, getattr(dcnops, name)))
+    monkeypatch.setattr("benchmarks.environment.limit_threads", lambda threads: None)  # sets environment variables
     path = tmp_path / "benchmark.json"
-    done = run("-c", WRONG, *TINY, "--parts", "forward", "backward", "--output", str(path))
-    assert done.returncode == 1
-    assert "dcnops is wrong: mask is off by 1.0e-02" in done.stdout
-    assert "dcnops modulated is wrong: mask is off by 1.0e-02" in done.stdout
+    assert main([*TINY, "--parts", "forward", "backward", "--output", str(path)]) == 1
+    printed = capsys.readouterr().out
+    assert "dcnops is wrong: mask is off by 1.0e-02" in printed
+    assert "dcnops modulated is wrong: mask is off by 1.0e-02" in printed
     conv, pool = json.loads(path.read_text())["results"]
     for direction in ("forward", "backward"):
         assert set(conv["timings"][direction]) == {PEER, PLAIN}
@@ -122,7 +120,7 @@ def test_shapes_must_fit_an_operation(capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_gpu_is_optional():
-    modules = "benchmarks.cpu_meter, benchmarks.deform_conv2d, benchmarks.deform_roi_pool"
+    modules = ", ".join(f"benchmarks.{name}" for name in ("cpu_meter", *OPERATIONS))
     done = run("-c", f"import sys; sys.modules['cupy'] = None; import {modules}")
     assert done.returncode == 0, done.stderr
 
@@ -131,6 +129,16 @@ def test_float64_convolution_equals_the_reference():
     case = make_conv(C=3, O=3, H=5, W=6, seed=3)
     arrays = {name: getattr(case, name) for name in ("input", "offset", "weight", "bias", "mask", "grad_out")}
     assert_equals_reference(deform_conv2d.expected(arrays), case)
+
+
+def test_float64_attention_and_aggregation_equal_the_reference():
+    case = make_attention(M=8, D=3, Lq=7, spatial_shapes=((4, 5), (2, 3)), points=(1, 2), seed=3)
+    arrays = {name: getattr(case, name) for name in (*case.arrays, "grad_out")}
+    levels = np.array([[4, 5, 0], [2, 3, 20], [2, 3, 20]])
+    assert_equals_reference(ms_deform_attn.expected({**arrays, "levels": levels}), case)
+    aggregation = make_aggregate(G=3, D=2, H=4, W=5, seed=3)
+    arrays = {name: getattr(aggregation, name) for name in (*aggregation.arrays, "grad_out")}
+    assert_equals_reference(deform_aggregate.expected(arrays), aggregation)
 
 
 @pytest.mark.parametrize("modulated", [False, True])
@@ -179,6 +187,14 @@ def test_a_batch_begins_with_the_image_of_a_batch_of_one():
     one, many = (operation.inputs(Case("cpu", (4, 5, 6), N)) for N in (1, 16))
     for name, array in one.items():
         np.testing.assert_array_equal(array, many[name][:1] if name in operation.per_image else many[name])
+
+
+def test_contenders_compute_groups_as_in_float64():
+    operation, case = deform_conv2d.OPERATION, Case("cpu", (8, 5, 6), groups=2, deformable_groups=4)
+    contenders = operation.contenders(case)
+    errors = correctness.check(operation, case, operation.inputs(case), contenders)
+    for contender in contenders:
+        assert max(errors[contender.name].values()) <= contender.tolerance
 
 
 def test_nan_and_another_shape_are_errors():

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu, measure
+from benchmarks.__main__ import OPERATIONS
 from benchmarks.gpu import SHARES, Part, main, parts_of, run_parts
 from benchmarks.measure import cases as all_cases
 from benchmarks.operations import OURS, PEER
@@ -34,8 +35,8 @@ def rehearsed(out: Path, *parts: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_rehearsal_of_tests_model_and_workspace(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    results = rehearsed(tmp_path, "model", "workspace", "tests")
+def test_rehearsal_of_model_and_workspace(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results = rehearsed(tmp_path, "model", "workspace")
     model, workspace = results["model"], results["workspace"]
     assert "REHEARSAL" in capsys.readouterr().out
     assert model["rehearsal"] and [row["mode"] for row in model["results"]] == ["eager", "graphs"]
@@ -52,6 +53,11 @@ def test_rehearsal_of_tests_model_and_workspace(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.exhaustive
+def test_rehearsal_of_the_tests(tmp_path: Path):
+    rehearsed(tmp_path, "tests")
+
+
+@pytest.mark.exhaustive
 def test_rehearsal_of_the_sanitizers(tmp_path: Path):
     rehearsed(tmp_path, "sanitizers")
     log = (tmp_path / "sanitizers.log").read_text()
@@ -62,7 +68,7 @@ def test_rehearsal_of_the_sanitizers(tmp_path: Path):
 def test_the_cases_for_the_sanitizers_are_correct(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(sys, "argv", ["sanitizer_cases", "--rehearse"])
     assert sanitizer_cases.main() == 0
-    assert capsys.readouterr().out.count("deterministic: correct") == 6
+    assert capsys.readouterr().out.count("deterministic: correct") == 8
 
 
 @pytest.mark.exhaustive
@@ -81,7 +87,7 @@ def test_rehearsal_of_some_rows_of_the_benchmark(tmp_path: Path, monkeypatch: py
 def assert_measured(document: dict[str, Any]):
     assert document["rehearsal"]
     assert document["targets"] == document["failures"] == document["not_reached"] == []
-    assert {row["operation"] for row in document["results"]} == {"deform_conv2d", "deform_roi_pool"}
+    assert {row["operation"] for row in document["results"]} == set(OPERATIONS)
     for row in document["results"]:
         assert row["device"] == "rehearsal"
         assert set(row["host_seconds"]) == set(row["launches"]) == {"forward", "backward"}

@@ -54,6 +54,7 @@ def test_results_of_both_contenders(run: Run):
     assert not run.failures + run.peer_failures + run.not_reached
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_in_a_compiled_network_is_reported_and_left_out(run: Run, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")

@@ -6,11 +6,15 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dcnops._arguments import MAX_LEVELS
 from dcnops._backends.cpu.deform_roi_pool_loops import MAX_SAMPLES
 from dcnops._backends.cuda import kernel_constants
 from dcnops._backends.cuda.heuristics import FusedTiles
 from dcnops._backends.cuda.kernel_source import Macros
 from dcnops._backends.cuda.plans.array_jobs import ArrayJobsParams, ArrayTask
+from dcnops._backends.cuda.plans.deform_attention_backward import DeformAttentionBackwardParams
+from dcnops._backends.cuda.plans.deform_attention_forward import DeformAttentionForwardParams
+from dcnops._backends.cuda.plans.deform_attention_grad_value import DeformAttentionGradValueParams
 from dcnops._backends.cuda.plans.deform_conv2d_backward import DeformConvBackwardParams, gradient_sample_bytes
 from dcnops._backends.cuda.plans.deform_conv2d_columns import DeformConvColumnsParams
 from dcnops._backends.cuda.plans.deform_conv2d_common import column_sample_bytes
@@ -40,6 +44,12 @@ UNITS: dict[str, tuple[type[ctypes.Structure], tuple[str, ...]]] = {
     "deform_roi_pool_grad_input": (
         DeformRoIPoolGradInputParams,
         ("deform_roi_pool_region_bounds", "deform_roi_pool_grad_input"),
+    ),
+    "deform_attention_forward": (DeformAttentionForwardParams, ("deform_attention_forward",)),
+    "deform_attention_backward": (DeformAttentionBackwardParams, ("deform_attention_backward",)),
+    "deform_attention_grad_value": (
+        DeformAttentionGradValueParams,
+        ("deform_attention_mark_strips", "deform_attention_grad_value"),
     ),
 }
 
@@ -76,9 +86,15 @@ SHARED_CONSTANTS: dict[str, dict[str, int]] = {
     },
     "deform_roi_pool_backward": {"sizeof(BinDots) / sizeof(Sum)": kernel_constants.ROI_BIN_DOTS},
     "deform_roi_pool_grad_input": {
-        "kStripPadding": kernel_constants.ROI_STRIP_PADDING,
+        "kStripPadding": kernel_constants.STRIP_PADDING,
         "sizeof(RegionBounds) / sizeof(int)": kernel_constants.ROI_BOUNDS_INTS,
     },
+    "deform_attention_forward": {
+        "kMaxLevels": MAX_LEVELS,
+        "sizeof(Level)": kernel_constants.ATTENTION_LEVEL_BYTES,
+        "kPointsPerLane": kernel_constants.ATTENTION_POINTS_PER_LANE,
+    },
+    "deform_attention_backward": {"sizeof(SampleDots) / sizeof(Sum)": 4},
 }
 
 
@@ -117,8 +133,9 @@ def specialisations() -> Iterator[Specialisation]:
             vector = kernel_constants.VECTOR_BYTES // itemsize
             while vector:
                 macros = {**common, "DCN_OFFSET_SCALAR": offset_scalar, "DCN_VEC": vector}
-                for part in ("forward", "backward", "grad_input"):
-                    yield Specialisation(f"deform_roi_pool_{part}", tuple(macros.items()))
+                for operation, role in (("deform_roi_pool", "input"), ("deform_attention", "value")):
+                    for part in ("forward", "backward", f"grad_{role}"):
+                        yield Specialisation(f"{operation}_{part}", tuple(macros.items()))
                 macros["DCN_SAMPLE_BYTES"] = column_sample_bytes(dtype)
                 yield Specialisation("deform_conv2d_columns", tuple(macros.items()))
                 macros["DCN_SAMPLE_BYTES"] = gradient_sample_bytes(dtype)
@@ -151,9 +168,11 @@ def constant_assertions(specialisation: Specialisation) -> str:
     values = dict(SHARED_CONSTANTS.get(specialisation.unit, {}))
     if specialisation.unit == "deform_conv2d_fused":
         values |= {f"{tiles.product}<Scalar, {tiles.outputs}>::kThreads": tiles.threads for *_, tiles in fused_tiles()}
-    if specialisation.unit == "deform_roi_pool_grad_input":
-        sum_bytes, vector = 8 if specialisation.macros["DCN_SUFFIX"] == "f64" else 4, specialisation.macros["DCN_VEC"]
-        values["kStrip"] = kernel_constants.roi_strip_pixels(sum_bytes, int(vector))
+    sum_bytes = 8 if specialisation.macros["DCN_SUFFIX"] == "f64" else 4
+    if specialisation.unit in ("deform_roi_pool_grad_input", "deform_attention_grad_value"):
+        values["kStrip"] = kernel_constants.strip_pixels(sum_bytes, int(specialisation.macros["DCN_VEC"]))
+    if specialisation.unit == "deform_attention_forward":
+        values["sizeof(PointSample)"] = kernel_constants.attention_point_bytes(sum_bytes)
     return "".join(f'static_assert({name} == {value}, "{name}");\n' for name, value in values.items())
 
 

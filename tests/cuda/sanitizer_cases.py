@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from tests.cases import Case, assert_close, make_conv, make_roi_pool
+from tests.cases import Case, assert_close, make_aggregate, make_attention, make_conv, make_roi_pool
 from tests.conftest import EmulatedRunner, GpuRunner, Runner
 
 
@@ -19,6 +19,8 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield "lists", make_conv(N=1, C=32, O=4, H=7, W=6, spread=4.0, seed=3)
     yield "RoI pooling", make_roi_pool(C=16, R=6, seed=4)
     yield "RoI pooling in 16 bits", make_roi_pool(C=24, R=4, sampling_ratio=0, dtype="float16", seed=5)
+    yield "attention", make_attention(N=2, M=3, D=32, Lq=9, points=(3, 6), spread=0.6, seed=6)
+    yield "aggregation in 16 bits", make_aggregate(G=3, D=24, packed=True, dtype="float16", seed=7)
 
 
 def main() -> int:

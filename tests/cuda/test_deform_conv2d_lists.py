@@ -65,6 +65,7 @@ def test_all_samples_on_one_pixel(mode: str, limits: ListLimits, D: int, dtype: 
     assert_gradients(runner_of(mode, limits), case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limits", [SHORT, ListLimits()], ids=["short limits", "default limits"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_deterministic_mode_gives_the_same_bits_under_any_schedule(dtype: str, limits: ListLimits):
@@ -145,6 +146,7 @@ def test_only_what_is_needed_is_launched(needs: str, kernels: list[str], product
     assert kernels_and_products(Recorder(), make_conv(C=32), (needs,)) == (kernels, products)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("chunk_bytes", [2**15, 2**17, 2**22])

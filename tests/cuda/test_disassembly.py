@@ -52,6 +52,10 @@ EXPECTED: dict[tuple[str, str, str], tuple[tuple[str, ...], tuple[str, ...]]] = 
     ("deform_roi_pool_forward", "f16", ""): ((LOADS, STORES), (ATOMICS,)),
     ("deform_roi_pool_backward", "f32", ""): ((LOADS, r"RED", SHUFFLES), ()),
     ("deform_roi_pool_grad_input", "f32", ""): ((LOADS,), (ATOMICS,)),
+    ("deform_attention_forward", "f16", ""): ((LOADS, STORES), (ATOMICS,)),
+    ("deform_attention_forward", "f32", ""): ((LOADS, STORES), (ATOMICS,)),
+    ("deform_attention_backward", "bf16", ""): ((LOADS, r"RED", SHUFFLES), ()),
+    ("deform_attention_grad_value", "f32", ""): ((LOADS,), (ATOMICS,)),
 }
 
 

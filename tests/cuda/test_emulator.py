@@ -202,6 +202,14 @@ def test_atomic_additions_of_several_os_threads(ctype: str, dtype: type) -> None
     np.testing.assert_array_equal(y, np.full(3, 64000))
 
 
+def test_bits_that_several_os_threads_set() -> None:
+    body = "atomicOr(reinterpret_cast<unsigned*>(p.y) + blockIdx.x % 3, 1u << threadIdx.x);"
+    kernel = compile_kernel(body, threads=4)
+    y = xp.zeros(3, np.uint32)
+    run(kernel, y=y, grid=300, block=(20, 1))
+    np.testing.assert_array_equal(y, np.full(3, 2**20 - 1))
+
+
 # ---- missing barriers
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import dcnops
-from tests.cases import Case, make_conv, make_roi_pool
+from tests.cases import Case, make_attention, make_conv, make_roi_pool
 from tests.cuda.emulated_cupy import cupy_arguments, emulated_cupy
 
 
@@ -48,6 +48,13 @@ def test_roi_pooling(caplog: pytest.LogCaptureFixture, deterministic: bool):
     text = "\n".join(explained(caplog, make_roi_pool(C=8, R=6), deterministic=deterministic))
     assert "tiles of 8 bins" in text and "launch deform_roi_pool_forward_f32: grid" in text
     assert ("collected by pixel" in text) == deterministic
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_attention(caplog: pytest.LogCaptureFixture, deterministic: bool):
+    text = "\n".join(explained(caplog, make_attention(N=2), deterministic=deterministic))
+    assert "20 rows of 4 points, 4 lanes to a row" in text and "launch deform_attention_forward_f32: grid" in text
+    assert ("by strips of 8 pixels, 4 heads and 5 queries at a time" in text) == deterministic
 
 
 def test_plans_that_explain_are_not_those_of_other_calls(caplog: pytest.LogCaptureFixture):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dcnops
-from tests.cases import ConvCase, assert_close, make_conv
+from tests.cases import Case, ConvCase, assert_close, make_attention, make_conv
 from tests.conftest import GpuRunner
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,7 @@ def cupy():
     return cupy
 
 
-def on_gpu(cupy, case: ConvCase) -> dict:
+def on_gpu(cupy, case: Case) -> dict:
     return {k: cupy.asarray(v) if isinstance(v, np.ndarray) else v for k, v in case.arguments().items()}
 
 
@@ -211,3 +211,37 @@ def test_deterministic_gradients(cupy, dtype: str):
     for run in runs[1:]:
         for ours, first in zip(run, runs[0]):
             assert bool((ours.view(cupy.uint8) == first.view(cupy.uint8)).all())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_attention_of_an_encoder(cupy, dtype: str):
+    shapes = ((25, 42), (13, 21), (7, 11))
+    options = {"M": 8, "D": 32, "points": 4, "spread": 0.3, "dtype": dtype, "offset_dtype": "float32"}
+    case = make_attention(N=2, Lq=300, spatial_shapes=shapes, **options)
+    arrays, grad_out = on_gpu(cupy, case), cupy.asarray(case.grad_out)
+    arrays["spatial_shapes"] = cupy.asarray(shapes)
+    assert_close(cupy.asnumpy(dcnops.ms_deform_attn(**arrays)), case.expected(), dtype)
+    expected = case.expected_gradients()
+    runs = [dcnops.ms_deform_attn_backward(grad_out, **arrays, deterministic=True) for _ in range(5)]
+    for run in (runs[0], dcnops.ms_deform_attn_backward(grad_out, **arrays)):
+        for name in case.needs:
+            assert_close(cupy.asnumpy(getattr(run, name)), expected[name], dtype, name)
+    for run in runs[1:]:
+        for ours, first in zip(run, runs[0]):
+            assert bool((ours.view(cupy.uint8) == first.view(cupy.uint8)).all())
+
+
+def test_an_attention_value_beyond_32_bit_indices(cupy):
+    # The samples are at the centers of the last pixels of 2.3 billion elements.
+    need_memory(cupy, 40)
+    height, width, D = 9000, 8000, 32
+    value = cupy.zeros((1, height * width, 1, D), cupy.float16)
+    value[0, -width:] = cupy.arange(width, dtype=cupy.float16)[:, None, None] % 128
+    x = (cupy.arange(width, dtype=cupy.float32) + 0.5) / width
+    locations = cupy.stack([x, cupy.full(width, 1 - 0.5 / height, cupy.float32)], axis=1)
+    arrays = [[(height, width)], locations.reshape(1, width, 1, 1, 1, 2), cupy.ones((1, width, 1, 1, 1), cupy.float32)]
+    output = dcnops.ms_deform_attn(value, *arrays)
+    cupy.testing.assert_allclose(output[0], value[0, -width:, 0], atol=0.3)
+    gradients = dcnops.ms_deform_attn_backward(cupy.ones_like(output), value, *arrays, needs=("value",))
+    assert abs(float(gradients.value[0, -width:, 0].sum(dtype=cupy.float64)) / output.size - 1) < 2e-3
+    assert not bool(gradients.value[0, : -2 * width].any())

@@ -16,7 +16,18 @@ from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.kernel_source import kernel_source
 from dcnops._backends.cuda.plans.array_jobs import ArrayJobsParams, ArrayTask, is_channels_last
 from dcnops._backends.cuda.plans.deform_conv2d_backward import ListLimits
-from tests.cases import DTYPES, Case, RoIPoolCase, assert_correct, conv_cases, make_conv, make_roi_pool, roi_pool_cases
+from tests.cases import (
+    DTYPES,
+    Case,
+    RoIPoolCase,
+    aggregate_cases,
+    assert_correct,
+    attention_cases,
+    conv_cases,
+    make_conv,
+    make_roi_pool,
+    roi_pool_cases,
+)
 from tests.conftest import EmulatedRunner, assert_same_bits
 from tests.cuda.emulator import run_sanitized
 from tests.cuda.kernel_matrix import specialisations
@@ -50,7 +61,12 @@ def test_grids_and_schedules_do_not_change_results(options: dict[str, Any], dtyp
 
 
 @given(
-    case=st.one_of(conv_cases(dtypes=tuple(DTYPES), max_batch=3), roi_pool_cases(dtypes=tuple(DTYPES))),
+    case=st.one_of(
+        conv_cases(dtypes=tuple(DTYPES), max_batch=3),
+        roi_pool_cases(dtypes=tuple(DTYPES)),
+        attention_cases(dtypes=tuple(DTYPES)),
+        aggregate_cases(dtypes=tuple(DTYPES)),
+    ),
     chunk_bytes=st.sampled_from([500, 2**20]),
 )
 def test_the_deterministic_path_equals_the_reference(case: Case, chunk_bytes: int):
@@ -128,9 +144,17 @@ def test_wide_weights_are_rounded_and_their_gradient_is_not(kernel: int, channel
         np.testing.assert_array_equal(found[name], gradients[name], err_msg=name)
 
 
-@given(case=st.one_of(conv_cases(dtypes=tuple(DTYPES)), roi_pool_cases(dtypes=tuple(DTYPES))))
-def test_launches_stay_within_the_limits_and_the_compiled_specialisations(case: Case):
-    runner = Recorder()
+@given(
+    case=st.one_of(
+        conv_cases(dtypes=tuple(DTYPES)),
+        roi_pool_cases(dtypes=tuple(DTYPES)),
+        attention_cases(dtypes=tuple(DTYPES)),
+        aggregate_cases(dtypes=tuple(DTYPES)),
+    ),
+    deterministic=st.booleans(),
+)
+def test_launches_stay_within_the_limits_and_the_compiled_specialisations(case: Case, deterministic: bool):
+    runner = Recorder(deterministic=deterministic)
     runner.forward(case)
     runner.backward(case)
     compiled = {(s.unit, s.macros_items) for s in specialisations()}
@@ -269,24 +293,28 @@ ROI_BARRIERS = {
 }
 
 
+def assert_schedules_are_correct(old: str, new: str) -> None:
+    """Pool regions with the first warp ahead, with the last warp ahead, and with all mixed."""
+    case = make_roi_pool(N=1, C=140, H=9, W=17, R=9, output_size=(2, 3), sampling_ratio=9, seed=1)
+    for schedule in ("forward", "reverse", "random"):
+        for deterministic in (False, True):
+            runner = broken(old, new, schedule=schedule, single_block=True, deterministic=deterministic)
+            assert_correct(runner, case)
+
+
+@pytest.mark.slow
+def test_roi_pooling_with_all_barriers_is_correct():
+    assert_schedules_are_correct("not in the source", "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("before", ROI_BARRIERS)
 def test_a_missing_barrier_of_roi_pooling_is_caught(before: str):
     old, new = ROI_BARRIERS[before]
     units = ("deform_roi_pool_forward", "deform_roi_pool_backward", "deform_roi_pool_grad_input")
     assert any(old in kernel_source(unit) for unit in units)
-    case = make_roi_pool(N=1, C=140, H=9, W=17, R=9, output_size=(2, 3), sampling_ratio=9, seed=1)
-
-    def run(old: str) -> None:
-        # The first warp runs ahead, the last warp runs ahead, and all are mixed.
-        for schedule in ("forward", "reverse", "random"):
-            for deterministic in (False, True):
-                runner = broken(old, new, schedule=schedule, single_block=True, deterministic=deterministic)
-                assert_correct(runner, case)
-
-    run("not in the source")
     with pytest.raises(AssertionError):
-        run(old)
+        assert_schedules_are_correct(old, new)
 
 
 BROKEN = {
@@ -355,6 +383,11 @@ ANY_CASE = {
         "tests/arrays/test_deform_roi_pool.py::test_every_path_of_the_kernels",
         "tests/arrays/test_deform_roi_pool.py::test_the_output_may_be_channels_last",
     ),
+    "attention and aggregation": (
+        "tests/arrays/test_ms_deform_attn.py::test_any_number_of_channels",
+        "tests/arrays/test_deform_aggregate.py::test_a_packed_array_equals_two_arrays",
+        "tests/cuda/test_deform_attention.py::test_arrays_that_are_not_aligned",
+    ),
 }
 """Tests that draw cases of all data types and vector widths, each of which has to be compiled."""
 
@@ -374,6 +407,11 @@ FEW_SPECIALISATIONS = {
         "tests/arrays/test_deform_roi_pool.py::test_huge_regions_are_fast",
         "tests/arrays/test_deform_roi_pool.py::test_regions_of_nonexistent_feature_maps_are_nan_in_the_kernels",
         "tests/arrays/test_deform_roi_pool.py::test_more_channels_than_a_warp_and_more_bins_than_a_tile",
+    ),
+    "attention and aggregation": (
+        "tests/arrays/test_ms_deform_attn.py::test_borders_nan_and_far_away_locations",
+        "tests/arrays/test_ms_deform_attn.py::test_more_points_and_levels_than_usual",
+        "tests/arrays/test_deform_aggregate.py::test_nan_and_infinite_offsets",
     ),
 }
 

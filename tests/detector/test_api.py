@@ -45,6 +45,20 @@ def test_docstring_example():
     assert doctest.testmod(api).failed == 0
 
 
+def test_start_from_a_detector(detector, tmp_path):
+    """A file with a whole detector sets the network, and its heads are used for the same categories only."""
+    detector.save(tmp_path / "model.pth")
+    same, other = (
+        Detector(names, weights=str(tmp_path / "model.pth"), device="cpu") for names in (["cat", "dog"], ["cat"])
+    )
+    assert same.config.network == other.config.network == detector.config.network
+    state = detector.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in same.model.state_dict().items())
+    assert "parameters used" in same.report[0] and "as the categories are others" in other.report[0]
+    named = Detector.load(tmp_path / "model.pth", categories=["ox", "bee"], device="cpu")
+    assert named.categories == ["ox", "bee"] and named.report == []
+
+
 def test_train_evaluate_and_go_on(tmp_path):
     """Further steps are in docs/detector_api.md, which is run by another test."""
     options = {**TINY, "training.epochs": 1, "training.workers": 1, "training.batch_size": 2}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from dcnops.detector.__main__ import main
@@ -19,8 +22,10 @@ from dcnops.detector.commands import RUN
 from dcnops.detector.config import Config
 from dcnops.detector.data import Category
 from dcnops.detector.errors import UserError
-from dcnops.detector.model import build_detector, load_checkpoint, save_checkpoint
+from dcnops.detector.model import build_detector, flops, load_checkpoint, save_checkpoint
+from dcnops.detector.presets import PRESETS
 from tests.detector.configurations import assignments
+from tests.detector.model.foreign_detectors import MMDETECTION, detector
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +90,77 @@ def test_evaluate_gives_the_numbers_of_training(run, data, tmp_path, capsys):
     assert segm == json.loads((run / "metrics.json").read_text())["segm"]
 
 
+def copy_data(data: Path, folder: Path) -> tuple[Path, Path]:
+    """Copy a data set; return the folder of its annotations and that of its images."""
+    shutil.copytree(data, folder)
+    return folder / "annotations", folder / "images"
+
+
+def test_evaluate_without_annotations_or_images(run, data, fails, tmp_path, capsys):
+    """Detections in test images are only written; missing images need an option; boxes alone evaluate boxes."""
+    annotations, images = copy_data(data, tmp_path / "data")
+    evaluate = ["evaluate", "--checkpoint", str(run / "model.pth"), "--data", str(tmp_path / "data"), "--device", "cpu"]
+    content = json.loads((annotations / "instances_val.json").read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    (annotations / "instances_val.json").write_text(json.dumps(content))
+    assert main([*evaluate, "--out", str(tmp_path / "boxes")]) == 0
+    assert "masks are not evaluated, as no annotation has a segmentation" in capsys.readouterr().err
+    written = json.loads((tmp_path / "boxes" / "metrics.json").read_text())
+    assert written == {"bbox": json.loads((run / "metrics.json").read_text())["bbox"]}
+
+    del content["annotations"]
+    (annotations / "image_info_test.json").write_text(json.dumps(content))
+    evaluate += ["--split", "test"]
+    assert "there are no annotations, so --out is needed" in fails(*evaluate)
+    assert main([*evaluate, "--out", str(tmp_path / "test")]) == 0
+    assert "no metrics, as there are no annotations" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "test").iterdir()} == {"detections_bbox.json", "detections_segm.json"}
+    for kind in ("bbox", "segm"):
+        written, expected = (folder / f"detections_{kind}.json" for folder in (tmp_path / "test", run))
+        assert written.read_text() == expected.read_text()
+    results = ["evaluate", "--results", tmp_path / "test" / "detections_bbox.json", "--annotations"]
+    assert "no annotations to evaluate detections with" in fails(*results, annotations / "image_info_test.json")
+
+    name = content["images"][0]["file_name"]
+    (images / name).unlink()
+    evaluate[evaluate.index("test")] = "val"
+    message = fails(*evaluate)
+    assert f"left out 1 missing pictures, e.g. {name}: all images are needed, or --allow-missing" in message
+    assert main([*evaluate, "--allow-missing"]) == 0
+
+
+def test_train_on_several_files_and_without_validation(run, data, fails, tmp_path, capsys):
+    """The second file has the ids of the first."""
+    annotations, images = copy_data(data, tmp_path / "data")
+    (annotations / "instances_val.json").rename(annotations / "more.json")
+    train = ["train", "--device", "cpu", "--backbone", "small", "--set", *TINY, *QUICK]
+    files = ["--train-annotations", str(annotations / "instances_train.json"), str(annotations / "more.json")]
+    assert main([*train, "--out", str(tmp_path / "a"), *files, "--train-images", str(images)]) == 0
+    assert load_checkpoint(tmp_path / "a" / "checkpoint.pth")["images"] == 7
+    assert "numbered the 7 images 1, 2, ..., as the files use the same ids" in capsys.readouterr().err
+    folders = ["--train-images", *[images] * 3]
+    message = fails(*train, "--out", "b", *files, *folders)
+    assert "must name one folder or 2, one for each of --train-annotations, got 3" in message
+
+    assert main([*train, "--out", str(tmp_path / "c"), "--data", str(tmp_path / "data")]) == 0
+    assert "no validation data, so the training goes without evaluation" in capsys.readouterr().err
+    assert not (tmp_path / "c" / "metrics.json").exists()
+
+    content = json.loads((annotations / "more.json").read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    (annotations / "instances_val.json").write_text(json.dumps(content))
+    train += ["--detector", "mask", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "d")]
+    assert main(train) == 2
+    assert "no segmentations; train on boxes alone with --detector faster" in capsys.readouterr().err
+    del content["annotations"]
+    (annotations / "instances_val.json").write_text(json.dumps(content))
+    assert main(train) == 2
+    assert "the validation data have no annotations to evaluate on" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+
+
 def test_predict_from_the_checkpoint_alone(run, data, tmp_path):
     images = sorted((data / "images").glob("val_*"))
     command = ["predict", str(data / "images" / "val_*"), "--checkpoint", str(run / "model.pth")]
@@ -128,13 +204,14 @@ def test_resume_trains_on(run, data):
     assert load_checkpoint(run / "model.pth")["iteration"] == 4
 
 
-def test_flops(capsys):
+def test_flops(capsys, monkeypatch):
+    presets = {preset: PRESETS[preset] for preset in ("regular", "dcnv2", "dcnv2-mimic")}
+    monkeypatch.setattr(flops, "PRESETS", presets)  # others are slow, and counted in model/test_flops.py
     assert main(["flops"]) == 0
     assert capsys.readouterr().out.count("14,917,618") == 4
-    assert main(["flops", "--json", "--set", "network.deform_groups=4"]) == 0
+    assert main(["flops", "--json", "--set", "network.backbone=small", "network.deform_groups=4"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 18
-    assert {row["detector"] for row in rows} == {"faster", "mask"}
+    assert [(row["detector"], row["preset"]) for row in rows] == list(itertools.product(("faster", "mask"), presets))
     assert main(["flops", "--json", "--set", "network.backbone=small", "network.detector=mask"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {(row["detector"], row["backbone"]) for row in rows} == {("mask", "small")}
@@ -282,6 +359,36 @@ def test_categories_of_a_checkpoint_and_of_the_data(fails, data, tmp_path):
     save_checkpoint(wrong, model, config, [Category(1, "cat"), Category(2, "dog")], 0)
     message = fails("evaluate", "--checkpoint", wrong, "--data", data)
     assert "must have the detector's 2 categories (1 cat, 2 dog)" in message
+
+
+def test_checkpoints_of_other_projects(fails, data, tmp_path, capsys):
+    """A file without names of categories, for prediction and for evaluation."""
+    checkpoint, names = tmp_path / "mmdetection.pth", tmp_path / "names.txt"
+    torch.save({"state_dict": detector(MMDETECTION, categories=5, masks=False)}, checkpoint)
+    options = ["--checkpoint", str(checkpoint), "--set", *TINY[:2], "network.proposals_test=5"]
+    images = str(data / "images" / "val_*")
+    names.write_text("club\ndumbbell\nsquare\nring\ntripod\n")
+    command = ["predict", images, "--out", str(tmp_path / "out"), "--threshold", "0", "--no-pictures", *options]
+    assert main([*command, "network.score_threshold=0", "--categories", str(names)]) == 0
+    assert "of mmdetection for 5 categories, whose names are not in the file: " in capsys.readouterr().err
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert written["categories"][2] == {"id": 3, "name": "square"} and written["detections"]
+    assert main(["evaluate", "--data", str(data), *options]) == 0  # in the order of the ids
+    assert "AP50" in capsys.readouterr().out
+    assert "--categories goes with --checkpoint" in fails("evaluate", "--results", "x.json", "--categories", names)
+
+
+def test_training_from_a_detector(run, data, fails, tmp_path, capsys):
+    """The file sets the network; here with the same categories."""
+    out = tmp_path / "out"
+    command = ["train", "--data", str(data), "--weights", str(run / "model.pth"), "--device", "cpu", "--set", *QUICK]
+    assert main([*command, "training.lr=0", "--out", str(out)]) == 0
+    assert "parameters used" in capsys.readouterr().err
+    first, second = (load_checkpoint(folder / "model.pth") for folder in (run, out))
+    assert second["config"]["network"] == first["config"]["network"]
+    assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
+    message = fails(*command, "network.aligned=false", "--out", out)
+    assert f"--weights {run / 'model.pth'} sets the network: network.aligned=false needs" in message
 
 
 def test_as_a_program(tmp_path):

@@ -91,6 +91,7 @@ def test_assignments():
         ("training.best_by=mask", "training.best_by=mask needs network.detector=mask"),
         ("network.convolution=modulated network.preset=regular", "network.convolution and network.stages go together"),
         ("network.stages=c5 network.preset=regular", "network.convolution and network.stages go together"),
+        ("network.image_mean=0.5", "network.image_mean must be 3 numbers, for red, green and blue, got 1"),
         ("network.aligned=false", "network.aligned=false needs network.pooling=aligned, got modulated"),
         ("training.amp=half", "training.amp must be one of none, float16, bfloat16, got 'half'"),
     ],

@@ -24,14 +24,18 @@ from jax.test_util import check_grads
 import dcnops
 from dcnops import ArgumentError, DeviceError, DtypeError
 from dcnops.adapters import jax as adapter
-from dcnops.adapters.jax import deform_conv2d, deform_roi_pool
+from dcnops.adapters.jax import deform_aggregate, deform_conv2d, deform_roi_pool, ms_deform_attn
 from tests.arrays import test_errors
 from tests.cases import (
     DTYPES,
     Case,
+    aggregate_cases,
     assert_close,
+    attention_cases,
     away_from_kinks,
     conv_cases,
+    make_aggregate,
+    make_attention,
     make_conv,
     make_roi_pool,
     roi_pool_cases,
@@ -75,13 +79,27 @@ def assert_same(case: Case) -> None:
         np.testing.assert_array_equal(gradient, wanted, err_msg=name)
 
 
+DRAWS: tuple[Any, ...] = (conv_cases, roi_pool_cases, attention_cases, aggregate_cases)
+
+
 @settings(settings.get_profile("brief"), max_examples=30)
-@given(case=st.one_of(conv_cases(dtypes=tuple(DTYPES)), roi_pool_cases(dtypes=tuple(DTYPES))))
+@given(case=st.one_of(*(draw(dtypes=tuple(DTYPES)) for draw in DRAWS)))
 def test_output_and_gradients_equal_the_array_functions(case: Case) -> None:
     assert_same(case)
 
 
-CASES = {"conv": make_conv(N=2, D=2, G=2, stride=(2, 1), padding=((1, 0), (2, 1))), "roi pool": make_roi_pool()}
+CASES: dict[str, Case] = {
+    "conv": make_conv(N=2, D=2, G=2, stride=(2, 1), padding=((1, 0), (2, 1))),
+    "roi pool": make_roi_pool(),
+    "attention": make_attention(N=2, points=(2, 3)),
+    "aggregate": make_aggregate(N=2, stride=(2, 1), offset_scale=0.7),
+}
+MAKERS: dict[str, Any] = {
+    "deform_conv2d": make_conv,
+    "deform_roi_pool": make_roi_pool,
+    "ms_deform_attn": make_attention,
+    "deform_aggregate": make_aggregate,
+}
 
 
 @pytest.fixture(params=CASES)
@@ -90,7 +108,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("make", [make_conv, make_roi_pool])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_dtypes(make: Any, dtype: str) -> None:
     assert_same(make(dtype=dtype))
     if dtype in ("float16", "bfloat16"):
@@ -102,6 +120,8 @@ def test_empty_batches_and_absent_arguments() -> None:
     assert_same(make_roi_pool(R=0))
     assert_same(make_conv(bias=False, mask=False))
     assert_same(make_roi_pool(offset=False, mask=False))
+    assert_same(make_attention(Lq=0))
+    assert_same(make_aggregate(packed=True))
 
 
 def test_transformations_give_equal_results(case: Case) -> None:
@@ -119,10 +139,15 @@ def test_transformations_give_equal_results(case: Case) -> None:
     np.testing.assert_array_equal(jax.jit(lambda arrays: call(case, **arrays))(arrays), call(case))
 
 
-DIFFERENTIABLE = (make_conv(D=2, G=2, dtype="float64"), make_roi_pool(dtype="float64", inside=True))
+DIFFERENTIABLE = (
+    away_from_kinks(make_conv(D=2, G=2, dtype="float64"), seed=1),
+    make_roi_pool(dtype="float64", inside=True),
+    make_attention(dtype="float64"),
+    make_aggregate(dtype="float64"),
+)
 
 
-@pytest.mark.parametrize("case", [away_from_kinks(DIFFERENTIABLE[0], seed=1), DIFFERENTIABLE[1]], ids=CASES)
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=CASES)
 def test_gradients_are_derivatives(case: Case) -> None:
     arrays = {name: getattr(case, name) for name in case.needs}
     check_grads(jax.jit(lambda arrays: call(case, **arrays)), (arrays,), order=1, modes=["rev"])
@@ -170,6 +195,29 @@ def test_vmap_of_vmap_and_of_regions() -> None:
     np.testing.assert_array_equal(pooled[1], call(case, rois=case.rois[::-1]))
 
 
+@pytest.mark.parametrize("make", [make_attention, make_aggregate])
+def test_vmap_of_attention_and_aggregation(make: Any) -> None:
+    cases = [make(seed=seed) for seed in range(3)]
+    stacked = {name: np.stack([getattr(case, name) for case in cases]) for name in cases[0].arrays}
+    gradients = jax.jit(jax.vmap(jax.grad(lambda arrays: loss(cases[0], arrays))))(stacked)
+    for i, case in enumerate(cases):
+        wanted = jax.grad(lambda arrays: loss(cases[0], arrays))(given_arrays(case))
+        for name, expected in wanted.items():
+            np.testing.assert_array_equal(gradients[name][i], expected)
+
+
+def test_shapes_of_attention_are_static() -> None:
+    case = make_attention()
+    for shapes in (
+        np.array(case.spatial_shapes),
+        jnp.array(case.spatial_shapes),
+        [list(pair) for pair in case.spatial_shapes],
+    ):
+        np.testing.assert_array_equal(call(case, spatial_shapes=shapes), call(case))
+    with pytest.raises(ArgumentError, match="spatial_shapes must be known while JAX traces the call"):
+        jax.jit(lambda shapes: call(case, spatial_shapes=shapes))(np.array(case.spatial_shapes))
+
+
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """Record the operations that run from now on, with the gradients that they compute."""
     calls: list[tuple[str, Any]] = []
@@ -205,11 +253,12 @@ def test_inputs_are_not_copied(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
     def load_backend(library: str) -> Any:
         assert library == "numpy"
 
-        def operation(geometry: Any, precision: str | None = None, **views: np.ndarray) -> np.ndarray:
+        def operation(geometry: Any, **arguments: Any) -> np.ndarray:
+            views = {name: view for name, view in arguments.items() if isinstance(view, np.ndarray)}
             seen.update({name: view.ctypes.data for name, view in views.items()})
             # The array functions copy arrays that are not writable.
             assert all(view.flags.writeable and view.flags.aligned for view in views.values())
-            return np.zeros(geometry.output_shape, views["input"].dtype)
+            return np.zeros(geometry.output_shape, views[case.arrays[0]].dtype)
 
         return SimpleNamespace(**{case.operation: operation, "contiguous": np.ascontiguousarray})
 
@@ -234,14 +283,16 @@ def test_gradient_of_regions_is_zero() -> None:
 
 @pytest.mark.parametrize("take", [jax.grad, jax.jacrev])
 def test_second_derivatives_raise_an_error(case: Case, take: Any) -> None:
-    gradient = jax.grad(lambda input: loss(case, {"input": input}))
+    name = case.arrays[0]
+    gradient = jax.grad(lambda array: loss(case, {name: array}))
     with pytest.raises(NotImplementedError, match="must be differentiated once, in reverse mode, got a second"):
-        take(lambda input: gradient(input).sum())(case.input)
+        take(lambda array: gradient(array).sum())(getattr(case, name))
 
 
 def test_forward_mode_raises_an_error(case: Case) -> None:
+    name, array = case.arrays[0], getattr(case, case.arrays[0])
     with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda input: call(case, input=input), (case.input,), (case.input,))
+        jax.jvp(lambda array: call(case, **{name: array}), (array,), (array,))
 
 
 ARRAYS_OF_OTHER_LIBRARIES = {
@@ -454,8 +505,8 @@ def test_execution_context_has_a_stream() -> None:
 
 
 def signature_of(case: Case) -> Any:
-    options = (("precision", None),) if case.operation == "deform_conv2d" else ()
-    return adapter._Signature(case.operation, case.geometry(), options=options)
+    options = {"deform_conv2d": (("precision", None),), "ms_deform_attn": (("spatial_shapes", None),)}
+    return adapter._Signature(case.operation, case.geometry(), options=options.get(case.operation, ()))
 
 
 def test_gpu_callback_uses_the_stream_of_xla(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,8 +547,7 @@ def test_missing_cupy_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_gpu(case: Case, dtype: str) -> None:
     """Needs JAX with CUDA support and CuPy."""
     gpu = jax.devices("gpu")[0]
-    make = make_conv if case.operation == "deform_conv2d" else make_roi_pool
-    case = make(dtype=dtype)
+    case = MAKERS[case.operation](dtype=dtype)
     arrays = {name: jax.device_put(array, gpu) for name, array in given_arrays(case).items()}
     grad_out = jax.device_put(case.grad_out, gpu)
     expected = case.expected()
@@ -522,7 +572,7 @@ def test_docstring_examples() -> None:
     assert result.attempted > 0 and result.failed == 0
 
 
-@pytest.mark.parametrize("function", [deform_conv2d, deform_roi_pool])
+@pytest.mark.parametrize("function", [deform_conv2d, deform_roi_pool, ms_deform_attn, deform_aggregate])
 def test_signatures_are_those_of_the_array_functions(function: Any) -> None:
     ours, model = (
         [(parameter.name, parameter.kind, parameter.default) for parameter in inspect.signature(f).parameters.values()]

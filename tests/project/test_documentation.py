@@ -22,7 +22,15 @@ BANNED = re.compile(r"\b(beside|anew|whose|mend(s|ed|ing)?|shall)\b", re.IGNOREC
 
 
 @pytest.mark.parametrize(
-    "module", ["dcnops.deform_conv2d", "dcnops.deform_roi_pool", "dcnops._backends.cuda.workspace", "dcnops._prefetch"]
+    "module",
+    [
+        "dcnops.deform_aggregate",
+        "dcnops.deform_conv2d",
+        "dcnops.deform_roi_pool",
+        "dcnops.ms_deform_attn",
+        "dcnops._backends.cuda.workspace",
+        "dcnops._prefetch",
+    ],
 )
 def test_docstring_examples(module: str):
     result = doctest.testmod(importlib.import_module(f"dcnops.{module}"), raise_on_error=False)

@@ -7,10 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from dcnops.adapters.torch import deform_conv2d, deform_roi_pool
+from dcnops.adapters.torch import deform_aggregate, deform_conv2d, deform_roi_pool, ms_deform_attn
 from tests.cases import Case
 
-OPERATIONS = {"deform_conv2d": deform_conv2d, "deform_roi_pool": deform_roi_pool}
+OPERATIONS = {
+    "deform_conv2d": deform_conv2d,
+    "deform_roi_pool": deform_roi_pool,
+    "ms_deform_attn": ms_deform_attn,
+    "deform_aggregate": deform_aggregate,
+}
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:

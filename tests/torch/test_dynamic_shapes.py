@@ -105,6 +105,7 @@ class Compiled:
         return self._backend(graph, inputs)
 
 
+@pytest.mark.slow
 def test_one_compilation_for_all_sizes():
     net = Net()
     compiled = Compiled(net, backend="aot_eager", dynamic=True)
@@ -149,6 +150,7 @@ NUMBERS: dict[str, tuple[Callable[[Any], Tensor], tuple[Any, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_change_without_graph_breaks(name: str):
     function, numbers = NUMBERS[name]

@@ -100,6 +100,7 @@ def detached(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value.detach() if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("offset, mask", [(False, False), (True, False), (False, True), (True, True)])

@@ -39,6 +39,7 @@ def test_forward_and_backward_count_as_those_of_a_regular_convolution(needs: tup
     assert counts[0] == counts[1] and counts[0][0] > 0
 
 
+@pytest.mark.slow
 def test_counter_that_is_imported_later():
     """Also in inference mode, which skips the kernels of autograd."""
     code = """if True:

@@ -16,13 +16,23 @@ from hypothesis import strategies as st
 import dcnops
 from dcnops import ArgumentError, DeviceError, DtypeError, ShapeError
 from dcnops.adapters.torch import deform_conv2d, deform_roi_pool, differentiable, operators
-from tests.arrays.test_errors import FORWARD_ERRORS, ROI_ERRORS, roi_arguments
+from tests.arrays.test_errors import (
+    AGGREGATE_ERRORS,
+    ATTENTION_ERRORS,
+    FORWARD_ERRORS,
+    ROI_ERRORS,
+    aggregate_arguments,
+    attention_arguments,
+    roi_arguments,
+)
 from tests.arrays.test_errors import arguments as array_arguments
 from tests.cases import (
     DTYPES,
     Case,
     ConvCase,
+    aggregate_cases,
     assert_close,
+    attention_cases,
     away_from_kinks,
     conv_cases,
     make_conv,
@@ -31,8 +41,10 @@ from tests.cases import (
 )
 from tests.torch.tensors import OPERATIONS, as_tensors, call, tensors_of, to_numpy, to_tensor
 
+DRAWS: tuple[Any, ...] = (conv_cases, roi_pool_cases, attention_cases, aggregate_cases)
 
-@given(case=st.one_of(conv_cases(dtypes=tuple(DTYPES)), roi_pool_cases(dtypes=tuple(DTYPES))))
+
+@given(case=st.one_of(*(draw(dtypes=tuple(DTYPES)) for draw in DRAWS)))
 def test_output_and_gradients_equal_the_array_functions(case: Case):
     arguments = tensors_of(case, requires_grad=True)
     output = call(case, arguments)
@@ -127,21 +139,27 @@ def operator_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("second", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("kind", ["conv", "roi"])
-def test_opcheck(kind: str, requires_grad: bool):
+def test_opcheck(kind: str, second: bool):
+    """Check both operators, and the derivatives of the backward operator if `second`, which are slow to trace."""
     case = differentiable_case(kind)
-    arguments = operator_arguments(case, requires_grad)
     namespace = torch.ops.dcnops
-    torch.library.opcheck(getattr(namespace, case.operation).default, arguments)
+    torch.library.opcheck(getattr(namespace, case.operation).default, operator_arguments(case, requires_grad=True))
     needs = [True] * len(case.differentiable)
-    backward = (torch.from_numpy(case.grad_out), *arguments, needs)
+    backward = (torch.from_numpy(case.grad_out), *operator_arguments(case, requires_grad=second), needs)
     torch.library.opcheck(getattr(namespace, f"{case.operation}_backward").default, backward)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("kind", ["conv", "roi"])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("conv", "inductor"),
+        ("roi", "aot_eager"),
+        *(pytest.param(*item, marks=pytest.mark.exhaustive) for item in (("conv", "aot_eager"), ("roi", "inductor"))),
+    ],
+)
 def test_compile_without_graph_breaks(kind: str, backend: str):
     torch._dynamo.reset()
     case = make_conv(N=2, D=2) if kind == "conv" else make_roi_pool()
@@ -214,6 +232,8 @@ SHAPE_AND_ARGUMENT_ERRORS = {
     for operation, arguments, cases in (
         ("deform_conv2d", array_arguments, FORWARD_ERRORS),
         ("deform_roi_pool", roi_arguments, ROI_ERRORS),
+        ("ms_deform_attn", attention_arguments, ATTENTION_ERRORS),
+        ("deform_aggregate", aggregate_arguments, AGGREGATE_ERRORS),
     )
     for name, case in cases.items()
     if case[1] in (ShapeError, ArgumentError)
@@ -223,7 +243,9 @@ SHAPE_AND_ARGUMENT_ERRORS = {
 @pytest.mark.parametrize("name", SHAPE_AND_ARGUMENT_ERRORS)
 def test_wrong_sizes_and_parameters_raise_the_errors_of_the_array_functions(name: str):
     operation, arguments, changes, error, message = SHAPE_AND_ARGUMENT_ERRORS[name]
-    bad = as_tensors(arguments(**changes))
+    arrays = arguments(**changes)
+    on_the_host = {name: arrays[name] for name in ("spatial_shapes",) if name in arrays}
+    bad = as_tensors(arrays) | on_the_host
     del bad["grad_out"]
     with pytest.raises(error) as raised:
         OPERATIONS[operation](**bad)

@@ -12,6 +12,7 @@ from dcnops import ArgumentError, DeviceError
 from dcnops.adapters.torch import (
     DeformConv2dPack,
     ModulatedDeformConv2dPack,
+    MSDeformAttn,
     deform_conv2d,
     deform_roi_pool,
     set_float32_precision,
@@ -23,7 +24,7 @@ from dcnops.adapters.torch.spatial_support import (
     offset_statistics,
     sampling_locations,
 )
-from tests.cases import Case, assert_close, make_conv, make_roi_pool
+from tests.cases import Case, assert_close, make_aggregate, make_attention, make_conv, make_roi_pool
 from tests.torch.tensors import call, tensors_of, to_numpy, to_tensor
 
 pytestmark = pytest.mark.gpu
@@ -46,9 +47,10 @@ def on_gpu(case: Case, device: str = "cuda", requires_grad: bool = False) -> dic
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("make", [make_conv, make_roi_pool])
+@pytest.mark.parametrize("make", [make_conv, make_roi_pool, make_attention, make_aggregate])
 def test_output_and_gradients(make, dtype: str):
-    case = make(N=2, C=16, dtype=dtype)
+    channels = {"C": 16} if make in (make_conv, make_roi_pool) else {"D": 16}
+    case = make(N=2, dtype=dtype, **channels)
     expected = case.expected_gradients()
     for _ in range(3):  # planned, recorded, replayed
         arguments = on_gpu(case, requires_grad=True)
@@ -148,6 +150,35 @@ def test_graph_capture(kind: str):
     expected = torch.autograd.grad(call(case, arguments).sum(), [arguments[name] for name in case.needs])
     for ours, theirs in zip(gradients, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_never_waits_for_shapes_on_the_device():
+    layer = MSDeformAttn(32, n_levels=2, n_heads=4, n_points=[3, 2]).cuda()
+    shapes = torch.tensor([(6, 4), (3, 2)], device="cuda")
+    query, reference, value = (torch.rand(size, device="cuda") for size in ((2, 5, 32), (2, 5, 2, 2), (2, 30, 32)))
+    arguments = (query, reference, value.requires_grad_())
+    expected = layer(*arguments, shapes.cpu())
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        output = layer(*arguments, shapes)
+        return output, torch.autograd.grad(output.sum(), value)[0]
+
+    for _ in range(3):
+        run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output, _ = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(output, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, gradient = run()
+    with torch.no_grad():
+        value.mul_(2)
+    graph.replay()
+    for actual, wanted in zip((output, gradient), run()):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_second_device():

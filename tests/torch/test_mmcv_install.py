@@ -29,6 +29,7 @@ from .deform_conv import DeformConv2d, DeformConv2dPack, deform_conv2d
 from .deform_roi_pool import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack, deform_roi_pool
 from .focal_loss import sigmoid_focal_loss
 from .modulated_deform_conv import ModulatedDeformConv2d, ModulatedDeformConv2dPack, modulated_deform_conv2d
+from .multi_scale_deform_attn import MultiScaleDeformableAttention
 from .nms import nms
 from .roi_align import RoIAlign, roi_align
 from .roi_pool import roi_pool
@@ -57,6 +58,7 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d): pass
 def modulated_deform_conv2d(): pass
 """,
     "mmcv/ops/multi_scale_deform_attn.py": """
+class MultiScaleDeformableAttention: pass
 class MultiScaleDeformableAttnFunction: pass
 def multi_scale_deformable_attn_pytorch(*args): return args
 """,
@@ -117,11 +119,13 @@ def test_mmdetection_gets_the_replacements(packages: Path, extension: str):
 
     for name in mmcv_ops.__all__:
         if name != "install":
-            assert getattr(ops, name) is getattr(mmcv_ops, name)
+            home = ops.multi_scale_deform_attn if hasattr(ops.multi_scale_deform_attn, name) else ops
+            assert getattr(home, name) is getattr(mmcv_ops, name)
     assert mmdet.DeformConv2d is mmcv_ops.DeformConv2d
     assert mmdet.ModulatedDeformConv2d is mmcv_ops.ModulatedDeformConv2d
     assert sys.modules["mmcv.ops.saconv"].deform_conv2d is mmcv_ops.deform_conv2d
     assert (MODELS["DCN"], MODELS["DCNv2"]) == (mmcv_ops.DeformConv2dPack, mmcv_ops.ModulatedDeformConv2dPack)
+    assert ops.MultiScaleDeformableAttention is MODELS["MultiScaleDeformableAttention"]
     replaced = [ops.roi_align.__module__, ops.roi_pool.__module__, ops.sigmoid_focal_loss.__module__]
     if extension == "full":
         assert replaced == ["mmcv.ops.roi_align", "mmcv.ops.roi_pool", "mmcv.ops.focal_loss"] and ops.carafe(1, 2) == 2
@@ -155,10 +159,6 @@ def test_operations_of_torchvision(packages: Path):
     with pytest.raises(NotImplementedError, match=r"pool_mode must be 'avg' .* got 'max'"):
         ops.roi_align(x, rois, 3, pool_mode="max")
     assert torch.equal(ops.roi_pool(x, rois, 3, 0.5), torchvision.ops.roi_pool(x, rois, 3, 0.5))
-    import mmcv.ops.multi_scale_deform_attn as attention
-
-    mmcv_ops.install()
-    assert attention.MultiScaleDeformableAttnFunction.apply(1, 2, 3, 4, 5, 64) == (1, 2, 4, 5)
 
 
 def test_sigmoid_focal_loss(packages: Path):

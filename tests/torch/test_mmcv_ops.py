@@ -27,6 +27,10 @@ SIGNATURES = {
     "ModulatedDeformConv2dPack": f"{CONV} bias=True",
     "DeformRoIPool": "output_size spatial_scale=1.0 sampling_ratio=0 gamma=0.1",
     "DeformRoIPoolPack": ROI,
+    "MultiScaleDeformableAttention": "embed_dims=256 num_heads=8 num_levels=4 num_points=4 im2col_step=64 dropout=0.1 "
+    "batch_first=False norm_cfg=None init_cfg=None value_proj_ratio=1.0",
+    "MultiScaleDeformableAttnFunction": "",
+    "multi_scale_deformable_attn_pytorch": "value value_spatial_shapes sampling_locations attention_weights",
     "ModulatedDeformRoIPoolPack": ROI,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -14,12 +15,15 @@ import numpy.ma  # otherwise Numba imports it at the first call, during which a 
 from numba.core.caching import FunctionCache
 from numba.core.compiler_lock import global_compiler_lock
 
+from dcnops._explain import LOGGER
 from dcnops._forks import hold_in_forks
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # A process that is forked while another thread compiles could never compile anything itself.
 hold_in_forks(global_compiler_lock)
+
+_ANNOUNCE_SECONDS = 1.0
 
 INTERPRETED: bool = bool(numba.config.DISABLE_JIT)
 """True if NUMBA_DISABLE_JIT is set: the loops run as Python functions."""
@@ -38,7 +42,8 @@ def quiet(function: Function) -> Function:
 
 def _options(fastmath: set[str]) -> dict[str, Any]:
     # These loops allocate nothing. Without reference counts (_nrt), slicing needs no atomic operations.
-    return {"nogil": True, "error_model": "numpy", "_nrt": False, "fastmath": fastmath}
+    # A wrapper for C would take as long to compile as a short loop.
+    return {"nogil": True, "error_model": "numpy", "_nrt": False, "no_cfunc_wrapper": True, "fastmath": fastmath}
 
 
 def kernel(function: Function) -> Function:
@@ -57,21 +62,41 @@ def kernel(function: Function) -> Function:
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
-    """Disk cache of Numba that ignores corrupted files and survives write errors with a warning."""
+    """Disk cache of Numba that ignores corrupted files and survives write errors with a warning.
+
+    Numba holds its compiler lock from `load_overload` to `save_overload`. A compilation in between is announced if it
+    takes long.
+    """
+
+    _announcement: threading.Timer | None = None
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        overload = None
         try:
-            return super().load_overload(sig, target_context)
+            overload = super().load_overload(sig, target_context)
         except Exception:  # unpickling can raise almost any exception
             with contextlib.suppress(OSError):
                 self.flush()
-            return None
+        if overload is None:
+            self._announcement = threading.Timer(_ANNOUNCE_SECONDS, _announce, [self.cache_path])
+            self._announcement.daemon = True
+            with contextlib.suppress(RuntimeError):  # a limit on the number of threads
+                self._announcement.start()
+        return overload
 
     def save_overload(self, sig: Any, data: Any) -> None:
+        if self._announcement is not None:
+            self._announcement.cancel()
         try:
             super().save_overload(sig, data)
         except OSError as error:
             _warn(f"{error.filename or self.cache_path}: {error.strerror}")
+
+
+@functools.cache
+def _announce(folder: str) -> None:
+    """Log once per folder that a call compiles."""
+    LOGGER.info("compiling loops for the CPU, which takes seconds; later processes find the code in %s", folder)
 
 
 @functools.cache
@@ -86,7 +111,8 @@ def _warn(reason: str) -> None:
 
 def inner(*fastmath: str) -> Callable[[Function], Function]:
     """Return a decorator for functions that kernels of the same file call, with `fastmath` flags beyond "contract"."""
-    return cast(Callable[[Function], Function], numba.njit(**_options({"contract", *fastmath})))
+    options = {**_options({"contract", *fastmath}), "no_cpython_wrapper": True}
+    return cast(Callable[[Function], Function], numba.njit(**options))
 
 
 def exact(function: Function) -> Function:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dcnops._backends.cpu import deform_conv2d_loops as loops
-from dcnops._backends.cpu import transpose_loops
+from dcnops._backends.cpu import transpose_loops, vectors
 from dcnops._backends.cpu.arrays import (
     CHANNELS_PER_THREAD,
     Array,
@@ -34,11 +34,10 @@ from dcnops._threads import threads_of_call
 # Tuned for 2 MB of L2 cache per core. Halving or doubling a value changes little.
 _BLOCK_CHANNELS = 128
 _LEAST_BLOCK_CHANNELS = 32
-_TILE_PIXELS = 16 * loops.ROWS
+_TILE_PIXELS = 16 * vectors.ROWS
 _TILE_BYTES = 2**19
 _SPAN_BYTES = 2**23
 _CHUNK_PIXELS = 2048
-_PANELS_TOGETHER = 5
 
 _NO_MASK = {name: np.empty((0, 0, 0), name) for name in ("float32", "float64")}
 
@@ -77,7 +76,7 @@ def _blocks(geometry: DeformConvGeometry, limit: int) -> Iterator[_Block]:
 def _choose_tile(pixels: int, bytes_per_pixel: int) -> int:
     """Return the pixels per tile: a multiple of ROWS that fits the cache and leaves work for every thread."""
     share = -(-pixels // (threads_of_call() * PIECES_PER_THREAD))
-    return max(1, min(_TILE_PIXELS, _TILE_BYTES // bytes_per_pixel, share) // loops.ROWS) * loops.ROWS
+    return max(1, min(_TILE_PIXELS, _TILE_BYTES // bytes_per_pixel, share) // vectors.ROWS) * vectors.ROWS
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,8 @@ class _Chunk:
 
 def _sample_scratch(chunk: _Chunk) -> tuple[Array, Array]:
     """Return scratch memory for the sampling points of a strip; see `loops._locate_samples`."""
-    K = chunk.geometry.K
-    return aligned_empty((K, 4 * loops.STRIP), np.dtype(np.int32)), aligned_empty((K, 7 * loops.STRIP), chunk.dtype)
+    taps = chunk.geometry.K * vectors.STRIP
+    return aligned_empty((8 * taps,), np.dtype(np.int32)), aligned_empty((11 * taps,), chunk.dtype)
 
 
 def _channels_last(chunk: _Chunk, block: _Block) -> Array:
@@ -176,7 +175,7 @@ def _multiply_adds(geometry: DeformConvGeometry) -> int:
 def _add_block_output(chunk: _Chunk, block: _Block, bias: Array, out: Array) -> None:
     """Write the output of the first block of a weight group, or add that of a later block."""
     dtype = chunk.dtype
-    lanes = loops.panel_lanes(dtype.itemsize)
+    lanes = vectors.panel_lanes(dtype.itemsize)
     og = chunk.geometry.O // chunk.geometry.G
     panels = -(-og // lanes)
     length = chunk.geometry.K * block.cw
@@ -216,7 +215,7 @@ def deform_conv2d_backward(
     g = geometry
     og = g.O // g.G
     dtype = compute_dtype(input)
-    lanes = loops.panel_lanes(dtype.itemsize)
+    lanes = vectors.panel_lanes(dtype.itemsize)
     blocks = list(_blocks(geometry, _BLOCK_CHANNELS))
 
     results = {}
@@ -229,7 +228,7 @@ def deform_conv2d_backward(
     grad_bias = np.zeros(g.O, dtype)
     grad_weights: list[Array | None] = [None for _ in blocks]
     if "weight" in needs:
-        rows = round_up(og, loops.ROWS)
+        rows = round_up(og, vectors.ROWS)
         grad_weights = [np.zeros((block.Gb, rows, round_up(g.K * block.cw, lanes)), dtype) for block in blocks]
 
     with serial_if_small(2 * _multiply_adds(g)):
@@ -295,22 +294,29 @@ def _add_block_gradients(
     """Add the gradients of one block, in spans of output pixels with columns that fit the cache."""
     g, dtype, sizes = chunk.geometry, chunk.dtype, chunk.sizes
     og = g.O // g.G
-    lanes = loops.panel_lanes(dtype.itemsize)
-    padded = round_up(g.K * block.cw, lanes)
-    panels = padded // lanes
-    row_bytes = block.Gb * padded * dtype.itemsize
+    lanes = vectors.panel_lanes(dtype.itemsize)
+    panels = -(-g.K * block.cw // lanes)
+    # An even number of panels would map the rows of a panel to few sets of the first-level cache.
+    row_bytes = block.Gb * (panels | 1) * lanes * dtype.itemsize
     tile = _choose_tile(chunk.pixels, row_bytes)
-    span = min(round_up(chunk.pixels, tile), max(1, _SPAN_BYTES // row_bytes // tile) * tile)
+    # Sums are added span by span, so its length must not depend on the number of threads, as that of a tile does.
+    span = min(round_up(chunk.pixels, vectors.ROWS), max(1, _SPAN_BYTES // row_bytes // _TILE_PIXELS) * _TILE_PIXELS)
     LOGGER.debug(
         "%d channels, %d pixels in spans of %d and tiles of %d, %d threads",
         block.width, chunk.pixels, span, tile, threads_of_call(),
     )  # fmt: skip
 
-    image = packed = gradients = grad_image = None
-    if grad_weight is not None or "offset" in targets:
+    image = packed = grad_image = None
+    none = _NO_MASK[dtype.name]
+    gradients = columns = none
+    grad_offset, grad_mask = targets.get("offset", none), targets.get("mask", none)
+    samples_needed = grad_weight is not None or "offset" in targets
+    if samples_needed:
         image = _channels_last(chunk, block)
+    if grad_weight is not None:
+        columns = aligned_empty((block.Gb, span, (panels | 1) * lanes), dtype)
     if grad_rows is not None:
-        gradients = aligned_empty((block.Gb, span, padded), dtype)
+        gradients = aligned_empty((block.Gb, span, (panels | 1) * lanes), dtype)
         packed = aligned_empty((block.Gb, panels, og, lanes), dtype)
         parallel(loops.pack_weight_transposed, block.Gb * og, chunk.weight, packed, block.g0, block.group_c0, block.cw)
     if "input" in targets:
@@ -318,14 +324,15 @@ def _add_block_gradients(
         parallel(lambda begin, end: grad_image[:, begin:end].fill(0), g.H * g.W + 1)
 
     def fill_tiles(first: int, last: int, samples: tuple[Array, Array], begin: int, end: int) -> None:
-        loops.column_gradients(grad_rows, packed, gradients, block.o0, first, last, tile, begin, end)
-        if "offset" in targets:
+        if grad_rows is not None:
+            loops.column_gradients(grad_rows, packed, gradients, block.o0, first, last, tile, begin, end)
+        if samples_needed:
             loops.sampling_gradients(
-                sizes, image, chunk.offset, chunk.mask, gradients, targets["offset"], targets["mask"],
+                sizes, image, chunk.offset, chunk.mask, gradients, columns, grad_offset, grad_mask,
                 block.c0, block.cw, first, samples, begin * tile, min(end * tile, last - first),
             )  # fmt: skip
 
-    for first in range(0, chunk.pixels if targets else 0, span):
+    for first in range(0, chunk.pixels, span):
         last = min(first + span, chunk.pixels)
         parallel(fill_tiles, -(-(last - first) // tile), first, last, scratch=lambda: (_sample_scratch(chunk),))
         if grad_image is not None:
@@ -334,14 +341,11 @@ def _add_block_gradients(
                 sizes, chunk.offset, chunk.mask, gradients, grad_image, block.c0, block.cw, first, last,
                 scratch=lambda: (_sample_scratch(chunk),), pieces_per_thread=1, least=CHANNELS_PER_THREAD,
             )  # fmt: skip
-    if grad_weight is not None:
-        # An even number would map the rows of the columns to few sets of the first-level cache.
-        together = min(_PANELS_TOGETHER, block.Gb * panels // threads_of_call()) | 1
-        parallel(
-            loops.weight_gradient, block.Gb * -(-panels // together),
-            sizes, image, chunk.offset, chunk.mask, grad_out, grad_weight, block.c0, block.cw, block.o0, og,
-            scratch=lambda: (_sample_scratch(chunk), aligned_empty((1, loops.DEPTH, together * lanes), dtype)),
-        )  # fmt: skip
+        if grad_weight is not None:
+            parallel(
+                loops.weight_gradient, block.Gb * panels,
+                grad_out, columns, grad_weight, panels, block.o0, og, first, last,
+            )  # fmt: skip
     if grad_image is not None:
         items = strip_count(len(chunk.input), g.H * g.W)
         parallel(transpose_loops.from_channels_last, items, grad_image, targets["input"], block.c0)

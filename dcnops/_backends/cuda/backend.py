@@ -10,6 +10,7 @@ import numpy
 from cupy._core import _routines_linalg as cupy_linalg
 
 from dcnops._arguments import MAX_EXTENT
+from dcnops._attention_shapes import DeformAggregateGeometry, MSDeformAttnGeometry
 from dcnops._backends.cuda import plans
 from dcnops._backends.cuda.cupy_engine import ENGINE, PROGRAMS, ROI_POOL_PROGRAMS
 from dcnops._backends.cuda.engine import dtype_name
@@ -91,6 +92,66 @@ def deform_roi_pool_backward(
         options = needs, deterministic, get_workspace()
         run = _run_prepared if needs and not (deterministic and "input" in needs) else _run_plan
         gradients: dict[str, cupy.ndarray] = run(plans.deform_roi_pool_backward, geometry, arrays, *options)
+        return gradients
+
+
+def ms_deform_attn(
+    geometry: MSDeformAttnGeometry,
+    value: cupy.ndarray,
+    spatial_shapes: cupy.ndarray | None,
+    sampling_locations: cupy.ndarray,
+    attention_weights: cupy.ndarray,
+) -> cupy.ndarray:
+    """See `dcnops.ms_deform_attn`; the arguments have been checked.
+
+    `spatial_shapes` is None if they were on the host, in which case the geometry has them.
+    """
+    with value.device:
+        arrays = tuple(map(contiguous, (value, spatial_shapes, sampling_locations, attention_weights)))
+        return _run(plans.ms_deform_attn, geometry, arrays)
+
+
+def ms_deform_attn_backward(
+    geometry: MSDeformAttnGeometry,
+    grad_out: cupy.ndarray,
+    value: cupy.ndarray,
+    spatial_shapes: cupy.ndarray | None,
+    sampling_locations: cupy.ndarray,
+    attention_weights: cupy.ndarray,
+    needs: frozenset[str],
+    deterministic: bool,
+) -> dict[str, cupy.ndarray]:
+    """See `dcnops.ms_deform_attn_backward`; the arguments have been checked."""
+    with value.device:
+        arrays = tuple(map(contiguous, (grad_out, value, spatial_shapes, sampling_locations, attention_weights)))
+        options = needs, deterministic, get_workspace()
+        gradients: dict[str, cupy.ndarray] = _run(plans.ms_deform_attn_backward, geometry, arrays, *options)
+        return gradients
+
+
+def deform_aggregate(
+    geometry: DeformAggregateGeometry, input: cupy.ndarray, offset: cupy.ndarray, mask: cupy.ndarray | None
+) -> cupy.ndarray:
+    """See `dcnops.deform_aggregate`; the arguments have been checked."""
+    with input.device:
+        arrays = contiguous(input), contiguous(offset), contiguous(mask)
+        return _run(plans.deform_aggregate, geometry, arrays)
+
+
+def deform_aggregate_backward(
+    geometry: DeformAggregateGeometry,
+    grad_out: cupy.ndarray,
+    input: cupy.ndarray,
+    offset: cupy.ndarray,
+    mask: cupy.ndarray | None,
+    needs: frozenset[str],
+    deterministic: bool,
+) -> dict[str, cupy.ndarray]:
+    """See `dcnops.deform_aggregate_backward`; the arguments have been checked."""
+    with input.device:
+        arrays = contiguous(grad_out), contiguous(input), contiguous(offset), contiguous(mask)
+        options = needs, deterministic, get_workspace()
+        gradients: dict[str, cupy.ndarray] = _run(plans.deform_aggregate_backward, geometry, arrays, *options)
         return gradients
 
 

@@ -65,15 +65,32 @@ ROI_WARP_PIXELS = 224
 ROI_BIN_DOTS = 4
 """Shared memory of a bin for its dot products."""
 
-ROI_STRIP_PADDING = 4
-"""Shared memory between the pixels of a strip."""
-
 ROI_BOUNDS_INTS = 5
 """Integers of the bounds of a region."""
 
 
-def roi_strip_pixels(sum_bytes: int, vector: int) -> int:
-    """Return the pixels of a strip of the deterministic input gradient: the sums of a thread must fit registers."""
+# Attention and aggregation.
+
+ATTENTION_LEVEL_BYTES = 16
+"""Shared memory of a level."""
+
+ATTENTION_POINTS_PER_LANE = 2
+"""Sampling points that a thread prepares at a time."""
+
+
+def attention_point_bytes(sum_bytes: int) -> int:
+    """Return the shared memory of a sampling point."""
+    return 48 if sum_bytes == 8 else 32
+
+
+# Deterministic sums over strips of pixels.
+
+STRIP_PADDING = 4
+"""Shared memory between the pixels of a strip, in elements of the type of sums."""
+
+
+def strip_pixels(sum_bytes: int, vector: int) -> int:
+    """Return the pixels of a strip: the sums of a thread must fit registers."""
     return 2 if sum_bytes == 8 else 4 if vector == 8 else 8
 
 

@@ -34,8 +34,9 @@ def set_workspace(nbytes: int | None) -> None:
     -----
     A backward convolution, and a forward one in float32 without TF32, process their columns (im2col) in chunks that fit
     the limit. A larger limit means fewer launches and products, which pays for batches of many images. A single image
-    may need more than the limit, and what the weights need does not count. Results depend on the limit only in the
-    order of sums, that is, in their last digits.
+    may need more than the limit, and what the weights need does not count. Deterministic gradients of RoI pooling,
+    attention and aggregation work in parts that fit the limit, too. Results depend on the limit only in the order of
+    sums, that is, in their last digits.
 
     Examples
     --------

@@ -1,19 +1,13 @@
-"""Data: COCO files, the synthetic data set, images, batches and JSON files."""
+"""Data: COCO files, the synthetic data set, images and batches."""
 
 from .annotation_import import import_annotations
 from .augmentation import Augmentation
 from .batches import AspectRatioBatches, AugmentedImages, Batch, load_batches, prepare_worker, worker_errors
-from .coco import (
-    Category,
-    CocoDataset,
-    Sample,
-    check_categories,
-    encode_segmentation,
-    find_data,
-    is_finite,
-    load_train_and_val,
-)
+from .categories import default_categories, match_categories, named_categories, read_categories
+from .coco import CocoDataset, Sample, Split, check_categories, find_data, has_split, load_train_and_val
+from .coco_json import Category
 from .images import as_image, find_images, pad_elongated, read_image, to_picture
+from .segmentations import encode_segmentation
 from .synthetic import write_synthetic
 from .torch_datasets import TorchDataset
 from .voc import read_voc
@@ -27,18 +21,23 @@ __all__ = [
     "Category",
     "CocoDataset",
     "Sample",
+    "Split",
     "TorchDataset",
     "as_image",
     "check_categories",
+    "default_categories",
     "encode_segmentation",
     "find_data",
     "find_images",
+    "has_split",
     "import_annotations",
-    "is_finite",
     "load_batches",
     "load_train_and_val",
+    "match_categories",
+    "named_categories",
     "pad_elongated",
     "prepare_worker",
+    "read_categories",
     "read_image",
     "read_voc",
     "read_yolo",

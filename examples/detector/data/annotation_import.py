@@ -7,15 +7,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from PIL import ExifTags
+from typing import Any
 
 from ..errors import UserError, cannot_write
 from ..json_files import write_json
-from .images import open_image
+from .coco import Split
+from .images import open_image, orientation
 
-Split = Literal["train", "val", "test"]
 SPLITS: dict[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -99,7 +97,7 @@ def import_annotations(
 def upright_size(path: Path) -> tuple[int, int]:
     """Return width and height of an image file, turned according to EXIF as annotation tools show it."""
     with open_image(path) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+        turned = orientation(image) >= 5  # by a quarter
         return (image.height, image.width) if turned else (image.width, image.height)
 
 

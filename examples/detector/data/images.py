@@ -54,9 +54,18 @@ def open_image(path: Path) -> Image.Image:
     OSError
         The file does not exist, is a folder, a pipe or a device (which could block), or has another format.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
+    if not os.path.isfile(path) and os.path.exists(path):
         raise OSError("it is not a regular file")
     return Image.open(path, formats=FORMATS)
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an opened image, 1 to 8, from its header."""
+    # Pillow would decode a PNG file to look behind its pixels, and turns TIFF files upright itself.
+    if image.format == "TIFF" or (image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info)):
+        return 1
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if value in range(1, 9) else 1
 
 
 def read_image(path: Path, largest: int | None = None, *, upright: bool = True) -> tuple[Tensor, tuple[int, int]]:
@@ -82,7 +91,7 @@ def read_image(path: Path, largest: int | None = None, *, upright: bool = True) 
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with open_image(path) as file:
                 width, height = file.size
-                if upright and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # turned by a quarter
+                if upright and orientation(file) >= 5:  # turned by a quarter
                     width, height = height, width
                 return _pixels(file, largest, upright), (width, height)
     except FileNotFoundError:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import UserError
-from .coco import Category, CocoDataset, Sample
+from .coco import CocoDataset, Sample
+from .coco_json import Category
 from .images import as_image
 
 

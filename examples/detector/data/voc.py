@@ -7,7 +7,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from ..errors import UserError
-from .annotation_import import ImportedData, LabelledImage, LabelledObject, Split, split_of, upright_size
+from .annotation_import import ImportedData, LabelledImage, LabelledObject, split_of, upright_size
+from .coco import Split
 from .images import SUFFIXES
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .annotation_import import SPLITS, ImportedData, LabelledImage, LabelledObject, Split, split_of, upright_size
+from .annotation_import import SPLITS, ImportedData, LabelledImage, LabelledObject, split_of, upright_size
+from .coco import Split
 from .images import SUFFIXES
 
 CLASS_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "data/obj.names")

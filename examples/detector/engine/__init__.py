@@ -12,6 +12,7 @@ from .evaluation import (
     evaluated_kinds,
     load_results,
     metrics_table,
+    write_detections,
     write_results,
 )
 from .trainer import Trainer, build_trainer
@@ -42,5 +43,6 @@ __all__ = [
     "session",
     "train",
     "world_size",
+    "write_detections",
     "write_results",
 ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pycocotools.coco
 import pycocotools.cocoeval
 import torch
@@ -19,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..config import NetworkConfig
-from ..data import Category, CocoDataset, Sample, encode_segmentation, is_finite, prepare_worker, worker_errors
+from ..data import Category, CocoDataset, Sample, encode_segmentation, prepare_worker, worker_errors
 from ..errors import UserError, cannot_write, printable
-from ..json_files import read_json, write_json
+from ..json_files import is_finite, read_json, write_json
 from ..predict import coco_results, evaluating, infer
 from .distributed import gather_lists, is_main, rank, world_size
 
@@ -30,12 +31,13 @@ Package = Literal["auto", "pycocotools", "faster-coco-eval"]
 
 FIELDS: dict[Kind, str] = {"bbox": "bbox", "segm": "segmentation"}
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+RECALL = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 TITLES: dict[Kind, str] = {"bbox": "box", "segm": "mask"}
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Average precision in 0..1 as defined by COCO; NaN without ground truth."""
+    """Average precision and recall in 0..1 as defined by COCO; NaN without ground truth."""
 
     AP: float  # mean over the IoU thresholds 0.50, 0.55, ..., 0.95
     AP50: float
@@ -43,7 +45,14 @@ class Scores:
     APs: float  # objects below 32^2 pixels
     APm: float  # objects up to 96^2 pixels
     APl: float  # larger objects
+    AR1: float  # mean over the IoU thresholds of the recall with 1 detection per image
+    AR10: float
+    AR100: float
+    ARs: float  # with 100 detections, of small, medium and large objects
+    ARm: float
+    ARl: float
     per_category: dict[int, float]  # AP by category id
+    per_category_AP50: dict[int, float]
 
 
 Metrics = dict[Kind, Scores]
@@ -58,8 +67,11 @@ def detect(
     workers: int = 0,
     progress: bool = True,
     amp_dtype: torch.dtype | None = None,
+    categories: Sequence[Category | None] | None = None,
 ) -> list[dict[str, Any]]:
     """Detect objects in all images of a data set; under `torchrun` each process handles a part and gets all results.
+
+    `categories` are those of the detector, by default the data set's; detections of a None are dropped.
 
     Return entries of a COCO results file in the order of the images, then of decreasing score: ``image_id``,
     ``category_id``, ``bbox`` (x, y, width, height), ``score`` and, from a network with masks, ``segmentation`` (run
@@ -85,7 +97,7 @@ def detect(
             images = [image.to(device, non_blocking=True) for image, _ in batch]
             sizes = [(image.shape[2], image.shape[1]) for image in images]
             for found, (_, target) in zip(infer(model, images, sizes, amp_dtype=amp_dtype), batch):
-                results += coco_results(found, int(target["image_id"]), dataset.categories)
+                results += coco_results(found, int(target["image_id"]), categories or dataset.categories)
             bar.update(len(batch))
     position = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
     return sorted(gather_lists(results), key=lambda result: position[result["image_id"]])
@@ -158,24 +170,37 @@ def metrics_table(metrics: Metrics, categories: Sequence[Category]) -> str:
 def write_results(
     folder: Path, results: Sequence[dict[str, Any]], metrics: Metrics, categories: Sequence[Category]
 ) -> None:
-    """Write ``metrics.json`` and, for each evaluated kind, ``detections_bbox.json`` or ``detections_segm.json``.
-
-    The detections are COCO results files for other programs and `load_results`. NaN becomes null. A file is replaced
-    only after the new one has been written completely.
-    """
+    """Write ``metrics.json``, in which NaN becomes null, and the detections, see `write_detections`."""
+    write_detections(folder, results, tuple(metrics))
     values: dict[str, Any] = {}
     for kind, scores in metrics.items():
         per_category = [
-            {"id": category.id, "name": category.name, "AP": _null(scores.per_category[category.id])}
+            {
+                "id": category.id,
+                "name": category.name,
+                "AP": _null(scores.per_category[category.id]),
+                "AP50": _null(scores.per_category_AP50[category.id]),
+            }
             for category in categories
         ]
-        values[kind] = {name: _null(getattr(scores, name)) for name in SUMMARY}
+        values[kind] = {name: _null(getattr(scores, name)) for name in (*SUMMARY, *RECALL)}
         values[kind]["per_category"] = per_category
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for kind in metrics:
-            write_json(folder / f"detections_{kind}.json", _of_kind(results, kind))
         write_json(folder / "metrics.json", values, indent=2)
+    except OSError as error:
+        raise cannot_write(error.filename or folder, error) from None
+
+
+def write_detections(folder: Path, results: Sequence[dict[str, Any]], kinds: Sequence[Kind]) -> None:
+    """Write ``detections_bbox.json`` or ``detections_segm.json`` for each kind.
+
+    They are COCO results files for other programs, COCO's evaluation server and `load_results`. A file is replaced only
+    after the new one has been written completely.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in kinds:
+            write_json(folder / f"detections_{kind}.json", _of_kind(results, kind))
     except OSError as error:
         raise cannot_write(error.filename or folder, error) from None
 
@@ -228,12 +253,19 @@ def _evaluate(truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: Ki
         evaluation.summarize()
     # Axes of precision: IoU, recall, category, area (the first is all), detections per image (the last is 100).
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    per_category = {
-        int(category): float(np.mean(values[values > -1])) if (values > -1).any() else math.nan
-        for category, values in zip(evaluation.params.catIds, np.moveaxis(precision, 2, 0))
-    }
-    summary = {name: float(value) if value > -1 else math.nan for name, value in zip(SUMMARY, evaluation.stats)}
-    return Scores(**summary, per_category=per_category)
+    names = (*SUMMARY, *RECALL)
+    summary = {name: float(value) if value > -1 else math.nan for name, value in zip(names, evaluation.stats)}
+    categories = list(map(int, evaluation.params.catIds))
+    return Scores(
+        **summary,
+        per_category=dict(zip(categories, map(_mean, np.moveaxis(precision, 2, 0)))),
+        per_category_AP50=dict(zip(categories, map(_mean, np.moveaxis(precision[0], 1, 0)))),
+    )
+
+
+def _mean(values: npt.NDArray[np.float64]) -> float:
+    """Return the mean of precisions; -1 marks those without ground truth."""
+    return float(values[values > -1].mean()) if (values > -1).any() else math.nan
 
 
 def _classes(package: Package) -> tuple[Any, Any]:
@@ -251,7 +283,9 @@ def _classes(package: Package) -> tuple[Any, Any]:
 def _ground_truth(coco: pycocotools.coco.COCO, image_ids: list[int], kind: Kind) -> dict[str, Any]:
     """Copy the evaluated part of the data set."""
     keys = ["image_id", "category_id", "bbox", "area", "iscrowd", *(["segmentation"] if kind == "segm" else [])]
-    counted = (annotation for image_id in image_ids for annotation in coco.imgToAnns.get(image_id, []))
+    counted = [annotation for image_id in image_ids for annotation in coco.imgToAnns.get(image_id, [])]
+    if kind == "segm" and not all("segmentation" in annotation for annotation in counted):
+        raise UserError("the mask AP needs a data set that was made with masks=True")
     return {
         "images": [{key: coco.imgs[image_id][key] for key in ("id", "height", "width")} for image_id in image_ids],
         "categories": [dict(category) for category in coco.cats.values()],

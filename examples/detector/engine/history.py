@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data import is_finite
 from ..errors import UserError, cannot_write
-from ..json_files import replace_text
+from ..json_files import is_finite, replace_text
 from .distributed import gather_lists, is_main
 from .evaluation import SUMMARY, Kind, Metrics
 

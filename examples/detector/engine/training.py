@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,7 +19,15 @@ from ..config import Config
 from ..data import AspectRatioBatches, Batch, CocoDataset, check_categories, load_batches, worker_errors
 from ..errors import Interrupted, UserError, cannot_write, os_problem
 from ..json_files import write_json
-from ..model import build_detector, config_of, load_backbone, load_checkpoint, restore_model, save_checkpoint
+from ..model import (
+    build_detector,
+    config_of,
+    load_backbone,
+    load_checkpoint,
+    load_initial_detector,
+    restore_model,
+    save_checkpoint,
+)
 from ..predict import AMP_TYPES
 from .distributed import gather_lists, is_main, rank, world_size
 from .evaluation import (
@@ -101,6 +110,10 @@ def train(
     options = config.training
     if val_set is not None:
         check_categories(train_set.categories, val_set.categories, "the validation data")
+        if not val_set.coco.anns:
+            raise UserError("the validation data have no annotations to evaluate on")
+        if val_set.boxes_only:
+            raise UserError("the validation data have no segmentations; train on boxes alone with --detector faster")
     elif options.patience:
         raise UserError(f"training.patience={options.patience} needs validation data")
     batches = AspectRatioBatches(
@@ -142,14 +155,23 @@ def build_and_train(
     device: torch.device,
     *,
     weights: str = "none",
+    initial: Mapping[str, Any] | None = None,
     resume: Resume = False,
     hint: str = RESUME_HINT,
 ) -> Metrics | None:
-    """Build a detector, load the `weights` of its backbone (see `load_backbone`) and train it (see `train`)."""
+    """Build a detector, load its first weights and train it (see `train`).
+
+    These are a whole detector, `initial` (see `read_initial_detector`), or `weights` of the backbone (see
+    `load_backbone`).
+    """
     torch.manual_seed(config.training.seed)
     resume = resumes(out, resume)
     model = build_detector(config.network, len(train_set.categories))
-    if weights != "none" and not resume:
+    if initial and not resume:
+        for line in load_initial_detector(model, initial, train_set.categories):
+            if is_main():
+                print(line, file=sys.stderr)
+    elif weights != "none" and not resume:
         load_backbone(model, weights, config.network.backbone)
     return train(model, config, train_set, val_set, out, device, resume=resume, hint=hint)
 

@@ -2,6 +2,7 @@
 
 from .checkpoint import config_of, load_checkpoint, load_detector, restore_model, save_checkpoint
 from .flops import Count, cost_rows, cost_table, count
+from .initial_weights import load_initial_detector, read_initial_detector, starting_config
 from .mimicking import MimickingDetector
 from .network import build_detector
 from .onnx_export import export_onnx
@@ -20,7 +21,10 @@ __all__ = [
     "load_backbone",
     "load_checkpoint",
     "load_detector",
+    "load_initial_detector",
+    "read_initial_detector",
     "restore_model",
     "save_checkpoint",
+    "starting_config",
     "tensor_problem",
 ]

@@ -6,7 +6,7 @@ import contextlib
 import os
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from ..config import Config
 from ..data import Category
 from ..errors import UserError, cannot_write
+from .foreign_checkpoints import convert_detector
 from .network import build_detector
-from .state_files import check_archive, tensor_problem
+from .state_files import check_archive, read_file, tensor_problem
 
 FORMAT = 1
 FIELDS = {"config": dict, "categories": list, "model": dict, "iteration": int}
@@ -64,6 +65,10 @@ def save_checkpoint(
         raise UserError(f"{path}: cannot be written ({cause})") from error
 
 
+class NotACheckpoint(UserError):
+    """A file that is not from this program."""
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a file written by `save_checkpoint`, with tensors on the CPU, without running code from the file."""
     if not os.path.isfile(path):
@@ -71,20 +76,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             if not zipfile.is_zipfile(file):
-                raise UserError(f"{path}: is not a checkpoint of this program, or only a part of one")
+                raise NotACheckpoint(f"{path}: is not a checkpoint of this program, or only a part of one")
         check_archive(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(
+        raise NotACheckpoint(
             f"{path}: is refused, as a checkpoint holds tensors, numbers, text and lists only, and this has more"
         ) from None
     except Exception:  # damaged archives raise all kinds of errors, and torch's messages advise unsafe loading
-        raise UserError(f"{path}: is damaged, or not a checkpoint of this program") from None
+        raise NotACheckpoint(f"{path}: is damaged, or not a checkpoint of this program") from None
     if not isinstance(content, dict) or "format" not in content:
-        raise UserError(f"{path}: is not a checkpoint of this program (has no format number)")
+        raise NotACheckpoint(f"{path}: is not a checkpoint of this program (has no format number)")
     if content["format"] != FORMAT:
         raise UserError(f"{path}: has the checkpoint format {content['format']!r}, this program reads {FORMAT}")
     for name, kind in FIELDS.items():
@@ -109,18 +114,65 @@ def restore_model(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
 
 
 def load_detector(
-    path: Path, device: torch.device, assignments: Iterable[str] = ()
+    path: Path,
+    device: torch.device,
+    assignments: Iterable[str] = (),
+    *,
+    categories: Sequence[Category] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> tuple[GeneralizedRCNN, Config, list[Category]]:
-    """Load the detector of a checkpoint, with changes of its configuration as for `Config.set`.
+    """Load a detector of this program, or one that `convert_detector` knows.
 
-    Return the model on `device` in evaluation mode, its configuration and its categories.
+    Parameters
+    ----------
+    path : Path
+    device : torch.device
+    assignments : iterable of str
+        Changes of the configuration as for `Config.set`.
+    categories : sequence of Category, optional
+        Replace those of the file.
+    report : callable, optional
+        Called with a line about a file of another project.
+
+    Returns
+    -------
+    (model, config, categories)
+        The model is on `device` in evaluation mode.
+
+    Raises
+    ------
+    UserError
+        The file does not hold exactly the parameters of a known detector, or `categories` has another length.
     """
-    content = load_checkpoint(path)
+    content = read_detector(path)
+    found: list[Category] = content["categories"] if categories is None else list(categories)
+    if len(found) != len(content["categories"]):
+        raise UserError(f"{path}: is a detector for {len(content['categories'])} categories, got {len(found)} names")
+    if report and "report" in content:
+        report(content["report"])
     config = config_of(content, path).set(assignments)
-    model = build_detector(config.network, len(content["categories"]))
+    model = build_detector(config.network, len(found))
     restore_model(model, content["model"], path)
     model.to(device).eval()
-    return model, config, content["categories"]
+    return model, config, found
+
+
+def read_detector(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this program or of another project, see `load_checkpoint` and `convert_detector`."""
+    try:
+        return load_checkpoint(path)
+    except NotACheckpoint as error:
+        problem = error
+    try:
+        content = read_file(path)
+    except UserError:
+        raise problem from None
+    if isinstance(content, dict) and "format" in content:
+        raise problem
+    converted = convert_detector(content, path)
+    if converted is None:
+        raise UserError(f"{problem}, and no Faster or Mask R-CNN of torchvision, mmdetection or detectron2 either")
+    return converted
 
 
 def config_of(content: Mapping[str, Any], path: Path) -> Config:

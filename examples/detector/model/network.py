@@ -24,8 +24,6 @@ from .backbones import DilatedBackbone, PyramidBackbone, build_backbone
 from .heads import RegionHeads
 from .roi_pooling import build_box_pool, build_mask_pool
 
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
 
 def build_detector(network: NetworkConfig, num_categories: int) -> GeneralizedRCNN:
     """Build the Faster R-CNN or Mask R-CNN of section 5.1 of the paper with random weights.
@@ -55,7 +53,7 @@ class DetectorTransform(GeneralizedRCNNTransform):
     train_sizes: tuple[int, ...] = ()  # shorter sides in training, chosen at random; else `min_size`
 
     def __init__(self, network: NetworkConfig) -> None:
-        super().__init__(network.min_size, network.max_size, IMAGENET_MEAN, IMAGENET_STD)
+        super().__init__(network.min_size, network.max_size, list(network.image_mean), list(network.image_std))
         self.resize_masks = not network.aligned_masks
         self.library = network.resize
 

@@ -16,12 +16,12 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import boxes as box_ops
 
-from dcnops.adapters.torch import DeformRoIPoolPack, ModulatedDeformRoIPoolPack, onnx
+from dcnops.adapters.torch import DeformRoIPoolPack, ModulatedDeformRoIPoolPack, mmcv_ops, onnx
 
 from ..data import Category
 from ..errors import UserError, cannot_write
 
-POOLS = (DeformRoIPoolPack, ModulatedDeformRoIPoolPack)
+POOLS = (DeformRoIPoolPack, ModulatedDeformRoIPoolPack, mmcv_ops.DeformRoIPoolPack)
 LARGEST_ASPECT = 32  # the network pads images that are more elongated
 REJECTED = -1.0  # score of an entry that is no detection; tensors of a fixed size are filled up with such entries
 

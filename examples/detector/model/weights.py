@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from dcnops.adapters.torch import rename_state_dict
 
+from ..config import WEIGHT_FILES
 from ..errors import UserError
 from .state_files import read_file, tensor_problem
 
@@ -29,7 +30,7 @@ def load_backbone(detector: GeneralizedRCNN, source: str, backbone: str) -> list
     the missing parameters, which all belong to offset branches.
     """
     path = Path(source)
-    if path.suffix in (".pth", ".pt", ".safetensors", ".npz", ".pkl"):
+    if path.suffix in WEIGHT_FILES:
         state = _read(path)
     elif backbone == "small":
         raise UserError(f"--weights {source}: the small backbone has no pretrained weights, use --weights none")
@@ -45,12 +46,17 @@ def load_backbone(detector: GeneralizedRCNN, source: str, backbone: str) -> list
     lost = [name for name in missing if "conv_offset" not in name]
     if lost or unexpected:
         kind, names = ("lacks", lost) if lost else ("has the unknown", unexpected)
-        raise UserError(f"{source} {kind} {', '.join(names[:3])}{', ...' * (len(names) > 3)}: no weights of {backbone}")
+        raise UserError(f"{source} {kind} {few(names)}: no weights of {backbone}")
     for name, value in state.items():
         if name in own and (problem := tensor_problem(value, own[name])):
             raise UserError(f"{source} does not fit {backbone}, {name} {problem}")
     body.load_state_dict(state, strict=False)
     return missing
+
+
+def few(names: Sequence[str]) -> str:
+    """List the first names."""
+    return f"{', '.join(names[:3])}{', ...' * (len(names) > 3)}"
 
 
 def _unwrap(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

@@ -66,8 +66,8 @@ def infer(
     return [_detections(*item, threshold, heads.aligned_masks) for item in zip(outputs, images, sizes)]
 
 
-def coco_results(detections: Detections, image_id: int, categories: Sequence[Category]) -> list[dict[str, Any]]:
-    """Convert the detections in one image to entries of a COCO results file.
+def coco_results(detections: Detections, image_id: int, categories: Sequence[Category | None]) -> list[dict[str, Any]]:
+    """Convert the detections in one image to entries of a COCO results file; those of the category None are left out.
 
     Each float32 becomes the shortest decimal number that rounds to it, so a JSON file preserves the exact values.
     """
@@ -75,12 +75,11 @@ def coco_results(detections: Detections, image_id: int, categories: Sequence[Cat
     boxes[:, 2:] -= boxes[:, :2]
     values = torch.cat((boxes, detections.scores[:, None]), 1).numpy()
     numbers = [[float(str(value)) for value in row] for row in values]
-    results: list[dict[str, Any]] = [
-        {"image_id": image_id, "category_id": categories[label - 1].id, "bbox": row[:4], "score": row[4]}
-        for row, label in zip(numbers, detections.labels.tolist())
-    ]
-    for result, mask in zip(results, detections.masks or []):
-        result["segmentation"] = mask
+    results = []
+    for index, (row, label) in enumerate(zip(numbers, detections.labels.tolist())):
+        if category := categories[label - 1]:
+            result = {"image_id": image_id, "category_id": category.id, "bbox": row[:4], "score": row[4]}
+            results.append(result | ({"segmentation": detections.masks[index]} if detections.masks else {}))
     return results
 
 

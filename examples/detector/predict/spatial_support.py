@@ -140,7 +140,7 @@ def _region_score(
 ) -> tuple[str, RoINode]:
     """Return the title of a region and the node of its score for `category`.
 
-    By default, it is the category with the best score, also background unless `title` says that the region is an object.
+    By default, it is that with the best score, also background unless `title` says that the region is an object.
     """
     vertical, horizontal = prepared.scale
     scaled = [value * scale for value, scale in zip(box, (horizontal, vertical) * 2)]

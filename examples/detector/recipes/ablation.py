@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 
 from ..config import Config
-from ..data import AspectRatioBatches, CocoDataset, is_finite, load_batches, load_train_and_val, write_synthetic
+from ..data import AspectRatioBatches, CocoDataset, load_batches, load_train_and_val, write_synthetic
 from ..engine import CHECKPOINT, MODEL, SUMMARY, build_and_train, build_trainer, session, world_size
 from ..errors import UserError, cannot_write
-from ..json_files import read_json, write_json
+from ..json_files import is_finite, read_json, write_json
 from ..model import Count, count, load_checkpoint, load_detector
 from ..variants import ABLATION_IMAGES, Variant
 from .demo import demo_config

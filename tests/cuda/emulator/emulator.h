@@ -110,6 +110,11 @@ T atomic_add(T* p, T value) {
 
 }  // namespace cuda_on_cpu
 
+inline unsigned atomicOr(unsigned* p, unsigned value) {
+  if (cuda_on_cpu::current->block->interleaves) cuda_on_cpu::interleave();
+  if (reinterpret_cast<size_t>(p) % 4) cuda_on_cpu::fail("misaligned address of a 4-byte atomic operation");
+  return __atomic_fetch_or(p, value, __ATOMIC_RELAXED);
+}
 inline int atomicAdd(int* p, int value) { return cuda_on_cpu::atomic_add<unsigned>(p, value); }
 inline unsigned atomicAdd(unsigned* p, unsigned value) { return cuda_on_cpu::atomic_add<unsigned>(p, value); }
 inline float atomicAdd(float* p, float value) { return cuda_on_cpu::atomic_add<unsigned>(p, value); }

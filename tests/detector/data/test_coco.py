@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as rle_tools
 
-from dcnops.detector.data import Category, CocoDataset, find_data
+from dcnops.detector.data import Category, CocoDataset, find_data, has_split
 from dcnops.detector.errors import UserError
 
 WIDTH, HEIGHT = 20, 12
@@ -55,7 +55,7 @@ class Folder:
         number = len(self.json["annotations"]) + 1
         fields = {"bbox": [2, 3, 5, 6], "area": 30, "iscrowd": 0, "segmentation": [SQUARE]} | fields
         fields = {key: value for key, value in fields.items() if value is not None}
-        self.json["annotations"].append({"id": number, "image_id": image, "category_id": category, **fields})
+        self.json["annotations"].append({"id": number, "image_id": image, "category_id": category} | fields)
         return number
 
     def load(self, *, masks: bool = True, keep_empty: bool = True, negatives: bool = False) -> CocoDataset:
@@ -174,7 +174,7 @@ def test_crowds_count_in_the_evaluation_only(folder):
 
 
 NARROW = "annotations whose box has less than 0.01 pixels on a side inside the image"
-NO_BOX = "annotations whose bbox is not four finite numbers"
+NOTHING = "annotations without a usable bbox or segmentation"
 NO_MASK = "annotations without a usable segmentation"
 EMPTY_MASK = "annotations with an empty mask"
 WRONG_COUNTS = [5, [100, 100], [250, -20, 10], [120.0, 120.0], []]
@@ -191,12 +191,6 @@ WRONG_COUNTS += ["", "zzz", "é0", "o" * 40, "me;4j75J5N1N", compressed(SQUARE_M
         ({"bbox": [2, 3, -5, 6]}, NARROW),
         ({"bbox": [WIDTH, 3, 5, 5]}, NARROW),
         ({"bbox": [2, -8, 5, 8]}, NARROW),
-        ({"bbox": [float("nan"), 3, 5, 6]}, NO_BOX),
-        ({"bbox": [2, 3, float("inf"), 6]}, NO_BOX),
-        ({"bbox": [2, 3, 10**400, 6]}, NO_BOX),
-        ({"bbox": [2, 3, 5]}, NO_BOX),
-        ({"bbox": []}, NO_BOX),
-        ({"bbox": [2, 3, "5", 6]}, NO_BOX),
         ({"segmentation": None}, NO_MASK),
         ({"segmentation": []}, NO_MASK),
         ({"segmentation": [[1, 2, 3, 4]]}, NO_MASK),
@@ -214,17 +208,38 @@ WRONG_COUNTS += ["", "zzz", "é0", "o" * 40, "me;4j75J5N1N", compressed(SQUARE_M
         ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}}, EMPTY_MASK),
         ({"segmentation": compressed(np.zeros_like(SQUARE_MASK))}, EMPTY_MASK),
         ({"segmentation": [[30, 30, 40, 30, 40, 40]]}, EMPTY_MASK),
-        ({"bbox": None, "segmentation": None}, NO_MASK),
+        ({"bbox": None, "segmentation": None}, NOTHING),
     ],
 )
 def test_annotations_left_out(folder, fields, kind):
-    good = folder.annotate()
+    """Annotations that cannot be trained on count in the evaluation; those without a place or a category do not."""
+    folder.annotate()
     for _ in range(2):
         folder.annotate(**fields)
+    counts = kind in (NARROW, NO_MASK, EMPTY_MASK)
+    for evaluated, verb in ((False, "left out"), (True, "kept for the evaluation only:" if counts else "left out")):
+        data = folder.load(keep_empty=evaluated)
+        assert data.report == [f"{verb} 2 {kind}, e.g. id 2"]
+        assert len(data[0][1]["boxes"]) == len(data[0][1]["masks"]) == 1
+    assert list(data.coco.anns) == ([1, 2, 3] if counts else [1])
+
+
+@pytest.mark.parametrize(
+    "box", [[], [2, 3, 5], [2, 3, "5", 6], [float("nan"), 3, 5, 6], [2, 3, float("inf"), 6], [2, 3, 10**400, 6]]
+)
+def test_unusable_boxes_come_from_the_segmentation(folder, box):
+    folder.annotate(bbox=box, area=None)
     data = folder.load()
-    assert data.report == [f"left out 2 {kind}, e.g. id 2"]
-    assert len(data[0][1]["boxes"]) == len(data[0][1]["masks"]) == 1
-    assert list(data.coco.anns) == [good]
+    assert data[0][1]["boxes"].tolist() == [[2, 3, 7, 9]] and data.coco.anns[1]["bbox"] == [2, 3, 5, 6]
+    assert data.report[0].startswith("ignored 1 bbox that are not four finite numbers, e.g. [")
+
+
+def test_polygons_that_turn_out_to_be_empty(folder):
+    """A polygon along a line is wide and high, but covers nothing: it is left out when it is drawn."""
+    folder.annotate(category=1)
+    folder.annotate(segmentation=[[1, 1, 9, 9, 1, 1]])
+    _, target = folder.load(keep_empty=False)[0]
+    assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"]) == 1
 
 
 def test_neither_box_nor_segmentation(folder):
@@ -257,7 +272,7 @@ def test_negative_images(tmp_path):
     folder = Folder(tmp_path, images=4)
     folder.annotate(image=2)
     folder.annotate(image=3, iscrowd=1)
-    folder.annotate(image=4, bbox=[1, 2])
+    folder.annotate(image=4, segmentation=[[1, 2]])
     data = folder.load(keep_empty=False, negatives=True)
     # Images with crowds or unusable annotations may show objects.
     assert data.image_ids == [1, 2] and data[0][1]["masks"].shape == (0, HEIGHT, WIDTH)
@@ -309,22 +324,62 @@ def test_nothing_left(folder):
 # Images
 
 
-def test_orientation_tags_are_ignored(folder):
-    picture = Image.new("RGB", (WIDTH, HEIGHT))
-    picture.paste((255, 255, 255), (0, 0, WIDTH // 2, HEIGHT))
-    tags = picture.getexif()
-    tags[0x0112] = 3  # half a turn
-    folder.image(2, picture, exif=tags)
-    image, _ = folder.load()[1]
-    assert image[0, 0, 0] == 1 and image[0, 0, -1] == 0
-
-
-def test_turned_pictures_are_explained(folder):
+def tagged(folder: Folder, number: int, orientation: int, width: int = WIDTH, height: int = HEIGHT) -> None:
+    """Add a picture with an EXIF orientation, white in the upper left quarter of the stored pixels."""
+    picture = Image.new("RGB", (width, height))
+    picture.paste((255, 255, 255), (0, 0, width // 2, height // 2))
     tags = Image.Exif()
-    tags[0x0112] = 6  # a quarter of a turn
-    folder.image(2, Image.new("RGB", (HEIGHT, WIDTH)), exif=tags)
-    (line,) = folder.load().report
-    assert "left out 1 pictures that their EXIF orientation turns" in line and "2.png (12x20, json 20x12)" in line
+    tags[ExifTags.Base.Orientation] = orientation
+    folder.image(number, picture, exif=tags)
+
+
+def white_corner(image: torch.Tensor) -> tuple[int, int]:
+    """Return the row and the column of the white corner of a picture, each 0 or -1."""
+    return next((row, column) for row in (0, -1) for column in (0, -1) if image[0, row, column] == 1)
+
+
+def test_pictures_are_turned_upright(folder):
+    tagged(folder, 2, 3)  # half a turn: both sizes fit
+    tagged(folder, 3, 6, HEIGHT, WIDTH)  # a quarter: only the upright size fits
+    data = folder.load()
+    assert data.report == [] and len(data) == 3
+    assert [white_corner(data[index][0]) for index in (1, 2)] == [(-1, -1), (0, -1)]
+
+
+def test_pictures_whose_json_describes_stored_pixels_are_not_turned(folder):
+    tagged(folder, 2, 6)
+    tagged(folder, 3, 3)  # both sizes fit, so it follows the other picture
+    data = folder.load()
+    assert data.report == [] and [white_corner(data[index][0]) for index in (1, 2)] == [(0, 0), (0, 0)]
+    assert data[1][0].shape == (3, HEIGHT, WIDTH)
+
+
+def test_wrong_sizes_name_the_orientation(folder):
+    tagged(folder, 2, 6, 30, 10)
+    assert folder.load().report == [
+        "left out 1 pictures of another size than the json says, e.g. 2.png (30x10, by EXIF upright 10x30, json 20x12)"
+    ]
+
+
+def test_missing_sizes_come_from_the_pictures(folder):
+    tagged(folder, 2, 6, HEIGHT, WIDTH)
+    for image in folder.json["images"]:
+        del image["width"], image["height"]
+    data = folder.load()
+    assert data.sizes == [(WIDTH, HEIGHT)] * 2
+    assert data.report == ["read the size of 2 pictures from their files, as the json does not say it, e.g. 1.png"]
+    with pytest.raises(UserError, match="width and height of images are missing"):
+        CocoDataset(folder.root / "annotations" / "instances_train.json", None, masks=True, keep_empty=True)
+
+
+def test_many_pictures_are_checked_in_processes(tmp_path, monkeypatch):
+    folder = Folder(tmp_path, images=4)
+    (folder.root / "images" / "2.png").unlink()
+    expected = folder.load()
+    monkeypatch.setattr("dcnops.detector.data.picture_files.MANY", 1)
+    data = folder.load()
+    assert data.report == expected.report == ["left out 1 missing pictures, e.g. 2.png"]
+    assert data.image_ids == [1, 3, 4] and data.unusable_images == data.report
 
 
 def test_names_that_lead_out_of_the_folder(tmp_path):
@@ -424,9 +479,11 @@ def test_a_picture_replaced_by_another(folder):
         ("", "is not json"),
         ("{", "is not json"),
         ("[" * 100_000, "is not json"),
-        ("[]", "must be an object .* got a list"),
+        ("[]", "must hold a JSON object, got a list"),
         ("{}", "needs a list 'images'"),
-        ('{"images": [], "categories": []}', "needs a list 'annotations'"),
+        ('{"images": [], "annotations": 3, "categories": []}', "needs a list 'annotations'"),
+        ('{"images": [], "annotations": [', "is not json.*char 31"),
+        ('{"images": []} 5', "is not json.*Extra data"),
         ('{"images": {}, "annotations": [], "categories": []}', "needs a list 'images'"),
         ('{"images": [], "annotations": []}', "needs a list 'categories'"),
         ('{"images": [], "annotations": [], "categories": []}', "has no categories"),
@@ -453,16 +510,15 @@ def test_missing_and_binary_files(tmp_path):
 @pytest.mark.parametrize(
     "section, field, value",
     [
-        ("images", "id", "1"),
+        ("images", "id", "one"),
         ("images", "id", True),
         ("images", "id", 10**30),
         ("images", "file_name", None),
         ("images", "file_name", ""),
         ("images", "width", 0),
+        ("images", "width", None),
         ("images", "height", 12.5),
-        ("images", "height", "12"),
-        ("annotations", "id", None),
-        ("annotations", "image_id", "1"),
+        ("annotations", "image_id", None),
         ("annotations", "category_id", [1]),
         ("categories", "id", 1.5),
         ("categories", "name", 3),
@@ -475,13 +531,54 @@ def test_wrong_types_are_refused(folder, section, field, value):
         folder.load()
 
 
+def test_numbers_are_read_leniently(folder):
+    """Whole numbers as texts and floats change nothing, with one line for each kind."""
+    folder.annotate()
+    folder.annotate(bbox=[1, 1, 5, 5])
+    expected = folder.load()
+    folder.json["images"][0] |= {"id": "1", "width": 20.0, "height": "12"}
+    folder.json["categories"][0]["id"] = 1.0
+    for annotation in folder.json["annotations"]:
+        annotation |= {"id": str(annotation["id"]), "image_id": 1.0, "category_id": "1"}
+    data = folder.load()
+    assert data.coco.dataset == expected.coco.dataset and data.categories == expected.categories
+    assert data.image_ids == [1] and torch.equal(data[0][1]["boxes"], expected[0][1]["boxes"])
+    assert set(data.report) == {
+        "read 1 id of images as whole numbers, e.g. '1'",
+        "read 1 width of images as whole numbers, e.g. 20.0",
+        "read 1 height of images as whole numbers, e.g. '12'",
+        "read 1 id of categories as whole numbers, e.g. 1.0",
+        "read 2 id of annotations as whole numbers, e.g. '1'",
+        "read 2 image_id of annotations as whole numbers, e.g. 1.0",
+        "read 2 category_id of annotations as whole numbers, e.g. '1'",
+    }
+
+
+@pytest.mark.parametrize(
+    "ids, line",
+    [
+        ([None, 5], "as 1 have no usable id, e.g. annotations[0]"),
+        (["a", {}], "as 2 have no usable id, e.g. annotations[0]"),
+        ([7, 7], "as 1 ids are repeated, e.g. 7"),
+        ([7, "7"], "as 1 ids are repeated, e.g. 7"),
+    ],
+)
+def test_annotations_without_usable_ids_are_numbered(folder, ids, line):
+    for number in ids:
+        folder.annotate()
+        folder.json["annotations"][-1]["id"] = number
+    data = folder.load()
+    assert list(data.coco.anns) == [1, 2] and len(data[0][1]["boxes"]) == 2
+    assert data.report[-1] == f"numbered the annotations 1, 2, ..., {line}"
+
+
 def test_sizes_that_no_mask_can_have(folder):
     folder.json["images"][0]["width"] = 10**9
     with pytest.raises(UserError, match=rf"images\[0\] needs less than {2**31} pixels, got 1000000000x12"):
         folder.load()
 
 
-@pytest.mark.parametrize("section", ["images", "annotations", "categories"])
+@pytest.mark.parametrize("section", ["images", "categories"])
 def test_repeated_ids_are_refused(folder, section):
     folder.annotate()
     folder.json[section] *= 2
@@ -508,16 +605,98 @@ def test_a_pickled_copy_gives_the_same_samples(tmp_path):
     for (image, target), (other_image, other_target) in zip(data, copy):
         assert torch.equal(image, other_image)
         assert all(torch.equal(torch.as_tensor(target[key]), torch.as_tensor(other_target[key])) for key in target)
-    assert data.coco.imgs and not hasattr(copy, "coco")
+    assert data.coco.imgs
+    for other in (copy, folder.load(keep_empty=False)):
+        with pytest.raises(UserError, match="must be made with keep_empty=True"):
+            assert other.coco
+
+
+def test_a_file_is_read_in_pieces(folder, monkeypatch):
+    """The content does not depend on the places where the file is cut."""
+    folder.json["info"] = {"numbers": [1234, -5.25e3]}
+    folder.image(2, Image.new("RGB", (WIDTH, HEIGHT)), "ä.png")
+    folder.annotate()
+    folder.annotate(image=2, segmentation=compressed(SQUARE_MASK))
+    expected = folder.load().coco.dataset
+    for size in (1, 2, 7, 50):
+        monkeypatch.setattr("dcnops.detector.json_files.CHUNK", size)
+        assert folder.load().coco.dataset == expected
+
+
+def test_several_files_as_one_data_set(tmp_path):
+    """Equal ids of images stay apart, and categories agree by name."""
+    parts = []
+    for number, ids in enumerate(([4, 2], [2, 9])):
+        root = tmp_path / str(number)
+        root.mkdir()
+        part = Folder(root, images=0)
+        for image in ids:
+            part.image(image, Image.new("RGB", (WIDTH, HEIGHT), (number, image, 0)))
+            part.annotate(image=image, category=3, bbox=[image, 1, 5, 5], segmentation=[SQUARE])
+            part.annotate(image=image, category=8, bbox=[image, 1, 5 + number, 5], segmentation=compressed(SQUARE_MASK))
+        names = [{"id": 3, "name": "cat"}, {"id": 8, "name": "dog"}]
+        part.json["categories"] = names if number == 0 else [{"id": 3, "name": "dog"}, {"id": 8, "name": "cat"}]
+        part.load()
+        parts.append(part)
+    files = [part.root / "annotations" / "instances_train.json" for part in parts]
+    folders = [part.root / "images" for part in parts]
+    data = CocoDataset(files, folders, masks=True, keep_empty=False)
+    assert data.categories == [Category(3, "cat"), Category(8, "dog")]
+    assert data.image_ids == [1, 2, 3, 4] and [data.path(index).name for index in range(4)] == [
+        "2.png",
+        "4.png",
+        "2.png",
+        "9.png",
+    ]
+    for index, (number, image) in enumerate([(0, 2), (0, 4), (1, 2), (1, 9)]):
+        pixels, target = data[index]
+        assert (pixels[:, 0, 0] * 255).round().tolist() == [number, image, 0]
+        assert target["boxes"][:, 0].tolist() == [image, image] and target["masks"].sum((1, 2)).tolist() == [30, 30]
+        assert target["labels"].tolist() == ([1, 2] if number == 0 else [2, 1])
+    assert data.report == ["numbered the 4 images 1, 2, ..., as the files use the same ids, e.g. 2"]
+
+    parts[1].json["images"][0]["id"] = 77
+    parts[1].json["annotations"] = []
+    parts[1].load()
+    assert CocoDataset(files, folders, masks=True, keep_empty=True).image_ids == [2, 4, 9, 77]
+    parts[1].json["categories"].append({"id": 9, "name": "fish"})
+    parts[1].load()
+    with pytest.raises(UserError, match=r"must have the same categories as .*: they differ in fish"):
+        CocoDataset(files, folders, masks=True, keep_empty=True)
+
+
+def test_boxes_alone_do_not_train_masks(folder):
+    folder.annotate(segmentation=None)
+    folder.annotate(segmentation=[])
+    with pytest.raises(UserError, match=r"no annotation has a segmentation.* --detector faster or faster-fpn"):
+        folder.load(keep_empty=False)
+    assert folder.load(keep_empty=True).boxes_only and not folder.load(masks=False).boxes_only
+
+
+def test_a_file_without_annotations(folder):
+    del folder.json["annotations"]
+    data = folder.load()
+    assert len(data) == 1 and not data.annotated and not data.boxes_only and data.report == []
 
 
 @pytest.mark.parametrize(
-    "file, images", [("instances_val.json", "images"), ("instances_val2017.json", "val2017")], ids=["short", "2017"]
+    "split, file, images",
+    [
+        ("val", "instances_val.json", "images"),
+        ("val", "instances_val2017.json", "val2017"),
+        ("test", "instances_test.json", "images"),
+        ("test", "image_info_test-dev2017.json", "test2017"),
+    ],
 )
-def test_find_data(tmp_path, file, images):
-    with pytest.raises(UserError, match=r"must have annotations/instances_val\.json with images/ or .*val2017"):
-        find_data(tmp_path, "val")
+def test_find_data(tmp_path, split, file, images):
+    wanted = rf"must have annotations/instances_{split}\.json with images/ or .*{split}2017"
+    with pytest.raises(UserError, match=wanted):
+        find_data(tmp_path, split)
+    assert not has_split(tmp_path, split)
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / file).touch()
+    assert has_split(tmp_path, split)
+    with pytest.raises(UserError, match=wanted):
+        find_data(tmp_path, split)
     (tmp_path / images).mkdir()
-    assert find_data(tmp_path, "val") == (tmp_path / "annotations" / file, tmp_path / images)
+    assert find_data(tmp_path, split) == (tmp_path / "annotations" / file, tmp_path / images)

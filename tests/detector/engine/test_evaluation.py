@@ -26,7 +26,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from dcnops.detector.data import CocoDataset, find_data, write_synthetic
 from dcnops.detector.engine import Kind, coco_metrics, detect, distributed, load_results, metrics_table, write_results
-from dcnops.detector.engine.evaluation import _normalise
+from dcnops.detector.engine.evaluation import RECALL, SUMMARY
 from dcnops.detector.errors import UserError
 from dcnops.detector.predict import decode_rle, encode_rle
 
@@ -92,6 +92,20 @@ def example():
     return index({"images": images, "annotations": annotations, "categories": CATEGORIES}), results
 
 
+FIELDS: dict[Kind, str] = {"bbox": "bbox", "segm": "segmentation"}
+
+
+def official(truth: pycocotools.coco.COCO, results: list[dict[str, Any]], kind: Kind) -> Any:
+    """Return the evaluation by COCO's own program."""
+    alone = [{key: entry[key] for key in ("image_id", "category_id", "score", FIELDS[kind])} for entry in results]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = pycocotools.cocoeval.COCOeval(truth, truth.loadRes(alone), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
 @pytest.mark.parametrize("package", ["pycocotools", "faster-coco-eval"])
 def test_equal_to_pycocotools(example, package):
     coco, results = example
@@ -99,23 +113,17 @@ def test_equal_to_pycocotools(example, package):
     metrics = coco_metrics(coco, results, coco.imgs, ("bbox", "segm"), package=package)
     assert (coco.dataset, results) == before
 
-    fields: dict[Kind, str] = {"bbox": "bbox", "segm": "segmentation"}
-    for kind, field in fields.items():
-        alone = [{key: entry[key] for key in ("image_id", "category_id", "score", field)} for entry in before[1]]
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth = index(copy.deepcopy(before[0]))
-            evaluation = pycocotools.cocoeval.COCOeval(truth, truth.loadRes(alone), kind)
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
+    for kind in FIELDS:
+        evaluation = official(index(copy.deepcopy(before[0])), before[1], kind)
         scores = metrics[kind]
-        ours = [scores.AP, scores.AP50, scores.AP75, scores.APs, scores.APm, scores.APl]
-        assert ours == pytest.approx(evaluation.stats[:6].tolist(), abs=1e-6)
+        ours = [getattr(scores, name) for name in (*SUMMARY, *RECALL)]
+        assert ours == pytest.approx(evaluation.stats.tolist(), abs=1e-6)
         assert 0.05 < scores.AP < 0.95
-        assert len({round(value, 6) for value in ours}) == 6
+        assert len({round(value, 6) for value in ours}) >= 11  # AR10 and AR100 are equal with few detections
         for position, category in enumerate((3, 7)):
-            expected = evaluation.eval["precision"][:, :, position, 0, 2].mean()
-            assert scores.per_category[category] == pytest.approx(expected, abs=1e-6)
+            precision = evaluation.eval["precision"][:, :, position, 0, 2]
+            assert scores.per_category[category] == pytest.approx(precision.mean(), abs=1e-6)
+            assert scores.per_category_AP50[category] == pytest.approx(precision[0].mean(), abs=1e-6)
         assert math.isnan(scores.per_category[9])
     assert metrics["bbox"].AP != metrics["segm"].AP
 
@@ -142,6 +150,37 @@ def test_only_the_given_images_count(example):
     assert repr(coco_metrics(coco, results, [4, 3])) == repr(expected)
 
 
+@pytest.mark.parametrize("package", ["pycocotools", "faster-coco-eval"])
+def test_ground_truth_that_cannot_be_trained_on_counts(example, tmp_path, package):
+    """COCO's own program reads the original file; only boxes count where a segmentation is missing."""
+    coco, results = example
+    content = copy.deepcopy(coco.dataset)
+    speck = [[50.2, 50.2, 50.4, 50.2, 50.4, 50.4]]  # covers no pixel
+    line = {"bbox": [20, 30, 0, 40], "area": 0, "segmentation": [[20, 30, 20, 70, 20, 30]]}
+    outside = {"bbox": [300, 20, 40, 40], "area": 1600, "segmentation": [[300, 20, 340, 20, 340, 60]]}
+    odd = [{"bbox": [50.2, 50.2, 0.2, 0.2], "area": 0.02, "segmentation": speck}, line, outside]
+    odd.append({"bbox": [9, 9, 60, 60], "area": 2000, "segmentation": speck})
+    for image_id in (1, 2, 3):
+        for fields in copy.deepcopy(odd):
+            fields |= {"id": len(content["annotations"]) + 1, "image_id": image_id, "category_id": 3, "iscrowd": 0}
+            content["annotations"].append(fields)
+    kinds: dict[Kind, float] = {"bbox": 0.0, "segm": 0.0}
+    for kind in ("segm", "bbox"):
+        if kind == "bbox":
+            content["annotations"][0].pop("segmentation")
+            content["annotations"].append({**content["annotations"][0], "id": 999, "bbox": [9, 9, 90, 90]})
+        (tmp_path / "odd.json").write_text(json.dumps(content))
+        with contextlib.redirect_stdout(io.StringIO()):
+            expected = official(pycocotools.coco.COCO(tmp_path / "odd.json"), results, kind).stats[:6]
+        dataset = CocoDataset(tmp_path / "odd.json", None, masks=kind == "segm", keep_empty=True)
+        scores = coco_metrics(dataset.coco, results, dataset.image_ids, (kind,), package=package)[kind]
+        found = [scores.AP, scores.AP50, scores.AP75, scores.APs, scores.APm, scores.APl]
+        assert found == pytest.approx(expected.tolist(), abs=1e-6)
+        kinds[kind] = scores.AP
+    before = coco_metrics(coco, results, coco.imgs, ("bbox", "segm"))
+    assert kinds["bbox"] < before["bbox"].AP - 0.01 and kinds["segm"] < before["segm"].AP - 0.01
+
+
 def test_absent_fields_and_id_zero_change_nothing(example, tmp_path):
     coco, results = example
     expected = coco_metrics(coco, results, coco.imgs, ("bbox", "segm"))
@@ -159,6 +198,8 @@ def test_absent_fields_and_id_zero_change_nothing(example, tmp_path):
     with pytest.raises(UserError, match="some detections have no segmentation"):
         boxes = [{key: value for key, value in entry.items() if key != "segmentation"} for entry in results]
         coco_metrics(coco, boxes, coco.imgs, ("segm",))
+    with pytest.raises(UserError, match="made with masks=True"):
+        coco_metrics(boxes_only, results, coco.imgs, ("segm",))
 
 
 def test_results_files_and_table(example, tmp_path):
@@ -172,7 +213,9 @@ def test_results_files_and_table(example, tmp_path):
         assert repr(coco_metrics(coco, read, coco.imgs, kinds)[kind]) == repr(metrics[kind])
     written = json.loads((tmp_path / "new" / "metrics.json").read_text())
     assert written["segm"]["AP75"] == metrics["segm"].AP75
-    assert written["bbox"]["per_category"][2] == {"id": 9, "name": "never seen", "AP": None}
+    assert written["segm"]["AR100"] == metrics["segm"].AR100
+    assert written["bbox"]["per_category"][2] == {"id": 9, "name": "never seen", "AP": None, "AP50": None}
+    assert written["bbox"]["per_category"][0]["AP50"] == metrics["bbox"].per_category_AP50[3]
     names = ["detections_bbox.json", "detections_segm.json", "metrics.json"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
     (tmp_path / "file").touch()
@@ -225,17 +268,18 @@ def test_errors_name_the_wrong_entry(example, tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_masks_of_results_are_encoded(example):
+def test_masks_of_results_are_encoded(example, tmp_path):
     """Polygons and plain run lengths give the same numbers as compressed ones."""
     coco, _ = example
+    path = tmp_path / "results.json"
     plain = {"size": [float(SIZE)] * 2, "counts": [0, SIZE * 5, SIZE * (SIZE - 5)]}
     polygon = [[0, 0, 5, 0, 5, SIZE, 0, SIZE]]
     mask = np.zeros((SIZE, SIZE), np.uint8)
     mask[:, :5] = 1
-    for segmentation in (plain, polygon, encode_rle(mask)):
-        entry = {**WITHOUT_BOX, "segmentation": copy.deepcopy(segmentation)}
-        assert _normalise(entry, coco) is None
-        assert entry["segmentation"] == encode_rle(mask)
+    path.write_text(json.dumps([{**WITHOUT_BOX, "segmentation": item} for item in (plain, polygon, encode_rle(mask))]))
+    results, kinds = load_results(path, coco)
+    assert kinds == ("segm",) and [entry["segmentation"] for entry in results] == [encode_rle(mask)] * 3
+    assert coco_metrics(coco, results, coco.imgs, kinds)["segm"].AP == 0
 
 
 @pytest.mark.parametrize("package", ["pycocotools", "faster-coco-eval"])

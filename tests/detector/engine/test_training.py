@@ -77,8 +77,8 @@ def data(tmp_path_factory):
     return folder
 
 
-def dataset(folder: Path) -> CocoDataset:
-    return CocoDataset(*find_data(folder, "train"), masks=False, keep_empty=False)
+def dataset(folder: Path, *, evaluated: bool = False) -> CocoDataset:
+    return CocoDataset(*find_data(folder, "train"), masks=False, keep_empty=evaluated)
 
 
 def build(config: Config = TINY, seed: int = 0) -> nn.Module:
@@ -91,7 +91,8 @@ def run(out: Path, data: Path, *assignments: str, resume: Any = False, evaluate:
     images = dataset(data)
     # A resumed run must not depend on the model and the random state at its start.
     model = build(config, seed=9 if (out / CHECKPOINT).exists() else 0)
-    return train(model, config, images, images if evaluate else None, out, CPU, resume=resume)
+    val_set = dataset(data, evaluated=True) if evaluate else None
+    return train(model, config, images, val_set, out, CPU, resume=resume)
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +306,7 @@ def test_overfitting_eight_images(tmp_path):
     )
     torch.manual_seed(0)
     model = build_detector(config.network, len(images.categories))
-    metrics = train(model, config, images, images, tmp_path / "out", CPU)
+    metrics = train(model, config, images, dataset(tmp_path / "data", evaluated=True), tmp_path / "out", CPU)
     assert metrics["bbox"].AP > 0.5
     # The saved model gives the same numbers.
     loaded, _, categories = load_detector(tmp_path / "out" / MODEL, CPU)

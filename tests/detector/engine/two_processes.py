@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
         shares = gather_lists([rank()] * (1 + rank()))
 
         trained = build(config, seed=rank())
-        metrics = train(trained, config, images, images, folder / "out", device)
+        metrics = train(trained, config, images, dataset(folder / "data", evaluated=True), folder / "out", device)
 
         Trainer.step = stop_second
         stopped = message(lambda: train(build(config), config, images, None, folder / "stopped", device))

@@ -195,6 +195,7 @@ def test_a_save_that_fails_leaves_the_old_file(model, path, monkeypatch):
         save_checkpoint(path / "model.pth", model, CONFIG, CATEGORIES, 6)
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_the_old_file(model, path):
     before = path.read_bytes()
     script = f"""

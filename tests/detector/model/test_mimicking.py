@@ -20,7 +20,10 @@ from tests.detector.configurations import assignments
 
 pytestmark = pytest.mark.slow
 
-SMALL = assignments(network="backbone=small min_size=96 max_size=128 anchor_sizes=12,24,48,64,96 roi_batch=32")
+SMALL = assignments(
+    network="backbone=small min_size=96 max_size=128 anchor_sizes=12,24,48,64,96 roi_batch=32 neck_channels=32 "
+    "head_channels=64"
+)
 DETECTORS = ["faster", "mask"]
 
 CROP = 224
@@ -109,9 +112,9 @@ def test_crops_give_maps_of_14x14(detector):
     seen = []
     pools[0].register_forward_pre_hook(lambda module, given: seen.append((tuple(given[0].shape), given[1].tolist())))
     with torch.no_grad():
-        assert mimicking._crop_features(torch.rand(2, 3, CROP, CROP)).shape == (2, 256)
+        assert mimicking._crop_features(torch.rand(2, 3, CROP, CROP)).shape == (2, 64)
     used = [(shape, rois) for shape, rois in seen if rois]
-    assert used == [((2, 64, 14, 14), [[0, 0, 0, 14, 14], [1, 0, 0, 14, 14]])]
+    assert used == [((2, 32, 14, 14), [[0, 0, 0, 14, 14], [1, 0, 0, 14, 14]])]
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -185,7 +188,7 @@ def test_number_of_regions():
 def test_chunks_give_the_same_result():
     results = []
     for chunk in (1, 3, 100):
-        mimicking = build(config(f"mimicking.chunk={chunk}"))
+        mimicking = build(config(f"mimicking.chunk={chunk}", "mimicking.crop=64"))
         torch.manual_seed(3)
         losses = mimicking(*batch())
         losses["loss_mimic"].backward()
@@ -252,7 +255,7 @@ def test_the_regular_network_mimics_too():
 
 
 def test_loss_falls_on_a_fixed_batch():
-    mimicking = build(config("mimicking.boxes=4", "mimicking.weight=1"))
+    mimicking = build(config("mimicking.boxes=4", "mimicking.weight=1", "mimicking.crop=64"))
     optimiser = torch.optim.SGD(mimicking.parameters(), lr=0.005, momentum=0.9)
     seen = []
     for _ in range(12):
@@ -272,7 +275,7 @@ def test_resumed_training_and_final_model_without_classifier(tmp_path):
     train_set = CocoDataset(*find_data(data, "train"), masks=False, keep_empty=False)
 
     def run(out: Path, epochs: int, resume: bool = False) -> dict[str, Tensor]:
-        options = config(f"training.epochs={epochs}", "training.workers=0", "mimicking.boxes=2")
+        options = config(f"training.epochs={epochs}", "training.workers=0", "mimicking.boxes=2", "mimicking.crop=64")
         torch.manual_seed(0)
         model = build_detector(options.network, len(train_set.categories))
         train(model, options, train_set, None, out, torch.device("cpu"), resume=resume)

@@ -18,7 +18,7 @@ from dcnops.detector.model.backbones import FrozenNorm
 from dcnops.detector.presets import PRESETS
 from tests.detector.configurations import assignments
 
-SMALL = assignments(network="min_size=96 max_size=128 anchor_sizes=12,24,48,64,96")
+SMALL = assignments(network="min_size=96 max_size=128 anchor_sizes=12,24,48,64,96 neck_channels=32 head_channels=64")
 DETECTORS = ["faster", "mask", "faster-fpn"]
 
 
@@ -84,8 +84,14 @@ def assert_equal(detector: nn.Module, regular: nn.Module) -> None:
         assert (ours[name] - value).abs().max() <= 1e-9 * scale, name
 
 
+PARTS_OF_V1 = ["dconv-c5", "dconv-c4c5", "dconv-c3c5"]  # layers of the two others
+
+
 @pytest.mark.parametrize("detector", DETECTORS)
-@pytest.mark.parametrize("preset", ["dconv-c5", "dconv-c4c5", "dconv-c3c5", "dcnv1", "dconv-c3c5-dpool"])
+@pytest.mark.parametrize(
+    "preset",
+    ["dcnv1", "dconv-c3c5-dpool", *(pytest.param(preset, marks=pytest.mark.exhaustive) for preset in PARTS_OF_V1)],
+)
 def test_v1_starts_as_the_regular_network(preset, detector):
     options = [f"network.detector={detector}", "network.backbone=small"]
     regular = build("network.preset=regular", *options)
@@ -94,8 +100,10 @@ def test_v1_starts_as_the_regular_network(preset, detector):
     assert_equal(deformable, regular)
 
 
-@pytest.mark.parametrize("backbone", ["small", "resnet50"])
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("detector", "backbone"), [*((detector, "small") for detector in DETECTORS), ("mask", "resnet50")]
+)
 def test_mask_scale_2_starts_as_the_regular_network(detector, backbone):
     options = [f"network.detector={detector}", f"network.backbone={backbone}"]
     regular = build("network.preset=regular", *options)
@@ -119,8 +127,10 @@ def test_sigmoid_masks_start_as_half_the_regular_network(detector):
     assert_equal(deformable, regular)
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
-@pytest.mark.parametrize("preset", ["dconv-c3c5-dpool", "dcnv2"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "detector"), [("dconv-c3c5-dpool", "faster"), *(("dcnv2", detector) for detector in DETECTORS)]
+)
 def test_offset_learning_rate_zero_stays_the_regular_network(preset, detector):
     options = [f"network.detector={detector}", "network.backbone=small", "network.roi_batch=16"]
     regular = build("network.preset=regular", *options)
@@ -131,7 +141,7 @@ def test_offset_learning_rate_zero_stays_the_regular_network(preset, detector):
         groups = param_groups(network, lr=0.01, offset_lr_mult=0, roi_offset_lr_mult=0)
         optimiser = torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-4)
         network.train()
-        for step in range(3):
+        for step in range(2):
             torch.manual_seed(step)
             optimiser.zero_grad()
             sum(network(images(), targets()).values()).backward()
@@ -175,7 +185,8 @@ def test_presets(preset):
 
 def test_shapes_of_the_paper():
     with torch.device("meta"):
-        faster, mask = build(), build("network.detector=mask")
+        widths = ("network.neck_channels=0", "network.head_channels=0")
+        faster, mask = build(*widths), build(*widths, "network.detector=mask")
         image = torch.empty(1, 3, 800, 1333, dtype=torch.float64)
     shapes = {name: tuple(value.shape) for name, value in faster.backbone(image).items()}
     assert shapes == {"rpn": (1, 1024, 50, 84), "roi": (1, 256, 50, 84)}
@@ -202,14 +213,15 @@ def test_stride_placement(style, strides, dilations):
 
 
 def test_frozen_layers():
-    detector = build("network.detector=mask")
+    with torch.device("meta"):
+        detector = build("network.detector=mask")
+        conv2 = build("network.stages=c2c5").backbone
     frozen = {name.split(".")[1] for name, value in detector.backbone.named_parameters() if not value.requires_grad}
     assert frozen == {"conv1", "layer1"}
     names = [name for name, value in detector.backbone.named_parameters() if value.requires_grad]
     assert not any("bn" in name or "downsample.1" in name for name in names)  # BatchNorm is constant everywhere
     thawed = build("network.backbone=small")
     assert all(value.requires_grad for value in thawed.parameters())
-    conv2 = build("network.stages=c2c5").backbone
     names = [name for name, value in conv2.named_parameters() if value.requires_grad and "layer1" in name]
     assert len(names) == 6 and all("conv_offset" in name for name in names)  # these start at zero
     four = build("network.backbone=small", "network.frozen_stages=4").backbone
@@ -229,6 +241,7 @@ def test_options_reach_the_layers():
         assert (pool.gamma, pool.sampling_ratio, pool.mask_scale) == (1, 3, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_every_trained_parameter_has_a_gradient(detector):
     """Including a batch without objects, as data-parallel training waits for all gradients."""
@@ -262,7 +275,7 @@ def test_bfloat16_autocast_keeps_boxes_exact(detector):
 
 
 def test_anchors_do_not_depend_on_autocast():
-    generator = build("network.min_size=800", "network.max_size=1333").rpn.anchor_generator
+    generator = build("network.backbone=small", "network.min_size=800", "network.max_size=1333").rpn.anchor_generator
     batch = ImageList(torch.empty(1, 3, 800, 1344), [(800, 1333)])
     maps = torch.empty(1, 8, 50, 84)
     (exact,), (found,) = generator(batch, [maps]), generator(batch, [maps.bfloat16()])
@@ -309,7 +322,7 @@ def test_frozen_normalisation_is_one_operation_until_the_statistics_change():
 
 
 def test_sizes_in_training_and_testing():
-    transform = build().transform
+    transform = build("network.backbone=small").transform
     transform.train_sizes = (40, 64)
     image = torch.zeros(3, 100, 100, dtype=torch.float64)
     sizes = {tuple(transform.train().resize(image)[0].shape[1:]) for _ in range(30)}
@@ -318,6 +331,7 @@ def test_sizes_in_training_and_testing():
     assert tuple(transform.eval().resize(image)[0].shape[1:]) == (side, side)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_a_training_step_under_autocast(detector):
     network = build(f"network.detector={detector}", "network.backbone=small", "network.preset=dcnv2").float().train()
@@ -347,7 +361,9 @@ def test_pooling_without_half_pixels_is_torchvisions():
 
 def test_exact_anchors():
     """Compare with the formulas of mmdetection and detectron2; 800 rows give 13 rows with a distance of 64 pixels."""
-    generator = build("network.detector=mask", "network.exact_anchors=true").rpn.anchor_generator
+    generator = build(
+        "network.detector=mask", "network.backbone=small", "network.exact_anchors=true"
+    ).rpn.anchor_generator
     maps = [torch.empty(1, 1, -(-800 // stride), -(-1344 // stride)) for stride in (4, 8, 16, 32, 64)]
     (found,) = generator(ImageList(torch.empty(1, 3, 800, 1344), [(800, 1333)]), maps)
     expected = []
@@ -363,7 +379,7 @@ def test_exact_anchors():
 @pytest.mark.parametrize("library", ["opencv", "pillow"])
 def test_resizing_like_other_libraries(library, size):
     """The same side lengths; pixels of 8 bits equal those of Pillow, or of plain bilinear interpolation, up to one."""
-    transform = build(f"network.resize={library}", "network.max_size=133").transform.eval()
+    transform = build("network.backbone=small", f"network.resize={library}", "network.max_size=133").transform.eval()
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     image = torch.from_numpy(pixels).permute(2, 0, 1) / 255
     batch, _ = transform([image.double()])
@@ -390,7 +406,7 @@ def test_resizing_like_other_libraries(library, size):
 
 def test_quantised_pooling_is_roi_pool():
     pool = build("network.preset=regular-roipool", "network.backbone=small").roi_heads.box_roi_pool
-    level = torch.randn(1, 64, 8, 8)
+    level = torch.randn(1, 32, 8, 8)
     boxes = torch.tensor([[3.0, 5, 60, 70], [20, 10, 110, 90]])
     pooled = pool({"roi": level}, [boxes], [(128, 128)])
     assert torch.equal(pooled, roi_pool(level, [boxes], (7, 7), 1 / 16))
@@ -432,7 +448,7 @@ def test_branches_of_roi_pooling_as_in_mmcv(pooling):
     masks = {"mask_fc.0", "mask_fc.2"} if pooling == "modulated" else set()
     assert linear == {"offset_fc.0", "offset_fc.2", "offset_fc.4"} | masks
     plain = build(*options, "network.preset=regular").roi_heads.box_roi_pool.pools[0]
-    maps = torch.rand(1, 64, 12, 16, dtype=torch.double)
+    maps = torch.rand(1, 32, 12, 16, dtype=torch.double)
     regions = torch.tensor([[0.0, 1, 2, 11, 9]], dtype=torch.double)
     with torch.no_grad():
         torch.testing.assert_close(pool(maps, regions), plain(maps, regions) * (0.5 if masks else 1))

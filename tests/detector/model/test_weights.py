@@ -119,6 +119,7 @@ def test_no_network(detector, monkeypatch):
         load_backbone(detector, "imagenet", "resnet50")
 
 
+@pytest.mark.slow
 def test_wrong_weights(state, detector, tmp_path):
     def message(source: Path | str, backbone: str = "resnet50") -> str:
         with pytest.raises(UserError) as caught:

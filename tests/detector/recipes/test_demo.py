@@ -28,9 +28,13 @@ def test_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "VAL_IMAGES", 2)
     monkeypatch.setattr(demo, "BUDGET", 20)
     monkeypatch.setattr(demo, "demo_config", lambda: config.set(["training.epochs=1"]))
-    for _ in range(2):  # the second run replaces the first
-        assert main(["demo", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     out = tmp_path / "out"
+    earlier = [out / folder / "of an earlier demo" for folder in ("data", "run", "predictions")]
+    for file in (out / ".demo", *earlier):  # a run replaces an earlier one
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert main(["demo", "--out", str(out), "--device", "cpu"]) == 0
+    assert not any(file.exists() for file in earlier)
     printed = capsys.readouterr().out
     assert "box AP 0." in printed and "AP50" in printed
     assert str(out / "detections.png") in printed

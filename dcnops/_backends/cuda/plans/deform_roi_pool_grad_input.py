@@ -9,10 +9,10 @@ from dcnops._backends.cuda.engine import Engine
 from dcnops._backends.cuda.kernel_constants import (
     MAX_ROWS,
     ROI_BOUNDS_INTS,
-    ROI_STRIP_PADDING,
+    STRIP_PADDING,
     WARP,
     ceil_div,
-    roi_strip_pixels,
+    strip_pixels,
 )
 from dcnops._backends.cuda.plans.array_jobs import (
     RowRange,
@@ -78,9 +78,9 @@ def deterministic_grad_input(
         channels_last=is_channels_last(input),
     )
     kernels.launch(_UNIT, "deform_roi_pool_region_bounds", ceil_div(g.R, WARPS), params)
-    strip = roi_strip_pixels(kernels.sum_bytes, kernels.vector)
+    strip = strip_pixels(kernels.sum_bytes, kernels.vector)
     strips = g.N * g.H * ceil_div(g.W, strip) * kernels.slices
-    shared_bytes = WARPS * strip * (WARP * kernels.vector + ROI_STRIP_PADDING) * kernels.sum_bytes
+    shared_bytes = WARPS * strip * (WARP * kernels.vector + STRIP_PADDING) * kernels.sum_bytes
     first = 0
     for rows in ranges:
         if grad_rows is None and rows.rows:

@@ -1,0 +1,106 @@
+"""Checks of the image files of a data set, from their headers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import UserError
+from .coco_json import Notes, Picture
+from .images import open_image, orientation
+
+MANY = 5000  # files, for which it pays to start processes; Pillow reads a header in 0.1 ms
+MISSING = "left out {} missing pictures"
+
+
+class _Found(NamedTuple):
+    """Header of an image file."""
+
+    size: tuple[int, int]  # of the stored pixels
+    orientation: int  # EXIF, 1 to 8
+
+
+def check_pictures(
+    pictures: Sequence[Picture], folders: Sequence[Path], annotations: Sequence[Path], notes: Notes
+) -> tuple[list[Picture], list[bool]]:
+    """Return the pictures with a usable file, completed by missing sizes, and a flag for those to turn upright.
+
+    See `CocoDataset` for the rules. `folders` and `annotations` are the image folder and the path of each JSON file.
+    """
+    for folder, file in zip(folders, annotations):
+        if not folder.is_dir():
+            raise UserError(f"{folder}, the folder of the images of {file}, does not exist")
+    _is_folder_inside.cache_clear()  # links may have changed
+    found = _look_at_all([(str(folders[picture.folder]), picture.name) for picture in pictures])
+    if pictures and all(isinstance(item, tuple) and item[0] == MISSING for item in found):
+        where = ", ".join(map(str, dict.fromkeys(folders)))
+        files = ", ".join(map(str, annotations))
+        raise UserError(f"{where} has none of the {len(pictures)} images of {files}, e.g. {pictures[0].name}")
+    usable: list[Picture] = []
+    turns: list[bool | None] = []  # None if the stored and the upright size are equal
+    evidence = set()
+    for picture, item in zip(pictures, found):
+        if not isinstance(item, _Found):
+            notes.add(*item)
+            continue
+        stored, upright = item.size, item.size[::-1] if item.orientation >= 5 else item.size
+        if not picture.width:
+            notes.add("read the size of {} pictures from their files, as the json does not say it", picture.name)
+            picture = picture._replace(width=upright[0], height=upright[1])
+        wanted = (picture.width, picture.height)
+        if wanted not in (stored, upright):
+            turned = f", by EXIF upright {upright[0]}x{upright[1]}" if upright != stored else ""
+            sizes = f"{picture.name} ({stored[0]}x{stored[1]}{turned}, json {wanted[0]}x{wanted[1]})"
+            notes.add("left out {} pictures of another size than the json says", sizes)
+            continue
+        usable.append(picture)
+        if item.orientation == 1:
+            turns.append(False)
+        elif stored == upright:
+            turns.append(None)
+        else:
+            turns.append(wanted == upright)
+            evidence.add(wanted == upright)
+    default = evidence != {False}
+    return usable, [default if turn is None else turn for turn in turns]
+
+
+def _look_at_all(files: list[tuple[str, str]]) -> list[_Found | tuple[str, str]]:
+    """Read the headers of files, given as folder and name; return the kind and an example of a problem for others."""
+    if len(files) < MANY or "fork" not in multiprocessing.get_all_start_methods():
+        with ThreadPoolExecutor(8) as threads:  # hides the latency of network drives
+            return list(threads.map(_look, files))
+    with ProcessPoolExecutor(8, multiprocessing.get_context("fork")) as processes:
+        return list(processes.map(_look, files, chunksize=500))
+
+
+def _look(file: tuple[str, str]) -> _Found | tuple[str, str]:
+    folder, name = file
+    path = os.path.join(folder, name)
+    try:
+        if not _is_inside(path, folder):
+            return "left out {} pictures outside of the folder of images", f"{name} ({os.path.realpath(path)})"
+        with open_image(Path(path)) as image:
+            return _Found(image.size, orientation(image))
+    except FileNotFoundError:
+        return MISSING, name
+    except Exception as error:  # decoders raise all kinds of errors on damaged files
+        return "left out {} unreadable pictures", f"{name} ({error})"
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    """Check that a file is in a folder once symbolic links are followed."""
+    parent, name = os.path.split(path)
+    if name in ("", ".", "..") or os.path.islink(path):
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    return _is_folder_inside(parent, folder)
+
+
+@lru_cache(maxsize=4096)  # following links takes a system call for each part of a path
+def _is_folder_inside(path: str, folder: str) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
