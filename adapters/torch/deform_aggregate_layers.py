@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dcnops._arguments import as_integer, check_offset_scale, shown
 from dcnops._attention_shapes import packed_channels
 from dcnops._errors import ArgumentError, ShapeError
 
@@ -42,8 +43,14 @@ class _AggregateBase(nn.Module):
     ) -> None:
         super().__init__()
         check_divisible("channels", channels, "group", group)
-        if remove_center and kernel_size % 2 == 0:
-            raise ArgumentError(f"kernel_size must be odd with remove_center=True, got {kernel_size}")
+        sizes = {"kernel_size": kernel_size, "stride": stride, "pad": pad, "dilation": dilation}
+        for name, size in sizes.items():
+            minimum = 0 if name == "pad" else 1
+            if as_integer(size) is None or size < minimum:
+                raise ArgumentError(f"{name} must be an integer of at least {minimum}, got {shown(size)}")
+        check_offset_scale(offset_scale)
+        if remove_center and (kernel_size % 2 == 0 or kernel_size == 1):
+            raise ArgumentError(f"kernel_size must be odd and above 1 with remove_center=True, got {kernel_size}")
         self.channels = channels
         self.kernel_size = kernel_size
         self.stride = stride
