@@ -247,7 +247,7 @@ def test_strides_and_gradients_of_aggregating_layers(kind: type[nn.Module]):
         with pytest.raises(ShapeError, match=r"^input must be \[N, .*C=8\], got shape"):
             layer(wrong)
     dilated = kind(8, group=2, dilation=2)
-    with pytest.raises(ShapeError, match="pad must keep the size of images, as .*=2 does, got 1: "):
+    with pytest.raises(ShapeError, match=r"pad must keep the size of images, as .*=2 does, got 1: "):
         dilated(image[:, :6, :6] if kind is DCNv3 else image[:, :6, :6].flatten(1, 2))
     with pytest.raises(ArgumentError, match="channels must be a positive multiple of group=3"):
         kind(8, group=3)
