@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dcnops import DtypeError
 from dcnops._backends.cuda.programs import ProgramCache, Replay
-from dcnops.adapters.torch import cuda_attention_calls, devices
+from dcnops.adapters.torch import cuda_attention_calls, devices, ms_deform_attn
 from tests.cases import Case, assert_close, make_aggregate, make_attention
 from tests.cuda.emulator import host_engine
 from tests.cuda.emulator.host_engine import prepare_program
@@ -95,6 +95,17 @@ def test_errors_are_those_of_the_operator(arguments: tuple[Case, dict[str, Any]]
     for _ in range(3):
         with pytest.raises(DtypeError, match=f"{name} must be float16"):
             call(case, {**tensors, name: tensors[name].detach().int()})
+
+
+def test_iterators_are_told_apart(replayed: list[str]):
+    """Two iterators at the same address have the same text."""
+    case = make_attention(N=2)
+    tensors = {name: tensors_of(case)[name].clone() for name in case.needs}
+    (h, w), *others = case.spatial_shapes
+    for shapes in ([(h, w), *others], [(w, h), *others]) * 2:
+        expected = ms_deform_attn(**tensors, spatial_shapes=torch.tensor(shapes))
+        output = ms_deform_attn(**tensors, spatial_shapes=zip(*zip(*shapes)))  # type: ignore[arg-type]
+        torch.testing.assert_close(output, expected)
 
 
 def test_a_call_costs_few_function_calls(arguments: tuple[Case, dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
