@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes: dict[str, Any] = {"nargs": 4, "type": int, "help": "default: %(default)s"}
     command.add_argument("--input", **sizes, default=(1, 16, 32, 32), metavar=("N", "C", "H", "W"))
     command.add_argument("--weight", **sizes, default=(16, 16, 3, 3), metavar=("O", "C/G", "KH", "KW"))
+    command.add_argument(
+        "--heads", type=int, default=1, help="heads of attention and groups of aggregation; default: %(default)s"
+    )
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # paths may have characters that stdout cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -62,7 +65,8 @@ def _run(options: argparse.Namespace) -> int:
     if "library" in options:
         begin = time.perf_counter()
         try:
-            prefetch(options.library, options.dtypes, input=options.input, weight=options.weight)
+            sizes = {"input": options.input, "weight": options.weight, "heads": options.heads}
+            prefetch(options.library, options.dtypes, **sizes)
         except (DcnError, ImportError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

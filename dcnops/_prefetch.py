@@ -6,7 +6,7 @@ import importlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from dcnops._arguments import Padding, Pair, as_integer, expand_padding, expand_pair, shown
 from dcnops._attention_shapes import packed_channels
@@ -20,6 +20,9 @@ from dcnops.ms_deform_attn import ms_deform_attn, ms_deform_attn_backward
 
 LIBRARIES = ("numpy", "cupy")
 _MOST_VALUES = 2**31  # of an array
+
+_Zeros: TypeAlias = Callable[..., Any]
+"""Function that returns an array of zeros of a shape."""
 
 
 def prefetch(
@@ -41,8 +44,9 @@ def prefetch(
 
     For each dtype, all operations run on arrays of zeros: convolution with and without a mask, pooling with and
     without offsets and masks, with a fixed and an adaptive number of samples, attention with 4 points, and aggregation
-    with separate and packed weights. The compiled code is kept on disk in the
-    cache folders of Numba and CuPy, also for later processes; ``python -m dcnops`` shows the folders.
+    with separate and packed weights. For 16-bit dtypes, they also run with offsets, masks, locations and attention
+    weights in float32. The compiled code is kept on disk in the cache folders of Numba and CuPy, also for later
+    processes; ``python -m dcnops`` shows the folders.
 
     Parameters
     ----------
@@ -105,19 +109,22 @@ def prefetch(
     xp = importlib.import_module(library)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "precision": precision}
     for name in names:
-        dtype = importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name
+        for sampling_name in (name, "float32") if DTYPES[name].is_16_bit else (name,):
+            zeros, sampling = _zeros(xp, name), _zeros(xp, sampling_name)
+            _convolve(zeros, sampling, image, taps, deform_groups, options, backward)
+            _pool(zeros, sampling, image, expand_pair("output_size", output_size), backward)
+            _attend(zeros, sampling, image, heads, backward)
+            _aggregate(zeros, sampling, image, heads, taps[2:], backward)
 
-        def zeros(*shape: int, dtype: Any = dtype) -> Any:
-            return xp.zeros(shape, dtype)
 
-        _convolve(zeros, image, taps, deform_groups, options, backward)
-        _pool(zeros, image, expand_pair("output_size", output_size), backward)
-        _attend(zeros, image, heads, backward)
-        _aggregate(zeros, image, heads, weight=taps[2:], backward=backward)
+def _zeros(xp: Any, name: str) -> _Zeros:
+    dtype = importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name
+    return lambda *shape: xp.zeros(shape, dtype)
 
 
 def _convolve(
-    zeros: Callable[..., Any],
+    zeros: _Zeros,
+    sampling: _Zeros,
     input: tuple[int, ...],
     weight: tuple[int, ...],
     deform_groups: int,
@@ -131,17 +138,17 @@ def _convolve(
         for axis, extent, side, k, s, d in zip(("height", "width"), input[2:], sides, kernel, step, dilation)
     ]
     points = deform_groups * kernel[0] * kernel[1]
-    image, offset, taps = zeros(*input), zeros(input[0], 2 * points, *size), zeros(*weight)
-    for mask in (None, zeros(input[0], points, *size)):
+    image, offset, taps = zeros(*input), sampling(input[0], 2 * points, *size), zeros(*weight)
+    for mask in (None, sampling(input[0], points, *size)):
         output = deform_conv2d(image, offset, taps, zeros(weight[0]), mask=mask, **options)
         if backward:
             deform_conv2d_backward(output, image, offset, taps, mask=mask, **options)
 
 
-def _pool(zeros: Callable[..., Any], input: tuple[int, ...], bins: tuple[int, int], backward: bool) -> None:
+def _pool(zeros: _Zeros, sampling: _Zeros, input: tuple[int, ...], bins: tuple[int, int], backward: bool) -> None:
     image, rois = zeros(*input), zeros(1, 5)
     rois[:, 3:] = 8
-    offset, mask = zeros(1, 2, *bins), zeros(1, *bins)
+    offset, mask = sampling(1, 2, *bins), sampling(1, *bins)
     # The adaptive number of samples (ratio 0) has a separate code path.
     calls: list[dict[str, Any]] = [{}, {"offset": offset}, {"offset": offset, "mask": mask}, {"sampling_ratio": 0}]
     for options in calls:
@@ -150,28 +157,33 @@ def _pool(zeros: Callable[..., Any], input: tuple[int, ...], bins: tuple[int, in
             deform_roi_pool_backward(output, image, rois, output_size=bins, **options)
 
 
-def _attend(zeros: Callable[..., Any], input: tuple[int, ...], heads: int, backward: bool) -> None:
+def _attend(zeros: _Zeros, sampling: _Zeros, input: tuple[int, ...], heads: int, backward: bool) -> None:
     N, C, H, W = input
     value, shapes = zeros(N, H * W, heads, C // heads), [(H, W)]
-    sampling = zeros(N, H * W, heads, 1, 4, 2), zeros(N, H * W, heads, 1, 4)
-    output = ms_deform_attn(value, shapes, *sampling)
+    points = sampling(N, H * W, heads, 1, 4, 2), sampling(N, H * W, heads, 1, 4)
+    output = ms_deform_attn(value, shapes, *points)
     if backward:
-        ms_deform_attn_backward(output, value, shapes, *sampling)
+        ms_deform_attn_backward(output, value, shapes, *points)
 
 
 def _aggregate(
-    zeros: Callable[..., Any], input: tuple[int, ...], groups: int, weight: tuple[int, ...], backward: bool
+    zeros: _Zeros,
+    sampling: _Zeros,
+    input: tuple[int, ...],
+    groups: int,
+    kernel: tuple[int, ...],
+    backward: bool,
 ) -> None:
     N, C, H, W = input
-    taps = weight[0] * weight[1]
-    padding = weight[0] // 2, weight[1] // 2
-    size = N, H + 2 * padding[0] - weight[0] + 1, W + 2 * padding[1] - weight[1] + 1
+    taps = kernel[0] * kernel[1]
+    padding = kernel[0] // 2, kernel[1] // 2
+    size = N, H + 2 * padding[0] - kernel[0] + 1, W + 2 * padding[1] - kernel[1] + 1
     image = zeros(N, H, W, C)
-    options: dict[str, Any] = {"groups": groups, "kernel_size": weight, "padding": padding}
-    for sampling in (
-        (zeros(*size, packed_channels(groups, taps)),),
-        (zeros(*size, 2 * groups * taps), zeros(*size, groups * taps)),
+    options: dict[str, Any] = {"groups": groups, "kernel_size": kernel, "padding": padding}
+    for points in (
+        (sampling(*size, packed_channels(groups, taps)),),
+        (sampling(*size, 2 * groups * taps), sampling(*size, groups * taps)),
     ):
-        output = deform_aggregate(image, *sampling, **options)
+        output = deform_aggregate(image, *points, **options)
         if backward:
-            deform_aggregate_backward(output, image, *sampling, **options)
+            deform_aggregate_backward(output, image, *points, **options)

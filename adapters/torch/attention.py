@@ -105,7 +105,7 @@ def ms_deform_attn(
     if is_tensor:
         _check_shapes_tensor(spatial_shapes, value)
     tensor = spatial_shapes if is_tensor else None
-    is_flat, per_level = expand_points(points, len(spatial_shapes))
+    is_flat, per_level = expand_points(points, len(spatial_shapes) if is_tensor else len(shapes) // 2)
     arrays = (value, tensor, sampling_locations, attention_weights)
     return call_operator(attention_operators.ms_deform_attn, *arrays, shapes, per_level or [], is_flat)
 

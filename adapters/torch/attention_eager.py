@@ -15,6 +15,9 @@ from dcnops._backends.cuda.kernel_constants import VECTOR_BYTES
 from . import cpu_calls, cuda_attention_calls, devices
 from .eager import is_plain_gradient
 
+_WRITTEN_OUT = {type(None), bool, int, float, list, tuple, torch.Size}
+"""Types with a text that has all numbers, unlike that of an iterator."""
+
 
 def ms_deform_attn(
     value: Tensor, spatial_shapes: Any, sampling_locations: Tensor, attention_weights: Tensor, points: Any
@@ -35,8 +38,10 @@ def ms_deform_attn(
         return MSDeformAttnGeometry.of(*arrays, points, on_device is not None)
 
     tensors = (value, on_device, sampling_locations, attention_weights)
-    numbers = None if on_device is not None else spatial_shapes, points
-    return _run_prepared(cuda_attention_calls.AttentionCall, numbers, geometry, tensors)
+    shapes = () if on_device is not None else spatial_shapes
+    if type(shapes) not in (list, tuple):
+        return None
+    return _run_prepared(cuda_attention_calls.AttentionCall, (*shapes, points), geometry, tensors)
 
 
 def deform_aggregate(input: Tensor, offset: Tensor, mask: Tensor | None, *numbers: Any) -> Tensor | None:
@@ -54,6 +59,8 @@ def deform_aggregate(input: Tensor, offset: Tensor, mask: Tensor | None, *number
 def _run_prepared(
     kind: Any, numbers: tuple[Any, ...], geometry: Callable[[], Any], tensors: tuple[Tensor | None, ...]
 ) -> Tensor | None:
+    if not {*map(type, numbers)} <= _WRITTEN_OUT:
+        return None
     try:
         key = str(numbers)  # because 1.0 and True equal 1 but are errors
     except ValueError:  # an endless number has no text

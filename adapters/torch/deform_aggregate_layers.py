@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dcnops._arguments import as_integer, check_offset_scale, shown
 from dcnops._attention_shapes import packed_channels
 from dcnops._errors import ArgumentError, ShapeError
+from dcnops._shapes import output_extent
 
 from .attention import deform_aggregate
 from .deform_conv2d_layers import check_divisible
@@ -42,8 +44,14 @@ class _AggregateBase(nn.Module):
     ) -> None:
         super().__init__()
         check_divisible("channels", channels, "group", group)
-        if remove_center and kernel_size % 2 == 0:
-            raise ArgumentError(f"kernel_size must be odd with remove_center=True, got {kernel_size}")
+        sizes = {"kernel_size": kernel_size, "stride": stride, "pad": pad, "dilation": dilation}
+        for name, size in sizes.items():
+            minimum = 0 if name == "pad" else 1
+            if as_integer(size) is None or size < minimum:
+                raise ArgumentError(f"{name} must be an integer of at least {minimum}, got {shown(size)}")
+        check_offset_scale(offset_scale)
+        if remove_center and (kernel_size % 2 == 0 or kernel_size == 1):
+            raise ArgumentError(f"kernel_size must be odd and above 1 with remove_center=True, got {kernel_size}")
         self.channels = channels
         self.kernel_size = kernel_size
         self.stride = stride
@@ -66,7 +74,20 @@ class _AggregateBase(nn.Module):
             nn.init.zeros_(self.center_feature_scale_proj_weight)
             nn.init.zeros_(self.center_feature_scale_proj_bias)
 
+    def check_input(self, input: Tensor, axes: str) -> None:
+        if input.ndim != axes.count(",") + 1 or input.shape[-1] != self.channels:
+            raise ShapeError(f"input must be [{axes}={self.channels}], got shape {tuple(input.shape)}")
+
     def aggregate(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not torch.compiler.is_compiling():
+            kernel = 2 * self.pad, self.kernel_size, self.stride, self.dilation
+            size = [output_extent(axis, n, *kernel) for axis, n in zip(("height", "width"), input.shape[1:3])]
+            if size != list(offset.shape[1:3]):
+                raise ShapeError(
+                    f"pad must keep the size of images, as dilation*(kernel_size - 1)/2="
+                    f"{self.dilation * (self.kernel_size - 1) / 2:g} does, got {self.pad}: offsets are predicted for "
+                    f"{list(offset.shape[1:3])} pixels, and the output has {size}"
+                )
         return deform_aggregate(
             input,
             offset,
@@ -104,7 +125,8 @@ class DCNv3(_AggregateBase):
     channels : int
         C, a multiple of `group`. Any number of channels per group works.
     kernel_size, stride, pad, dilation : int
-        Of the aggregation.
+        Of the aggregation. Offsets and weights are predicted at every `stride`-th pixel, so `pad` must keep the size
+        of images but for the stride.
     dw_kernel_size : int, optional
         Kernel size of the depthwise convolution; `kernel_size` by default.
     group : int
@@ -189,7 +211,7 @@ class DCNv3(_AggregateBase):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `input` [N, H, W, C] to [N, oh, ow, C]."""
-        _check_rank("input", input, "N, H, W, C")
+        self.check_input(input, "N, H, W, C")
         projected = self.input_proj(input)
         features = self.dw_conv(input.permute(0, 3, 1, 2))[:, :: self.stride, :: self.stride]
         mask = self.mask(features).unflatten(-1, (self.group, self.taps)).softmax(-1).flatten(-2)
@@ -286,7 +308,7 @@ class DCNv4(_AggregateBase):
         shape : (H, W), optional
             Without it, images are square.
         """
-        _check_rank("input", input, "N, H*W, C")
+        self.check_input(input, "N, H*W, C")
         pixels = input.shape[1]
         H, W = (math.isqrt(pixels),) * 2 if shape is None else shape
         if not torch.compiler.is_compiling() and pixels != H * W:
@@ -303,9 +325,3 @@ class DCNv4(_AggregateBase):
         output = output.flatten(1, 2)
         result: Tensor = output if self.without_pointwise else self.output_proj(output)
         return result
-
-
-def _check_rank(name: str, tensor: Tensor, axes: str) -> None:
-    rank = axes.count(",") + 1
-    if tensor.ndim != rank:
-        raise ShapeError(f"{name} must have {rank} dimensions [{axes}], got shape {tuple(tensor.shape)}")

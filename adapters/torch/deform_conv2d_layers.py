@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dcnops._arguments import Pair, check_precision, expand_pair
+from dcnops._arguments import Pair, as_integer, check_precision, expand_pair
 from dcnops._errors import ArgumentError, DtypeError, ShapeError
 from dcnops._shapes import output_extent
 
@@ -340,5 +340,5 @@ def symmetric_padding(
 
 
 def check_divisible(name: str, channels: int, divisor_name: str, divisor: int) -> None:
-    if channels < 1 or divisor < 1 or channels % divisor:
+    if None in map(as_integer, (channels, divisor)) or channels < 1 or divisor < 1 or channels % divisor:
         raise ArgumentError(f"{name} must be a positive multiple of {divisor_name}={divisor}, got {channels}")

@@ -9,8 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from dcnops._arguments import expand_points
-from dcnops._errors import ShapeError
+from dcnops._arguments import MAX_LEVELS, as_integer, expand_points, shown
+from dcnops._errors import ArgumentError, ShapeError
 
 from .attention import ms_deform_attn
 from .deform_conv2d_layers import check_divisible
@@ -47,6 +47,8 @@ class AttentionBase(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if as_integer(levels) is None or not 1 <= levels <= MAX_LEVELS:
+            raise ArgumentError(f"the number of levels must be an integer from 1 to {MAX_LEVELS}, got {shown(levels)}")
         self._heads = heads
         _, numbers = expand_points(points, levels)
         assert numbers is not None
@@ -86,11 +88,7 @@ class AttentionBase(nn.Module):
         spatial_shapes: SpatialShapes,
         padding_mask: Tensor | None,
     ) -> Tensor:
-        if query.ndim != 3 or value.ndim != 3:
-            raise ShapeError(
-                f"query and value must be [N, Lq, C] and [N, S, C], got shapes {tuple(query.shape)} and "
-                f"{tuple(value.shape)}"
-            )
+        self._check_shapes(query, reference_points, value, spatial_shapes, padding_mask)
         values = self.value_proj(value)
         if padding_mask is not None:
             values = values.masked_fill(padding_mask[..., None], 0)
@@ -102,6 +100,33 @@ class AttentionBase(nn.Module):
         output = ms_deform_attn(values, spatial_shapes, locations, weights, points=self._points)
         projected: Tensor = self.output_proj(output)
         return projected
+
+    def _check_shapes(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        value: Tensor,
+        spatial_shapes: SpatialShapes,
+        padding_mask: Tensor | None,
+    ) -> None:
+        L, C = len(self._points), self.sampling_offsets.in_features
+        size = spatial_shapes.shape if isinstance(spatial_shapes, Tensor) else (len(spatial_shapes), 2)
+        if size != (L, 2):
+            raise ShapeError(f"spatial_shapes must be L={L} pairs (height, width), got {shown(spatial_shapes)}")
+        if query.ndim != 3 or query.shape[2] != C:
+            raise ShapeError(f"query must be [N, Lq, C={C}], got shape {tuple(query.shape)}")
+        N, Lq = query.shape[:2]
+        if value.ndim != 3 or value.shape[2] != C or value.shape[0] != N:
+            raise ShapeError(f"value must be [N={N}, S, C={C}], got shape {tuple(value.shape)}")
+        shape = tuple(reference_points.shape)
+        if len(shape) != 4 or any(n not in legal for n, legal in zip(shape, ((1, N), (1, Lq), (1, L), (2, 4)))):
+            raise ShapeError(
+                f"reference_points must be [N={N}, Lq={Lq}, L={L}, 2 or 4], or with 1 in place of N, Lq or L, "
+                f"got shape {shape}"
+            )
+        if padding_mask is not None and padding_mask.shape != value.shape[:2]:
+            needed = f"N={N}, S={value.shape[1]}"
+            raise ShapeError(f"the padding mask must be [{needed}], got shape {tuple(padding_mask.shape)}")
 
 
 class MSDeformAttn(AttentionBase):
@@ -200,15 +225,9 @@ def sampling_locations(
     reference_points: Tensor, offsets: Tensor, spatial_shapes: SpatialShapes, points: Sequence[int]
 ) -> Tensor:
     """Return the locations [N, Lq, M, K, 2] of predicted offsets [N, Lq, M, K, 2], in at least float32."""
-    levels, shape = len(points), reference_points.shape
-    if len(shape) != 4 or shape[2] not in (1, levels) or shape[3] not in (2, 4):
-        raise ShapeError(
-            f"reference_points must be [N, Lq, {levels}, 2] or [N, Lq, {levels}, 4], or the same with 1 in place of "
-            f"{levels}, got shape {tuple(shape)}"
-        )
     dtype = torch.promote_types(torch.promote_types(offsets.dtype, reference_points.dtype), torch.float32)
     offsets = offsets.to(dtype)
-    centers, sizes = reference_points.to(dtype).expand(-1, -1, levels, -1).tensor_split([2], dim=-1)
+    centers, sizes = reference_points.to(dtype).expand(-1, -1, len(points), -1).tensor_split([2], dim=-1)
     if sizes.shape[-1]:
         half_sizes = torch.stack([0.5 / n * size for n, size in zip(points, sizes.unbind(2))], dim=2)
         offsets = offsets * _per_point(half_sizes, points)[:, :, None]

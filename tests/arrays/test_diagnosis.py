@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import dcnops
+from dcnops.__main__ import main
 from dcnops._diagnosis import MINIMUM, Backend, Cache, Environment, advise, format_report, inspect_environment
 from tests.cases import DTYPES
 
@@ -190,6 +191,15 @@ def test_prefetch_refuses_wrong_arguments() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_prefetch_compiles_every_dtype(dtype: str) -> None:
+def test_prefetch_compiles_every_dtype(dtype: str, caplog: pytest.LogCaptureFixture) -> None:
     sizes: dict[str, Any] = {"input": (2, 4, 8, 8), "weight": (6, 2, 3, 1), "deform_groups": 2, "heads": 2}
-    dcnops.prefetch(dtypes=[dtype], **sizes, stride=2, padding=(1, 0))
+    with caplog.at_level("DEBUG", "dcnops"):
+        dcnops.prefetch(dtypes=[dtype], **sizes, stride=2, padding=(1, 0))
+    for argument in (" offset", " mask", "sampling_locations", "attention_weights"):
+        used = set(re.findall(rf"{argument}=(\w+)", caplog.text))
+        assert used == ({dtype, "float32"} if dtype.endswith("16") else {dtype}), argument
+
+
+def test_prefetch_command_takes_the_number_of_heads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prefetch", "--heads", "3"]) == 2
+    assert capsys.readouterr().err == "error: heads must be a divisor of input's C=16, got 3\n"

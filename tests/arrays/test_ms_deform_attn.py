@@ -152,6 +152,10 @@ def test_pixels_without_weight_do_not_contribute(run, lost: float):
     on_a_column = one_point(2, 1.25, value=value)
     assert run.forward(on_a_column).item() == 2.5
     assert run.backward(on_a_column)["attention_weights"].item() == 2.5
+    infinite = one_point(2, 1, weight=lost)
+    np.testing.assert_equal(run.forward(infinite).item(), lost)
+    gradient = run.backward(infinite)["value"].ravel()
+    assert np.flatnonzero(gradient).tolist() == [10] and not np.isfinite(gradient[10])
     without_weight = one_point(5.5, 2.5, weight=0.0, value=value)
     assert run.forward(without_weight).item() == 0.0
     assert not run.backward(without_weight, ("sampling_locations",))["sampling_locations"].any()

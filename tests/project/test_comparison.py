@@ -42,6 +42,11 @@ def test_roi_pooling() -> None:
     assert not [name for name in dir(torchvision.ops) if "deform" in name.lower() and "roi" in name.lower()]
 
 
+def test_attention_and_aggregation() -> None:
+    names = [name.lower() for name in dir(torchvision.ops)]
+    assert not [name for name in names if any(part in name for part in ("attn", "attention", "dcn", "aggregat"))]
+
+
 def test_bfloat16() -> None:
     with pytest.raises(RuntimeError, match="BFloat16"):
         torchvision.ops.deform_conv2d(*tensors(torch.bfloat16), padding=1)

@@ -104,13 +104,27 @@ def test_attention_refuses_wrong_arguments():
     for points in (0, [4], [4, -1], 2.5):
         with pytest.raises(ArgumentError, match="points must be a positive integer or a sequence of L=2 positive"):
             MSDeformAttn(16, n_levels=2, n_points=points)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"d_model must be a positive multiple of n_heads=4\.0"):
+        MSDeformAttn(16, n_heads=4.0)  # type: ignore[arg-type]
+    for levels in (0, 65):
+        with pytest.raises(ArgumentError, match=f"levels must be an integer from 1 to 64, got {levels}"):
+            MSDeformAttn(16, n_levels=levels)
     layer = MSDeformAttn(16, n_levels=2, n_heads=4)
     query, reference, value = attention_inputs(2)
-    for wrong in (reference[..., :1], reference[:, :, 0], reference.repeat(1, 1, 2, 1)):
-        with pytest.raises(ShapeError, match=r"reference_points must be \[N, Lq, 2, 2\] or"):
+    for wrong in (reference[..., :1], reference[:, :, 0], reference.repeat(1, 1, 2, 1), reference[:, :4]):
+        with pytest.raises(ShapeError, match=r"reference_points must be \[N=2, Lq=5, L=2, 2 or 4\], or"):
             layer(query, wrong, value, SHAPES)
-    with pytest.raises(ShapeError, match="query and value must be"):
-        layer(query[0], reference, value, SHAPES)
+    for wrong in (query[0], query[..., :15]):
+        with pytest.raises(ShapeError, match=r"query must be \[N, Lq, C=16\], got"):
+            layer(wrong, reference, value, SHAPES)
+    for wrong in (value[0], value[:1], value[..., :15]):
+        with pytest.raises(ShapeError, match=r"value must be \[N=2, S, C=16\], got"):
+            layer(query, reference, wrong, SHAPES)
+    for shapes in (SHAPES[:1], torch.tensor(SHAPES[0])):
+        with pytest.raises(ShapeError, match=r"spatial_shapes must be L=2 pairs \(height, width\), got"):
+            layer(query, reference, value, shapes)
+    with pytest.raises(ShapeError, match=rf"the padding mask must be \[N=2, S={PIXELS}\], got shape \(2, 3\)"):
+        layer(query, reference, value, SHAPES, torch.zeros(2, 3, dtype=torch.bool))
     with pytest.raises(ShapeError, match="spatial_shapes must have a sum of height"):
         layer(query, reference, value[:, 1:], SHAPES)
 
@@ -229,9 +243,25 @@ def test_strides_and_gradients_of_aggregating_layers(kind: type[nn.Module]):
     assert output.shape == (2, 4, 5, 8)
     output.square().sum().backward()
     assert all(parameter.grad.any() for parameter in layer.parameters())
+    for wrong in (image[0, 0], image[..., :7] if kind is DCNv3 else image[..., :7].flatten(1, 2)):
+        with pytest.raises(ShapeError, match=r"^input must be \[N, .*C=8\], got shape"):
+            layer(wrong)
+    dilated = kind(8, group=2, dilation=2)
+    with pytest.raises(ShapeError, match=r"pad must keep the size of images, as .*=2 does, got 1: "):
+        dilated(image[:, :6, :6] if kind is DCNv3 else image[:, :6, :6].flatten(1, 2))
     with pytest.raises(ArgumentError, match="channels must be a positive multiple of group=3"):
         kind(8, group=3)
-    with pytest.raises(ArgumentError, match="kernel_size must be odd with remove_center=True, got 2"):
-        kind(8, kernel_size=2, remove_center=True)
+    for size in (1, 2):
+        with pytest.raises(ArgumentError, match=f"kernel_size must be odd and above 1 with .*, got {size}"):
+            kind(8, kernel_size=size, remove_center=True)
+    for name, wrong in (
+        ("kernel_size", (3, 3)),
+        ("stride", 0),
+        ("pad", -1),
+        ("dilation", 1.0),
+        ("offset_scale", math.nan),
+    ):
+        with pytest.raises(ArgumentError, match=f"^{name} must be"):
+            kind(8, **{name: wrong})
     with pytest.raises(ArgumentError, match="act_layer must be one of"):
         DCNv3(8, act_layer="tanh")

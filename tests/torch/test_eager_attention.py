@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dcnops import DtypeError
 from dcnops._backends.cuda.programs import ProgramCache, Replay
-from dcnops.adapters.torch import cuda_attention_calls, devices
+from dcnops.adapters.torch import cuda_attention_calls, devices, ms_deform_attn
 from tests.cases import Case, assert_close, make_aggregate, make_attention
 from tests.cuda.emulator import host_engine
 from tests.cuda.emulator.host_engine import prepare_program
@@ -95,6 +95,28 @@ def test_errors_are_those_of_the_operator(arguments: tuple[Case, dict[str, Any]]
     for _ in range(3):
         with pytest.raises(DtypeError, match=f"{name} must be float16"):
             call(case, {**tensors, name: tensors[name].detach().int()})
+
+
+class Shapes:
+    """Sizes of levels with a text that does not tell them, like that of an iterator."""
+
+    def __init__(self, shapes: list[tuple[int, int]]) -> None:
+        self.shapes = shapes
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.shapes)
+
+    def __repr__(self) -> str:
+        return "shapes"
+
+
+def test_sizes_with_the_same_text_are_told_apart():
+    case = make_attention(N=2)
+    tensors = {name: tensors_of(case)[name].clone() for name in case.needs}
+    (h, w), *others = case.spatial_shapes
+    for shapes in ([(h, w), *others], [(w, h), *others]) * 3:
+        output = ms_deform_attn(**tensors, spatial_shapes=Shapes(shapes))  # type: ignore[arg-type]
+        torch.testing.assert_close(output, ms_deform_attn(**tensors, spatial_shapes=torch.tensor(shapes)))
 
 
 def test_a_call_costs_few_function_calls(arguments: tuple[Case, dict[str, Any]], monkeypatch: pytest.MonkeyPatch):

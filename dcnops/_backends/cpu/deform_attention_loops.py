@@ -87,6 +87,12 @@ def _locate_samples(
 
 
 @inner()
+def _masked_product(factor: Any, value: Any) -> Any:
+    """Return a product that is 0 if the factor is 0, even for an infinite or NaN value."""
+    return factor * value if factor != 0 else type(factor)(0)
+
+
+@inner()
 def _add_scaled(target: Any, scale: Any, row: Any) -> None:
     for c in range(row.shape[0]):
         target[c] += scale * row[c]
@@ -129,12 +135,12 @@ def sum_samples(
                     elif corners and factor != 0:
                         ly = fractions[k]
                         lx = fractions[STRIP + k]
-                        top = (one - ly) * factor
-                        bottom = ly * factor
-                        w00 = top * (one - lx)
-                        w01 = top * lx
-                        w10 = bottom * (one - lx)
-                        w11 = bottom * lx
+                        hy = one - ly
+                        hx = one - lx
+                        w00 = _masked_product(hy * hx, factor)
+                        w01 = _masked_product(hy * lx, factor)
+                        w10 = _masked_product(ly * hx, factor)
+                        w11 = _masked_product(ly * lx, factor)
                         # Corners without weight are not read, so that infinity and NaN there have no effect.
                         if corners == _INSIDE and w00 != 0 and w01 != 0 and w10 != 0 and w11 != 0:
                             _add_corners(
@@ -158,12 +164,6 @@ def _corner_dots(a: Any, b0: Any, b1: Any, b2: Any, b3: Any) -> Any:
         s2 += a[i] * b2[i]
         s3 += a[i] * b3[i]
     return s0, s1, s2, s3
-
-
-@inner()
-def _masked_product(factor: Any, value: Any) -> Any:
-    """Return a product that is 0 if the factor is 0, even for an infinite or NaN value."""
-    return factor * value if factor != 0 else type(factor)(0)
 
 
 @kernel
@@ -272,10 +272,9 @@ def scatter_samples(
                         width = levels[strip, STRIP + k]
                         ly = fractions[k]
                         lx = fractions[STRIP + k]
-                        top = (one - ly) * factor
-                        bottom = ly * factor
                         for corner in range(4):
-                            w = (top if corner < 2 else bottom) * (lx if corner & 1 else one - lx)
+                            share = (ly if corner & 2 else one - ly) * (lx if corner & 1 else one - lx)
+                            w = _masked_product(share, factor)
                             if corners & (1 << corner) and w != 0:
                                 _add_scaled(
                                     grad_value[n, pixel + (corner >> 1) * width + (corner & 1), part], w, gradient
