@@ -191,7 +191,7 @@ class PredictOptions(CategoriesOption, SetOption, AutocastOption, DeviceOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpatialSupportOptions(SpatialSupportView, SetOption, DeviceOption):
+class SpatialSupportOptions(SpatialSupportView, CategoriesOption, SetOption, DeviceOption):
     """Draw the spatial support of trained detectors: figures 1 and 2 of the paper for an image.
 
     For each checkpoint, the figure shows the effective sampling points or bins, the receptive field and the saliency
@@ -199,7 +199,7 @@ class SpatialSupportOptions(SpatialSupportView, SetOption, DeviceOption):
     and the largest object that the last network detects, and the background.
     """
 
-    checkpoint: tuple[Path, ...] = required("checkpoints written by `train`, drawn side by side")
+    checkpoint: tuple[Path, ...] = required(f"{CHECKPOINT}; several are drawn side by side")
     image: Path = required("image file")
     out: Path = required("folder for the pictures")
 

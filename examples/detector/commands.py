@@ -162,7 +162,14 @@ def run_spatial_support(options: SpatialSupportOptions) -> None:
     with session(options.device) as device:
         _require_one_process("spatial-support")
         paths = draw_checkpoints(
-            options.checkpoint, options.image, options.out, device, options, assignments=options.set
+            options.checkpoint,
+            options.image,
+            options.out,
+            device,
+            options,
+            assignments=options.set,
+            categories=_names(options),
+            report=_say,
         )
     print("\n".join(printable(str(path)) for path in paths))
 
@@ -230,8 +237,11 @@ RUN: dict[str, Callable[[Any], None]] = {
 
 def _load(path: Path, device: torch.device, options: Any) -> tuple[Any, Config, list[Category]]:
     """Load a detector with the options ``--set`` and ``--categories``."""
-    names = read_categories(options.categories) if options.categories else None
-    return load_detector(path, device, options.set, categories=names, report=_say)
+    return load_detector(path, device, options.set, categories=_names(options), report=_say)
+
+
+def _names(options: Any) -> list[Category] | None:
+    return read_categories(options.categories) if options.categories else None
 
 
 def _say(line: str) -> None:
