@@ -255,9 +255,9 @@ class SynthOptions(Options):
 class ImportOptions(Options):
     """Copy labelled images from another format to a folder for --data.
 
-    voc reads XML files, as in PASCAL VOC; difficult objects are neither trained on nor counted in the evaluation. yolo
-    reads text files with boxes or polygons, and the names of the classes from data.yaml or classes.txt. The splits of
-    the source are kept.
+    voc reads the boxes in XML files, as in PASCAL VOC, not the masks; difficult objects are neither trained on nor
+    counted in the evaluation. yolo reads text files with boxes or polygons, and the names of the classes from data.yaml
+    or classes.txt. The splits of the source are kept.
     """
 
     format: Literal["voc", "yolo"] = required("format of the labels: voc or yolo", positional=True, metavar="format")

@@ -52,6 +52,7 @@ def test_voc_with_lists(tmp_path, capsys):
     voc(source / "Annotations" / "c.xml", name="C:\\photos\\other.png")
     voc(source / "Annotations" / "d.xml", cat)
     voc(source / "Annotations" / "unlisted.xml", cat)
+    (source / "SegmentationObject").mkdir()
     image(source / "JPEGImages" / "a.jpg")
     image(source / "JPEGImages" / "b.JPG", exif=_quarter_turn())
     image(source / "JPEGImages" / "other.png")
@@ -61,7 +62,8 @@ def test_voc_with_lists(tmp_path, capsys):
     printed = capsys.readouterr()
     assert f"images: train 2, val 1 in {out}" in printed.out
     assert [line.split(",")[0] for line in printed.err.splitlines()] == [
-        *("2 objects left out", "1 XML files left out", "1 images left out")
+        "1 folders of masks left out",
+        *("2 objects left out", "1 XML files left out", "1 images left out"),
     ]
     images, objects = content(out, "train")
     assert images == [("train/a.jpg", 40, 20), ("train/b.JPG", 20, 40)]  # as seen, where the XML has no size
