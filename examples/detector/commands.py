@@ -153,7 +153,10 @@ def run_predict(options: PredictOptions) -> None:
         )
         pictures = not options.no_pictures
         number = write_predictions(predictions, options.out, categories, inputs=paths, pictures=pictures)
-    scores = f"scores from {options.threshold:g}" + ("" if number else "; lower --threshold for more")
+    lowest = config.network.score_threshold
+    scores = f"scores from {max(options.threshold, lowest):g}"
+    if not number and (lowest or options.threshold):
+        scores += f"; lower {'--threshold' if options.threshold > lowest else '--set network.score_threshold'} for more"
     files = "pictures and predictions.json" if pictures else "predictions.json"
     print(f"{number} detections ({scores}) in {len(paths)} images: {files} in {options.out}")
 

@@ -161,7 +161,7 @@ def test_train_on_several_files_and_without_validation(run, data, fails, tmp_pat
     assert not (tmp_path / "d").exists()
 
 
-def test_predict_from_the_checkpoint_alone(run, data, tmp_path):
+def test_predict_from_the_checkpoint_alone(run, data, tmp_path, capsys):
     images = sorted((data / "images").glob("val_*"))
     command = ["predict", str(data / "images" / "val_*"), "--checkpoint", str(run / "model.pth")]
     assert main([*command, "--out", str(tmp_path), "--threshold", "0", "--set", "network.max_detections=2"]) == 0
@@ -175,6 +175,11 @@ def test_predict_from_the_checkpoint_alone(run, data, tmp_path):
     assert main([*command, "--set", "network.max_detections=2", "training.workers=1"]) == 0
     assert [path.name for path in again.iterdir()] == ["predictions.json"]
     assert len(json.loads((again / "predictions.json").read_text())["detections"]) == len(written["detections"])
+    capsys.readouterr()
+    for threshold, lowest, option in (("0.5", "0.9", "--set network.score_threshold"), ("0.9", "0.5", "--threshold")):
+        command += ["--threshold", threshold, "--set", f"network.score_threshold={lowest}"]
+        assert main(command) == 0
+        assert f"0 detections (scores from 0.9; lower {option} for more)" in capsys.readouterr().out
 
 
 def test_a_run_from_the_configuration_of_another(run, data, fails, tmp_path):
