@@ -92,6 +92,8 @@ def test_voc_next_to_the_images(tmp_path):
     import_annotations(read_voc, tmp_path / "b", tmp_path / "three", val_share=0.2)
     assert content(tmp_path / "two", "val") == content(tmp_path / "three", "val")
     assert import_annotations(read_voc, tmp_path / "b", tmp_path / "four", val_share=0)[0] == {"train": 10}
+    counts, _ = import_annotations(read_voc, tmp_path / "b", tmp_path / "five", val_share=0.01)
+    assert counts == {"train": 9, "val": 1}  # at least one
 
 
 def test_yolo_of_ultralytics(tmp_path):
