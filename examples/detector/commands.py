@@ -44,6 +44,7 @@ from .engine import (
     coco_metrics,
     detect,
     evaluated_kinds,
+    from_main,
     is_main,
     load_results,
     metrics_table,
@@ -75,12 +76,15 @@ def run_train(options: TrainOptions) -> None:
         raise UserError(f"--weights {weights} sets the network: {error}" if initial else str(error)) from None
     masks, negatives = config.network.has_masks, config.training.negative_images
     train_annotations, train_images = _data(options, "train", "train_")
-    train_set = CocoDataset(train_annotations, train_images, masks=masks, keep_empty=False, negatives=negatives)
     val_set = None
     if options.val_annotations or options.val_images or (options.data and has_split(options.data, "val")):
         val_annotations, val_images = _data(options, "val", "val_")
         val_set = CocoDataset(val_annotations, val_images, masks=masks, keep_empty=True)
     with session(options.device) as device:
+        # One process reads and checks the training set, which may have 100,000 images.
+        train_set = from_main(
+            lambda: CocoDataset(train_annotations, train_images, masks=masks, keep_empty=False, negatives=negatives)
+        )
         _warn(train_set)
         if val_set:
             _warn(val_set)
