@@ -42,7 +42,8 @@ class Detector:
     preset : str, optional
         Row of the paper's Table 1, such as ``"dcnv2"`` (the default) or ``"regular"``.
     detector : str, optional
-        ``"faster"`` (boxes, the default) or ``"mask"`` (boxes and masks).
+        ``"faster"`` (boxes, the default), ``"faster-fpn"`` (boxes, with a feature pyramid) or ``"mask"`` (boxes and
+        masks).
     backbone : str, optional
         ``"resnet50"`` (the default), ``"small"`` for CPUs, and others; see the option ``network.backbone``.
     weights : str, optional

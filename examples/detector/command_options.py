@@ -191,7 +191,7 @@ class PredictOptions(CategoriesOption, SetOption, AutocastOption, DeviceOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpatialSupportOptions(SpatialSupportView, SetOption, DeviceOption):
+class SpatialSupportOptions(SpatialSupportView, CategoriesOption, SetOption, DeviceOption):
     """Draw the spatial support of trained detectors: figures 1 and 2 of the paper for an image.
 
     For each checkpoint, the figure shows the effective sampling points or bins, the receptive field and the saliency
@@ -199,7 +199,7 @@ class SpatialSupportOptions(SpatialSupportView, SetOption, DeviceOption):
     and the largest object that the last network detects, and the background.
     """
 
-    checkpoint: tuple[Path, ...] = required("checkpoints written by `train`, drawn side by side")
+    checkpoint: tuple[Path, ...] = required(f"{CHECKPOINT}; several are drawn side by side")
     image: Path = required("image file")
     out: Path = required("folder for the pictures")
 
@@ -255,9 +255,9 @@ class SynthOptions(Options):
 class ImportOptions(Options):
     """Copy labelled images from another format to a folder for --data.
 
-    voc reads XML files, as in PASCAL VOC; difficult objects are neither trained on nor counted in the evaluation. yolo
-    reads text files with boxes or polygons, and the names of the classes from data.yaml or classes.txt. The splits of
-    the source are kept.
+    voc reads the boxes in XML files, as in PASCAL VOC, not the masks; difficult objects are neither trained on nor
+    counted in the evaluation. yolo reads text files with boxes or polygons, and the names of the classes from data.yaml
+    or classes.txt. The splits of the source are kept.
     """
 
     format: Literal["voc", "yolo"] = required("format of the labels: voc or yolo", positional=True, metavar="format")

@@ -44,6 +44,7 @@ from .engine import (
     coco_metrics,
     detect,
     evaluated_kinds,
+    from_main,
     is_main,
     load_results,
     metrics_table,
@@ -75,12 +76,15 @@ def run_train(options: TrainOptions) -> None:
         raise UserError(f"--weights {weights} sets the network: {error}" if initial else str(error)) from None
     masks, negatives = config.network.has_masks, config.training.negative_images
     train_annotations, train_images = _data(options, "train", "train_")
-    train_set = CocoDataset(train_annotations, train_images, masks=masks, keep_empty=False, negatives=negatives)
     val_set = None
     if options.val_annotations or options.val_images or (options.data and has_split(options.data, "val")):
         val_annotations, val_images = _data(options, "val", "val_")
         val_set = CocoDataset(val_annotations, val_images, masks=masks, keep_empty=True)
     with session(options.device) as device:
+        # One process reads and checks the training set, which may have 100,000 images.
+        train_set = from_main(
+            lambda: CocoDataset(train_annotations, train_images, masks=masks, keep_empty=False, negatives=negatives)
+        )
         _warn(train_set)
         if val_set:
             _warn(val_set)
@@ -153,7 +157,10 @@ def run_predict(options: PredictOptions) -> None:
         )
         pictures = not options.no_pictures
         number = write_predictions(predictions, options.out, categories, inputs=paths, pictures=pictures)
-    scores = f"scores from {options.threshold:g}" + ("" if number else "; lower --threshold for more")
+    lowest = config.network.score_threshold
+    scores = f"scores from {max(options.threshold, lowest):g}"
+    if not number and (lowest or options.threshold):
+        scores += f"; lower {'--threshold' if options.threshold > lowest else '--set network.score_threshold'} for more"
     files = "pictures and predictions.json" if pictures else "predictions.json"
     print(f"{number} detections ({scores}) in {len(paths)} images: {files} in {options.out}")
 
@@ -162,7 +169,14 @@ def run_spatial_support(options: SpatialSupportOptions) -> None:
     with session(options.device) as device:
         _require_one_process("spatial-support")
         paths = draw_checkpoints(
-            options.checkpoint, options.image, options.out, device, options, assignments=options.set
+            options.checkpoint,
+            options.image,
+            options.out,
+            device,
+            options,
+            assignments=options.set,
+            categories=_names(options),
+            report=_say,
         )
     print("\n".join(printable(str(path)) for path in paths))
 
@@ -230,8 +244,11 @@ RUN: dict[str, Callable[[Any], None]] = {
 
 def _load(path: Path, device: torch.device, options: Any) -> tuple[Any, Config, list[Category]]:
     """Load a detector with the options ``--set`` and ``--categories``."""
-    names = read_categories(options.categories) if options.categories else None
-    return load_detector(path, device, options.set, categories=names, report=_say)
+    return load_detector(path, device, options.set, categories=_names(options), report=_say)
+
+
+def _names(options: Any) -> list[Category] | None:
+    return read_categories(options.categories) if options.categories else None
 
 
 def _say(line: str) -> None:

@@ -161,7 +161,7 @@ def test_train_on_several_files_and_without_validation(run, data, fails, tmp_pat
     assert not (tmp_path / "d").exists()
 
 
-def test_predict_from_the_checkpoint_alone(run, data, tmp_path):
+def test_predict_from_the_checkpoint_alone(run, data, tmp_path, capsys):
     images = sorted((data / "images").glob("val_*"))
     command = ["predict", str(data / "images" / "val_*"), "--checkpoint", str(run / "model.pth")]
     assert main([*command, "--out", str(tmp_path), "--threshold", "0", "--set", "network.max_detections=2"]) == 0
@@ -175,6 +175,11 @@ def test_predict_from_the_checkpoint_alone(run, data, tmp_path):
     assert main([*command, "--set", "network.max_detections=2", "training.workers=1"]) == 0
     assert [path.name for path in again.iterdir()] == ["predictions.json"]
     assert len(json.loads((again / "predictions.json").read_text())["detections"]) == len(written["detections"])
+    capsys.readouterr()
+    for threshold, lowest, option in (("0.5", "0.9", "--set network.score_threshold"), ("0.9", "0.5", "--threshold")):
+        command += ["--threshold", threshold, "--set", f"network.score_threshold={lowest}"]
+        assert main(command) == 0
+        assert f"0 detections (scores from 0.9; lower {option} for more)" in capsys.readouterr().out
 
 
 def test_a_run_from_the_configuration_of_another(run, data, fails, tmp_path):
@@ -370,7 +375,8 @@ def test_checkpoints_of_other_projects(fails, data, tmp_path, capsys):
     names.write_text("club\ndumbbell\nsquare\nring\ntripod\n")
     command = ["predict", images, "--out", str(tmp_path / "out"), "--threshold", "0", "--no-pictures", *options]
     assert main([*command, "network.score_threshold=0", "--categories", str(names)]) == 0
-    assert "of mmdetection for 5 categories, whose names are not in the file: " in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "5 categories, whose names are not in the file (numbers unless --categories gives them): " in line
     written = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert written["categories"][2] == {"id": 3, "name": "square"} and written["detections"]
     assert main(["evaluate", "--data", str(data), *options]) == 0  # in the order of the ids

@@ -116,7 +116,8 @@ def _splits(images: Sequence[LabelledImage], val_share: float) -> dict[Split, li
     if not splits["val"]:
         # The same images in every import: no random numbers, but a checksum of the names.
         order = sorted(splits["train"], key=lambda image: (zlib.crc32(image.path.name.encode()), image.path))
-        chosen = {id(image) for image in order[: round(val_share * len(order))]}
+        number = max(round(val_share * len(order)), int(val_share > 0 and len(order) > 1))
+        chosen = {id(image) for image in order[:number]}
         splits["val"] = [image for image in splits["train"] if id(image) in chosen]
         splits["train"] = [image for image in splits["train"] if id(image) not in chosen]
     return {split: found for split, found in splits.items() if found}

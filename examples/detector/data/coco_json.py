@@ -139,7 +139,7 @@ class CocoJson:
     def _image(self, index: int, value: object) -> None:
         item = self._object("images", index, value)
         width = height = 0
-        if item.get("width") is not None or item.get("height") is not None:
+        if item.get("width") and item.get("height"):  # some tools write zeros
             width, height = (self._whole("images", index, item, field, 1) for field in ("width", "height"))
         if width * height >= MAX_PIXELS:
             raise self._refuse(f"images[{index}] needs less than {MAX_PIXELS} pixels, got {f'{width}x{height}':.40}")

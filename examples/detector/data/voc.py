@@ -23,6 +23,7 @@ def read_voc(source: Path) -> ImportedData:
     - VOC counts pixels from 1 and includes the last one: xmin becomes xmin - 1, and xmax stays.
     - Difficult objects are ignored: they become crowd regions, which are neither trained on nor counted in the
       evaluation. This is VOC's own rule for the evaluation.
+    - Masks, the pictures in ``SegmentationObject``, are not read.
     - ``ImageSets/Main/train.txt``, ``val.txt``, ``trainval.txt`` and ``test.txt`` give the splits, or folders of these
       names.
     """
@@ -34,6 +35,8 @@ def read_voc(source: Path) -> ImportedData:
         raise UserError(f"{source} must have XML files in Annotations/ or elsewhere{hint}")
     lists = _lists(source / "ImageSets" / "Main")
     data = ImportedData([])
+    if (masks := source / "SegmentationObject").is_dir():
+        data.note("folders of masks left out, as only boxes are imported from VOC", masks)
     for file in files:
         try:
             tree = ElementTree.parse(file).getroot()

@@ -1,7 +1,7 @@
 """Training and evaluation, in one process or several."""
 
 from ..errors import Interrupted
-from .distributed import choose_device, gather_lists, is_main, rank, session, world_size
+from .distributed import choose_device, from_main, gather_lists, is_main, rank, session, world_size
 from .evaluation import (
     SUMMARY,
     Kind,
@@ -35,6 +35,7 @@ __all__ = [
     "coco_metrics",
     "detect",
     "evaluated_kinds",
+    "from_main",
     "gather_lists",
     "is_main",
     "load_results",

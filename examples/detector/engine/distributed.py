@@ -1,12 +1,12 @@
-"""Processes under `torchrun`: ranks, process group, device and gathered lists."""
+"""Processes under `torchrun`: ranks, process group, device, and objects that they share."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,22 @@ def gather_lists(items: list[T]) -> list[T]:
     gathered: list[list[T]] = [[] for _ in range(world_size())]
     dist.all_gather_object(gathered, items)
     return [item for part in gathered for item in part]
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """Call `make` in the main process and return a copy of its result, or raise its `UserError`, in all processes."""
+    if world_size() == 1:
+        return make()
+    made: list[T | UserError | None] = [None]
+    if is_main():
+        try:
+            made = [make()]
+        except UserError as error:
+            made = [error]
+    dist.broadcast_object_list(made)
+    if isinstance(made[0], UserError):
+        raise made[0]
+    return cast("T", made[0])
 
 
 @contextmanager

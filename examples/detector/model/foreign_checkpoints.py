@@ -187,17 +187,21 @@ def convert_detector(content: object, path: Path) -> dict[str, Any] | None:
         raise UnsupportedDetector(f"{what}: it has the unknown {few(unknown)}")
     if missing := [name for name in needed if name not in parameters]:
         raise UnsupportedDetector(f"{what}: it has no {few(missing)}")
-    named = len(stored.names) == number
+    categories, naming = default_categories(number), ""
+    if len(stored.names) == number:
+        categories = named_categories(stored.names)
+    else:
+        assumed = "numbers" if categories[0].name == "category 1" else "those of COCO"
+        naming = f", whose names are not in the file ({assumed} unless --categories gives them)"
     left = sorted({name.rpartition(".")[2] for name in state.keys() - new_names.keys()})
     changed = sum(old != new for old, new in new_names.items())
     return {
         "config": config.to_dict(),
-        "categories": named_categories(stored.names) if named else default_categories(number),
+        "categories": categories,
         "model": parameters,
         "iteration": 0,
-        "report": f"{path}: {_describe(config.network)} of {project.name} for {number} categories"
-        + ("" if named else ", whose names are not in the file")
-        + f": {len(new_names)} parameters used, {changed} of them renamed; left out: {', '.join(left) or 'nothing'}",
+        "report": f"{path}: {_describe(config.network)} of {project.name} for {number} categories{naming}"
+        f": {len(new_names)} parameters used, {changed} of them renamed; left out: {', '.join(left) or 'nothing'}",
     }
 
 

@@ -64,6 +64,10 @@ def load_initial_detector(model: nn.Module, content: Mapping[str, Any], categori
     if [category.name for category in content["categories"]] != [category.name for category in categories]:
         lines.append(f"{path}: the last layers of the heads are left out, as the categories are others")
         given = {name: value for name, value in given.items() if not name.startswith(LAST_LAYERS)}
+    given_fpn, own_fpn = (any(name.startswith("backbone.fpn.") for name in names) for names in (given, own))
+    if given_fpn != own_fpn:
+        kind, needed = ("with", "mask or faster-fpn") if given_fpn else ("without", "faster")
+        raise UserError(f"{path}: is a detector {kind} a feature pyramid, which needs --detector {needed}")
     missing = [name for name in own if name not in given]
     if lost := [name for name in missing if name.startswith("backbone.body.") and "conv_offset" not in name]:
         raise UserError(f"{path}: does not fit the configured network, it has no {few(lost)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,20 +45,23 @@ def draw_checkpoints(
     view: SpatialSupportView,
     *,
     assignments: Sequence[str] = (),
+    categories: Sequence[Category] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """Draw a figure for an image and, for each network with deformable layers, the histograms; return the files.
 
-    The checkpoints must hold networks for the same categories. Each network gets a part of the figure.
+    The checkpoints must hold networks for the same categories. Each network gets a part of the figure. See
+    `load_detector` for `assignments`, `categories` and `report`.
     """
     from dcnops.adapters.torch.spatial_support.plots import plot_statistics
 
     networks: dict[str, GeneralizedRCNN] = {}
-    categories: list[Category] = []
+    common: list[Category] = []
     for path in checkpoints:
-        network, config, found = load_detector(path, device, assignments)
-        if categories:
-            check_categories(categories, found, str(path))
-        categories = found
+        network, config, found = load_detector(path, device, assignments, categories=categories, report=report)
+        if common:
+            check_categories(common, found, str(path))
+        common = found
         title = config.network.title
         networks[title if title not in networks else f"{title} ({path.parent.name or len(networks)})"] = network
     if len(networks) < len(checkpoints):
@@ -67,7 +70,7 @@ def draw_checkpoints(
         )
     pixels = read_image(image, LARGEST)[0].to(device)
     try:
-        names = [item.name for item in categories]
+        names = [item.name for item in common]
         figures = {f"{image.stem}-figure{view.figure}.png": draw_spatial_support(networks, pixels, names, view)}
         for title, network in networks.items():
             if statistics := offset_statistics(network, pixels):

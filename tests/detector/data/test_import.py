@@ -52,6 +52,7 @@ def test_voc_with_lists(tmp_path, capsys):
     voc(source / "Annotations" / "c.xml", name="C:\\photos\\other.png")
     voc(source / "Annotations" / "d.xml", cat)
     voc(source / "Annotations" / "unlisted.xml", cat)
+    (source / "SegmentationObject").mkdir()
     image(source / "JPEGImages" / "a.jpg")
     image(source / "JPEGImages" / "b.JPG", exif=_quarter_turn())
     image(source / "JPEGImages" / "other.png")
@@ -61,7 +62,8 @@ def test_voc_with_lists(tmp_path, capsys):
     printed = capsys.readouterr()
     assert f"images: train 2, val 1 in {out}" in printed.out
     assert [line.split(",")[0] for line in printed.err.splitlines()] == [
-        *("2 objects left out", "1 XML files left out", "1 images left out")
+        "1 folders of masks left out",
+        *("2 objects left out", "1 XML files left out", "1 images left out"),
     ]
     images, objects = content(out, "train")
     assert images == [("train/a.jpg", 40, 20), ("train/b.JPG", 20, 40)]  # as seen, where the XML has no size
@@ -90,6 +92,8 @@ def test_voc_next_to_the_images(tmp_path):
     import_annotations(read_voc, tmp_path / "b", tmp_path / "three", val_share=0.2)
     assert content(tmp_path / "two", "val") == content(tmp_path / "three", "val")
     assert import_annotations(read_voc, tmp_path / "b", tmp_path / "four", val_share=0)[0] == {"train": 10}
+    counts, _ = import_annotations(read_voc, tmp_path / "b", tmp_path / "five", val_share=0.01)
+    assert counts == {"train": 9, "val": 1}  # at least one
 
 
 def test_yolo_of_ultralytics(tmp_path):

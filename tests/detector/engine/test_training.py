@@ -727,6 +727,8 @@ def test_two_processes(data, tmp_path, monkeypatch):
     for name in ("stepped", "trained", "resumed", "losses", "results", "shares", "stopped", "poisoned"):
         assert_equal(first[name], second[name], name)
     assert first["shares"] == [0, 1, 1]
+    assert first["made"] == [0]  # one process reads the data
+    assert first["refused"] == second["refused"] and "nothing must have" in first["refused"]
     assert_same_detections(first["results"], detect(build(config), images, CPU, progress=False))
     assert first["evaluated"] and not second["evaluated"]
     saved = load_checkpoint(tmp_path / "out" / MODEL)

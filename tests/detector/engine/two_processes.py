@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from dcnops.detector.data import AspectRatioBatches, Batch, load_batches
+from dcnops.detector.data import AspectRatioBatches, Batch, CocoDataset, load_batches
 from dcnops.detector.engine import Interrupted, Trainer, detect, rank, session, train, world_size
-from dcnops.detector.engine.distributed import gather_lists
+from dcnops.detector.engine.distributed import from_main, gather_lists
 from dcnops.detector.engine.trainer import Step
 from dcnops.detector.errors import UserError
 
@@ -46,7 +46,13 @@ def message(function: Callable[[], object]) -> str:
 def main(folder: Path) -> None:
     config = TINY.set(EVALUATED)
     with session("cpu") as device:
-        images = dataset(folder / "data")
+        made = []
+
+        def make() -> CocoDataset:
+            made.append(rank())
+            return dataset(folder / "data")
+
+        images = from_main(make)
         batches = AspectRatioBatches(images.sizes, 2, seed=0, group=True, rank=rank(), world_size=world_size())
         batch = next(load_batches(images, batches, config, device))
         # The weights differ between the processes; those of the first must be used.
@@ -76,6 +82,8 @@ def main(folder: Path) -> None:
                 "trained": trained.state_dict(),
                 "results": results,
                 "shares": shares,
+                "made": gather_lists(made),
+                "refused": message(lambda: from_main(lambda: dataset(folder / "nothing"))),
                 "evaluated": metrics is not None,
                 "stopped": stopped,
                 "resumed": resumed.state_dict(),

@@ -81,6 +81,8 @@ def test_another_network(initial):
 def test_weights_that_do_not_fit(initial):
     with pytest.raises(UserError, match=r"fc6\.weight has the shape \[16, 392\], but \[32, 392\] is needed"):
         start(initial, CATEGORIES, head_channels="32")
+    with pytest.raises(UserError, match="with a feature pyramid, which needs --detector mask or faster-fpn"):
+        start(initial, CATEGORIES, detector="faster")
     with pytest.raises(UserError, match=r"it has no backbone\.body\.bn1\.running_mean"):
         start(initial, CATEGORIES, backbone="resnet50")
 

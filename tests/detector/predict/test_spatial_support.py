@@ -50,7 +50,10 @@ def image(tmp_path_factory):
 def test_figures(figure, checkpoints, image, tmp_path, capsys):
     command = ["spatial-support", "--checkpoint", *map(str, checkpoints.values()), "--image", str(image)]
     command += ["--out", str(tmp_path), "--device", "cpu", "--budget", "30", "--figure", figure]
-    nodes = ["--node", "20,30", "--node", "70,5"] if figure == "1" else ["--roi", "10,10,50,60"]
+    nodes = ["--node", "20,30", "--node", "70,5"]
+    if figure == "2":
+        (tmp_path.parent / "names.txt").write_text("hammer\nhoop\n")
+        nodes = ["--roi", "10,10,50,60", "--category", "hoop", "--categories", str(tmp_path.parent / "names.txt")]
     assert main([*command, *nodes]) == 0
     names = {f"{image.stem}-figure{figure}.png", f"{image.stem}-offsets-dcnv2.png"}  # the other has no offsets
     assert {path.name for path in tmp_path.iterdir()} == names
