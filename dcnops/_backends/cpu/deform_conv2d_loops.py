@@ -110,18 +110,16 @@ def _locate_samples(sizes: Any, offset: Any, mask: Any, samples: Any, d: int, n:
     """
     H, W, ow, kh, kw, sh, sw, dh, dw, pad_top, pad_left, _ = sizes
     corners, weights = samples
+    pixels = offset.shape[2]
     a = p // ow
     b = p - a * ow
     for k in range(kh * kw):
         i = k // kw
         j = k - i * kw
         tap = d * kh * kw + k
-        w = (11 * k + 4) * STRIP
-        for t in range(count):
-            weights[w + t] = offset[n, 2 * tap, p + t]
-            weights[w + STRIP + t] = offset[n, 2 * tap + 1, p + t]
-            weights[w + 2 * STRIP + t] = mask[n, tap, p + t] if mask.size else 1
+        row = n * offset.shape[1] + 2 * tap
         locate_strip(
+            offset, row * pixels + p, (row + 1) * pixels + p, mask, row // 2 * pixels + p, mask.size > 0,
             corners, 8 * k * STRIP, weights, 11 * k * STRIP,
             a * sh - pad_top + i * dh, b * sw - pad_left + j * dw, sw, H, W, count,
         )  # fmt: skip

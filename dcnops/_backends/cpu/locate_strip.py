@@ -126,24 +126,31 @@ class _Lanes:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def locate_strip(
-    typing_context: Any, corners: Any, corner_start: Any, weights: Any, weight_start: Any, base_y: Any, base_x: Any,
+    typing_context: Any, offset: Any, offset_y_start: Any, offset_x_start: Any, mask: Any, mask_start: Any,
+    modulated: Any, corners: Any, corner_start: Any, weights: Any, weight_start: Any, base_y: Any, base_x: Any,
     step_x: Any, H: Any, W: Any, count: Any,
 ) -> Any:  # fmt: skip
     """Locate the sampling points (base_y + offset_y, base_x + t*step_x + offset_x) for ``0 <= t < count``.
 
-    `weights` [7, STRIP] contains offset_y, offset_x and the mask from the fifth row on. It is overwritten with the
-    weights of the four corners, ly, lx and the mask; `corners` [8, STRIP] is written. Elements beyond `count` are
-    undefined. See `_locate_samples`.
+    Write `corners` [8, STRIP] and, to `weights` [7, STRIP], the weights of the four corners, ly, lx and the mask, which
+    is not read unless `modulated`. Elements beyond `count` are undefined. See `_locate_samples`.
     """
     integer = types.intp
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        offset, offset_y_start, offset_x_start, mask, mask_start, modulated, *args = args
         corners, corner_start, weights, weight_start, base_y, base_x, step_x, H, W, count = args
-        scalar = context.get_value_type(signature.args[2].dtype)
+        scalar = context.get_value_type(signature.args[0].dtype)
         itemsize = context.get_abi_sizeof(scalar)
         index = count.type
         lanes = VECTOR_BYTES // itemsize
         reals, integers, pixels = (ir.VectorType(kind, lanes) for kind in (scalar, index, ir.IntType(32)))
+        selection = ir.VectorType(ir.IntType(1), lanes)
+        masked_load = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(reals, [reals.as_pointer(), ir.IntType(32), selection, reals]),
+            f"llvm.masked.load.v{lanes}{scalar.intrinsic_name}.p0",
+        )
         floor_function = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(reals, [reals]), f"llvm.floor.v{lanes}{scalar.intrinsic_name}"
         )
@@ -174,17 +181,28 @@ def locate_strip(
         def pixel_index(x: _Lanes) -> _Lanes:
             return _Lanes(builder, builder.fptosi(x.value, pixels))
 
-        first_corner = start(corners, signature.args[0], corner_start)
-        first_weight = start(weights, signature.args[2], weight_start)
+        first_corner = start(corners, signature.args[6], corner_start)
+        first_weight = start(weights, signature.args[8], weight_start)
+        first_dy = start(offset, signature.args[0], offset_y_start)
+        first_dx = start(offset, signature.args[0], offset_x_start)
+        first_modulation = start(mask, signature.args[3], mask_start)
+        all_modulated = broadcast(builder, modulated, selection)
+        ones = ir.Constant(reals, [1.0] * lanes)
         rows, columns = (real(H), pixel(H)), (real(W), pixel(W))
         zero_pixel = pixel(builder.mul(H, W))
         first_y = real(base_y)
         steps = builder.mul(everywhere(step_x), ir.Constant(integers, list(range(lanes))))
         with cgutils.for_range_slice(builder, index(0), count, index(lanes), index) as (t, _):
             start_x = builder.add(everywhere(builder.add(base_x, builder.mul(t, step_x))), steps)
-            dy, dx, modulation = (
-                _Lanes(builder, builder.load(address(first_weight, i, t, reals), align=itemsize)) for i in (4, 5, 6)
-            )
+            positions = builder.add(everywhere(t), ir.Constant(integers, list(range(lanes))))
+            present = builder.icmp_signed("<", positions, everywhere(count))
+
+            def given(first: Any, present: Any = present, t: Any = t) -> _Lanes:
+                arguments = address(first, 0, t, reals), ir.IntType(32)(itemsize), present, ones
+                return _Lanes(builder, builder.call(masked_load, arguments))
+
+            dy, dx = given(first_dy), given(first_dx)
+            modulation = given(first_modulation, builder.and_(present, all_modulated))
             located = _located(
                 dy, dx, modulation, first_y, _Lanes(builder, builder.sitofp(start_x, reals)),
                 rows, columns, zero_pixel, where, floor, pixel_index,
@@ -195,19 +213,24 @@ def locate_strip(
                     builder.store(vector.value, address(first, number, t, kind), align=alignment)
         return context.get_dummy_value()
 
-    return types.void(corners, integer, weights, *[integer] * 7), generate
+    signature = types.void(
+        offset, integer, integer, mask, integer, types.boolean, corners, integer, weights, *[integer] * 7
+    )
+    return signature, generate
 
 
 def _interpreted_locate_strip(
-    corners: Any, corner_start: int, weights: Any, weight_start: int, base_y: int, base_x: int, step_x: int, H: int,
-    W: int, count: int,
+    offset: Any, offset_y_start: int, offset_x_start: int, mask: Any, mask_start: int, modulated: bool, corners: Any,
+    corner_start: int, weights: Any, weight_start: int, base_y: int, base_x: int, step_x: int, H: int, W: int,
+    count: int,
 ) -> None:  # fmt: skip
     """Compute `locate_strip` without the compiler."""
     real = weights.dtype.type
     corner_rows = corners[corner_start : corner_start + 8 * STRIP].reshape(8, STRIP)[:, :count]
     weight_rows = weights[weight_start : weight_start + 7 * STRIP].reshape(7, STRIP)[:, :count]
     start_x = (base_x + step_x * np.arange(count)).astype(real)
-    dy, dx, modulation = weight_rows[4:].copy()
+    dy, dx = (offset.reshape(-1)[start : start + count] for start in (offset_y_start, offset_x_start))
+    modulation = mask.reshape(-1)[mask_start : mask_start + count] if modulated else real(1)
     corner_rows[:], weight_rows[:] = _located(
         dy, dx, modulation, real(base_y), start_x, (real(H), H), (real(W), W), H * W,
         lambda condition, a, b: np.where(condition, a, b), np.floor, lambda x: x.astype(np.int32),
