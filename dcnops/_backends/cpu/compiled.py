@@ -12,8 +12,10 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 import numpy.ma  # otherwise Numba imports it at the first call, during which a fork may come
+from numba.core import types
 from numba.core.caching import FunctionCache
 from numba.core.compiler_lock import global_compiler_lock
+from numba.extending import intrinsic
 
 from dcnops._explain import LOGGER
 from dcnops._forks import hold_in_forks
@@ -121,3 +123,29 @@ def exact(function: Function) -> Function:
     Coordinates need this: contraction could move a position to the other side of a kink.
     """
     return cast(Function, numba.njit(**_options(set()))(function))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def smaller(typing_context: Any, a: Any, b: Any) -> Any:
+    """Return the smaller integer. Numba compiles `min` as a function, again for each combination of types."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        a, b = args
+        return builder.select(builder.icmp_signed("<", a, b), a, b)
+
+    return types.intp(types.intp, types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def larger(typing_context: Any, a: Any, b: Any) -> Any:
+    """Return the larger integer, like `smaller`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        a, b = args
+        return builder.select(builder.icmp_signed(">", a, b), a, b)
+
+    return types.intp(types.intp, types.intp), generate
+
+
+if INTERPRETED:
+    smaller, larger = min, max

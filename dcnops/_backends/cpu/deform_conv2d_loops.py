@@ -29,12 +29,10 @@ samples : tuple of array
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
-
-from dcnops._backends.cpu.compiled import inner, kernel
+from dcnops._backends.cpu.compiled import inner, kernel, larger, smaller
+from dcnops._backends.cpu.locate_strip import locate_strip
 from dcnops._backends.cpu.vectors import DEPTH, ROWS, STRIP, blend_strip, dot_strip, scatter_strip, tile_product
 
 
@@ -52,7 +50,7 @@ def pack_weight(weight: Any, packed: Any, g0: int, c0: int, cw: int, og: int, be
         for first in range(0, cw, 16):  # so few channels of all lanes stay in the first-level cache
             for lane in range(lanes):
                 o = panel * lanes + lane
-                for c in range(first, min(first + 16, cw)):
+                for c in range(first, smaller(first + 16, cw)):
                     for k in range(K):
                         packed[g, panel, k * cw + c, lane] = weight[(g0 + g) * og + o, c0 + c, k] if o < og else 0
 
@@ -93,21 +91,12 @@ def unpack_weight(gradient: Any, weight: Any, g0: int, c0: int, cw: int, og: int
 @inner()
 def _strip_length(sizes: Any, p: int, last: int) -> Any:
     """Return the length of the strip of output pixels that starts at p and ends before `last`."""
-    return min(STRIP, last - p, sizes[2] - p % sizes[2])
-
-
-@inner()
-def _corner_weight(valid: bool, bilinear: Any, modulation: Any) -> Any:
-    """Return the weight of a corner, which is 0 for any mask if the corner must not contribute."""
-    return bilinear * modulation if valid & (bilinear != 0) else type(bilinear)(0)
+    return smaller(smaller(STRIP, last - p), sizes[2] - p % sizes[2])
 
 
 @inner()
 def _locate_samples(sizes: Any, offset: Any, mask: Any, samples: Any, d: int, n: int, p: int, count: int) -> None:
     """Locate the sampling points of group d for a strip of output pixels.
-
-    Without vectorisation this would take as long as the loops over channels. The compiler vectorises the loop over
-    pixels only if the stores into one array are constant distances apart.
 
     Parameters
     ----------
@@ -121,65 +110,19 @@ def _locate_samples(sizes: Any, offset: Any, mask: Any, samples: Any, d: int, n:
     """
     H, W, ow, kh, kw, sh, sw, dh, dw, pad_top, pad_left, _ = sizes
     corners, weights = samples
-    real = offset.dtype.type
-    one = real(1)
-    zero = H * W
+    pixels = offset.shape[2]
     a = p // ow
     b = p - a * ow
     for k in range(kh * kw):
         i = k // kw
         j = k - i * kw
-        channel = 2 * (d * kh * kw + k)
-        ys = offset[n, channel, p : p + count]
-        xs = offset[n, channel + 1, p : p + count]
-        ms = mask[n, channel // 2, p : p + count] if mask.size else ys
-        base_y = real(a * sh - pad_top + i * dh)
-        base_x = b * sw - pad_left + j * dw
-        for t in range(count):
-            py = base_y + ys[t]
-            px = real(base_x + t * sw) + xs[t]
-            inside = (py > -one) & (py < real(H)) & (px > -one) & (px < real(W))
-            nan = (py != py) | (px != px)
-            fy = np.floor(py) if inside else real(0)
-            fx = np.floor(px) if inside else real(0)
-            lost = real(math.nan) if nan else real(0)
-            ly = py - fy if inside else lost
-            lx = px - fx if inside else lost
-            hy = one - ly
-            hx = one - lx
-            y = np.int32(fy)
-            x = np.int32(fx)
-            top = inside & (y >= 0)
-            bottom = inside & (y < H - 1)
-            left = x >= 0
-            right = x < W - 1
-            pixel = y * W + x
-            i00 = pixel if top & left else zero
-            i01 = pixel + 1 if top & right else zero
-            i10 = pixel + W if bottom & left else zero
-            i11 = pixel + W + 1 if bottom & right else zero
-            modulation = ms[t] if inside & (mask.size > 0) else one
-            w00 = _corner_weight((top & left) | nan, hy * hx, modulation)
-            w01 = _corner_weight((top & right) | nan, hy * lx, modulation)
-            w10 = _corner_weight((bottom & left) | nan, ly * hx, modulation)
-            w11 = _corner_weight((bottom & right) | nan, ly * lx, modulation)
-            c = 8 * k * STRIP + t
-            w = 11 * k * STRIP + t
-            corners[c] = i00
-            corners[c + STRIP] = i01
-            corners[c + 2 * STRIP] = i10
-            corners[c + 3 * STRIP] = i11
-            corners[c + 4 * STRIP] = i00 if w00 != 0 else zero
-            corners[c + 5 * STRIP] = i01 if w01 != 0 else zero
-            corners[c + 6 * STRIP] = i10 if w10 != 0 else zero
-            corners[c + 7 * STRIP] = i11 if w11 != 0 else zero
-            weights[w] = w00
-            weights[w + STRIP] = w01
-            weights[w + 2 * STRIP] = w10
-            weights[w + 3 * STRIP] = w11
-            weights[w + 4 * STRIP] = ly
-            weights[w + 5 * STRIP] = lx
-            weights[w + 6 * STRIP] = modulation
+        tap = d * kh * kw + k
+        row = n * offset.shape[1] + 2 * tap
+        locate_strip(
+            offset, row * pixels + p, (row + 1) * pixels + p, mask, row // 2 * pixels + p, mask.size > 0,
+            corners, 8 * k * STRIP, weights, 11 * k * STRIP,
+            a * sh - pad_top + i * dh, b * sw - pad_left + j * dw, sw, H, W, count,
+        )  # fmt: skip
 
 
 @inner()
@@ -190,16 +133,17 @@ def _fill_columns(
     corners, weights = samples
     rows, length = columns.shape[1:]
     extent, width = image.shape[1:]
-    begin = max(0, d * cd - c0)
-    end = min(width, (d + 1) * cd - c0)
+    begin = larger(0, d * cd - c0)
+    end = smaller(width, (d + 1) * cd - c0)
     weight_groups = range(begin // cw, (end - 1) // cw + 1)
     for k in range(corners.size // (8 * STRIP)):
         for g in weight_groups:
-            low = max(begin, g * cw)
+            low = larger(begin, g * cw)
             # Corners without weight are not read, so that infinity and NaN there have no effect.
             blend_strip(
                 image, n * extent * width + low, width, corners, (8 * k + 4) * STRIP, weights, 11 * k * STRIP,
-                columns, (g * rows + row) * length + (k - g) * cw + low, length, count, min(end, (g + 1) * cw) - low,
+                columns, (g * rows + row) * length + (k - g) * cw + low, length, count,
+                smaller(end, (g + 1) * cw) - low,
             )  # fmt: skip
 
 
@@ -226,7 +170,7 @@ def output_tile(
     Gb, panels, length, lanes = packed.shape
     for item in range(begin, end):
         first = item * tile
-        last = min(first + tile, out.shape[0] * pixels)
+        last = smaller(first + tile, out.shape[0] * pixels)
         q = first
         while q < last:
             n = q // pixels
@@ -244,15 +188,15 @@ def output_tile(
                             columns, (g * tile + row) * length + k, length, 1, last - first - row,
                             packed, ((g * panels + panel) * length + k) * lanes, lanes,
                             products, ((g * tile + row) * panels + panel) * lanes, panels * lanes,
-                            min(DEPTH, length - k), k > 0,
+                            smaller(DEPTH, length - k), k > 0,
                         )  # fmt: skip
             q = first
             while q < last:
                 n = q // pixels
                 p = q - n * pixels
-                count = min(16, last - q, pixels - p)
+                count = smaller(smaller(16, last - q), pixels - p)
                 for o1 in range(0, og, 16):
-                    for o in range(o1, min(o1 + 16, og)):
+                    for o in range(o1, smaller(o1 + 16, og)):
                         row = out[n, o0 + g * og + o, p : p + count]
                         first_term = bias[o0 + g * og + o]
                         for i in range(count):
@@ -280,7 +224,7 @@ def column_gradients(
     rows, stride = gradients.shape[1:]
     for item in range(begin, end):
         low = item * tile
-        high = min(low + tile, last - first)
+        high = smaller(low + tile, last - first)
         for g in range(Gb):
             for o in range(0, og, DEPTH):
                 for panel in range(panels):
@@ -289,7 +233,7 @@ def column_gradients(
                             grad_out, (first + row) * O + o0 + g * og + o, O, 1, high - row,
                             packed, ((g * panels + panel) * og + o) * lanes, lanes,
                             gradients, (g * rows + row) * stride + panel * lanes, stride,
-                            min(DEPTH, og - o), o > 0,
+                            smaller(DEPTH, og - o), o > 0,
                         )  # fmt: skip
 
 
@@ -318,7 +262,7 @@ def weight_gradient(
         while q < last:
             n = q // pixels
             p = q - n * pixels
-            number = min(DEPTH, last - q, pixels - p)
+            number = smaller(smaller(DEPTH, last - q), pixels - p)
             for o in range(0, og, ROWS):
                 tile_product(
                     grad_out, (n * O + o0 + g * og + o) * pixels + p, pixels, 1, og - o,
@@ -347,17 +291,18 @@ def _add_sampling_gradients(
     extent, width = image.shape[1:]
     zero = extent - 1
     real = image.dtype.type
-    begin = max(0, d * cd - c0)
-    end = min(width, (d + 1) * cd - c0)
+    begin = larger(0, d * cd - c0)
+    end = smaller(width, (d + 1) * cd - c0)
     weight_groups = range(begin // cw, (end - 1) // cw + 1)
     for k in range(K):
         for i in range((11 * k + 7) * STRIP, 11 * (k + 1) * STRIP):
             weights[i] = 0
         for g in weight_groups:
-            low = max(begin, g * cw)
+            low = larger(begin, g * cw)
             dot_strip(
                 image, n * extent * width + low, width, corners, 8 * k * STRIP, weights, (11 * k + 7) * STRIP,
-                gradients, (g * rows + row) * padded + (k - g) * cw + low, padded, count, min(end, (g + 1) * cw) - low,
+                gradients, (g * rows + row) * padded + (k - g) * cw + low, padded, count,
+                smaller(end, (g + 1) * cw) - low,
             )  # fmt: skip
         offset_y = grad_offset[n, 2 * (d * K + k), p : p + count]
         offset_x = grad_offset[n, 2 * (d * K + k) + 1, p : p + count]
@@ -433,18 +378,18 @@ def scatter_columns(
         p = q - n * pixels
         count = _strip_length(sizes, p, p + last - q)
         for d in range((c0 + begin) // cd, (c0 + end - 1) // cd + 1):
-            low_channel = max(begin, d * cd - c0)
-            high_channel = min(end, (d + 1) * cd - c0)
+            low_channel = larger(begin, d * cd - c0)
+            high_channel = smaller(end, (d + 1) * cd - c0)
             weight_groups = range(low_channel // cw, (high_channel - 1) // cw + 1)
             _locate_samples(sizes, offset, mask, samples, d, n, p, count)
             for k in range(corners.size // (8 * STRIP)):
                 for g in weight_groups:
-                    low = max(low_channel, g * cw)
+                    low = larger(low_channel, g * cw)
                     # Corners without weight get nothing, not even the product with an infinite gradient.
                     scatter_strip(
                         grad_image, n * extent * width + low, width, corners, (8 * k + 4) * STRIP,
                         weights, 11 * k * STRIP,
                         gradients, (g * rows + q - first) * padded + (k - g) * cw + low, padded,
-                        count, min(high_channel, (g + 1) * cw) - low,
+                        count, smaller(high_channel, (g + 1) * cw) - low,
                     )  # fmt: skip
         q += count

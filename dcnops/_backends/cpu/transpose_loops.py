@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dcnops._backends.cpu.compiled import kernel
+from dcnops._backends.cpu.compiled import kernel, smaller
 
 STRIP = 32
 """Values of s per work item."""
@@ -24,9 +24,9 @@ def to_channels_last(source: Any, target: Any, begin: int, end: int) -> None:
     for item in range(begin, end):
         n = item // strips
         first = (item % strips) * STRIP
-        last = min(first + STRIP, S)
+        last = smaller(first + STRIP, S)
         for r0 in range(0, R, 16):
-            for r in range(r0, min(r0 + 16, R)):
+            for r in range(r0, smaller(r0 + 16, R)):
                 for s in range(first, last):
                     target[n, s, r] = source[n, r, s]
 
@@ -46,8 +46,8 @@ def from_channels_last(source: Any, target: Any, c0: int, begin: int, end: int) 
     for item in range(begin, end):
         n = item // strips
         first = (item % strips) * STRIP
-        last = min(first + STRIP, S)
+        last = smaller(first + STRIP, S)
         for r0 in range(0, width, 16):
-            for r in range(r0, min(r0 + 16, width)):
+            for r in range(r0, smaller(r0 + 16, width)):
                 for s in range(first, last):
                     target[n, c0 + r, s] = source[n, s, r]

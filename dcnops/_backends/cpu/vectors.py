@@ -30,9 +30,9 @@ DEPTH = 192
 
 _VECTORS = 2
 _CPU = llvmlite.binding.get_host_cpu_features()
-_VECTOR_BYTES = 64 if _CPU.get("avx512f") else 32 if _CPU.get("avx") else 16
+VECTOR_BYTES = 64 if _CPU.get("avx512f") else 32 if _CPU.get("avx") else 16
 
-PANEL_BYTES = _VECTORS * _VECTOR_BYTES
+PANEL_BYTES = _VECTORS * VECTOR_BYTES
 """Width of the register tile."""
 
 
@@ -61,7 +61,7 @@ def tile_product(
         a, a_start, a_row, a_depth, a_rows, b, b_start, b_depth, c, c_start, c_row, depth, accumulate = args
         scalar = context.get_value_type(signature.args[0].dtype)
         itemsize = context.get_abi_sizeof(scalar)
-        vector = ir.VectorType(scalar, _VECTOR_BYTES // itemsize)
+        vector = ir.VectorType(scalar, VECTOR_BYTES // itemsize)
         index = context.get_value_type(integer)
 
         def start(array: Any, array_type: Any, offset: Any) -> Any:
@@ -93,7 +93,7 @@ def tile_product(
             results = []
             for row in range(ROWS):
                 value = builder.load(builder.gep(pointer_a, [builder.add(a_offsets[row], a_offset)]))
-                factors = _broadcast(builder, value, vector)
+                factors = broadcast(builder, value, vector)
                 results += [builder.fmul(factors, b_vector, flags=("contract",)) for b_vector in b_vectors]
             return results
 
@@ -103,7 +103,7 @@ def tile_product(
     return signature, generate
 
 
-def _broadcast(builder: Any, value: Any, vector: Any) -> Any:
+def broadcast(builder: Any, value: Any, vector: Any) -> Any:
     """Generate a vector of equal elements."""
     undefined = ir.Constant(vector, ir.Undefined)
     first_lane = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
@@ -168,7 +168,7 @@ class _Elements:
 
     @property
     def lanes(self) -> int:
-        return int(_VECTOR_BYTES // self._itemsize)
+        return int(VECTOR_BYTES // self._itemsize)
 
     def _vector_pointer(self, position: Any, width: int) -> Any:
         address = self._builder.gep(self._pointer, [position])
@@ -251,7 +251,7 @@ def blend_strip(
                 for number, start in enumerate(strip.corner_starts(loop.index)):
                     weight = strip.weights.element(builder.add(loop.index, loop.index.type(number * STRIP)))
                     values = strip.image.load(builder.add(start, position), width)
-                    factors = _broadcast(builder, weight, values.type)
+                    factors = broadcast(builder, weight, values.type)
                     if total is None:
                         total = builder.fmul(factors, values, flags=("contract",))
                     else:
@@ -279,7 +279,7 @@ def scatter_strip(
                 values = strip.columns.load(builder.add(strip.column_start(loop.index), position), width)
                 for number, start in enumerate(strip.corner_starts(loop.index)):
                     weight = strip.weights.element(builder.add(loop.index, loop.index.type(number * STRIP)))
-                    factors = _broadcast(builder, weight, values.type)
+                    factors = broadcast(builder, weight, values.type)
                     target = builder.add(start, position)
                     strip.image.store(
                         _multiply_add(builder, factors, values, strip.image.load(target, width)), target
