@@ -66,8 +66,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
             if (is_sampled) {
 #pragma unroll
               for (int n = 0; n < 4; ++n) {
-                const ScalarVector pixel = load_vector_if(
-                    p.value + from + neighbour_step(n, sample.W) * pixel_stride, sample.inside >> n & 1);
+                const ScalarVector pixel =
+                    load_vector_if(p.value + from + neighbour_step(n, sample.W) * pixel_stride, sample.inside >> n & 1);
 #pragma unroll
                 for (int e = 0; e < DCN_VEC; ++e) dot[n] += widen(grad.at[e]) * widen(pixel.at[e]);
               }

@@ -14,8 +14,8 @@ struct DeformAttentionGradValueParams {
   Scalar* grad_value;      // [N, S, M, D], written; null to add to sums
   Sum* sums;               // [N, S, M, D], added to if grad_value is null
   DeformAttentionPoints points;
-  long long first_head, heads;    // of all images
-  int first_query, queries;       // of each of these heads, with fewer than 2^31 points
+  long long first_head, heads;  // of all images
+  int first_query, queries;     // of each of these heads, with fewer than 2^31 points
   int strips, words;
   int lane_bits;  // 2^lane_bits lanes cover the channel vectors of a row; the other lanes take other points
 };

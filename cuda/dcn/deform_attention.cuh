@@ -107,7 +107,7 @@ __device__ __forceinline__ long long image_index(const DeformAttentionPoints& p,
 
 struct AttentionPoint {
   SamplePoint<Sum> at;
-  int pixel, W;  // the first neighbour, which may be outside its level, and the distance to the one below
+  int pixel, W;          // the first neighbour, which may be outside its level, and the distance to the one below
   Sum scale_y, scale_x;  // derivative of the position
   Sum weight;
 };
