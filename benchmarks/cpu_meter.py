@@ -45,10 +45,13 @@ class CpuMeter(Meter):
 
 
 def _peak_extra_bytes_here(operation: Operation, case: Case, name: str, direction: str) -> int:
-    contender = next(c for c in operation.contenders(case) if c.name == name)
+    def prepare(case: Case) -> Callable[[], Any]:
+        contender = next(c for c in operation.contenders(case) if c.name == name)
+        return contender.prepare(case, operation.inputs(case), direction)
+
     tiny = Case(case.device, tuple(min(size, _TINY) for size in case.shape))
-    contender.prepare(tiny, operation.inputs(tiny), direction)()
-    call = contender.prepare(case, operation.inputs(case), direction)
+    prepare(tiny)()
+    call = prepare(case)
     before = _settled_bytes()
     results = call()
     peak = _status_bytes("VmHWM")
