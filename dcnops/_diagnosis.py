@@ -128,7 +128,7 @@ def advise(environment: Environment) -> list[str]:
         found.append(_explain_gpu_error(gpu.error, cupy[0]))
     if driver is not None and "+cpu" in versions.get("torch", ""):
         found.append(
-            f"torch {versions['torch']} is a build without CUDA beside a GPU: its tensors stay on the CPU. "
+            f"torch {versions['torch']} is a build without CUDA, but there is a GPU: its tensors stay on the CPU. "
             "Install a CUDA build (pip install torch, from PyPI) to compute on the GPU."
         )
     if environment.interpreted:

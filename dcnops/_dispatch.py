@@ -107,7 +107,7 @@ def _check_kinds(
         if name in data and got != dtype:
             raise DtypeError(f"{name} must be {dtype} like {first}, got {got}")
         if name in sampling and got not in legal:
-            raise DtypeError(f"{name} must be {' or '.join(legal)} beside {dtype} {first}, got {got}")
+            raise DtypeError(f"{name} must be {' or '.join(legal)} for {dtype} {first}, got {got}")
         if name in sampling and got != dtypes[lead]:
             raise DtypeError(f"{name} must be {dtypes[lead]} like {lead}, got {got}")
     return library

@@ -61,8 +61,9 @@ class _Call:
 
         Hooks may have changed the memory order or alignment of the saved `tensors`, as in the convolution.
         """
-        grad_out, data, *sampling = (None if tensor is None else tensor.contiguous() for tensor in (grad_out, *tensors))  # type: ignore[assignment]
-        grad_out, data = _aligned(grad_out), _aligned(data)
+        data, *sampling = (None if tensor is None else tensor.contiguous() for tensor in tensors)
+        assert data is not None
+        grad_out, data = _aligned(grad_out.contiguous()), _aligned(data)
         key = needs, torch.are_deterministic_algorithms_enabled()
         replay = self._backward.get(key)
         if replay is None:

@@ -68,7 +68,7 @@ def test_a_healthy_environment_needs_no_advice() -> None:
         (gpu_error("ImportError: libnvrtc.so.13: cannot open shared object file"), "does not find CUDA's libraries"),
         (gpu_error("CUDARuntimeError: cudaErrorNoDevice: no CUDA-capable device"), "CUDA_VISIBLE_DEVICES"),
         (gpu_error("ValueError: something else"), r"cupy.show_config\(\).*something else"),
-        ({"versions": {"torch": "2.15.0+cpu"}}, "torch 2.15.0.cpu is a build without CUDA beside a GPU"),
+        ({"versions": {"torch": "2.15.0+cpu"}}, "torch 2.15.0.cpu is a build without CUDA, but there is a GPU"),
         ({"interpreted": True}, "NUMBA_DISABLE_JIT is set"),
         ({"caches": [Cache("CPU code", "/ro", 0, False)]}, "/ro cannot be written to.*NUMBA_CACHE_DIR"),
         ({"caches": [Cache("GPU code", "/ro", 0, False)]}, "/ro cannot be written to.*CUPY_CACHE_DIR"),

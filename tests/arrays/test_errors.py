@@ -156,9 +156,9 @@ FORWARD_ERRORS: ErrorTable = {
         "complex": ({"input": astype(np.complex64)}, "input must be float16, bfloat16, float32"),
         "weight dtype": ({"weight": astype(np.float64)}, "weight must be float32 like input, got float64"),
         "bias dtype": ({"bias": astype(np.float16)}, "bias must be float32 like input, got"),
-        "offset dtype": ({"offset": astype(np.float64)}, "offset must be float32 beside float32 input, got float64"),
+        "offset dtype": ({"offset": astype(np.float64)}, "offset must be float32 for float32 input, got float64"),
         "offset too coarse": (
-            {"offset": astype(np.float16)}, "offset must be float32 beside float32 input, got float16"
+            {"offset": astype(np.float16)}, "offset must be float32 for float32 input, got float16"
         ),
         "mask unlike offset": (
             dict.fromkeys(("input", "grad_out", "weight", "bias", "offset"), astype(np.float16)),
@@ -169,7 +169,7 @@ FORWARD_ERRORS: ErrorTable = {
                 **dict.fromkeys(("input", "grad_out", "weight", "bias", "mask"), astype(ml_dtypes.bfloat16)),
                 "offset": astype(np.float16),
             },
-            "offset must be bfloat16 or float32 beside bfloat16 input, got float16",
+            "offset must be bfloat16 or float32 for bfloat16 input, got float16",
         ),
         "byte order": (
             {"mask": lambda m: m.astype(m.dtype.newbyteorder())},
@@ -238,9 +238,9 @@ ROI_ERRORS: ErrorTable = {
     }),
     **errors(DtypeError, {
         "integer rois": ({"rois": astype(np.int64)}, "rois must be float16, bfloat16, float32 or float64, got int64"),
-        "offset dtype": ({"offset": astype(np.float64)}, "offset must be float32 beside float32 input, got float64"),
+        "offset dtype": ({"offset": astype(np.float64)}, "offset must be float32 for float32 input, got float64"),
         "mask alone": (
-            {"offset": None, "mask": astype(np.float16)}, "mask must be float32 beside float32 input, got float16"
+            {"offset": None, "mask": astype(np.float16)}, "mask must be float32 for float32 input, got float16"
         ),
         "list of boxes": ({"rois": [zeros(3, 4), zeros(2, 4)]}, NEEDS_ARRAY.format("rois") + "list"),
         "torch rois": ({"rois": as_tensor}, NEEDS_ARRAY.format("rois")),
@@ -310,7 +310,7 @@ ATTENTION_ERRORS: ErrorTable = {
         "value dtype": ({"value": astype(np.int32)}, "value must be float16, bfloat16, float32 or float64, got int32"),
         "locations too coarse": (
             {"sampling_locations": astype(np.float16)},
-            "sampling_locations must be float32 beside float32 value, got float16",
+            "sampling_locations must be float32 for float32 value, got float16",
         ),
         "weights unlike locations": (
             dict.fromkeys(("value", "grad_out", "attention_weights"), astype(np.float16)),
@@ -391,8 +391,8 @@ AGGREGATE_ERRORS: ErrorTable = {
         "center of one tap": ({"remove_center": True, "kernel_size": 1}, "remove_center must be False unless"),
     }),
     **errors(DtypeError, {
-        "offset dtype": ({"offset": astype(np.float64)}, "offset must be float32 beside float32 input, got float64"),
-        "mask dtype": ({"mask": astype(np.float16)}, "mask must be float32 beside float32 input, got float16"),
+        "offset dtype": ({"offset": astype(np.float64)}, "offset must be float32 for float32 input, got float64"),
+        "mask dtype": ({"mask": astype(np.float16)}, "mask must be float32 for float32 input, got float16"),
         "list": ({"mask": lambda mask: mask.tolist()}, NEEDS_ARRAY.format("mask") + "list"),
     }),
     **errors(DeviceError, {
@@ -461,71 +461,41 @@ def assert_raises(function: Callable[..., Any], bad: dict[str, Any], error: type
     assert message in text and " must " in text and "got " in text
 
 
-@pytest.mark.parametrize("name", FORWARD_ERRORS)
-def test_convolution_refuses(name: str):
-    changes, error, message = FORWARD_ERRORS[name]
-    bad = arguments(**changes)
-    assert_raises(dcnops.deform_conv2d_backward, bad, error, message)
+TABLES: dict[str, tuple[Callable[..., dict[str, Any]], ErrorTable, ErrorTable]] = {
+    "deform_conv2d": (arguments, FORWARD_ERRORS, BACKWARD_ERRORS),
+    "deform_roi_pool": (roi_arguments, ROI_ERRORS, ROI_BACKWARD_ERRORS),
+    "ms_deform_attn": (attention_arguments, ATTENTION_ERRORS, ATTENTION_BACKWARD_ERRORS),
+    "deform_aggregate": (aggregate_arguments, AGGREGATE_ERRORS, AGGREGATE_BACKWARD_ERRORS),
+}
+"""Legal arguments of the backward function, errors of both directions, and errors of the backward function alone."""
+
+
+@pytest.mark.parametrize(
+    "operation, name", [(operation, name) for operation in TABLES for name in TABLES[operation][1]]
+)
+def test_both_directions_refuse(operation: str, name: str):
+    legal, errors, _ = TABLES[operation]
+    changes, error, message = errors[name]
+    bad = legal(**changes)
+    assert_raises(getattr(dcnops, f"{operation}_backward"), bad, error, message)
     del bad["grad_out"]
-    assert_raises(dcnops.deform_conv2d, bad, error, message)
+    assert_raises(getattr(dcnops, operation), bad, error, message)
 
 
-@pytest.mark.parametrize("name", ROI_ERRORS)
-def test_roi_pooling_refuses(name: str):
-    changes, error, message = ROI_ERRORS[name]
-    bad = roi_arguments(**changes)
-    assert_raises(dcnops.deform_roi_pool_backward, bad, error, message)
-    del bad["grad_out"]
-    assert_raises(dcnops.deform_roi_pool, bad, error, message)
-
-
-@pytest.mark.parametrize("name", ATTENTION_ERRORS)
-def test_attention_refuses(name: str):
-    changes, error, message = ATTENTION_ERRORS[name]
-    bad = attention_arguments(**changes)
-    assert_raises(dcnops.ms_deform_attn_backward, bad, error, message)
-    del bad["grad_out"]
-    assert_raises(dcnops.ms_deform_attn, bad, error, message)
-
-
-@pytest.mark.parametrize("name", AGGREGATE_ERRORS)
-def test_aggregation_refuses(name: str):
-    changes, error, message = AGGREGATE_ERRORS[name]
-    bad = aggregate_arguments(**changes)
-    assert_raises(dcnops.deform_aggregate_backward, bad, error, message)
-    del bad["grad_out"]
-    assert_raises(dcnops.deform_aggregate, bad, error, message)
-
-
-@pytest.mark.parametrize("name", BACKWARD_ERRORS)
-def test_convolution_backward_refuses(name: str):
-    changes, error, message = BACKWARD_ERRORS[name]
-    assert_raises(dcnops.deform_conv2d_backward, arguments(**changes), error, message)
-
-
-@pytest.mark.parametrize("name", ROI_BACKWARD_ERRORS)
-def test_roi_pooling_backward_refuses(name: str):
-    changes, error, message = ROI_BACKWARD_ERRORS[name]
-    assert_raises(dcnops.deform_roi_pool_backward, roi_arguments(**changes), error, message)
-
-
-@pytest.mark.parametrize("name", ATTENTION_BACKWARD_ERRORS)
-def test_attention_backward_refuses(name: str):
-    changes, error, message = ATTENTION_BACKWARD_ERRORS[name]
-    assert_raises(dcnops.ms_deform_attn_backward, attention_arguments(**changes), error, message)
-
-
-@pytest.mark.parametrize("name", AGGREGATE_BACKWARD_ERRORS)
-def test_aggregation_backward_refuses(name: str):
-    changes, error, message = AGGREGATE_BACKWARD_ERRORS[name]
-    assert_raises(dcnops.deform_aggregate_backward, aggregate_arguments(**changes), error, message)
+@pytest.mark.parametrize(
+    "operation, name", [(operation, name) for operation in TABLES for name in TABLES[operation][2]]
+)
+def test_backward_refuses(operation: str, name: str):
+    legal, _, errors = TABLES[operation]
+    changes, error, message = errors[name]
+    assert_raises(getattr(dcnops, f"{operation}_backward"), legal(**changes), error, message)
 
 
 def test_backends_have_the_same_signatures():
     from dcnops._backends.cpu import backend as cpu
     from dcnops._backends.cuda import backend as cuda
 
-    for name in ("deform_conv2d", "deform_conv2d_backward", "deform_roi_pool", "deform_roi_pool_backward"):
+    for name in (name for operation in TABLES for name in (operation, f"{operation}_backward")):
         ours, theirs = (inspect.signature(getattr(backend, name)).parameters for backend in (cpu, cuda))
         assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
 

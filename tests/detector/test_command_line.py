@@ -376,7 +376,7 @@ def test_checkpoints_of_other_projects(fails, data, tmp_path, capsys):
     command = ["predict", images, "--out", str(tmp_path / "out"), "--threshold", "0", "--no-pictures", *options]
     assert main([*command, "network.score_threshold=0", "--categories", str(names)]) == 0
     line = capsys.readouterr().err
-    assert "5 categories, whose names are not in the file (numbers unless --categories gives them): " in line
+    assert "5 categories, with names that are not in the file (numbers unless --categories gives them): " in line
     written = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert written["categories"][2] == {"id": 3, "name": "square"} and written["detections"]
     assert main(["evaluate", "--data", str(data), *options]) == 0  # in the order of the ids

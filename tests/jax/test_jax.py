@@ -298,15 +298,14 @@ def test_forward_mode_raises_an_error(case: Case) -> None:
 ARRAYS_OF_OTHER_LIBRARIES = {
     *("torch tensor", "torch mask", "JAX array", "list", "masked array", "scalar", "nothing"),
     *("mixed libraries", "mixed devices", "list of boxes", "torch rois", "rois elsewhere"),
+    *("locations elsewhere", "mask elsewhere", "integers on a device", "sizes on another device"),
 }
 ERRORS = {
-    f"{operation.__name__}: {name}": (operation, arguments, *errors[name])
-    for operation, arguments, errors in (
-        (deform_conv2d, test_errors.arguments, test_errors.FORWARD_ERRORS),
-        (deform_roi_pool, test_errors.roi_arguments, test_errors.ROI_ERRORS),
-    )
+    f"{operation}: {name}": (getattr(adapter, operation), arguments, *errors[name])
+    for operation, (arguments, errors, _) in test_errors.TABLES.items()
     for name in errors
-    if name != "image index"  # depends on values, so it is detected when the operation runs
+    # The first depends on values, so it is detected when the operation runs; the second is about CuPy arrays.
+    if name not in ("image index", "sizes elsewhere")
 }
 
 

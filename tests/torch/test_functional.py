@@ -16,16 +16,7 @@ from hypothesis import strategies as st
 import dcnops
 from dcnops import ArgumentError, DeviceError, DtypeError, ShapeError
 from dcnops.adapters.torch import deform_conv2d, deform_roi_pool, differentiable, operators
-from tests.arrays.test_errors import (
-    AGGREGATE_ERRORS,
-    ATTENTION_ERRORS,
-    FORWARD_ERRORS,
-    ROI_ERRORS,
-    aggregate_arguments,
-    attention_arguments,
-    roi_arguments,
-)
-from tests.arrays.test_errors import arguments as array_arguments
+from tests.arrays.test_errors import TABLES
 from tests.cases import (
     DTYPES,
     Case,
@@ -229,12 +220,7 @@ def test_forward_mode_raises_an_error(kind: str):
 
 SHAPE_AND_ARGUMENT_ERRORS = {
     f"{operation}: {name}": (operation, arguments, *case)
-    for operation, arguments, cases in (
-        ("deform_conv2d", array_arguments, FORWARD_ERRORS),
-        ("deform_roi_pool", roi_arguments, ROI_ERRORS),
-        ("ms_deform_attn", attention_arguments, ATTENTION_ERRORS),
-        ("deform_aggregate", aggregate_arguments, AGGREGATE_ERRORS),
-    )
+    for operation, (arguments, cases, _) in TABLES.items()
     for name, case in cases.items()
     if case[1] in (ShapeError, ArgumentError)
 }

@@ -66,7 +66,7 @@ class GroundTruth:
             self._exclude(~drawn, f"{kept}without a usable segmentation")
             self._exclude(self._empty, f"{kept}with an empty mask")
         narrow = ~(sides.min(1, initial=np.inf) >= MIN_SIDE)
-        self._exclude(narrow, f"{kept}whose box has less than {MIN_SIDE} pixels on a side inside the image")
+        self._exclude(narrow, f"{kept}with a box of less than {MIN_SIDE} pixels on a side inside the image")
 
     def pictures_to_train_on(self, *, negatives: bool) -> list[int]:
         """Return the indices of the pictures with targets, and with `negatives` of those without any annotation."""

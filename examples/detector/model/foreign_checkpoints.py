@@ -192,7 +192,7 @@ def convert_detector(content: object, path: Path) -> dict[str, Any] | None:
         categories = named_categories(stored.names)
     else:
         assumed = "numbers" if categories[0].name == "category 1" else "those of COCO"
-        naming = f", whose names are not in the file ({assumed} unless --categories gives them)"
+        naming = f", with names that are not in the file ({assumed} unless --categories gives them)"
     left = sorted({name.rpartition(".")[2] for name in state.keys() - new_names.keys()})
     changed = sum(old != new for old, new in new_names.items())
     return {

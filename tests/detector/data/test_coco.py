@@ -173,7 +173,7 @@ def test_crowds_count_in_the_evaluation_only(folder):
     assert data.report == []
 
 
-NARROW = "annotations whose box has less than 0.01 pixels on a side inside the image"
+NARROW = "annotations with a box of less than 0.01 pixels on a side inside the image"
 NOTHING = "annotations without a usable bbox or segmentation"
 NO_MASK = "annotations without a usable segmentation"
 EMPTY_MASK = "annotations with an empty mask"

@@ -180,7 +180,7 @@ def test_heads_compute_what_the_projects_compute(names, tmp_path):
     model, config, categories = load_detector(tmp_path / "model.pth", CPU, report=lines.append)
     if names is DETECTRON2:
         check_body_of_detectron2(model, state)
-    assert len(lines) == 1 and "3 categories, whose names are not in the file" in lines[0]
+    assert len(lines) == 1 and "3 categories, with names that are not in the file" in lines[0]
     assert [category.name for category in categories] == ["category 1", "category 2", "category 3"]
     torch.manual_seed(1)
     model.double()  # rounding could change which boxes are kept
