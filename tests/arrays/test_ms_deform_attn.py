@@ -208,6 +208,14 @@ def test_results_do_not_depend_on_the_number_of_threads():
         np.testing.assert_array_equal(first, second)
 
 
+def test_a_cpu_computes_few_queries_like_many():
+    """The pixels of few queries on a large map are loaded early."""
+    case = make_attention(Lq=160, spatial_shapes=((20, 30),))
+    few = {name: getattr(case, name)[:, :40] for name in ("sampling_locations", "attention_weights")}
+    expected = dcnops.ms_deform_attn(**case.arguments())[:, :40]
+    np.testing.assert_array_equal(dcnops.ms_deform_attn(**{**case.arguments(), **few}), expected)
+
+
 def test_a_cpu_needs_no_memory_for_samples():
     """The samples of a formulation by grid_sample would take 16 times the memory of the output."""
     case = make_attention(M=4, D=16, Lq=2000, spatial_shapes=((40, 30), (20, 15)), points=8)

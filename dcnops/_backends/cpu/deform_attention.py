@@ -21,6 +21,10 @@ from dcnops._explain import LOGGER
 from dcnops._threads import threads_of_call
 
 
+_PIXELS_PER_SCATTERED_QUERY = 8
+"""From this number of pixels per query on, loading the pixels early gains time, as in the decoder of a detector."""
+
+
 class Point(NamedTuple):
     """Point of a head: size and first pixel of its level; scale and base (vertical, horizontal) of its position."""
 
@@ -73,12 +77,13 @@ class WeightedSamples:
     def forward(self) -> Array:
         """Return the sums [N*Lq, heads, D] in the dtype of computation."""
         rows = len(self.offset)
+        is_scattered = self.queries[0] < self.value.shape[1] // _PIXELS_PER_SCATTERED_QUERY
         out = np.empty((rows, *self.value.shape[2:]), self.dtype)
         LOGGER.debug("%d queries, %d threads", rows, threads_of_call())
         with serial_if_small(self._multiply_adds):
             parallel(
                 loops.sum_samples, rows if out.size else 0,
-                *self._shared, self._loop_value, *self._sampling, out,
+                *self._shared, self._loop_value, *self._sampling, out, is_scattered,
                 scratch=self._scratch,
             )  # fmt: skip
         return out

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from dcnops._backends.cpu.compiled import exact, inner, kernel
+from dcnops._backends.cpu.compiled import exact, inner, kernel, prefetch
 
 STRIP = 32
 """Maximum number of points that are located together."""
@@ -87,6 +87,21 @@ def _locate_samples(
 
 
 @inner()
+def _prefetch_samples(value: Any, levels: Any, pixels: Any, count: int, n: int, m: int) -> None:
+    """Begin to load the pixels around `count` points, which are scattered over more memory than the caches hold."""
+    _, S, M, D = value.shape
+    elements = value.reshape(value.size)
+    for k in range(count):
+        if pixels[STRIP + k] == _INSIDE:
+            top = ((n * S + pixels[k]) * M + m) * D
+            bottom = top + levels[STRIP + k] * M * D
+            prefetch(elements, top, D)
+            prefetch(elements, top + M * D, D)
+            prefetch(elements, bottom, D)
+            prefetch(elements, bottom + M * D, D)
+
+
+@inner()
 def _masked_product(factor: Any, value: Any) -> Any:
     """Return a product that is 0 if the factor is 0, even for an infinite or NaN value."""
     return factor * value if factor != 0 else type(factor)(0)
@@ -106,10 +121,16 @@ def _add_corners(target: Any, w0: Any, w1: Any, w2: Any, w3: Any, r0: Any, r1: A
 
 @kernel
 def sum_samples(
-    sizes: Any, origin: Any, levels: Any, scales: Any, value: Any, offset: Any, weight: Any, out: Any, pixels: Any,
-    fractions: Any, begin: int, end: int,
+    sizes: Any, origin: Any, levels: Any, scales: Any, value: Any, offset: Any, weight: Any, out: Any,
+    is_scattered: bool, pixels: Any, fractions: Any, begin: int, end: int,
 ) -> None:  # fmt: skip
-    """Compute the weighted sums `out` [N*Lq, heads, D]; a work item is a query."""
+    """Compute the weighted sums `out` [N*Lq, heads, D]; a work item is a query.
+
+    Parameters
+    ----------
+    is_scattered : bool
+        Whether the samples of successive queries rarely share pixels, so that most pixels are read from memory.
+    """
     Lq, _, _, _, M, K, offset_stride, weight_stride, weight_start = sizes
     real = value.dtype.type
     one = real(1)
@@ -125,6 +146,8 @@ def sum_samples(
                     sizes, origin, levels[strip], scales[strip], offset[item], pixels, fractions, item - n * Lq,
                     m * offset_stride + 2 * k0, count,
                 )  # fmt: skip
+                if is_scattered:
+                    _prefetch_samples(value, levels[strip], pixels, count, n, m)
                 for k in range(count):
                     corners = pixels[STRIP + k]
                     factor = weight[item, weight_start + m * weight_stride + k0 + k]
