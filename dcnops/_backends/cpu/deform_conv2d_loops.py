@@ -33,7 +33,16 @@ from typing import Any
 
 from dcnops._backends.cpu.compiled import inner, kernel, larger, smaller
 from dcnops._backends.cpu.locate_strip import locate_strip
-from dcnops._backends.cpu.vectors import DEPTH, ROWS, STRIP, blend_strip, dot_strip, scatter_strip, tile_product
+from dcnops._backends.cpu.vectors import (
+    DEPTH,
+    ROWS,
+    STRIP,
+    blend_strip,
+    dot_strip,
+    scatter_strip,
+    tile_product,
+    transpose,
+)
 
 
 @kernel
@@ -42,17 +51,15 @@ def pack_weight(weight: Any, packed: Any, g0: int, c0: int, cw: int, og: int, be
 
     A work item is one g and panel. `packed` [Gb, panels, K*cw, lanes] is 0 in the lanes beyond the last o.
     """
-    panels, _, lanes = packed.shape[1:]
-    K = weight.shape[2]
+    panels, length, lanes = packed.shape[1:]
+    channels, K = weight.shape[1:]
     for item in range(begin, end):
-        g = item // panels
-        panel = item % panels
-        for first in range(0, cw, 16):  # so few channels of all lanes stay in the first-level cache
-            for lane in range(lanes):
-                o = panel * lanes + lane
-                for c in range(first, smaller(first + 16, cw)):
-                    for k in range(K):
-                        packed[g, panel, k * cw + c, lane] = weight[(g0 + g) * og + o, c0 + c, k] if o < og else 0
+        o = item % panels * lanes
+        rows = smaller(lanes, og - o)
+        if rows < lanes:
+            packed[item // panels, item % panels] = 0
+        start = (((g0 + item // panels) * og + o) * channels + c0) * K
+        transpose(weight, start, channels * K, rows, cw * K, packed, item * length * lanes, lanes, cw * lanes, K)
 
 
 @kernel
