@@ -44,6 +44,9 @@ from dcnops._backends.cpu.vectors import (
     transpose,
 )
 
+OUTPUTS = 16
+"""Output channels that are transposed together: planes of the output that share few sets of the first-level cache."""
+
 
 @kernel
 def pack_weight(weight: Any, packed: Any, g0: int, c0: int, cw: int, og: int, begin: int, end: int) -> None:
@@ -172,9 +175,10 @@ def output_tile(
     columns : array [Gb, tile, K*cw], products : array [Gb, tile, panels*lanes]
         Scratch memory of the thread.
     """
-    pixels = out.shape[2]
+    O, pixels = out.shape[1:]
     cd = sizes[11]
     Gb, panels, length, lanes = packed.shape
+    stride = panels * lanes
     for item in range(begin, end):
         first = item * tile
         last = smaller(first + tile, out.shape[0] * pixels)
@@ -188,26 +192,40 @@ def output_tile(
                 _fill_columns(image, samples, columns, q - first, c0, cd, cw, d, n, count)
             q += count
         for g in range(Gb):
+            q = first
+            while q < last:
+                n = q // pixels
+                count = smaller(last - q, (n + 1) * pixels - q)
+                if add:
+                    for o in range(0, og, OUTPUTS):
+                        transpose(
+                            out, (n * O + o0 + g * og + o) * pixels + q - n * pixels, pixels,
+                            smaller(OUTPUTS, og - o), count,
+                            products, (g * tile + q - first) * stride + o, stride, 0, 1,
+                        )  # fmt: skip
+                else:
+                    for row in range(q - first, q - first + count):
+                        for o in range(og):
+                            products[g, row, o] = bias[o0 + g * og + o]
+                q += count
             for k in range(0, length, DEPTH):
                 for panel in range(panels):
                     for row in range(0, last - first, ROWS):
                         tile_product(
                             columns, (g * tile + row) * length + k, length, 1, last - first - row,
                             packed, ((g * panels + panel) * length + k) * lanes, lanes,
-                            products, ((g * tile + row) * panels + panel) * lanes, panels * lanes,
-                            smaller(DEPTH, length - k), k > 0,
+                            products, (g * tile + row) * stride + panel * lanes, stride,
+                            smaller(DEPTH, length - k), True,
                         )  # fmt: skip
             q = first
             while q < last:
                 n = q // pixels
-                p = q - n * pixels
-                count = smaller(smaller(16, last - q), pixels - p)
-                for o1 in range(0, og, 16):
-                    for o in range(o1, smaller(o1 + 16, og)):
-                        row = out[n, o0 + g * og + o, p : p + count]
-                        first_term = bias[o0 + g * og + o]
-                        for i in range(count):
-                            row[i] = (row[i] if add else first_term) + products[g, q - first + i, o]
+                count = smaller(last - q, (n + 1) * pixels - q)
+                for o in range(0, og, OUTPUTS):
+                    transpose(
+                        products, (g * tile + q - first) * stride + o, stride, count, smaller(OUTPUTS, og - o),
+                        out, (n * O + o0 + g * og + o) * pixels + q - n * pixels, pixels, 0, 1,
+                    )  # fmt: skip
                 q += count
 
 
