@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dcnops._backends.cpu.transpose_loops import STRIP
 from dcnops._dtypes import DTYPES
 
 Array = npt.NDArray[Any]
@@ -62,11 +61,6 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     buffer = np.empty(size + _CACHE_LINE, np.uint8)
     start = -buffer.ctypes.data % _CACHE_LINE
     return buffer[start : start + size].view(dtype).reshape(shape)
-
-
-def strip_count(count: int, pixels: int) -> int:
-    """Return the number of work items of `transpose_loops` for `count` images of `pixels` pixels."""
-    return count * -(-pixels // STRIP)
 
 
 def round_up(value: int, multiple: int) -> int:
