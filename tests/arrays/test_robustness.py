@@ -264,11 +264,15 @@ def use(cache: Path, code: str = USE) -> subprocess.CompletedProcess[str]:
 
 
 LOOPS = """
-from dcnops._backends.cpu.compiled import kernel
+from dcnops._backends.cpu.compiled import inner, kernel
+
+@inner()
+def product(a, x):
+    return a * x
 
 @kernel
 def double(x):
-    return 2 * x
+    return product(2, x)
 """
 
 
@@ -311,6 +315,16 @@ def test_a_corrupted_cache_is_rebuilt(pattern: str, damage: bytes | None, tmp_pa
     assert misses(load_loops(tmp_path)) == 1
     assert all(file.read_bytes() != content for file, content in damaged.items())
     assert misses(load_loops(tmp_path)) == 0
+
+
+@pytest.mark.skipif(compiled.INTERPRETED, reason="needs compiled loops")
+def test_only_kernels_become_machine_code(tmp_path: Path) -> None:
+    double = load_loops(tmp_path)
+    assert double(3.5) == 7
+    for function, has_code in ((double, True), (double.py_func.__globals__["product"], False)):
+        (result,) = function.overloads.values()
+        address = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
+        assert bool(address) == has_code
 
 
 def test_a_long_compilation_is_announced_once(

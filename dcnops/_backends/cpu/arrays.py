@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dcnops._backends.cpu.compiled import CACHE_LINE
-from dcnops._backends.cpu.transpose_loops import STRIP
 from dcnops._dtypes import DTYPES
 
 Array = npt.NDArray[Any]
@@ -61,11 +60,6 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     buffer = np.empty(size + CACHE_LINE, np.uint8)
     start = -buffer.ctypes.data % CACHE_LINE
     return buffer[start : start + size].view(dtype).reshape(shape)
-
-
-def strip_count(count: int, pixels: int) -> int:
-    """Return the number of work items of `transpose_loops` for `count` images of `pixels` pixels."""
-    return count * -(-pixels // STRIP)
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -18,6 +18,7 @@ from numba.core.caching import FunctionCache
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
+from dcnops._backends.cpu.numba_compiler import InnerCompiler, KernelCompiler
 from dcnops._explain import LOGGER
 from dcnops._forks import hold_in_forks
 
@@ -57,7 +58,7 @@ def kernel(function: Function) -> Function:
     """
     if INTERPRETED:
         return quiet(function)
-    dispatcher = numba.njit(**_options({"contract"}))(function)
+    dispatcher = numba.njit(**_options({"contract"}), pipeline_class=KernelCompiler)(function)
     try:
         dispatcher._cache = _Cache(function)  # like njit(cache=True), which uses Numba's own class
     except RuntimeError:
@@ -115,8 +116,12 @@ def _warn(reason: str) -> None:
 
 def inner(*fastmath: str) -> Callable[[Function], Function]:
     """Return a decorator for functions that kernels of the same file call, with `fastmath` flags beyond "contract"."""
-    options = {**_options({"contract", *fastmath}), "no_cpython_wrapper": True}
-    return cast(Callable[[Function], Function], numba.njit(**options))
+    return functools.partial(_inner, fastmath={"contract", *fastmath})
+
+
+def _inner(function: Function, fastmath: set[str]) -> Function:
+    options = {**_options(fastmath), "no_cpython_wrapper": True}
+    return cast(Function, numba.njit(**options, pipeline_class=InnerCompiler)(function))
 
 
 def exact(function: Function) -> Function:
@@ -124,7 +129,7 @@ def exact(function: Function) -> Function:
 
     Coordinates need this: contraction could move a position to the other side of a kink.
     """
-    return cast(Function, numba.njit(**_options(set()))(function))
+    return _inner(function, set())
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dcnops._backends.cpu import deform_conv2d_loops as loops
-from dcnops._backends.cpu import transpose_loops, vectors
+from dcnops._backends.cpu import vectors
 from dcnops._backends.cpu.arrays import (
     CHANNELS_PER_THREAD,
     Array,
@@ -23,10 +23,10 @@ from dcnops._backends.cpu.arrays import (
     loop_array,
     round_up,
     rounded,
-    strip_count,
 )
 from dcnops._backends.cpu.compiled import quiet
 from dcnops._backends.cpu.threads import PIECES_PER_THREAD, parallel, parallel_jobs, serial_if_small
+from dcnops._backends.cpu.transpose_loops import from_channels_last, pack_weight, to_channels_last
 from dcnops._explain import LOGGER
 from dcnops._shapes import DeformConvGeometry
 from dcnops._threads import threads_of_call
@@ -116,7 +116,7 @@ def _channels_last(chunk: _Chunk, block: _Block) -> tuple[Array, tuple[Any, ...]
     source = loop_array(chunk.input[:, block.c0 : block.c0 + block.width], chunk.dtype, count, block.width, extent)
     image = aligned_empty((count, extent + 1, block.width), chunk.dtype)
     image[:, extent] = 0
-    return image, (transpose_loops.to_channels_last, strip_count(count, extent), source, image)
+    return image, to_channels_last(source, image)
 
 
 def _chunks(
@@ -192,9 +192,7 @@ def _add_block_output(chunk: _Chunk, block: _Block, bias: Array, out: Array) -> 
     length = chunk.geometry.K * block.cw
     image, copying = _channels_last(chunk, block)
     packed = aligned_empty((block.Gb, panels, length, lanes), dtype)
-    parallel_jobs(
-        (loops.pack_weight, block.Gb * panels, chunk.weight, packed, block.g0, block.group_c0, block.cw, og), copying
-    )
+    parallel_jobs(pack_weight(chunk.weight, packed, block.g0, block.group_c0, block.cw, og), copying)
     tile = _choose_tile(chunk.pixels, block.Gb * (length + panels * lanes) * dtype.itemsize)
     LOGGER.debug(
         "%d channels, %d pixels in tiles of %d, %d threads", block.width, chunk.pixels, tile, threads_of_call()
@@ -261,11 +259,35 @@ def deform_conv2d_backward(
     if "weight" in needs:
         grad_weight = np.empty((g.O, g.C // g.G, g.K), dtype)
         for block, accumulated in zip(blocks, grad_weights):
-            parallel(
-                loops.unpack_weight, block.Gb * og, accumulated, grad_weight, block.g0, block.group_c0, block.cw, og
-            )  # fmt: skip
+            parallel(_store_weight_gradient, og, accumulated, _weight_of_block(grad_weight, block, og))
         results["weight"] = rounded(grad_weight, input.dtype).reshape(weight.shape)
     return results
+
+
+def _weight_of_block(weight: Array, block: _Block, og: int) -> Array:
+    """Return the view [Gb, og, cw, K] of the weight or its gradient."""
+    rows = weight[block.o0 : block.o0 + block.Gb * og, block.group_c0 : block.group_c0 + block.cw]
+    return rows.reshape(block.Gb, og, *rows.shape[1:])
+
+
+def _pack_weight_transposed(weight: Array, packed: Array, begin: int, end: int) -> None:
+    """Set ``packed[g, panel, o, lane] = weight[g, o, c, k]`` with k*cw + c = panel*lanes + lane, or 0 beyond.
+
+    A work item is one o of all groups. `weight` is [Gb, og, cw, K], `packed` [Gb, panels, og, lanes].
+    """
+    Gb, panels, _, lanes = packed.shape
+    cw, K = weight.shape[2:]
+    rows = np.zeros((Gb, end - begin, panels * lanes), packed.dtype)
+    for k in range(K):
+        rows[:, :, k * cw : (k + 1) * cw] = weight[:, begin:end, :, k]
+    packed[:, :, begin:end] = rows.reshape(Gb, end - begin, panels, lanes).transpose(0, 2, 1, 3)
+
+
+def _store_weight_gradient(gradient: Array, weight: Array, begin: int, end: int) -> None:
+    """Set ``weight[g, o, c, k] = gradient[g, o, k*cw + c]``; a work item is one o of all groups."""
+    cw, K = weight.shape[2:]
+    for k in range(K):
+        weight[:, begin:end, :, k] = gradient[:, begin:end, k * cw : (k + 1) * cw]
 
 
 def _add_gradients(
@@ -287,7 +309,7 @@ def _add_gradients(
     grad_rows = None
     if targets:
         grad_rows = aligned_empty((len(grad_out), g.pixels, g.O), dtype)
-        parallel(transpose_loops.to_channels_last, strip_count(len(grad_out), g.pixels), grad_out, grad_rows)
+        parallel(*to_channels_last(grad_out, grad_rows))
         grad_rows = grad_rows.reshape(chunk.pixels, g.O)
     if targets.keys() & {"offset", "mask"}:
         targets.setdefault("offset", np.zeros_like(chunk.offset))
@@ -333,9 +355,7 @@ def _add_block_gradients(
     if grad_rows is not None:
         gradients = aligned_empty((block.Gb, span, (panels | 1) * lanes), dtype)
         packed = aligned_empty((block.Gb, panels, og, lanes), dtype)
-        jobs.append(
-            (loops.pack_weight_transposed, block.Gb * og, chunk.weight, packed, block.g0, block.group_c0, block.cw)
-        )
+        jobs.append((_pack_weight_transposed, og, _weight_of_block(chunk.weight, block, og), packed))
     if "input" in targets:
         grad_image = aligned_empty((len(chunk.input), g.H * g.W + 1, block.width), dtype)
         jobs.append((lambda begin, end: grad_image[:, begin:end].fill(0), g.H * g.W + 1))
@@ -365,5 +385,4 @@ def _add_block_gradients(
                 grad_out, columns, grad_weight, panels, block.o0, og, first, last,
             )  # fmt: skip
     if grad_image is not None:
-        items = strip_count(len(chunk.input), g.H * g.W)
-        parallel(transpose_loops.from_channels_last, items, grad_image, targets["input"], block.c0)
+        parallel(*from_channels_last(grad_image, targets["input"], block.c0))

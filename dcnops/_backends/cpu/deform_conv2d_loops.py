@@ -48,56 +48,6 @@ OUTPUTS = 16
 """Output channels that are transposed together: planes of the output that share few sets of the first-level cache."""
 
 
-@kernel
-def pack_weight(weight: Any, packed: Any, g0: int, c0: int, cw: int, og: int, begin: int, end: int) -> None:
-    """Set ``packed[g, panel, k*cw + c, lane] = weight[(g0+g)*og + o, c0 + c, k]`` with o = panel*lanes + lane.
-
-    A work item is one g and panel. `packed` [Gb, panels, K*cw, lanes] is 0 in the lanes beyond the last o.
-    """
-    panels, length, lanes = packed.shape[1:]
-    channels, K = weight.shape[1:]
-    for item in range(begin, end):
-        o = item % panels * lanes
-        rows = smaller(lanes, og - o)
-        if rows < lanes:
-            packed[item // panels, item % panels] = 0
-        start = (((g0 + item // panels) * og + o) * channels + c0) * K
-        transpose(weight, start, channels * K, rows, cw * K, packed, item * length * lanes, lanes, cw * lanes, K)
-
-
-@kernel
-def pack_weight_transposed(weight: Any, packed: Any, g0: int, c0: int, cw: int, begin: int, end: int) -> None:
-    """Set ``packed[g, panel, o, lane] = weight[(g0+g)*og + o, c0 + c, k]`` with k*cw + c = panel*lanes + lane.
-
-    A work item is one g and o. `packed` [Gb, panels, og, lanes] is 0 in the lanes beyond the last (k, c).
-    """
-    panels, og, lanes = packed.shape[1:]
-    K = weight.shape[2]
-    for item in range(begin, end):
-        g = item // og
-        o = item % og
-        c = k = 0
-        for panel in range(panels):
-            for lane in range(lanes):
-                packed[g, panel, o, lane] = weight[(g0 + g) * og + o, c0 + c, k] if k < K else 0
-                c += 1
-                if c == cw:
-                    c = 0
-                    k += 1
-
-
-@kernel
-def unpack_weight(gradient: Any, weight: Any, g0: int, c0: int, cw: int, og: int, begin: int, end: int) -> None:
-    """Set ``weight[(g0+g)*og + o, c0 + c, k] = gradient[g, o, k*cw + c]``; a work item is one g and o."""
-    K = weight.shape[2]
-    for item in range(begin, end):
-        g = item // og
-        o = item % og
-        for c in range(cw):
-            for k in range(K):
-                weight[(g0 + g) * og + o, c0 + c, k] = gradient[g, o, k * cw + c]
-
-
 @inner()
 def _strip_length(sizes: Any, p: int, last: int) -> Any:
     """Return the length of the strip of output pixels that starts at p and ends before `last`."""
@@ -167,7 +117,7 @@ def output_tile(
     Parameters
     ----------
     packed : array [Gb, panels, K*cw, lanes]
-        From `pack_weight`.
+        From `transpose_loops.pack_weight`.
     bias : array [O]
     out : array [n, O, oh*ow]
     tile : int
@@ -240,7 +190,7 @@ def column_gradients(
     grad_out : array [n*oh*ow, O]
         Channels-last.
     packed : array [Gb, panels, og, lanes]
-        From `pack_weight_transposed`.
+        ``packed[g, panel, o, lane] = weight[(g0+g)*og + o, c0 + c, k]`` with k*cw + c = panel*lanes + lane, or 0.
     gradients : array
         Has rows for `last - first` rounded up to ROWS.
     """

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from dcnops._backends.cpu import deform_roi_pool_loops as loops
-from dcnops._backends.cpu import transpose_loops
 from dcnops._backends.cpu.arrays import (
     CHANNELS_PER_THREAD,
     Array,
@@ -21,10 +20,10 @@ from dcnops._backends.cpu.arrays import (
     compute_dtype,
     loop_array,
     rounded,
-    strip_count,
 )
 from dcnops._backends.cpu.compiled import quiet
 from dcnops._backends.cpu.threads import PIECES_PER_THREAD, parallel
+from dcnops._backends.cpu.transpose_loops import from_channels_last, to_channels_last
 from dcnops._errors import ArgumentError
 from dcnops._explain import LOGGER
 from dcnops._shapes import DeformRoIPoolGeometry
@@ -114,7 +113,7 @@ def deform_roi_pool_backward(
         last = min(first + span, g.R)
         part = loop_array(grad_out[first:last], arguments.dtype, last - first, g.C, g.bins)
         gradient = aligned_empty((last - first, g.bins, g.C), arguments.dtype)
-        parallel(transpose_loops.to_channels_last, strip_count(last - first, g.bins), part, gradient)
+        parallel(*to_channels_last(part, gradient))
         if image is not None:
             parallel(
                 loops.sampling_gradients, (last - first) * g.P,
@@ -133,7 +132,7 @@ def deform_roi_pool_backward(
     if grad_image is not None:
         results["input"] = np.empty(input.shape, input.dtype)
         target = StagedResult(results["input"], arguments.dtype)
-        parallel(transpose_loops.from_channels_last, strip_count(g.N, g.H * g.W), grad_image, target.array, 0)
+        parallel(*from_channels_last(grad_image, target.array, 0))
         target.store()
     if "offset" in needs and offset is not None:
         results["offset"] = rounded(grad_offset, offset.dtype).reshape(offset.shape)
@@ -178,7 +177,7 @@ def _channels_last(arguments: _LoopArguments, input: Array) -> Array:
     image = aligned_empty((g.N, g.H * g.W + 1, g.C), arguments.dtype)
     image[:, -1] = 0
     source = loop_array(input, arguments.dtype, g.N, g.C, g.H * g.W)
-    parallel(transpose_loops.to_channels_last, strip_count(g.N, g.H * g.W), source, image)
+    parallel(*to_channels_last(source, image))
     return image
 
 
