@@ -1,20 +1,21 @@
 """Launches and scratch memory of a call, counted without a GPU: `python -m benchmarks.accounting`.
 
 The launch plans are recorded for arrays without memory. The command prints the kernel launches, matrix products, fills
-and scratch memory of a modulated convolution for the layers of a ResNet-50 at 800x1333.
+and scratch memory of a modulated convolution for the layers of a ResNet-50 at 800x1333, and for the shapes of other
+networks in the benchmark.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from benchmarks.deform_conv2d import TAPS
+from benchmarks.deform_conv2d import OTHER_SHAPES, TAPS
 from benchmarks.ms_deform_attn import CHANNELS, HEADS, levels_and_points
 from benchmarks.operations import Case
 from benchmarks.report import markdown
@@ -94,13 +95,14 @@ def _conv(case: Case, direction: str) -> tuple[Any, ...]:
     is_nhwc = case.layout == "NHWC"
     input = grad_out = ArrayForm((N, C, H, W), dtype, is_nhwc)
     # The offsets are a part of the branch's output; the mask, the sigmoid of the other part, is a new array.
-    channels = 3 * TAPS
+    taps = TAPS * case.deformable_groups
+    channels = 3 * taps
     elements = (channels * H * W, 1, channels * W, channels) if is_nhwc else (channels * H * W, H * W, W, 1)
     is_strided = N > 1 or is_nhwc
     strides = tuple(dtype.itemsize * stride for stride in elements) if is_strided else None
-    offset = ArrayForm((N, 2 * TAPS, H, W), dtype, strides=strides)
-    mask = ArrayForm((N, TAPS, H, W), dtype, is_nhwc)
-    weight, bias = ArrayForm((C, C, 3, 3), dtype), ArrayForm((C,), dtype)
+    offset = ArrayForm((N, 2 * taps, H, W), dtype, strides=strides)
+    mask = ArrayForm((N, taps, H, W), dtype, is_nhwc)
+    weight, bias = ArrayForm((C, C // case.groups, 3, 3), dtype), ArrayForm((C,), dtype)
     geometry = DeformConvGeometry.of(input, offset, weight, bias, mask, stride=1, padding=1, dilation=1)
     arithmetic = case.products, get_workspace()
     if direction == "forward":
@@ -157,10 +159,12 @@ def _numpy_dtype(name: str) -> Any:
 
 
 def main() -> int:
+    layers = {name: Case("cuda", shape) for name, shape in LAYERS.items()}
+    layers |= {f"{case.label}, {case.grouping}".rstrip(", "): replace(case, device="cuda") for case in OTHER_SHAPES}
     for direction in ("forward", "backward"):
         lines = [["layer", "batch", "data", "layout", "kernels", "products", "fills", "scratch, MiB", "columns, MiB"]]
-        for name, N, dtype, layout in itertools.product(LAYERS, (1, 8, 16), ("float16", "float32"), ("NCHW", "NHWC")):
-            case = Case("cuda", LAYERS[name], N, dtype, layout=layout)
+        for name, N, dtype, layout in itertools.product(layers, (1, 8, 16), ("float16", "float32"), ("NCHW", "NHWC")):
+            case = replace(layers[name], N=N, dtype=dtype, layout=layout)
             found = account(case, direction)
             C, H, W = case.shape
             column_bytes = N * H * W * TAPS * C * np.dtype(dtype).itemsize

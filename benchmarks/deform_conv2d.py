@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -120,14 +121,14 @@ def _gpu_variants() -> list[dict[str, Any]]:
     ]
 
 
-CPU_CASES = (
+OTHER_SHAPES = (
     Case("cpu", (64, 128, 128), deformable_groups=8),  # EDVR
     Case("cpu", (128, 64, 64), deformable_groups=16),  # BasicVSR++, ProPainter
     Case("cpu", (128, 48, 48), deformable_groups=128),
     Case("cpu", (256, 14, 14)),
     Case("cpu", (256, 50, 84), groups=32),  # ResNeXt
-    Case("cpu", (512, 25, 42), N=8),
 )
+"""Shapes outside the usual ResNet."""
 
 OPERATION = Operation(
     name="deform_conv2d",
@@ -139,7 +140,11 @@ OPERATION = Operation(
     contenders=conv_contenders,
     expected=expected,
     columns=(OURS, PEER, PLAIN),
-    cpu_cases=CPU_CASES,
+    other_cases=[
+        *OTHER_SHAPES,
+        Case("cpu", (512, 25, 42), N=8),
+        *(replace(case, device="cuda", dtype="float16", spread=2.0, N=N) for N in (1, 8) for case in OTHER_SHAPES),
+    ],
     column_bytes=_column_bytes,
     work=_work,
 )

@@ -52,8 +52,8 @@ def cases(operation: Operation, device: str, shapes: Sequence[tuple[int, ...]] |
     for variant in [{}] if device == "cpu" else operation.gpu_variants:
         for shape in operation.shapes if shapes is None else shapes:
             yield Case(device, shape, **variant)
-    if device == "cpu" and shapes is None:
-        yield from operation.cpu_cases
+    if shapes is None:
+        yield from (case for case in operation.other_cases if case.device == device)
 
 
 def measure(

@@ -55,10 +55,15 @@ class Case:
             self.layout if self.layout != "NCHW" else "",
             f"spread {self.spread:g}" if self.spread != 1 else "",
             "deterministic" if self.deterministic else "",
-            f"{self.groups} weight groups" if self.groups != 1 else "",
-            f"{self.deformable_groups} deformable groups" if self.deformable_groups != 1 else "",
+            self.grouping,
         ]
         return ", ".join(filter(None, parts))
+
+    @property
+    def grouping(self) -> str:
+        """Groups of a convolution, if there are several."""
+        kinds = {"weight": self.groups, "deformable": self.deformable_groups}
+        return ", ".join(f"{count} {kind} groups" for kind, count in kinds.items() if count != 1)
 
     @property
     def title(self) -> str:
@@ -108,8 +113,8 @@ class Operation:
     """
     columns: Sequence[str]
     """Names of all contenders, in the order of the table."""
-    cpu_cases: Sequence[Case] = ()
-    """Cases on a CPU besides those of `shapes`."""
+    other_cases: Sequence[Case] = ()
+    """Cases on a CPU or GPU besides those of `shapes`."""
     column_bytes: Callable[[Case], int | None] = lambda case: None
     """Return the size of an im2col buffer of one image, if the operation has one."""
     work: Callable[[Case], tuple[float, float] | None] = lambda case: None

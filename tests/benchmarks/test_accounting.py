@@ -83,6 +83,17 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str], monkeypa
     assert accounting.main() == 0
     printed = capsys.readouterr().out
     assert printed.count("conv4") == 24 and "backward" in printed
+    assert printed.count("128x64x64, 16 deformable groups |") == 24
+
+
+def test_groups_count():
+    """Offsets of several groups take memory, and weight groups share a product's filters."""
+    (one, deformable, grouped) = (
+        account(Case("cuda", (128, 64, 64), 1, "float16", **groups), "backward")
+        for groups in ({}, {"deformable_groups": 16}, {"groups": 4})
+    )
+    assert "scatter" in "".join(deformable.kernels) and "scatter" not in "".join(one.kernels)
+    assert grouped.scratch_bytes < one.scratch_bytes
 
 
 @pytest.mark.parametrize("name", ["ms_deform_attn", "deform_aggregate"])

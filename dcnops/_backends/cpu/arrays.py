@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dcnops._backends.cpu.compiled import CACHE_LINE
 from dcnops._backends.cpu.transpose_loops import STRIP
 from dcnops._dtypes import DTYPES
 
@@ -15,8 +16,6 @@ Array = npt.NDArray[Any]
 
 CHANNELS_PER_THREAD = 16
 """Minimum number of channels for a thread that owns channels: a cache line of float32."""
-
-_CACHE_LINE = 64
 
 
 def compute_dtype(array: Array) -> np.dtype[Any]:
@@ -59,8 +58,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     No vector then crosses a line, and threads that own different channels share none.
     """
     size = math.prod(shape) * dtype.itemsize
-    buffer = np.empty(size + _CACHE_LINE, np.uint8)
-    start = -buffer.ctypes.data % _CACHE_LINE
+    buffer = np.empty(size + CACHE_LINE, np.uint8)
+    start = -buffer.ctypes.data % CACHE_LINE
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 

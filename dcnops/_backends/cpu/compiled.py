@@ -27,7 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 hold_in_forks(global_compiler_lock)
 
 _ANNOUNCE_SECONDS = 1.0
-_CACHE_LINE = 64  # bytes
+CACHE_LINE = 64  # bytes
 
 INTERPRETED: bool = bool(numba.config.DISABLE_JIT)
 """True if NUMBA_DISABLE_JIT is set: the loops run as Python functions."""
@@ -149,16 +149,21 @@ def larger(typing_context: Any, a: Any, b: Any) -> Any:
     return types.intp(types.intp, types.intp), generate
 
 
+def generate_prefetch(builder: Any, pointer: Any) -> None:
+    """Generate code that begins to load a cache line. The address may be invalid."""
+    address = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+    integer = ir.IntType(32)
+    function_type = ir.FunctionType(ir.VoidType(), [address.type, integer, integer, integer])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [address.type], function_type)
+    read, into_all_caches, data_cache = integer(0), integer(3), integer(1)
+    builder.call(function, [address, read, into_all_caches, data_cache])
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        pointer = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
-        integer = ir.IntType(32)
-        function_type = ir.FunctionType(ir.VoidType(), [pointer.type, integer, integer, integer])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], function_type)
-        read, into_all_caches, data_cache = integer(0), integer(3), integer(1)
-        builder.call(function, [pointer, read, into_all_caches, data_cache])
+        generate_prefetch(builder, builder.gep(data, [args[1]]))
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate
@@ -167,7 +172,7 @@ def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
 @inner()
 def prefetch(array: Any, first: int, count: int) -> None:
     """Begin to load `count` elements of a contiguous 1-D array, which a loop will read at addresses known late."""
-    for i in range(first, first + count, _CACHE_LINE // array.itemsize):
+    for i in range(first, first + count, CACHE_LINE // array.itemsize):
         _prefetch(array, i)
 
 

@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from dcnops._backends.cpu.compiled import INTERPRETED
+from dcnops._backends.cpu.compiled import CACHE_LINE, INTERPRETED, generate_prefetch
 from dcnops._backends.cpu.vectors import STRIP, VECTOR_BYTES, broadcast
 
 
@@ -133,7 +133,8 @@ def locate_strip(
     """Locate the sampling points (base_y + offset_y, base_x + t*step_x + offset_x) for ``0 <= t < count``.
 
     Write `corners` [8, STRIP] and, to `weights` [7, STRIP], the weights of the four corners, ly, lx and the mask, which
-    is not read unless `modulated`. Elements beyond `count` are undefined. See `_locate_samples`.
+    is not read unless `modulated`. Elements beyond `count` are undefined. The offsets and mask of the next strip are
+    prefetched, which with many groups come from more pages than a CPU follows. See `_locate_samples`.
     """
     integer = types.intp
 
@@ -186,6 +187,9 @@ def locate_strip(
         first_dy = start(offset, signature.args[0], offset_y_start)
         first_dx = start(offset, signature.args[0], offset_x_start)
         first_modulation = start(mask, signature.args[3], mask_start)
+        for first in (first_dy, first_dx, first_modulation):
+            for element in range(0, STRIP, CACHE_LINE // itemsize):
+                generate_prefetch(builder, builder.gep(first, [builder.add(count, index(element))]))
         all_modulated = broadcast(builder, modulated, selection)
         ones = ir.Constant(reals, [1.0] * lanes)
         rows, columns = (real(H), pixel(H)), (real(W), pixel(W))
