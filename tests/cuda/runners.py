@@ -10,20 +10,18 @@ from tests.conftest import EmulatedRunner
 
 
 class Recorder(EmulatedRunner):
-    """Runner that records every launch."""
+    """Runner that records every launch. Nothing is compiled or computed, and results are undefined."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.programs = None  # every launch once
         self.launches: list[tuple[Any, ...]] = []
         self.params: list[Any] = []
-        compiled = self.engine.kernel
+        _compute_nothing(self)
 
         def recorded(unit, kernel, macros):
             def launch(grid, block, shared_bytes, params):
                 self.launches.append((unit, kernel, dict(macros), grid, block, shared_bytes))
                 self.params.append(type(params).from_buffer_copy(params))
-                compiled(unit, kernel, macros)(grid, block, shared_bytes, params)
 
             return launch
 
@@ -31,9 +29,9 @@ class Recorder(EmulatedRunner):
 
 
 def allocations(runner: EmulatedRunner) -> list[int]:
-    """Return a list that receives the bytes of each allocation of the runner's engine."""
+    """Return a list that receives the bytes of each allocation of the runner's engine, which computes nothing."""
     sizes: list[int] = []
-    runner.programs = None
+    _compute_nothing(runner)
     empty = runner.engine.xp.empty
 
     def record(shape: Any, dtype: Any = float) -> np.ndarray:
@@ -43,6 +41,12 @@ def allocations(runner: EmulatedRunner) -> list[int]:
 
     runner.engine.xp.empty = record
     return sizes
+
+
+def _compute_nothing(runner: EmulatedRunner) -> None:
+    runner.programs = None  # every launch once
+    runner.engine._compile = lambda *options: lambda *launch: None
+    runner.engine._matmul = lambda *matrices: None
 
 
 def broken(old: str, new: str, **options: Any) -> EmulatedRunner:

@@ -102,17 +102,24 @@ def test_plain_tensors_take_the_short_way(name: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_opcheck():
-    tensors, namespace, ones = attention_tensors(), torch.ops.dcnops, [True] * 3
+@pytest.mark.parametrize("second", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_opcheck(second: bool):
+    """Check all operators, and the derivatives of the backward operators if `second`, which are slow to trace."""
+
+    def check_backward(operator: Any, grad_out: Tensor, arguments: tuple[Any, ...]) -> None:
+        plain = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
+        torch.library.opcheck(operator, (grad_out, *(arguments if second else plain), [True] * 3))
+
+    tensors, namespace = attention_tensors(), torch.ops.dcnops
     for shapes, numbers in ((SHAPES_TENSOR, []), (None, [6, 4, 3, 2])):
         arguments = (tensors[0], shapes, *tensors[1:], numbers, list(POINTS), True)
         torch.library.opcheck(namespace.ms_deform_attn.default, arguments)
     grad_out = torch.randn(2, 5, 6, dtype=torch.float64)
-    torch.library.opcheck(namespace.ms_deform_attn_backward.default, (grad_out, *arguments, ones))
+    check_backward(namespace.ms_deform_attn_backward.default, grad_out, arguments)
     arguments = (*aggregate_tensors(packed=True), None, 2, [3, 1], [1, 2], [1, 0], [1, 1], 0.7, False)
     torch.library.opcheck(namespace.deform_aggregate.default, arguments)
     grad_out = torch.randn(2, 4, 3, 6, dtype=torch.float64)
-    torch.library.opcheck(namespace.deform_aggregate_backward.default, (grad_out, *arguments, ones))
+    check_backward(namespace.deform_aggregate_backward.default, grad_out, arguments)
 
 
 @each_call
