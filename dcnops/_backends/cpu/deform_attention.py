@@ -20,7 +20,6 @@ from dcnops._backends.cpu.threads import parallel, serial_if_small
 from dcnops._explain import LOGGER
 from dcnops._threads import threads_of_call
 
-
 _PIXELS_PER_SCATTERED_QUERY = 8
 """From this number of pixels per query on, loading the pixels early gains time, as in the decoder of a detector."""
 

@@ -26,7 +26,7 @@ from dcnops._backends.cpu.arrays import (
     strip_count,
 )
 from dcnops._backends.cpu.compiled import quiet
-from dcnops._backends.cpu.threads import PIECES_PER_THREAD, parallel, serial_if_small
+from dcnops._backends.cpu.threads import PIECES_PER_THREAD, parallel, parallel_jobs, serial_if_small
 from dcnops._explain import LOGGER
 from dcnops._shapes import DeformConvGeometry
 from dcnops._threads import threads_of_call
@@ -34,8 +34,10 @@ from dcnops._threads import threads_of_call
 # Tuned for 2 MB of L2 cache per core. Halving or doubling a value changes little.
 _BLOCK_CHANNELS = 128
 _LEAST_BLOCK_CHANNELS = 32
+_SMALL_IMAGE_BYTES = 2**20
 _TILE_PIXELS = 16 * vectors.ROWS
 _TILE_BYTES = 2**19
+_SMALL_COLUMN_BYTES = _TILE_BYTES // (_TILE_PIXELS // 2)
 _SPAN_BYTES = 2**23
 _CHUNK_PIXELS = 2048
 
@@ -108,14 +110,13 @@ def _sample_scratch(chunk: _Chunk) -> tuple[Array, Array]:
     return aligned_empty((8 * taps,), np.dtype(np.int32)), aligned_empty((11 * taps,), chunk.dtype)
 
 
-def _channels_last(chunk: _Chunk, block: _Block) -> Array:
-    """Copy a block to [n, H*W + 1, width], with a zero pixel at the end of each image."""
+def _channels_last(chunk: _Chunk, block: _Block) -> tuple[Array, tuple[Any, ...]]:
+    """Return a copy [n, H*W + 1, width] of a block, and the job that fills it except for a zero pixel at each end."""
     count, extent = len(chunk.input), chunk.geometry.H * chunk.geometry.W
     source = loop_array(chunk.input[:, block.c0 : block.c0 + block.width], chunk.dtype, count, block.width, extent)
     image = aligned_empty((count, extent + 1, block.width), chunk.dtype)
     image[:, extent] = 0
-    parallel(transpose_loops.to_channels_last, strip_count(count, extent), source, image)
-    return image
+    return image, (transpose_loops.to_channels_last, strip_count(count, extent), source, image)
 
 
 def _chunks(
@@ -155,16 +156,26 @@ def deform_conv2d(
     """Compute a deformable convolution. See `dcnops.deform_conv2d`; the precision is always "ieee"."""
     g = geometry
     out = np.empty(g.output_shape, input.dtype)
-    # At most half of the channels if that is enough to vectorise, so that the copies stay small compared to the image.
-    limit = max(_LEAST_BLOCK_CHANNELS, min(_BLOCK_CHANNELS, g.C // 2))
     with serial_if_small(_multiply_adds(g)):
         for images, chunk in _chunks(geometry, input, offset, weight, mask):
             chunk_bias = np.zeros(g.O, chunk.dtype) if bias is None else loop_array(bias, chunk.dtype, g.O)
             target = StagedResult(out[images], chunk.dtype)
-            for block in _blocks(geometry, limit):
+            for block in _blocks(geometry, _forward_channels(g, chunk.dtype.itemsize)):
                 _add_block_output(chunk, block, chunk_bias, target.array)
             target.store()
     return out
+
+
+def _forward_channels(geometry: DeformConvGeometry, itemsize: int) -> int:
+    """Return the maximum number of channels in a block of the forward pass.
+
+    Sampling points are located again for each block. All the same, blocks of large images contain at most half of the
+    channels if that is enough to vectorise, so that the copies stay small compared to the images.
+    """
+    g = geometry
+    if g.C * g.H * g.W * itemsize <= _SMALL_IMAGE_BYTES and g.C * g.K * itemsize <= _SMALL_COLUMN_BYTES:
+        return g.C
+    return max(_LEAST_BLOCK_CHANNELS, min(_BLOCK_CHANNELS, g.C // 2))
 
 
 def _multiply_adds(geometry: DeformConvGeometry) -> int:
@@ -179,9 +190,11 @@ def _add_block_output(chunk: _Chunk, block: _Block, bias: Array, out: Array) -> 
     og = chunk.geometry.O // chunk.geometry.G
     panels = -(-og // lanes)
     length = chunk.geometry.K * block.cw
-    image = _channels_last(chunk, block)
+    image, copying = _channels_last(chunk, block)
     packed = aligned_empty((block.Gb, panels, length, lanes), dtype)
-    parallel(loops.pack_weight, block.Gb * panels, chunk.weight, packed, block.g0, block.group_c0, block.cw, og)
+    parallel_jobs(
+        (loops.pack_weight, block.Gb * panels, chunk.weight, packed, block.g0, block.group_c0, block.cw, og), copying
+    )
     tile = _choose_tile(chunk.pixels, block.Gb * (length + panels * lanes) * dtype.itemsize)
     LOGGER.debug(
         "%d channels, %d pixels in tiles of %d, %d threads", block.width, chunk.pixels, tile, threads_of_call()
@@ -311,17 +324,22 @@ def _add_block_gradients(
     gradients = columns = none
     grad_offset, grad_mask = targets.get("offset", none), targets.get("mask", none)
     samples_needed = grad_weight is not None or "offset" in targets
+    jobs = []
     if samples_needed:
-        image = _channels_last(chunk, block)
+        image, copying = _channels_last(chunk, block)
+        jobs.append(copying)
     if grad_weight is not None:
         columns = aligned_empty((block.Gb, span, (panels | 1) * lanes), dtype)
     if grad_rows is not None:
         gradients = aligned_empty((block.Gb, span, (panels | 1) * lanes), dtype)
         packed = aligned_empty((block.Gb, panels, og, lanes), dtype)
-        parallel(loops.pack_weight_transposed, block.Gb * og, chunk.weight, packed, block.g0, block.group_c0, block.cw)
+        jobs.append(
+            (loops.pack_weight_transposed, block.Gb * og, chunk.weight, packed, block.g0, block.group_c0, block.cw)
+        )
     if "input" in targets:
         grad_image = aligned_empty((len(chunk.input), g.H * g.W + 1, block.width), dtype)
-        parallel(lambda begin, end: grad_image[:, begin:end].fill(0), g.H * g.W + 1)
+        jobs.append((lambda begin, end: grad_image[:, begin:end].fill(0), g.H * g.W + 1))
+    parallel_jobs(*jobs)
 
     def fill_tiles(first: int, last: int, samples: tuple[Array, Array], begin: int, end: int) -> None:
         if grad_rows is not None:

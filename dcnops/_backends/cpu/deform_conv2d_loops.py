@@ -33,7 +33,19 @@ from typing import Any
 
 from dcnops._backends.cpu.compiled import inner, kernel, larger, smaller
 from dcnops._backends.cpu.locate_strip import locate_strip
-from dcnops._backends.cpu.vectors import DEPTH, ROWS, STRIP, blend_strip, dot_strip, scatter_strip, tile_product
+from dcnops._backends.cpu.vectors import (
+    DEPTH,
+    ROWS,
+    STRIP,
+    blend_strip,
+    dot_strip,
+    scatter_strip,
+    tile_product,
+    transpose,
+)
+
+OUTPUTS = 16
+"""Output channels that are transposed together: planes of the output that share few sets of the first-level cache."""
 
 
 @kernel
@@ -42,17 +54,15 @@ def pack_weight(weight: Any, packed: Any, g0: int, c0: int, cw: int, og: int, be
 
     A work item is one g and panel. `packed` [Gb, panels, K*cw, lanes] is 0 in the lanes beyond the last o.
     """
-    panels, _, lanes = packed.shape[1:]
-    K = weight.shape[2]
+    panels, length, lanes = packed.shape[1:]
+    channels, K = weight.shape[1:]
     for item in range(begin, end):
-        g = item // panels
-        panel = item % panels
-        for first in range(0, cw, 16):  # so few channels of all lanes stay in the first-level cache
-            for lane in range(lanes):
-                o = panel * lanes + lane
-                for c in range(first, smaller(first + 16, cw)):
-                    for k in range(K):
-                        packed[g, panel, k * cw + c, lane] = weight[(g0 + g) * og + o, c0 + c, k] if o < og else 0
+        o = item % panels * lanes
+        rows = smaller(lanes, og - o)
+        if rows < lanes:
+            packed[item // panels, item % panels] = 0
+        start = (((g0 + item // panels) * og + o) * channels + c0) * K
+        transpose(weight, start, channels * K, rows, cw * K, packed, item * length * lanes, lanes, cw * lanes, K)
 
 
 @kernel
@@ -165,9 +175,10 @@ def output_tile(
     columns : array [Gb, tile, K*cw], products : array [Gb, tile, panels*lanes]
         Scratch memory of the thread.
     """
-    pixels = out.shape[2]
+    O, pixels = out.shape[1:]
     cd = sizes[11]
     Gb, panels, length, lanes = packed.shape
+    stride = panels * lanes
     for item in range(begin, end):
         first = item * tile
         last = smaller(first + tile, out.shape[0] * pixels)
@@ -181,26 +192,40 @@ def output_tile(
                 _fill_columns(image, samples, columns, q - first, c0, cd, cw, d, n, count)
             q += count
         for g in range(Gb):
+            q = first
+            while q < last:
+                n = q // pixels
+                count = smaller(last - q, (n + 1) * pixels - q)
+                if add:
+                    for o in range(0, og, OUTPUTS):
+                        transpose(
+                            out, (n * O + o0 + g * og + o) * pixels + q - n * pixels, pixels,
+                            smaller(OUTPUTS, og - o), count,
+                            products, (g * tile + q - first) * stride + o, stride, 0, 1,
+                        )  # fmt: skip
+                else:
+                    for row in range(q - first, q - first + count):
+                        for o in range(og):
+                            products[g, row, o] = bias[o0 + g * og + o]
+                q += count
             for k in range(0, length, DEPTH):
                 for panel in range(panels):
                     for row in range(0, last - first, ROWS):
                         tile_product(
                             columns, (g * tile + row) * length + k, length, 1, last - first - row,
                             packed, ((g * panels + panel) * length + k) * lanes, lanes,
-                            products, ((g * tile + row) * panels + panel) * lanes, panels * lanes,
-                            smaller(DEPTH, length - k), k > 0,
+                            products, (g * tile + row) * stride + panel * lanes, stride,
+                            smaller(DEPTH, length - k), True,
                         )  # fmt: skip
             q = first
             while q < last:
                 n = q // pixels
-                p = q - n * pixels
-                count = smaller(smaller(16, last - q), pixels - p)
-                for o1 in range(0, og, 16):
-                    for o in range(o1, smaller(o1 + 16, og)):
-                        row = out[n, o0 + g * og + o, p : p + count]
-                        first_term = bias[o0 + g * og + o]
-                        for i in range(count):
-                            row[i] = (row[i] if add else first_term) + products[g, q - first + i, o]
+                count = smaller(last - q, (n + 1) * pixels - q)
+                for o in range(0, og, OUTPUTS):
+                    transpose(
+                        products, (g * tile + q - first) * stride + o, stride, count, smaller(OUTPUTS, og - o),
+                        out, (n * O + o0 + g * og + o) * pixels + q - n * pixels, pixels, 0, 1,
+                    )  # fmt: skip
                 q += count
 
 

@@ -215,3 +215,15 @@ def parallel(
         buffers = scratch()
         for begin in range(0, items, size):
             kernel(*args, *buffers, begin, min(begin + size, items))
+
+
+def parallel_jobs(*jobs: tuple[Any, ...]) -> None:
+    """Call `parallel` for independent loops ``(kernel, items, *args)`` at once, so that threads are woken only once."""
+
+    def run(begin: int, end: int) -> None:
+        for kernel, items, *args in jobs:
+            if begin < items and end > 0:
+                kernel(*args, max(begin, 0), min(end, items))
+            begin, end = begin - items, end - items
+
+    parallel(run, sum(items for _, items, *_ in jobs))

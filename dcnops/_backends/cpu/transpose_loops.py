@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dcnops._backends.cpu.compiled import kernel, smaller
+from dcnops._backends.cpu.vectors import transpose
 
 STRIP = 32
 """Values of s per work item."""
@@ -25,10 +26,8 @@ def to_channels_last(source: Any, target: Any, begin: int, end: int) -> None:
         n = item // strips
         first = (item % strips) * STRIP
         last = smaller(first + STRIP, S)
-        for r0 in range(0, R, 16):
-            for r in range(r0, smaller(r0 + 16, R)):
-                for s in range(first, last):
-                    target[n, s, r] = source[n, r, s]
+        start = (n * target.shape[1] + first) * R
+        transpose(source, n * R * S + first, S, R, last - first, target, start, R, 0, 1)
 
 
 @kernel
@@ -47,7 +46,5 @@ def from_channels_last(source: Any, target: Any, c0: int, begin: int, end: int) 
         n = item // strips
         first = (item % strips) * STRIP
         last = smaller(first + STRIP, S)
-        for r0 in range(0, width, 16):
-            for r in range(r0, smaller(r0 + 16, width)):
-                for s in range(first, last):
-                    target[n, c0 + r, s] = source[n, s, r]
+        start = (n * target.shape[1] + c0) * S + first
+        transpose(source, (n * (S + 1) + first) * width, width, last - first, width, target, start, S, 0, 1)

@@ -1,4 +1,4 @@
-"""Inner loops of deformable convolution, generated as vector code.
+"""Inner loops, generated as vector code.
 
 LLVM compiles such loops badly if they are written in Python: it keeps no register tile of sums, and it leaves rows of
 few channels to scalar code. The functions take a row as an array and the position of the row's first element, because
@@ -352,6 +352,88 @@ def _shuffled(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def transpose(
+    typing_context: Any, source: Any, source_start: Any, source_row: Any, rows: Any, columns: Any, target: Any,
+    target_start: Any, outer: Any, inner: Any, period: Any,
+) -> Any:  # fmt: skip
+    """Copy rows of `source` to columns of `target`; full tiles are transposed in registers.
+
+    Set ``target[target_start + j//period*outer + j%period*inner + r] = source[source_start + r*source_row + j]`` for
+    ``0 <= r < rows`` and ``0 <= j < columns``.
+    """
+    integer = types.intp
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source_array, source_start, source_row, rows, columns, target_array, target_start, outer, inner, period = args
+        source = _Elements(context, builder, signature.args[0], source_array, source_start)
+        target = _Elements(context, builder, signature.args[5], target_array, target_start)
+        lanes, index = source.lanes, rows.type
+
+        def source_position(r: Any, j: Any) -> Any:
+            return builder.add(builder.mul(r, source_row), j)
+
+        def target_position(r: Any, quotient: Any, remainder: Any) -> Any:
+            return builder.add(builder.add(builder.mul(quotient, outer), builder.mul(remainder, inner)), r)
+
+        def copy_tile(r: Any, j: Any) -> None:
+            row_numbers = [builder.add(r, index(number)) for number in range(lanes)]
+            tile = _transposed(builder, [source.load(source_position(row, j), lanes) for row in row_numbers])
+            quotient, remainder = builder.udiv(j, period), builder.urem(j, period)
+            for vector in tile:
+                target.store(vector, target_position(r, quotient, remainder))
+                remainder = builder.add(remainder, index(1))
+                wraps = builder.icmp_signed("==", remainder, period)
+                quotient = builder.select(wraps, builder.add(quotient, index(1)), quotient)
+                remainder = builder.select(wraps, index(0), remainder)
+
+        def copy_edge(r: Any, j: Any, last_row: Any, last_column: Any) -> None:
+            with (
+                cgutils.for_range_slice(builder, r, last_row, index(1), index) as (row, _),
+                cgutils.for_range_slice(builder, j, last_column, index(1), index) as (column, _),
+            ):
+                position = target_position(row, builder.udiv(column, period), builder.urem(column, period))
+                target.store(source.load(source_position(row, column), 1), position)
+
+        with cgutils.for_range_slice(builder, index(0), rows, index(lanes), index) as (r, _):
+            last_row = builder.add(r, index(lanes))
+            with cgutils.for_range_slice(builder, index(0), columns, index(lanes), index) as (j, _):
+                last_column = builder.add(j, index(lanes))
+                is_full = builder.and_(
+                    builder.icmp_signed("<=", last_row, rows), builder.icmp_signed("<=", last_column, columns)
+                )
+                with builder.if_else(is_full, likely=True) as (full, edge):
+                    with full:
+                        copy_tile(r, j)
+                    with edge:
+                        copy_edge(r, j, _smaller(builder, last_row, rows), _smaller(builder, last_column, columns))
+        return context.get_dummy_value()
+
+    return types.void(source, integer, integer, integer, integer, target, *[integer] * 4), generate
+
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """Return the columns of a square tile: exchange its quarters, then the quarters of each quarter, and so on."""
+    half = len(rows) // 2
+    while half:
+        exchanged = list(rows)
+        for number, row in enumerate(rows):
+            if not number & half:
+                other = rows[number + half]
+                lanes = range(len(rows))
+                left = [lane if not lane & half else len(rows) + lane - half for lane in lanes]
+                right = [lane + half if not lane & half else len(rows) + lane for lane in lanes]
+                exchanged[number] = _shuffled(builder, row, other, left)
+                exchanged[number + half] = _shuffled(builder, row, other, right)
+        rows = exchanged
+        half //= 2
+    return rows
+
+
+def _smaller(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.icmp_signed("<", a, b), a, b)
+
+
 def _interpreted_strip(
     image: Any, image_start: int, width: int, corners: Any, corner_start: int, weights: Any, weight_start: int,
     columns: Any, column_start: int, row: int, count: int, channels: int,
@@ -381,8 +463,20 @@ def _interpreted_dot_strip(*args: Any) -> None:
         total += values @ column
 
 
+def _interpreted_transpose(
+    source: Any, source_start: int, source_row: int, rows: int, columns: int, target: Any, target_start: int,
+    outer: int, inner: int, period: int,
+) -> None:  # fmt: skip
+    """Compute `transpose` without the compiler."""
+    source, target = source.reshape(-1), target.reshape(-1)
+    for j in range(columns):
+        start = target_start + j // period * outer + j % period * inner
+        target[start : start + rows] = source[source_start + j :: source_row][:rows]
+
+
 if INTERPRETED:
     tile_product = _interpreted_tile_product
     blend_strip = _interpreted_blend_strip
     scatter_strip = _interpreted_scatter_strip
     dot_strip = _interpreted_dot_strip
+    transpose = _interpreted_transpose
