@@ -65,7 +65,8 @@ class GroundTruth:
             drawn[list(self.codes)] = True
             self._exclude(~drawn, f"{kept}without a usable segmentation")
             self._exclude(self._empty, f"{kept}with an empty mask")
-        self._exclude(~(sides >= MIN_SIDE), f"{kept}with a box of less than {MIN_SIDE} pixels on a side inside the image")
+        narrow = ~(sides >= MIN_SIDE)
+        self._exclude(narrow, f"{kept}with a box of less than {MIN_SIDE} pixels on a side inside the image")
 
     def pictures_to_train_on(self, *, negatives: bool) -> list[int]:
         """Return the indices of the pictures with targets, and with `negatives` of those without any annotation."""
