@@ -132,14 +132,17 @@ class CocoDataset(Dataset[Sample]):
         targets = np.flatnonzero(truth.trainable)
         targets = targets[np.argsort(truth.image[targets], kind="stable")]
         numbers = np.bincount(truth.image[targets], minlength=len(pictures))
+        labels, boxes, every_code = truth.label, truth.corners.astype(np.float32), truth.codes
+        points, spans = content.points, content.spans
+        del content, truth  # as much memory as the arrays below
         self._ends = np.concatenate([[0], np.cumsum(numbers[kept])])
-        self._labels = truth.label[targets]
-        self._boxes = truth.corners[targets].astype(np.float32)
-        self._points = content.points
-        self._point_spans = content.spans[targets]
-        codes = [truth.codes.get(index, b"") for index in targets.tolist()] if masks else []
-        self._codes = np.frombuffer(b"".join(codes), np.uint8)
-        self._code_ends = np.cumsum([0] + [len(code) for code in codes])
+        self._labels = labels[targets]
+        self._boxes = boxes[targets]
+        self._points = points
+        self._point_spans = spans[targets]
+        codes = [every_code.get(int(index), b"") for index in targets] if masks else []
+        self._codes = np.frombuffer(bytearray().join(codes), np.uint8)
+        self._code_ends = np.concatenate([[0], np.cumsum(np.fromiter(map(len, codes), np.int64))])
 
     def __len__(self) -> int:
         return len(self.image_ids)

@@ -57,7 +57,7 @@ class GroundTruth:
         self.corners[:, 2:] += self.corners[:, :2]
         for corner in (self.corners[:, :2], self.corners[:, 2:]):
             np.clip(corner, 0, size, out=corner)
-        sides = np.minimum(content.boxes[:, 2:], self.corners[:, 2:] - self.corners[:, :2])
+        sides = np.minimum(content.boxes[:, 2:], self.corners[:, 2:] - self.corners[:, :2]).min(1, initial=np.inf)
         self.trainable: Flags = self.counted & ~content.crowds
         kept = "kept for the evaluation only: {} annotations " if evaluated else "left out {} annotations "
         if masks:
@@ -65,7 +65,7 @@ class GroundTruth:
             drawn[list(self.codes)] = True
             self._exclude(~drawn, f"{kept}without a usable segmentation")
             self._exclude(self._empty, f"{kept}with an empty mask")
-        narrow = ~(sides.min(1, initial=np.inf) >= MIN_SIDE)
+        narrow = ~(sides >= MIN_SIDE)
         self._exclude(narrow, f"{kept}with a box of less than {MIN_SIDE} pixels on a side inside the image")
 
     def pictures_to_train_on(self, *, negatives: bool) -> list[int]:

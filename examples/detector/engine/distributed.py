@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..errors import UserError
 
@@ -43,19 +45,49 @@ def gather_lists(items: list[T]) -> list[T]:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """Call `make` in the main process and return a copy of its result, or raise its `UserError`, in all processes."""
+    """Call `make` in the main process and return its result, or raise its `UserError`, in all processes.
+
+    The other processes get a copy. Its arrays are sent from their memory and received in place, as a pickle of a large
+    data set would take its size twice in each process.
+    """
     if world_size() == 1:
         return make()
-    made: list[T | UserError | None] = [None]
+    made: T | UserError | None = None
+    arrays: list[memoryview] = []
+    shared: list[Any] = [None, None]  # the pickle, and the bytes of each array that it leaves out
     if is_main():
         try:
-            made = [make()]
+            made = make()
         except UserError as error:
-            made = [error]
-    dist.broadcast_object_list(made)
-    if isinstance(made[0], UserError):
-        raise made[0]
-    return cast("T", made[0])
+            made = error
+
+        def stays(item: pickle.PickleBuffer) -> bool:
+            memory = item.raw()
+            if memory.readonly or not memory.nbytes:
+                return True
+            arrays.append(memory)
+            return False
+
+        shared = [pickle.dumps(made, protocol=5, buffer_callback=stays), [array.nbytes for array in arrays]]
+    dist.broadcast_object_list(shared)
+    if not is_main():
+        arrays = [memoryview(bytearray(size)) for size in shared[1]]
+    for array in arrays:
+        _broadcast(torch.frombuffer(array, dtype=torch.uint8))
+    if not is_main():
+        made = pickle.loads(shared[0], buffers=arrays)
+    if isinstance(made, UserError):
+        raise made
+    return cast("T", made)
+
+
+def _broadcast(values: Tensor) -> None:
+    """Send a tensor on the CPU from the main process to the others, in place."""
+    on_gpu = dist.get_backend() == "nccl"
+    sent = values.cuda() if on_gpu else values
+    dist.broadcast(sent, 0)
+    if on_gpu and not is_main():
+        values.copy_(sent)
 
 
 @contextmanager

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
 from dcnops.detector.data import AspectRatioBatches, Batch, CocoDataset, load_batches
 from dcnops.detector.engine import Interrupted, Trainer, detect, rank, session, train, world_size
@@ -41,6 +43,26 @@ def message(function: Callable[[], object]) -> str:
     except (Interrupted, UserError) as error:
         return str(error)
     return "no error"
+
+
+def share_arrays() -> tuple[list[list[float]], int]:
+    """Return arrays of the first process, and the bytes of the pickle that was sent with them."""
+    sizes, send = [], dist.broadcast_object_list
+
+    def counted(shared: list[Any]) -> None:
+        send(shared)
+        sizes.append(len(shared[0]))
+
+    def make() -> list[np.ndarray]:
+        frozen = np.arange(2.0)
+        frozen.flags.writeable = False
+        return [np.arange(10000.0), np.arange(6.0)[::2], np.zeros(0), frozen]
+
+    dist.broadcast_object_list = counted
+    arrays = from_main(make)
+    dist.broadcast_object_list = send
+    arrays[0] += 1  # a copy can be changed
+    return [array.tolist() for array in arrays], sizes[0]
 
 
 def main(folder: Path) -> None:
@@ -82,6 +104,7 @@ def main(folder: Path) -> None:
                 "trained": trained.state_dict(),
                 "results": results,
                 "shares": shares,
+                "arrays": share_arrays(),
                 "made": gather_lists(made),
                 "refused": message(lambda: from_main(lambda: dataset(folder / "nothing"))),
                 "evaluated": metrics is not None,
