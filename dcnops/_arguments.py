@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from dcnops._errors import ArgumentError
 from dcnops._layout import LAYOUTS, Layout
 
@@ -178,7 +180,7 @@ def as_integer(value: object) -> int | None:
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        return None
+        return int(value) if isinstance(value, np.bool_) else None  # which has no index, unlike bool
 
 
 def _number(value: object) -> float | None:

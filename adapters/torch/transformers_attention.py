@@ -103,7 +103,8 @@ def replace_attention(model: nn.Module) -> None:
     """
     is_found = False
     for module in model.modules():
-        namespace = vars(sys.modules[type(module).__module__])
+        # The module of a class made by exec, or in a notebook that was restarted, may not be there.
+        namespace: dict[str, Any] = getattr(sys.modules.get(type(module).__module__), "__dict__", {})
         if type(module) is namespace.get("MultiScaleDeformableAttention"):
             module.forward = MethodType(MultiScaleDeformableAttention.forward, module)
             is_found = True

@@ -98,7 +98,7 @@ def test_finite_differences(run, packed: bool, name: str):
 
 
 @pytest.mark.parametrize(
-    ("remove_center", "weights"), [(False, (1, 2, 3, 4, 5, 6, 7, 8, 9)), (True, (1, 2, 3, 4, 6, 7, 8, 9))]
+    ("remove_center", "weights"), [(False, (1, 2, 3, 4, 5, 6, 7, 8, 9)), (np.True_, (1, 2, 3, 4, 6, 7, 8, 9))]
 )
 def test_taps_run_down_the_columns(run, remove_center: bool, weights: Any):
     """The weights pick the pixels of a 3 x 3 image that holds the number of the tap."""

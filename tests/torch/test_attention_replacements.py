@@ -158,8 +158,10 @@ def test_models_of_transformers(monkeypatch: pytest.MonkeyPatch):
         torch.testing.assert_close(output, wanted)
     assert calls == [None, None, [3, 2], [3, 2]]
     assert torch.equal(model.ms_deformable_attn_core(value, SHAPES, *flat, [3, 2], "discrete"), value.sum())
-    with pytest.raises(ArgumentError, match="model must have a multi-scale deformable attention of transformers, got"):
-        transformers_attention.replace_attention(torch.nn.Linear(1, 1).eval())
+    unknown = type("Unknown", (torch.nn.Identity,), {"__module__": "not.imported"})()
+    for other in (torch.nn.Linear(1, 1).eval(), unknown):
+        with pytest.raises(ArgumentError, match="model must have a multi-scale deformable attention of transformers"):
+            transformers_attention.replace_attention(other)
 
 
 def test_the_layer_meets_the_rules_of_the_package_kernels():
