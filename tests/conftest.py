@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,11 @@ from dcnops._shapes import DeformRoIPoolGeometry
 from tests.cases import Case
 from tests.cuda.emulator import host_engine
 from tests.cuda.emulator.host_engine import prepare_program
+
+# make clean deletes it. In the system's temporary folder, torch's default, it would stay.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "torchinductor")
+)
 
 settings.register_profile(
     "default",

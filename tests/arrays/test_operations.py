@@ -51,6 +51,7 @@ def test_equals_the_reference(run, operation: str, data: st.DataObject):
     assert_correct(run, data.draw(CASES[operation](dtypes=("float32", "float64"))))
 
 
+@pytest.mark.slow
 @each_operation
 @given(data=st.data())
 def test_equals_the_reference_in_16_bits(run, operation: str, data: st.DataObject):

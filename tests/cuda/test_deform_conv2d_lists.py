@@ -86,6 +86,7 @@ def test_the_default_mode_does_not_give_the_same_bits():
     assert any((run["input"] != runs[0]["input"]).any() for run in runs[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @given(
     case=conv_cases(dtypes=("float32", "float16"), max_batch=2, C=32),

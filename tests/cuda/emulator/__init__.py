@@ -2,7 +2,7 @@
 
 from tests.cuda.emulator.host_compiler import HostCompiler, HostKernel, KernelFault
 from tests.cuda.emulator.host_engine import HOPPER, HostArrays, host_engine, matmul
-from tests.cuda.emulator.sanitizers import is_sanitized, run_sanitized
+from tests.cuda.emulator.sanitizers import is_sanitized, reports_of_each, run_each, run_sanitized
 
 __all__ = [
     "HOPPER",
@@ -13,5 +13,7 @@ __all__ = [
     "host_engine",
     "is_sanitized",
     "matmul",
+    "reports_of_each",
+    "run_each",
     "run_sanitized",
 ]

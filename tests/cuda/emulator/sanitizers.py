@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 _CHECKOUT = Path(__file__).resolve().parents[3]
@@ -43,6 +45,28 @@ def run_sanitized(argv: Sequence[str], timeout: float) -> subprocess.CompletedPr
         text=True,
         check=False,
     )
+
+
+def run_each(names: Iterable[str], run: Callable[[str], object]) -> None:
+    """Call `run` with each name in a forked process, which may crash, and print what `reports_of_each` reads."""
+    for name in names:
+        print(f"<<< {name}", file=sys.stderr, flush=True)
+        process = os.fork()
+        if process == 0:
+            code = 1
+            try:
+                run(name)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            os._exit(code)
+        print(f"\n>>> {os.waitpid(process, 0)[1]}", file=sys.stderr, flush=True)
+
+
+def reports_of_each(stderr: str) -> dict[str, tuple[int, str]]:
+    """Return the exit status and the report on standard error of each name that `run_each` was given."""
+    found = re.findall(r"^<<< (.*?)\n(.*?)^>>> (\d+)$", stderr, re.DOTALL | re.MULTILINE)
+    return {name: (int(status), report) for name, report, status in found}
 
 
 @functools.cache

@@ -283,6 +283,7 @@ class TestSamplingLocations:
         assert points.strength.tolist() == [9, 6, 6, 6, 6]
         assert points.positions[0].tolist() == [6, 6]
 
+    @pytest.mark.slow
     def test_compiled_models_and_parts_run_as_python(self) -> None:
         compiled = []
 
