@@ -86,9 +86,21 @@ class TrainOptions(DataOption, SetOption, DeviceOption):
     train_images: tuple[Path, ...] = option((), "folder of the images of each of --train-annotations, or of all")
     val_annotations: Path | None = option(None, "COCO JSON file to evaluate on, instead of --data")
     val_images: Path | None = option(None, "folder of the images of --val-annotations")
-    preset: str | None = option(None, f"sets network.preset: {', '.join(PRESETS)}")
-    detector: str | None = option(None, "sets network.detector: faster, mask or faster-fpn", metavar="KIND")
-    backbone: str | None = option(None, "sets network.backbone, such as resnet50 or small", metavar="NAME")
+    preset: str | None = option(
+        None, f"sets network.preset: {', '.join(PRESETS)}; default: dcnv2, or that of a detector in --weights"
+    )
+    detector: str | None = option(
+        None,
+        "sets network.detector: faster (Faster R-CNN on conv4 and conv5, as in the paper), faster-fpn (with a feature "
+        "pyramid) or mask (Mask R-CNN with one); default: faster, or that of a detector in --weights",
+        metavar="KIND",
+    )
+    backbone: str | None = option(
+        None,
+        "sets network.backbone, such as resnet101, or small for CPUs; default: resnet50, or that of a detector in "
+        "--weights",
+        metavar="NAME",
+    )
     weights: str | None = option(
         None,
         "weights of the backbone: imagenet, the name of torchvision weights, a .pth, .safetensors, .npz or .pkl file "

@@ -218,6 +218,10 @@ def find_data(root: Path, split: Split) -> tuple[Path, Path]:
     ``annotations/instances_{split}2017.json`` and ``{split}2017/``. Test sets may have COCO's
     ``image_info_test*.json``, which list images without annotations.
     """
+    if root.is_file():
+        raise UserError(
+            f"{root} must be a folder with a data set, got a file; train and evaluate have options for JSON files"
+        )
     candidates = _candidates(root, split)
     for file, folder in candidates:
         if file.is_file() and folder.is_dir():

@@ -71,6 +71,8 @@ class NotACheckpoint(UserError):
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a file written by `save_checkpoint`, with tensors on the CPU, without running code from the file."""
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder: give a checkpoint in it, such as the model.pth of a finished training")
     if not os.path.isfile(path):
         raise UserError(f"{path}: there is no such checkpoint")
     try:

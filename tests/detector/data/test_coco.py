@@ -696,6 +696,8 @@ def test_find_data(tmp_path, split, file, images):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / file).touch()
     assert has_split(tmp_path, split)
+    with pytest.raises(UserError, match="must be a folder with a data set, got a file"):
+        find_data(tmp_path / "annotations" / file, split)
     with pytest.raises(UserError, match=wanted):
         find_data(tmp_path, split)
     (tmp_path / images).mkdir()

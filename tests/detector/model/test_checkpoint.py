@@ -86,7 +86,7 @@ def test_entries_for_resuming(model, tmp_path):
 
 def test_invalid_files(model, path, tmp_path):
     refused(tmp_path / "absent.pth", "there is no such checkpoint")
-    refused(tmp_path, "there is no such checkpoint")
+    refused(tmp_path, "is a folder: give a checkpoint in it")
     complete = path.read_bytes()
     damaged = tmp_path / "damaged.pth"
     for content in (b"", b"text", pickle.dumps({"format": 1}), complete[: len(complete) // 2], complete[:-100]):
