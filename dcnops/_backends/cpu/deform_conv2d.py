@@ -26,7 +26,13 @@ from dcnops._backends.cpu.arrays import (
 )
 from dcnops._backends.cpu.compiled import quiet
 from dcnops._backends.cpu.threads import PIECES_PER_THREAD, parallel, parallel_jobs, serial_if_small
-from dcnops._backends.cpu.transpose_loops import from_channels_last, pack_weight, to_channels_last
+from dcnops._backends.cpu.transpose_loops import (
+    from_channels_last,
+    pack_weight,
+    pack_weight_transposed,
+    to_channels_last,
+    unpack_weight,
+)
 from dcnops._explain import LOGGER
 from dcnops._shapes import DeformConvGeometry
 from dcnops._threads import threads_of_call
@@ -259,35 +265,10 @@ def deform_conv2d_backward(
     if "weight" in needs:
         grad_weight = np.empty((g.O, g.C // g.G, g.K), dtype)
         for block, accumulated in zip(blocks, grad_weights):
-            parallel(_store_weight_gradient, og, accumulated, _weight_of_block(grad_weight, block, og))
+            for job in unpack_weight(accumulated, grad_weight, block.g0, block.group_c0, block.cw, og):
+                parallel(*job)
         results["weight"] = rounded(grad_weight, input.dtype).reshape(weight.shape)
     return results
-
-
-def _weight_of_block(weight: Array, block: _Block, og: int) -> Array:
-    """Return the view [Gb, og, cw, K] of the weight or its gradient."""
-    rows = weight[block.o0 : block.o0 + block.Gb * og, block.group_c0 : block.group_c0 + block.cw]
-    return rows.reshape(block.Gb, og, *rows.shape[1:])
-
-
-def _pack_weight_transposed(weight: Array, packed: Array, begin: int, end: int) -> None:
-    """Set ``packed[g, panel, o, lane] = weight[g, o, c, k]`` with k*cw + c = panel*lanes + lane, or 0 beyond.
-
-    A work item is one o of all groups. `weight` is [Gb, og, cw, K], `packed` [Gb, panels, og, lanes].
-    """
-    Gb, panels, _, lanes = packed.shape
-    cw, K = weight.shape[2:]
-    rows = np.zeros((Gb, end - begin, panels * lanes), packed.dtype)
-    for k in range(K):
-        rows[:, :, k * cw : (k + 1) * cw] = weight[:, begin:end, :, k]
-    packed[:, :, begin:end] = rows.reshape(Gb, end - begin, panels, lanes).transpose(0, 2, 1, 3)
-
-
-def _store_weight_gradient(gradient: Array, weight: Array, begin: int, end: int) -> None:
-    """Set ``weight[g, o, c, k] = gradient[g, o, k*cw + c]``; a work item is one o of all groups."""
-    cw, K = weight.shape[2:]
-    for k in range(K):
-        weight[:, begin:end, :, k] = gradient[:, begin:end, k * cw : (k + 1) * cw]
 
 
 def _add_gradients(
@@ -355,11 +336,14 @@ def _add_block_gradients(
     if grad_rows is not None:
         gradients = aligned_empty((block.Gb, span, (panels | 1) * lanes), dtype)
         packed = aligned_empty((block.Gb, panels, og, lanes), dtype)
-        jobs.append((_pack_weight_transposed, og, _weight_of_block(chunk.weight, block, og), packed))
+        packing, finish_packing = pack_weight_transposed(chunk.weight, packed, block.g0, block.group_c0, block.cw)
+        jobs.append(packing)
     if "input" in targets:
         grad_image = aligned_empty((len(chunk.input), g.H * g.W + 1, block.width), dtype)
         jobs.append((lambda begin, end: grad_image[:, begin:end].fill(0), g.H * g.W + 1))
     parallel_jobs(*jobs)
+    if grad_rows is not None:
+        parallel(*finish_packing)
 
     def fill_tiles(first: int, last: int, samples: tuple[Array, Array], begin: int, end: int) -> None:
         if grad_rows is not None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from dcnops._backends.cpu.compiled import kernel, smaller
 from dcnops._backends.cpu.vectors import transpose
 
 _STRIP = 32
-"""Pixels per work item."""
+"""Pixels, or output channels of weights, per work item."""
 
 
 @kernel
@@ -85,3 +87,50 @@ def pack_weight(weight: Any, packed: Any, g0: int, c0: int, cw: int, og: int) ->
     sizes = og, cw * K, lanes, cw * K, og * row, row, panels * length * lanes, length, lanes, cw * lanes, K
     start = g0 * og * row + c0 * K
     return _transpose_strips, Gb * panels, weight.reshape(-1)[start:], packed.reshape(-1), sizes
+
+
+def pack_weight_transposed(weight: Any, packed: Any, g0: int, c0: int, cw: int) -> tuple[tuple[Any, ...], ...]:
+    """Return two jobs: ``packed[g, panel, o, lane] = weight[(g0+g)*og + o, c0 + c, k]``.
+
+    Here k*cw + c = panel*lanes + lane. The second job follows the first. The lanes beyond the last (k, c) are set to 0
+    at once.
+
+    Parameters
+    ----------
+    weight : array [G*og, C/G, K]
+    packed : array [Gb, panels, og, lanes]
+    """
+    Gb, panels, og, lanes = packed.shape
+    channels, K = weight.shape[1:]
+    row, length = channels * K, cw * K
+    if length % lanes:
+        packed[:, -1] = 0
+    columns = np.empty(Gb * length * og, packed.dtype)  # [Gb, K*cw, og]
+    to_columns = og, length, _STRIP, length, og * row, row, length * og, 1, og, cw * og, K
+    to_rows = length, og, lanes, max(og, 1), length * og, og, panels * og * lanes, og, lanes, 0, 1
+    source = weight.reshape(-1)[g0 * og * row + c0 * K :]
+    return (
+        (_transpose_strips, Gb * -(-og // _STRIP), source, columns, to_columns),
+        (_transpose_strips, Gb * panels, columns, packed.reshape(-1), to_rows),
+    )
+
+
+def unpack_weight(gradient: Any, weight: Any, g0: int, c0: int, cw: int, og: int) -> tuple[tuple[Any, ...], ...]:
+    """Return two jobs: ``weight[(g0+g)*og + o, c0 + c, k] = gradient[g, o, k*cw + c]``. The second follows the first.
+
+    Parameters
+    ----------
+    gradient : array [Gb, >= og, >= K*cw]
+    weight : array [G*og, C/G, K]
+    """
+    Gb, rows, padded = gradient.shape
+    channels, K = weight.shape[1:]
+    row, length = channels * K, cw * K
+    columns = np.empty(Gb * length * og, weight.dtype)  # [Gb, cw*K, og]
+    to_columns = og, length, _STRIP, length, rows * padded, padded, length * og, 1, og, K * og, cw
+    to_rows = length, og, _STRIP, max(og, 1), length * og, og, og * row, 1, row, 0, 1
+    target = weight.reshape(-1)[g0 * og * row + c0 * K :]
+    return (
+        (_transpose_strips, Gb * -(-og // _STRIP), gradient.reshape(-1), columns, to_columns),
+        (_transpose_strips, Gb * -(-length // _STRIP), columns, target, to_rows),
+    )
