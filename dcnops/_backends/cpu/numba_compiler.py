@@ -18,6 +18,9 @@ from numba.core.untyped_passes import InlineClosureLikes
 _UNUSED_PASSES = (InlineClosureLikes, NopythonRewrites)
 """Passes for closures and array expressions, which the loops do not use."""
 
+_OVERRIDDEN = ("_optimize_functions", "_optimize_final_module", "_finalize_final_module", "_finalize_dynamic_globals")
+"""Methods of Numba's code libraries that have no public name. Without them, Numba's own compiler is used."""
+
 
 class _KernelLibrary(JITCodeLibrary):  # type: ignore[misc]
     """Code that Python calls, with that of all functions it calls."""
@@ -68,3 +71,7 @@ class InnerCompiler(KernelCompiler):
     """Compiler of functions that only compiled functions call."""
 
     _library_class = _InnerLibrary
+
+
+if not all(hasattr(JITCodeLibrary, method) for method in _OVERRIDDEN):
+    KernelCompiler = InnerCompiler = Compiler  # type: ignore[misc]
