@@ -13,8 +13,6 @@ from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from dcnops._errors import ArgumentError
 from dcnops._layout import LAYOUTS, Layout
 
@@ -180,7 +178,9 @@ def as_integer(value: object) -> int | None:
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        return int(value) if isinstance(value, np.bool_) else None  # which has no index, unlike bool
+        # NumPy's bool has no index, unlike Python's.
+        is_bool = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+        return int(bool(value)) if is_bool else None
 
 
 def _number(value: object) -> float | None:
