@@ -192,6 +192,16 @@ def test_the_pool_keeps_no_arrays(pool: threads._Pool):
     assert [loop._call for loop in kept] == [None]
 
 
+def test_jobs_of_any_length_run_at_once():
+    works = {items: Work() for items in (1, 0, 3, 64, 1001)}
+    threads.parallel_jobs(*((work._compute, items) for items, work in works.items()))
+    for items, work in works.items():
+        work.assert_complete(items)
+    threads.parallel_jobs()
+    with pytest.raises(ZeroDivisionError):
+        threads.parallel_jobs((works[64]._compute, 64), (lambda begin, end: 1 // 0, 2))
+
+
 @pytest.mark.parametrize("span_bytes", [deform_conv2d._SPAN_BYTES, 1])
 def test_results_do_not_depend_on_the_number_of_threads(span_bytes: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(deform_conv2d, "_SPAN_BYTES", span_bytes)

@@ -40,7 +40,7 @@ from dcnops._threads import threads_of_call
 # Tuned for 2 MB of L2 cache per core. Halving or doubling a value changes little.
 _BLOCK_CHANNELS = 128
 _LEAST_BLOCK_CHANNELS = 32
-_SMALL_IMAGE_BYTES = 2**20
+_SMALL_COPY_BYTES = 2**21
 _TILE_PIXELS = 16 * vectors.ROWS
 _TILE_BYTES = 2**19
 _SMALL_COLUMN_BYTES = _TILE_BYTES // (_TILE_PIXELS // 2)
@@ -125,6 +125,10 @@ def _channels_last(chunk: _Chunk, block: _Block) -> tuple[Array, tuple[Any, ...]
     return image, to_channels_last(source, image)
 
 
+def _images_per_chunk(geometry: DeformConvGeometry) -> int:
+    return max(1, _CHUNK_PIXELS // max(geometry.pixels, geometry.H * geometry.W))
+
+
 def _chunks(
     geometry: DeformConvGeometry, input: Array, offset: Array, weight: Array, mask: Array | None
 ) -> Iterator[tuple[slice, _Chunk]]:
@@ -132,7 +136,7 @@ def _chunks(
     g = geometry
     dtype = compute_dtype(input)
     loop_weight = loop_array(weight, dtype, g.O, g.C // g.G, g.K)
-    together = max(1, _CHUNK_PIXELS // max(g.pixels, g.H * g.W))
+    together = _images_per_chunk(g)
     for n in range(0, g.N, together):
         images = slice(n, min(n + together, g.N))
         count = images.stop - n
@@ -175,11 +179,12 @@ def deform_conv2d(
 def _forward_channels(geometry: DeformConvGeometry, itemsize: int) -> int:
     """Return the maximum number of channels in a block of the forward pass.
 
-    Sampling points are located again for each block. All the same, blocks of large images contain at most half of the
+    Sampling points are located again for each block. All the same, blocks of large chunks contain at most half of the
     channels if that is enough to vectorise, so that the copies stay small compared to the images.
     """
     g = geometry
-    if g.C * g.H * g.W * itemsize <= _SMALL_IMAGE_BYTES and g.C * g.K * itemsize <= _SMALL_COLUMN_BYTES:
+    copy_bytes = min(g.N, _images_per_chunk(g)) * g.C * g.H * g.W * itemsize
+    if copy_bytes < _SMALL_COPY_BYTES and g.C * g.K * itemsize <= _SMALL_COLUMN_BYTES:
         return g.C
     return max(_LEAST_BLOCK_CHANNELS, min(_BLOCK_CHANNELS, g.C // 2))
 

@@ -218,12 +218,16 @@ def parallel(
 
 
 def parallel_jobs(*jobs: tuple[Any, ...]) -> None:
-    """Call `parallel` for independent loops ``(kernel, items, *args)`` at once, so that threads are woken only once."""
+    """Call `parallel` for independent loops ``(kernel, items, *args)`` at once, so that threads are woken only once.
+
+    A piece is a part of every loop.
+    """
+    pieces = threads_of_call() * PIECES_PER_THREAD
 
     def run(begin: int, end: int) -> None:
         for kernel, items, *args in jobs:
-            if begin < items and end > 0:
-                kernel(*args, max(begin, 0), min(end, items))
-            begin, end = begin - items, end - items
+            low, high = items * begin // pieces, items * end // pieces
+            if low < high:
+                kernel(*args, low, high)
 
-    parallel(run, sum(items for _, items, *_ in jobs))
+    parallel(run, pieces if any(items for _, items, *_ in jobs) else 0)
