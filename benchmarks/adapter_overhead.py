@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import dcnops
+from benchmarks import environment
 from benchmarks.measure import Meter, time_in_turn
+from benchmarks.report import write_json
 from dcnops.adapters.torch import deform_conv2d
 
 
@@ -49,8 +54,21 @@ def measure(rounds: int = 1000) -> dict[str, float]:
     return {name: 1e3 * timing["median_ms"] for name, timing in timings.items()}
 
 
-if __name__ == "__main__":
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.adapter_overhead", description=__doc__.partition(":")[0]
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    output = parser.parse_args().output
     measured = measure()
     for name, microseconds in measured.items():
         base = measured["arrays, forward and backward" if "backward" in name else "arrays, forward"]
         print(f"{name:40} {microseconds:7.0f} us  {microseconds - base:+6.0f} us")
+    if output:
+        described = environment.describe(environment.usable_cores(), gpu=False)
+        write_json(output, {"environment": described, "median_microseconds": measured})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
