@@ -78,7 +78,7 @@ def test_rehearsal_of_the_benchmark(tmp_path: Path):
 
 @pytest.mark.slow
 def test_rehearsal_of_some_rows_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(measure, "cases", lambda *arguments: list(all_cases(*arguments))[::8])
+    monkeypatch.setattr(measure, "cases", lambda *arguments: list(all_cases(*arguments))[::16])
     path = tmp_path / "benchmark.json"
     assert rehearse(["--parts", "forward", "backward", "memory", "--output", str(path)]) == 0
     assert_measured(json.loads(path.read_text()))
