@@ -18,7 +18,7 @@ from numba.core.caching import FunctionCache
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
-from dcnops._backends.cpu.numba_compiler import InnerCompiler, KernelCompiler
+from dcnops._backends.cpu.numba_compiler import InnerCompiler, KernelCompiler, import_array_functions
 from dcnops._explain import LOGGER
 from dcnops._forks import hold_in_forks
 
@@ -26,6 +26,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # A process that is forked while another thread compiles could never compile anything itself.
 hold_in_forks(global_compiler_lock)
+
+import_array_functions()
 
 _ANNOUNCE_SECONDS = 1.0
 CACHE_LINE = 64  # bytes
