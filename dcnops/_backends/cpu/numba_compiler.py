@@ -2,9 +2,8 @@
 
 By default, Numba optimizes the code of every function by itself, then with the functions it calls, and turns it into
 machine code, also for functions that are only inlined into others. Here only functions that Python calls are optimized,
-once, together with the functions they call, and become machine code. LLVM unrolls no loops: the loops that matter are
-written as vector code. Numba also infers the type of each expression several times, for which it tries a dozen
-functions; here it does so once for the same types.
+once, together with the functions they call, and become machine code. Numba also infers the type of each expression
+several times, for which it tries a dozen functions; here it does so once for the same types.
 """
 
 from __future__ import annotations
@@ -30,15 +29,25 @@ _OVERRIDDEN = ("_optimize_functions", "_optimize_final_module", "_finalize_final
 class _KernelLibrary(JITCodeLibrary):  # type: ignore[misc]
     """Code that Python calls, with that of all functions it calls."""
 
+    _level = 3
+    _unrolls_loops = True
+
     def _optimize_functions(self, ll_module: Any) -> None:
         """Leave this to the optimization of the whole library."""
 
     def _optimize_final_module(self) -> None:
-        options = llvm.create_pipeline_tuning_options(speed_level=2)
+        options = llvm.create_pipeline_tuning_options(self._level)
         options.loop_vectorization = True
-        options.loop_unrolling = False
+        options.loop_unrolling = self._unrolls_loops
         builder = llvm.create_pass_builder(self._codegen._tm, options)
         builder.getModulePassManager().run(self._final_module, builder)
+
+
+class _VectorLibrary(_KernelLibrary):
+    """Code with inner loops that are vector code already. Unrolling them makes it longer, not faster."""
+
+    _level = 2
+    _unrolls_loops = False
 
 
 class _InnerLibrary(_KernelLibrary):
@@ -105,6 +114,12 @@ class KernelCompiler(Compiler):  # type: ignore[misc]
         return pipelines
 
 
+class VectorCompiler(KernelCompiler):
+    """Compiler of functions that Python calls, with inner loops from `vectors`."""
+
+    _library_class = _VectorLibrary
+
+
 class InnerCompiler(KernelCompiler):
     """Compiler of functions that only compiled functions call."""
 
@@ -113,7 +128,7 @@ class InnerCompiler(KernelCompiler):
 
 # Versions of Numba without these use their own compiler, such as 0.60.
 if not (hasattr(llvm, "create_pass_builder") and all(hasattr(JITCodeLibrary, method) for method in _OVERRIDDEN)):
-    KernelCompiler = InnerCompiler = Compiler  # type: ignore[misc]
+    KernelCompiler = VectorCompiler = InnerCompiler = Compiler  # type: ignore[misc]
 
 
 def import_array_functions() -> None:
