@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
 
 import numba
@@ -50,8 +51,8 @@ def _transpose_twice(a: Any, b: Any) -> Any:
     return _scaled(a[0])
 
 
-def test_a_kernel_contains_the_transposition_once_and_small_functions_inlined():
-    kernel = numba.njit(pipeline_class=KernelCompiler)(_transpose_twice)
+def test_a_kernel_contains_one_transposition_inlines_small_functions_and_optimizes_no_wrapper():
+    kernel = numba.njit(pipeline_class=KernelCompiler, no_cfunc_wrapper=True)(_transpose_twice)
     a, b = np.arange(32, dtype=np.float64), np.zeros(32)
     assert kernel(a, b) == 0
     np.testing.assert_array_equal(b.reshape(2, 4, 4), a.reshape(2, 4, 4).swapaxes(1, 2))
@@ -59,3 +60,7 @@ def test_a_kernel_contains_the_transposition_once_and_small_functions_inlined():
     definitions = [line for line in code.splitlines() if line.startswith("define")]
     assert sum("transpose" in line and "twice" not in line for line in definitions) == 1
     assert not any("_scaled" in line for line in definitions)
+    unoptimized = re.findall(r"^attributes (#\d+) = .* optnone ", code, re.MULTILINE)
+    assert ["cpython" in line for line in definitions] == [
+        any(mark in line for mark in unoptimized) for line in definitions
+    ]

@@ -33,7 +33,12 @@ class _KernelLibrary(JITCodeLibrary):  # type: ignore[misc]
     _unrolls_loops = True
 
     def _optimize_functions(self, ll_module: Any) -> None:
-        """Leave this to the optimization of the whole library."""
+        """Leave this to the optimization of the whole library, without the code that converts Python's arguments."""
+        if ll_module.name == "wrapper":  # as long as a short loop; 0.1 us slower if it is not optimized
+            for function in ll_module.functions:
+                if not function.is_declaration:
+                    function.add_function_attribute("noinline")
+                    function.add_function_attribute("optnone")
 
     def _optimize_final_module(self) -> None:
         options = llvm.create_pipeline_tuning_options(self._level)
