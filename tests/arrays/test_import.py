@@ -39,12 +39,20 @@ def test_a_checkout_that_is_not_installed_has_its_adapters():
     assert printed == [str(root / "adapters/torch/__init__.py"), str(root / "dcnops/__init__.py")]
 
 
-def test_numpy_calls_import_neither_cupy_nor_torch():
+def test_numpy_calls_import_no_other_library_and_leave_numba_as_it_is():
     code = """
-import sys, numpy as np, dcnops
+import importlib.util, sys, numpy as np, dcnops
 x = np.ones((1, 1, 3, 3), np.float32)
 dcnops.deform_conv2d(x, np.zeros((1, 2, 3, 3), np.float32), np.ones((1, 1, 1, 1), np.float32))
-assert not {"cupy", "torch", "jax"} & set(sys.modules), sys.modules
+assert not {"cupy", "torch", "jax", "scipy.linalg"} & set(sys.modules)
+
+from numba.np import arraymath, linalg
+has_scipy = importlib.util.find_spec("scipy") is not None
+assert arraymath._HAVE_BLAS == has_scipy
+assert arraymath.ensure_blas is linalg.ensure_blas
+if has_scipy:
+    linalg.ensure_blas()
+    assert "scipy.linalg.cython_blas" in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

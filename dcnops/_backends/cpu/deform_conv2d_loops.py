@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dcnops._backends.cpu.compiled import inner, kernel, larger, smaller
+from dcnops._backends.cpu.compiled import inner, larger, smaller, vector_kernel
 from dcnops._backends.cpu.locate_strip import locate_strip
 from dcnops._backends.cpu.vectors import (
     DEPTH,
@@ -107,7 +107,7 @@ def _fill_columns(
             )  # fmt: skip
 
 
-@kernel
+@vector_kernel
 def output_tile(
     sizes: Any, image: Any, offset: Any, mask: Any, packed: Any, bias: Any, out: Any, c0: int, cw: int, o0: int,
     og: int, add: bool, tile: int, samples: Any, columns: Any, products: Any, begin: int, end: int,
@@ -179,7 +179,7 @@ def output_tile(
                 q += count
 
 
-@kernel
+@vector_kernel
 def column_gradients(
     grad_out: Any, packed: Any, gradients: Any, o0: int, first: int, last: int, tile: int, begin: int, end: int
 ) -> None:
@@ -212,7 +212,7 @@ def column_gradients(
                         )  # fmt: skip
 
 
-@kernel
+@vector_kernel
 def weight_gradient(
     grad_out: Any, columns: Any, gradient: Any, panels: int, o0: int, og: int, first: int, last: int, begin: int,
     end: int,
@@ -304,7 +304,7 @@ def _add_sampling_gradients(
                 modulations[t] += top + _masked_product(ly * hx, s10) + _masked_product(ly * lx, s11)
 
 
-@kernel
+@vector_kernel
 def sampling_gradients(
     sizes: Any, image: Any, offset: Any, mask: Any, gradients: Any, columns: Any, grad_offset: Any, grad_mask: Any,
     c0: int, cw: int, first: int, samples: Any, begin: int, end: int,
@@ -332,7 +332,7 @@ def sampling_gradients(
         q += count
 
 
-@kernel
+@vector_kernel
 def scatter_columns(
     sizes: Any, offset: Any, mask: Any, gradients: Any, grad_image: Any, c0: int, cw: int, first: int, last: int,
     samples: Any, begin: int, end: int,

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from dcnops._backends.cpu.compiled import kernel, smaller
+from dcnops._backends.cpu.compiled import smaller, vector_kernel
 from dcnops._backends.cpu.vectors import transpose
 
 _STRIP = 32
 """Pixels, or output channels of weights, per work item."""
 
 
-@kernel
+@vector_kernel
 def _transpose_strips(source: Any, target: Any, sizes: Any, begin: int, end: int) -> None:
     """Copy the rows of matrices in `source` to columns in `target`; a work item is a part of a matrix.
 

@@ -160,28 +160,29 @@ def _interpreted_tile_product(
 class _Elements:
     """Elements of a C-contiguous array from a position on, read and written as vectors of several widths."""
 
-    def __init__(self, context: Any, builder: Any, array_type: Any, array: Any, start: Any) -> None:
-        self._builder = builder
-        self._pointer = builder.gep(context.make_array(array_type)(context, builder, array).data, [start])
-        self.scalar = context.get_value_type(array_type.dtype)
-        self._itemsize = context.get_abi_sizeof(self.scalar)
+    def __init__(self, builder: Any, pointer: Any, itemsize: int) -> None:
+        self._builder, self.pointer, self.itemsize = builder, pointer, itemsize
+        self.scalar = pointer.type.pointee
+        self.lanes = VECTOR_BYTES // itemsize
 
-    @property
-    def lanes(self) -> int:
-        return int(VECTOR_BYTES // self._itemsize)
+    @classmethod
+    def of(cls, context: Any, builder: Any, array_type: Any, array: Any, start: Any) -> _Elements:
+        """Return the elements of a Numba array from `start` on."""
+        pointer = builder.gep(context.make_array(array_type)(context, builder, array).data, [start])
+        return cls(builder, pointer, context.get_abi_sizeof(pointer.type.pointee))
 
     def _vector_pointer(self, position: Any, width: int) -> Any:
-        address = self._builder.gep(self._pointer, [position])
+        address = self._builder.gep(self.pointer, [position])
         return self._builder.bitcast(address, ir.VectorType(self.scalar, width).as_pointer())
 
     def element(self, position: Any) -> Any:
-        return self._builder.load(self._builder.gep(self._pointer, [position]))
+        return self._builder.load(self._builder.gep(self.pointer, [position]))
 
     def load(self, position: Any, width: int) -> Any:
-        return self._builder.load(self._vector_pointer(position, width), align=self._itemsize)
+        return self._builder.load(self._vector_pointer(position, width), align=self.itemsize)
 
     def store(self, vector: Any, position: Any) -> None:
-        self._builder.store(vector, self._vector_pointer(position, vector.type.count), align=self._itemsize)
+        self._builder.store(vector, self._vector_pointer(position, vector.type.count), align=self.itemsize)
 
 
 class _Strip:
@@ -189,7 +190,7 @@ class _Strip:
 
     def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
         def elements(number: int) -> _Elements:
-            return _Elements(context, builder, signature.args[number], args[number], args[number + 1])
+            return _Elements.of(context, builder, signature.args[number], args[number], args[number + 1])
 
         self._builder = builder
         self.image, self._corners, self.weights, self.columns = map(elements, (0, 3, 5, 7))
@@ -365,51 +366,69 @@ def transpose(
     integer = types.intp
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source_array, source_start, source_row, rows, columns, target_array, target_start, outer, inner, period = args
-        source = _Elements(context, builder, signature.args[0], source_array, source_start)
-        target = _Elements(context, builder, signature.args[5], target_array, target_start)
-        lanes, index = source.lanes, rows.type
-
-        def source_position(r: Any, j: Any) -> Any:
-            return builder.add(builder.mul(r, source_row), j)
-
-        def target_position(r: Any, quotient: Any, remainder: Any) -> Any:
-            return builder.add(builder.add(builder.mul(quotient, outer), builder.mul(remainder, inner)), r)
-
-        def copy_tile(r: Any, j: Any) -> None:
-            row_numbers = [builder.add(r, index(number)) for number in range(lanes)]
-            tile = _transposed(builder, [source.load(source_position(row, j), lanes) for row in row_numbers])
-            quotient, remainder = builder.udiv(j, period), builder.urem(j, period)
-            for vector in tile:
-                target.store(vector, target_position(r, quotient, remainder))
-                remainder = builder.add(remainder, index(1))
-                wraps = builder.icmp_signed("==", remainder, period)
-                quotient = builder.select(wraps, builder.add(quotient, index(1)), quotient)
-                remainder = builder.select(wraps, index(0), remainder)
-
-        def copy_edge(r: Any, j: Any, last_row: Any, last_column: Any) -> None:
-            with (
-                cgutils.for_range_slice(builder, r, last_row, index(1), index) as (row, _),
-                cgutils.for_range_slice(builder, j, last_column, index(1), index) as (column, _),
-            ):
-                position = target_position(row, builder.udiv(column, period), builder.urem(column, period))
-                target.store(source.load(source_position(row, column), 1), position)
-
-        with cgutils.for_range_slice(builder, index(0), rows, index(lanes), index) as (r, _):
-            last_row = builder.add(r, index(lanes))
-            with cgutils.for_range_slice(builder, index(0), columns, index(lanes), index) as (j, _):
-                last_column = builder.add(j, index(lanes))
-                is_full = builder.and_(
-                    builder.icmp_signed("<=", last_row, rows), builder.icmp_signed("<=", last_column, columns)
-                )
-                with builder.if_else(is_full, likely=True) as (full, edge):
-                    with full:
-                        copy_tile(r, j)
-                    with edge:
-                        copy_edge(r, j, _smaller(builder, last_row, rows), _smaller(builder, last_column, columns))
+        source_array, source_start, *sizes, target_array, target_start, outer, inner, period = args
+        source = _Elements.of(context, builder, signature.args[0], source_array, source_start)
+        target = _Elements.of(context, builder, signature.args[5], target_array, target_start)
+        function = _transpose_function(builder.module, source, outer.type)
+        builder.call(function, [source.pointer, target.pointer, *sizes, outer, inner, period])
         return context.get_dummy_value()
 
     return types.void(source, integer, integer, integer, integer, target, *[integer] * 4), generate
+
+
+def _transpose_function(module: Any, elements: _Elements, index: Any) -> Any:
+    """Return the function that `transpose` calls: a kernel that transposes in several places compiles it once."""
+    name = f"transpose_{elements.scalar}"
+    if name in module.globals:
+        return module.globals[name]
+    pointer = elements.pointer.type
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer, pointer, *[index] * 6]), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    builder = ir.IRBuilder(function.append_basic_block())
+    source, target = (_Elements(builder, argument, elements.itemsize) for argument in function.args[:2])
+    source_row, rows, columns, outer, inner, period = function.args[2:]
+    lanes = source.lanes
+
+    def source_position(r: Any, j: Any) -> Any:
+        return builder.add(builder.mul(r, source_row), j)
+
+    def target_position(r: Any, quotient: Any, remainder: Any) -> Any:
+        return builder.add(builder.add(builder.mul(quotient, outer), builder.mul(remainder, inner)), r)
+
+    def copy_tile(r: Any, j: Any) -> None:
+        row_numbers = [builder.add(r, index(number)) for number in range(lanes)]
+        tile = _transposed(builder, [source.load(source_position(row, j), lanes) for row in row_numbers])
+        quotient, remainder = builder.udiv(j, period), builder.urem(j, period)
+        for vector in tile:
+            target.store(vector, target_position(r, quotient, remainder))
+            remainder = builder.add(remainder, index(1))
+            wraps = builder.icmp_signed("==", remainder, period)
+            quotient = builder.select(wraps, builder.add(quotient, index(1)), quotient)
+            remainder = builder.select(wraps, index(0), remainder)
+
+    def copy_edge(r: Any, j: Any, last_row: Any, last_column: Any) -> None:
+        with (
+            cgutils.for_range_slice(builder, r, last_row, index(1), index) as (row, _),
+            cgutils.for_range_slice(builder, j, last_column, index(1), index) as (column, _),
+        ):
+            position = target_position(row, builder.udiv(column, period), builder.urem(column, period))
+            target.store(source.load(source_position(row, column), 1), position)
+
+    with cgutils.for_range_slice(builder, index(0), rows, index(lanes), index) as (r, _):
+        last_row = builder.add(r, index(lanes))
+        with cgutils.for_range_slice(builder, index(0), columns, index(lanes), index) as (j, _):
+            last_column = builder.add(j, index(lanes))
+            is_full = builder.and_(
+                builder.icmp_signed("<=", last_row, rows), builder.icmp_signed("<=", last_column, columns)
+            )
+            with builder.if_else(is_full, likely=True) as (full, edge):
+                with full:
+                    copy_tile(r, j)
+                with edge:
+                    copy_edge(r, j, _smaller(builder, last_row, rows), _smaller(builder, last_column, columns))
+    builder.ret_void()
+    return function
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:

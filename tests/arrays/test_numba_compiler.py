@@ -1,0 +1,66 @@
+"""The compiler of the CPU loops does nothing twice."""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import types
+from numba.core.registry import cpu_target
+
+from dcnops._backends.cpu.compiled import inner
+from dcnops._backends.cpu.numba_compiler import KernelCompiler, _TypingContext
+from dcnops._backends.cpu.vectors import transpose
+
+
+class _CountingContext:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(cpu_target.typing_context, name)
+
+    def resolve_function_type(self, *call: Any) -> Any:
+        self.calls += 1
+        return cpu_target.typing_context.resolve_function_type(*call)
+
+
+def test_functions_are_resolved_once_for_the_same_types():
+    cpu_target.target_context.refresh()
+    counting = _CountingContext()
+    reals = types.float32, types.uint16
+    signatures = [_TypingContext(counting).resolve_function_type(operator.mul, reals, {}) for _ in range(3)]
+    assert counting.calls == 1
+    assert len(set(signatures)) == 1
+    assert signatures[0] == cpu_target.typing_context.resolve_function_type(operator.mul, reals, {})
+    _TypingContext(counting).resolve_function_type(operator.mul, reals[::-1], {})
+    assert counting.calls == 2
+
+
+@inner()
+def _scaled(x: Any) -> Any:
+    return 2 * x
+
+
+def _transpose_twice(a: Any, b: Any) -> Any:
+    transpose(a, 0, 4, 4, 4, b, 0, 4, 4, 1)
+    transpose(a, 16, 4, 4, 4, b, 16, 4, 4, 1)
+    return _scaled(a[0])
+
+
+def test_a_kernel_contains_one_transposition_inlines_small_functions_and_optimizes_no_wrapper():
+    kernel = numba.njit(pipeline_class=KernelCompiler, no_cfunc_wrapper=True)(_transpose_twice)
+    a, b = np.arange(32, dtype=np.float64), np.zeros(32)
+    assert kernel(a, b) == 0
+    np.testing.assert_array_equal(b.reshape(2, 4, 4), a.reshape(2, 4, 4).swapaxes(1, 2))
+    (code,) = kernel.inspect_llvm().values()
+    definitions = [line for line in code.splitlines() if line.startswith("define")]
+    assert sum("transpose" in line and "twice" not in line for line in definitions) == 1
+    assert not any("_scaled" in line for line in definitions)
+    unoptimized = re.findall(r"^attributes (#\d+) = .* optnone ", code, re.MULTILINE)
+    assert ["cpython" in line for line in definitions] == [
+        any(mark in line for mark in unoptimized) for line in definitions
+    ]
