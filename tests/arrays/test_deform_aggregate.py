@@ -47,6 +47,7 @@ def as_convolution(case: AggregateCase) -> tuple[ConvCase, DeformAggregate]:
     return convolution, call
 
 
+@pytest.mark.slow
 @given(case=aggregate_cases(dtypes=("float64",), N=1))
 def test_it_equals_a_depthwise_convolution_with_unit_weights(run, case: AggregateCase):
     if case.offset_scale != 1:  # other rounding could cross a kink

@@ -105,6 +105,7 @@ def test_the_current_environment() -> None:
     assert Path(environment.caches[0].folder).is_absolute() and environment.caches[0].writable
 
 
+@pytest.mark.slow
 def test_the_command() -> None:
     command = [sys.executable, "-m", "dcnops", "--json"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -230,6 +230,7 @@ def test_sums_over_pixels_and_images_of_a_bias(move: Move):
     np.testing.assert_array_equal(images, np.broadcast_to(bias[:, None, None], images.shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 3, 1, 5000), (3, 4, 1, 4096), (9, 1000, 1, 1)], ids=str)
 def test_more_than_a_tile_of_fillings_and_sums(shape: tuple[int, ...]):
     engine, dtype = host_engine(), DTYPES["float16"]

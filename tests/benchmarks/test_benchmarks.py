@@ -34,6 +34,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=ROOT, check=False, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_wrong_contender_is_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -109,6 +110,7 @@ def test_memory_of_a_call():
     )
 
 
+@pytest.mark.slow
 def test_first_calls():
     seconds = run_module("benchmarks.first_call", "cpu")
     assert list(seconds) == ["import", "forward", "backward"] and min(seconds.values()) > 0

@@ -65,6 +65,7 @@ def test_rehearsal_of_the_sanitizers(tmp_path: Path):
     assert log.count("deterministic: correct") == 18
 
 
+@pytest.mark.slow
 def test_the_cases_for_the_sanitizers_are_correct(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(sys, "argv", ["sanitizer_cases", "--rehearse"])
     assert sanitizer_cases.main() == 0

@@ -44,6 +44,7 @@ def test_training_in_eager_mode_comes_first():
     assert {row.mode for row in rows[:12]} == {"eager"}
 
 
+@pytest.mark.slow
 def test_results_of_both_contenders(run: Run):
     run.measure(EAGER)
     (row,) = run.rows
@@ -72,6 +73,7 @@ def test_a_peer_that_fails_in_a_compiled_network_is_reported_and_left_out(run: R
     assert len(run.failures) == 1 and run.failures[0].startswith(f"{EAGER.title}: torchvision: RuntimeError")
 
 
+@pytest.mark.slow
 def test_a_replay_that_ignores_its_images_is_not_timed(run: Run, monkeypatch: pytest.MonkeyPatch):
     def capture(module: nn.Module) -> Callable[..., Any]:
         recorded: list[Any] = []
@@ -89,6 +91,7 @@ def test_a_replay_that_ignores_its_images_is_not_timed(run: Run, monkeypatch: py
     assert f"{CAPTURED.title}: the features of torchvision differ by" in run.peer_failures[0]
 
 
+@pytest.mark.slow
 def test_our_failure_does_not_stop_the_other_rows(run: Run, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         patch.setattr(deform_conv2d_layers, "deform_conv2d", lambda *_, **__: 1 / 0)

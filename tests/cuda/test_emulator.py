@@ -376,6 +376,7 @@ class ShuffleParams(ctypes.Structure):
 SHUFFLED = {"float": np.float32, "double": np.float64, "int": np.int32}
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     ctype=st.sampled_from(list(SHUFFLED)),
@@ -411,6 +412,7 @@ def test_shuffles_match_their_definition(
 # ---- compilation and launch
 
 
+@pytest.mark.slow
 def test_a_cached_object_is_not_compiled_again(tmp_path: Path) -> None:
     def build(source: str, options: tuple[str, ...]) -> tuple[int, HostKernel]:
         compiler = HostCompiler(tmp_path)
@@ -431,6 +433,7 @@ def test_a_cached_object_is_not_compiled_again(tmp_path: Path) -> None:
         assert y[0] == value
 
 
+@pytest.mark.slow
 def test_concurrent_compilers_build_an_object_once(tmp_path: Path) -> None:
     compilers = [HostCompiler(tmp_path) for _ in range(4)]
     source = f'{PRELUDE}extern "C" __global__ void k(const Params p) {{}}'

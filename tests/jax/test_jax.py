@@ -454,6 +454,7 @@ else:
     )
 
 
+@pytest.mark.slow
 def test_array_functions_do_not_import_jax() -> None:
     run_python("""
 import sys, numpy as np, dcnops, dcnops.adapters
@@ -463,6 +464,7 @@ assert not {"jax", "jaxlib", "torch", "cupy"} & set(sys.modules)
 """)
 
 
+@pytest.mark.slow
 def test_importing_the_adapter_imports_no_backend() -> None:
     run_python("import sys, dcnops.adapters.jax; assert not {'numba', 'torch', 'cupy'} & set(sys.modules)")
 

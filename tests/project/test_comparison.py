@@ -90,12 +90,14 @@ def test_padding_on_one_side() -> None:
     assert ours.deform_conv2d(image, offset[..., :5, :], weight, padding=((1, 0), (1, 1))).shape == (1, 2, 5, 6)
 
 
+@pytest.mark.slow
 def test_compilation() -> None:
     image, offset, _ = tensors(torch.float32)
     compiled = torch.compile(Layer(), fullgraph=True, backend="eager")
     assert compiled(image, offset).shape == (1, 2, 6, 6)
 
 
+@pytest.mark.slow
 def test_onnx() -> None:
     image, offset, _ = tensors(torch.float32)
     program = torch.onnx.export(Layer().eval(), (image, offset))

@@ -123,6 +123,7 @@ def extents(folder: Path, deformation: float) -> tuple[np.ndarray, np.ndarray, n
     return np.concatenate([target["labels"] for target in targets]), np.sqrt(width * height), width / height
 
 
+@pytest.mark.slow
 def test_deformation(tmp_path):
     labels, sizes, ratios = extents(tmp_path / "0", 0)
     assert set(labels) == {1, 2, 3, 4, 5}

@@ -172,6 +172,7 @@ def test_a_stored_configuration_that_says_nothing(config):
         assert read_stored_config(meta) == StoredConfig({}, [], None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [MMDETECTION, DETECTRON2], ids=["mmdetection", "detectron2"])
 def test_heads_compute_what_the_projects_compute(names, tmp_path):
     state = detector(names, Body(offsets=27 if names is MMDETECTION else 18))
@@ -238,6 +239,7 @@ def test_modulated_pooling_of_mmdetection_has_a_branch_per_level(tmp_path):
         assert not torch.allclose(mask, torch.tensor(0.5), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_detections_of_torchvision(tmp_path):
     torch.manual_seed(0)
     options: dict[str, Any] = {"num_classes": 5, "min_size": 64, "max_size": 96, "box_detections_per_img": 20}
@@ -276,6 +278,7 @@ def test_detections_of_torchvision(tmp_path):
     assert found_network["detector"] == "faster-fpn" and not found_network["aligned"]
 
 
+@pytest.mark.slow
 def test_files_that_are_refused(tmp_path):
     path = tmp_path / "model.pth"
 

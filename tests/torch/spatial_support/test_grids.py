@@ -121,6 +121,7 @@ def test_indices_of_a_pooling_lie_where_its_values_do() -> None:
     assert recorder.grids[values] == recorder.grids[indices] == ((2, 2), (0, 0))
 
 
+@pytest.mark.slow
 def test_transformers_with_windows() -> None:
     """A Swin transformer has the channels last and merges every second pixel of four maps."""
     network = torchvision.models.swin_t(weights=None)
@@ -160,6 +161,7 @@ def test_shuffled_channels_keep_their_location() -> None:
     assert points.positions.mean(0).tolist() == [32, 16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", [None, torchvision.ops.RoIPool(7, 0.25)])
 def test_pooled_regions_have_no_location(pool: nn.Module | None) -> None:
     """Convolutions on them are ignored unless `layers` names them."""
