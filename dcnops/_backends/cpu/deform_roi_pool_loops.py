@@ -41,7 +41,7 @@ MAX_SAMPLES = 2**24
 
 
 @inner()
-def _sample_count(length: Any, sampling_ratio: int) -> int:
+def _sample_count(length: Any, sampling_ratio: int) -> Any:
     """Return the number of samples of a bin along an axis."""
     if sampling_ratio > 0:
         return sampling_ratio
