@@ -187,7 +187,7 @@ def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
 
 @inner()
 def prefetch(array: Any, first: int, count: int) -> None:
-    """Begin to load `count` elements of a contiguous 1-D array, which a loop will read at addresses known late."""
+    """Begin to load `count` elements of a C-contiguous array, which a loop will read at addresses known late."""
     for i in range(first, first + count, CACHE_LINE // array.itemsize):
         _prefetch(array, i)
 

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from dcnops._backends.cpu.compiled import exact, inner, kernel, prefetch
+from dcnops._backends.cpu.compiled import exact, inner, kernel, prefetch, smaller
 
 STRIP = 32
 """Maximum number of points that are located together."""
@@ -90,15 +90,14 @@ def _locate_samples(
 def _prefetch_samples(value: Any, levels: Any, pixels: Any, count: int, n: int, m: int) -> None:
     """Begin to load the pixels around `count` points, which are scattered over more memory than the caches hold."""
     _, S, M, D = value.shape
-    elements = value.reshape(value.size)
     for k in range(count):
         if pixels[STRIP + k] == _INSIDE:
             top = ((n * S + pixels[k]) * M + m) * D
             bottom = top + levels[STRIP + k] * M * D
-            prefetch(elements, top, D)
-            prefetch(elements, top + M * D, D)
-            prefetch(elements, bottom, D)
-            prefetch(elements, bottom + M * D, D)
+            prefetch(value, top, D)
+            prefetch(value, top + M * D, D)
+            prefetch(value, bottom, D)
+            prefetch(value, bottom + M * D, D)
 
 
 @inner()
@@ -140,7 +139,7 @@ def sum_samples(
             sums = out[item, m]
             sums[:] = real(0)
             for k0 in range(0, K, STRIP):
-                count = min(STRIP, K - k0)
+                count = smaller(STRIP, K - k0)
                 strip = k0 // STRIP
                 _locate_samples(
                     sizes, origin, levels[strip], scales[strip], offset[item], pixels, fractions, item - n * Lq,
@@ -211,7 +210,7 @@ def sampling_gradients(
         for m in range(M):
             gradient = grad_out[item, m]
             for k0 in range(0, K, STRIP):
-                count = min(STRIP, K - k0)
+                count = smaller(STRIP, K - k0)
                 strip = k0 // STRIP
                 first = m * offset_stride + 2 * k0
                 _locate_samples(
@@ -281,7 +280,7 @@ def scatter_samples(
             row = n * Lq + q
             gradient = grad_out[row, part]
             for k0 in range(0, K, STRIP):
-                count = min(STRIP, K - k0)
+                count = smaller(STRIP, K - k0)
                 strip = k0 // STRIP
                 _locate_samples(
                     sizes, origin, levels[strip], scales[strip], offset[row], pixels, fractions, q,

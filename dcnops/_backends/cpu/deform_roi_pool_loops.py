@@ -34,20 +34,28 @@ from typing import Any
 
 import numpy as np
 
-from dcnops._backends.cpu.compiled import exact, inner, kernel
+from dcnops._backends.cpu.compiled import exact, inner, kernel, larger, smaller
 
 MAX_SAMPLES = 2**24
 """Limit of the adaptive number of samples of a bin along an axis."""
 
 
 @inner()
-def _sample_count(length: Any, sampling_ratio: int) -> int:
+def _sample_count(length: Any, sampling_ratio: int) -> Any:
     """Return the number of samples of a bin along an axis."""
     if sampling_ratio > 0:
         return sampling_ratio
     pixels = np.ceil(length)
     if pixels > 0:
-        return int(pixels) if pixels < MAX_SAMPLES else MAX_SAMPLES
+        return np.intp(pixels) if pixels < MAX_SAMPLES else MAX_SAMPLES
+    return 0
+
+
+@inner()
+def _clamped(value: Any, limit: int) -> Any:
+    """Return a number as an integer from 0 to `limit`."""
+    if value > 0:
+        return np.intp(value) if value < limit else limit
     return 0
 
 
@@ -60,7 +68,8 @@ def _sample_range(start: Any, length: Any, samples: int, extent: int) -> Any:
         return 0, samples
     a = (real(-1) - start) / step
     b = (real(extent) - start) / step
-    return int(min(max(min(a, b) - 2, 0), samples)), int(min(max(max(a, b) + 2, 0), samples))
+    low, high = (a, b) if a < b else (b, a)
+    return _clamped(low - 2, samples), _clamped(high + 2, samples)
 
 
 @exact
@@ -95,9 +104,9 @@ def _add_axis_weights(
     for i in range(first, last):
         at = position + (real(i) + real(0.5)) * length / real(samples)
         if at >= real(-1) and at <= real(extent):
-            clamped = max(at, real(0))
-            pixel = min(int(clamped), extent - 1)
-            low_pixel = min(low_pixel, pixel)
+            clamped = at if at > 0 else real(0)
+            pixel = smaller(np.intp(clamped), extent - 1)
+            low_pixel = smaller(low_pixel, pixel)
             if pixel + 1 < extent:
                 fraction = clamped - real(pixel)
                 weights[pixel] += real(1) - fraction
@@ -105,10 +114,10 @@ def _add_axis_weights(
                 if at >= 0:
                     slopes[pixel] -= real(1)
                     slopes[pixel + 1] += real(1)
-                high_pixel = max(high_pixel, pixel + 2)
+                high_pixel = larger(high_pixel, pixel + 2)
             else:
                 weights[pixel] += real(1)
-                high_pixel = max(high_pixel, pixel + 1)
+                high_pixel = larger(high_pixel, pixel + 1)
     return low_pixel, high_pixel, samples, region, False
 
 
@@ -142,7 +151,8 @@ def _list_pixels(
                     length += 1
     axes[0:2, top:bottom] = 0
     axes[2:4, left:right] = 0
-    share = real(1) / max(real(samples_y) * real(samples_x), real(1))
+    samples = real(samples_y) * real(samples_x)
+    share = real(1) / samples if samples > 1 else real(1)
     return length, share, height, width, nan_y or nan_x
 
 
@@ -163,7 +173,7 @@ def region_costs(sizes: Any, scale: Any, rois: Any, costs: Any, begin: int, end:
             start = scale * rois[r, axis] - real(0.5)
             length = (scale * rois[r, axis + 2] - real(0.5) - start) / real(bins)
             if np.isfinite(length):
-                cost *= real(min(_sample_count(length, ratio), 2 * extent + 4))
+                cost *= real(smaller(_sample_count(length, ratio), 2 * extent + 4))
         costs[r] = cost
 
 
