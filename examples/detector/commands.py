@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ from .model import (
     starting_config,
 )
 from .predict import AMP_TYPES, draw_checkpoints, predict, write_predictions
+from .processes import in_background
 from .recipes import run_ablation, run_demo
 
 
@@ -75,16 +77,20 @@ def run_train(options: TrainOptions) -> None:
     except UserError as error:
         raise UserError(f"--weights {weights} sets the network: {error}" if initial else str(error)) from None
     masks, negatives = config.network.has_masks, config.training.negative_images
-    train_annotations, train_images = _data(options, "train", "train_")
-    val_set = None
+    train = _data(options, "train", "train_")
+    val = None
     if options.val_annotations or options.val_images or (options.data and has_split(options.data, "val")):
-        val_annotations, val_images = _data(options, "val", "val_")
-        val_set = CocoDataset(val_annotations, val_images, masks=masks, keep_empty=True)
+        val = _data(options, "val", "val_")
+
+    def read() -> tuple[CocoDataset, CocoDataset | None]:
+        train_set = partial(CocoDataset, *train, masks=masks, keep_empty=False, negatives=negatives)
+        val_set = partial(CocoDataset, *val, masks=masks, keep_empty=True) if val else lambda: None
+        # In other processes, as reading 100,000 images takes several times the memory of the data set.
+        with in_background(train_set) as train_result, in_background(val_set) as val_result:
+            return train_result(), val_result()
+
     with session(options.device) as device:
-        # One process reads and checks the training set, which may have 100,000 images.
-        train_set = from_main(
-            lambda: CocoDataset(train_annotations, train_images, masks=masks, keep_empty=False, negatives=negatives)
-        )
+        train_set, val_set = from_main(read)
         _warn(train_set)
         if val_set:
             _warn(val_set)

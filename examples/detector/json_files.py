@@ -12,10 +12,15 @@ from typing import Any, TextIO
 
 from .errors import UserError
 
-CHUNK = 1 << 20  # characters that are read at a time
+MAX_NUMBER = 1e30
+CHUNK = 1 << 18  # characters that are read at a time
+TAIL = 1 << 15  # characters at the end of a chunk in which a list is divided
+BETWEEN = re.compile(r"\}\s*,\s*\{")
 SPACE = re.compile(r"[ \t\n\r]*")
 DECODER = json.JSONDecoder()
 WHOLE = re.compile(r"\s*[+-]?\d{1,18}\s*", re.ASCII)
+
+Handler = Callable[[int, list[Any]], None]
 
 
 def read_json(path: Path) -> Any:
@@ -29,11 +34,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: is not json ({error})") from None
 
 
-def read_json_lists(path: Path, handlers: Mapping[str, Callable[[int, Any], None]]) -> dict[str, int]:
-    """Read lists of a JSON object item by item, so that the file need not fit into memory.
+def read_json_lists(path: Path, handlers: Mapping[str, Handler]) -> dict[str, int]:
+    """Read lists of a JSON object in pieces, so that the file need not fit into memory.
 
-    For each name in `handlers` that the object has as a list, call the handler with the index and the value of each
-    item. Return the lengths of these lists. Other entries are skipped.
+    For each name in `handlers` that the object has as a list, call the handler with the index of the next item and some
+    items, until it has received all of them. Return the lengths of these lists. Other entries are skipped.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -76,7 +81,7 @@ def is_whole(value: object) -> bool:
 def is_finite(value: object) -> bool:
     """Check that a value is a finite number."""
     # Integers in JSON may be too large for a float.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
 def is_missing(value: object) -> bool:
@@ -109,6 +114,7 @@ class _Reader:
         self._file = file
         self._text = ""
         self._position = 0
+        self.divided = False  # `items` has divided this text, or tried to
 
     def peek(self) -> str:
         """Return the next character that is not white space, or an empty string at the end."""
@@ -144,16 +150,31 @@ class _Reader:
                 self._position = end
                 return value
 
+    def items(self) -> list[Any]:
+        """Return the next values of a list: if they are objects, those that the text so far has; otherwise one."""
+        self.peek()
+        if not self.divided:
+            self.divided = True
+            ends = list(BETWEEN.finditer(self._text, max(self._position, len(self._text) - TAIL)))
+            if ends:
+                end = ends[-1].start() + 1
+                # If the text is cut inside a value, or after the end of the list, this is not json.
+                with contextlib.suppress(ValueError):
+                    items: list[Any] = DECODER.decode(f"[{self._text[self._position : end]}]")
+                    self._position = end
+                    return items
+        return [self.value()]
+
     def _more(self) -> bool:
         rest = self._text[self._position :]
         # Twice the rest, because an unfinished value is decoded again from its start.
         chunk = self._file.read(max(CHUNK, len(rest)))
         if chunk:
-            self._text, self._position = rest + chunk, 0
+            self._text, self._position, self.divided = rest + chunk, 0, False
         return bool(chunk)
 
 
-def _read_lists(path: Path, reader: _Reader, handlers: Mapping[str, Callable[[int, Any], None]]) -> dict[str, int]:
+def _read_lists(path: Path, reader: _Reader, handlers: Mapping[str, Handler]) -> dict[str, int]:
     lengths: dict[str, int] = {}
     reader.take("{")
     more = reader.peek() != "}" or reader.take("}") != "}"
@@ -174,14 +195,16 @@ def _read_lists(path: Path, reader: _Reader, handlers: Mapping[str, Callable[[in
     return lengths
 
 
-def _read_list(reader: _Reader, handle: Callable[[int, Any], None]) -> int:
+def _read_list(reader: _Reader, handle: Handler) -> int:
     reader.take("[")
+    reader.divided = False
     if reader.peek() == "]":
         reader.take("]")
         return 0
     count = 0
     while True:
-        handle(count, reader.value())
-        count += 1
+        items = reader.items()
+        handle(count, items)
+        count += len(items)
         if reader.take(",]") == "]":
             return count

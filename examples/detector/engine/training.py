@@ -110,7 +110,7 @@ def train(
     options = config.training
     if val_set is not None:
         check_categories(train_set.categories, val_set.categories, "the validation data")
-        if not val_set.coco.anns:
+        if not val_set.counted:
             raise UserError("the validation data have no annotations to evaluate on")
         if val_set.boxes_only:
             raise UserError("the validation data have no segmentations; train on boxes alone with --detector faster")
