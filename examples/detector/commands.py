@@ -54,7 +54,7 @@ from .engine import (
     write_detections,
     write_results,
 )
-from .errors import UserError, printable
+from .errors import UserError, number_of, printable
 from .model import (
     cost_rows,
     cost_table,
@@ -168,7 +168,7 @@ def run_predict(options: PredictOptions) -> None:
     if not number and (lowest or options.threshold):
         scores += f"; lower {'--threshold' if options.threshold > lowest else '--set network.score_threshold'} for more"
     files = "pictures and predictions.json" if pictures else "predictions.json"
-    print(f"{number} detections ({scores}) in {len(paths)} images: {files} in {options.out}")
+    print(f"{number_of(number, 'detection')} ({scores}) in {number_of(len(paths), 'image')}: {files} in {options.out}")
 
 
 def run_spatial_support(options: SpatialSupportOptions) -> None:
@@ -308,7 +308,8 @@ def _report(dataset: CocoDataset, results: list[dict[str, object]], kinds: tuple
     if not dataset.annotated:
         assert out is not None
         write_detections(out, results, kinds)
-        print(f"{len(results)} detections in {len(dataset)} images: {out}; no metrics, as there are no annotations")
+        found = f"{number_of(len(results), 'detection')} in {number_of(len(dataset), 'image')}"
+        print(f"{found}: {out}; no metrics, as there are no annotations")
         return
     if dataset.boxes_only:
         print(f"{dataset.name}: masks are not evaluated, as no annotation has a segmentation", file=sys.stderr)
