@@ -42,7 +42,10 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
         images = sorted(item for item in candidates if item.suffix.lower() in SUFFIXES and os.path.isfile(item))
         if not images:
             if is_folder:
-                raise UserError(f"{pattern}: there is no image in this folder (looked for {', '.join(SUFFIXES)})")
+                raise UserError(
+                    f"{pattern}: there is no image in this folder (looked for {', '.join(SUFFIXES)}); for those in its "
+                    f"sub-folders, give '{path}/**'"
+                )
             raise UserError(f"{pattern}: there is no such image, folder or glob with images")
         found.update(dict.fromkeys(images))
     return list(found)

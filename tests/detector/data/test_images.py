@@ -113,6 +113,8 @@ def test_finding_images(picture, tmp_path):
         with pytest.raises(UserError) as caught:
             find_images([f"{root}/{pattern}"])
         assert str(caught.value).startswith(f"{root}/{pattern}: there is no")
+        assert (f"sub-folders, give '{root}/empty/**'" in str(caught.value)) == (pattern == "empty")
+    assert find_images([f"{root}/sub/**"]) == [jpeg]
 
 
 def test_floating_point_pictures(tmp_path):
