@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 from .errors import UserError
 
 T = TypeVar("T")
+CAN_COPY = sys.platform == "linux"  # on macOS, a copy of a process with threads may crash
 
 
 def pack(value: object) -> tuple[bytes, list[memoryview]]:
@@ -36,9 +38,9 @@ def in_background(make: Callable[[], T], niceness: int = 0) -> Iterator[Callable
     """Call `make` in a copy of this process, and yield a function that waits for its result or raises its `UserError`.
 
     What `make` needs on the way does not add to the memory of this process. At the end of the context, the other
-    process is ended. Where processes cannot be copied (on Windows), the yielded function is `make`.
+    process is ended. Without `CAN_COPY`, the yielded function is `make`.
     """
-    if not hasattr(os, "fork"):
+    if not CAN_COPY:
         yield make
         return
     source, sink = os.pipe()

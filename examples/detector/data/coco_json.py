@@ -26,7 +26,7 @@ from ..json_files import (
     read_json_part,
     whole_number,
 )
-from ..processes import in_background
+from ..processes import CAN_COPY, in_background
 from .segmentations import append_polygons
 
 MAX_PIXELS = 2**31  # of an image; pycocotools counts in 32 bits
@@ -124,7 +124,7 @@ class CocoJson:
         self._columns: tuple[array[Any], ...] = ids, images, categories, crowds, areas, boxes, points, ends
         handlers = {"images": self._read_images, "annotations": self._read_annotations}
         handlers["categories"] = self._read_categories
-        places = find_places(path, PART, os.cpu_count() or 1) if hasattr(os, "fork") else []
+        places = find_places(path, PART, os.cpu_count() or 1) if CAN_COPY else []
         with ExitStack() as stack:
             parts: dict[int, Callable[[int], int]] = {}
             for start, stop in pairwise(places):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
-from ..processes import in_background
+from ..processes import CAN_COPY, in_background
 from .coco_json import Notes, Picture
 from .images import open_image, orientation, plain_jpeg_size
 
@@ -49,7 +49,7 @@ class Headers(ExitStack):
     def add(self, file: int, pictures: Sequence[Picture]) -> None:
         """Add pictures of the JSON file number `file`."""
         self._waiting += [(str(self.folders[file]), picture.name) for picture in pictures]
-        while len(self._waiting) >= MANY:
+        while CAN_COPY and len(self._waiting) >= MANY:
             self._start(self._waiting[:MANY])
             del self._waiting[:MANY]
 
