@@ -121,7 +121,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
     _make_folder(options.out)
     with session(options.device) as device:
         model, config, categories = _load(options.checkpoint, device, options)
-        dataset = CocoDataset(annotations, images, masks=config.network.has_masks, keep_empty=True)
+        dataset = from_main(lambda: CocoDataset(annotations, images, masks=config.network.has_masks, keep_empty=True))
         matched = match_categories(categories, dataset.categories, dataset.name)
         if None in matched:
             _say(f"{dataset.name}: has {len(dataset.categories)} of the detector's {len(matched)} categories")

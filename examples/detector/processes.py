@@ -46,10 +46,7 @@ def in_background(make: Callable[[], T], niceness: int = 0) -> Iterator[Callable
     source, sink = os.pipe()
     process = os.fork()
     if process == 0:
-        gc.freeze()  # a collection would copy the memory that both processes share
-        os.close(source)
-        os.nice(niceness)
-        _send(make, sink)
+        _send(make, source, sink, niceness)
     os.close(sink)
     with open(source, "rb") as file:
         try:
@@ -59,10 +56,13 @@ def in_background(make: Callable[[], T], niceness: int = 0) -> Iterator[Callable
             os.waitpid(process, 0)
 
 
-def _send(make: Callable[[], object], sink: int) -> NoReturn:
+def _send(make: Callable[[], object], source: int, sink: int, niceness: int) -> NoReturn:
     """Write the result of `make` to a pipe and end this process."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the first process to report
+        gc.freeze()  # a collection would copy the memory that both processes share
+        os.close(source)
+        os.nice(niceness)
         value: object
         try:
             value = make()
