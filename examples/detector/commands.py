@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from .engine import (
     write_detections,
     write_results,
 )
-from .errors import UserError, printable
+from .errors import UserError, number_of, printable
 from .model import (
     cost_rows,
     cost_table,
@@ -63,6 +64,7 @@ from .model import (
     starting_config,
 )
 from .predict import AMP_TYPES, draw_checkpoints, predict, write_predictions
+from .processes import in_background
 from .recipes import run_ablation, run_demo
 
 
@@ -75,16 +77,20 @@ def run_train(options: TrainOptions) -> None:
     except UserError as error:
         raise UserError(f"--weights {weights} sets the network: {error}" if initial else str(error)) from None
     masks, negatives = config.network.has_masks, config.training.negative_images
-    train_annotations, train_images = _data(options, "train", "train_")
-    val_set = None
+    train = _data(options, "train", "train_")
+    val = None
     if options.val_annotations or options.val_images or (options.data and has_split(options.data, "val")):
-        val_annotations, val_images = _data(options, "val", "val_")
-        val_set = CocoDataset(val_annotations, val_images, masks=masks, keep_empty=True)
+        val = _data(options, "val", "val_")
+
+    def read() -> tuple[CocoDataset, CocoDataset | None]:
+        train_set = partial(CocoDataset, *train, masks=masks, keep_empty=False, negatives=negatives)
+        val_set = partial(CocoDataset, *val, masks=masks, keep_empty=True) if val else lambda: None
+        # In other processes, as reading 100,000 images takes several times the memory of the data set.
+        with in_background(train_set) as train_result, in_background(val_set) as val_result:
+            return train_result(), val_result()
+
     with session(options.device) as device:
-        # One process reads and checks the training set, which may have 100,000 images.
-        train_set = from_main(
-            lambda: CocoDataset(train_annotations, train_images, masks=masks, keep_empty=False, negatives=negatives)
-        )
+        train_set, val_set = from_main(read)
         _warn(train_set)
         if val_set:
             _warn(val_set)
@@ -115,7 +121,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
     _make_folder(options.out)
     with session(options.device) as device:
         model, config, categories = _load(options.checkpoint, device, options)
-        dataset = CocoDataset(annotations, images, masks=config.network.has_masks, keep_empty=True)
+        dataset = from_main(lambda: CocoDataset(annotations, images, masks=config.network.has_masks, keep_empty=True))
         matched = match_categories(categories, dataset.categories, dataset.name)
         if None in matched:
             _say(f"{dataset.name}: has {len(dataset.categories)} of the detector's {len(matched)} categories")
@@ -162,7 +168,7 @@ def run_predict(options: PredictOptions) -> None:
     if not number and (lowest or options.threshold):
         scores += f"; lower {'--threshold' if options.threshold > lowest else '--set network.score_threshold'} for more"
     files = "pictures and predictions.json" if pictures else "predictions.json"
-    print(f"{number} detections ({scores}) in {len(paths)} images: {files} in {options.out}")
+    print(f"{number_of(number, 'detection')} ({scores}) in {number_of(len(paths), 'image')}: {files} in {options.out}")
 
 
 def run_spatial_support(options: SpatialSupportOptions) -> None:
@@ -302,7 +308,8 @@ def _report(dataset: CocoDataset, results: list[dict[str, object]], kinds: tuple
     if not dataset.annotated:
         assert out is not None
         write_detections(out, results, kinds)
-        print(f"{len(results)} detections in {len(dataset)} images: {out}; no metrics, as there are no annotations")
+        found = f"{number_of(len(results), 'detection')} in {number_of(len(dataset), 'image')}"
+        print(f"{found}: {out}; no metrics, as there are no annotations")
         return
     if dataset.boxes_only:
         print(f"{dataset.name}: masks are not evaluated, as no annotation has a segmentation", file=sys.stderr)

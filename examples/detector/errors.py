@@ -35,6 +35,11 @@ def cannot_write(path: Path | str, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be written ({os_problem(error)})")
 
 
+def number_of(count: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 image" or "2 images"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     r"""Replace line breaks, escape sequences of terminals and unpaired surrogates by escapes such as ``\n``.
 

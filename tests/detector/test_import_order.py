@@ -11,6 +11,7 @@ DETECTOR = Path(__file__).parents[2] / "examples" / "detector"
 LIGHT = [
     "errors",
     "json_files",
+    "processes",
     "presets",
     "config",
     "spatial_support_view",

@@ -18,7 +18,7 @@ from ..errors import UserError
 from .coco_json import Category, Notes, read_coco
 from .ground_truth import GroundTruth
 from .images import read_image
-from .picture_files import check_pictures
+from .picture_files import Headers, check_pictures
 from .segmentations import encode_polygons
 
 Sample = tuple[Tensor, dict[str, Any]]  # image and target
@@ -78,6 +78,7 @@ class CocoDataset(Dataset[Sample]):
     sizes: list[tuple[int, int]]  # width and height by index
     report: list[str]  # a line for each kind of unusual input, with a count and an example
     annotated: bool  # the JSON file has annotations
+    counted: int  # number of annotations that count in an evaluation
     boxes_only: bool  # `masks` was asked for, but no annotation has a segmentation
     unusable_images: list[str]  # the lines of `report` about image files that are missing or unusable
 
@@ -92,25 +93,34 @@ class CocoDataset(Dataset[Sample]):
     ) -> None:
         files = [annotations] if isinstance(annotations, Path) else list(annotations)
         folders = [images] if isinstance(images, Path) else list(images or ())
+        if len(folders) == 1:
+            folders *= len(files)
         notes = Notes()
-        content = read_coco(files, notes, polygons=masks and not keep_empty, keep=masks and keep_empty)
         self.name = name = ", ".join(map(str, files))
+        with Headers(folders, files) as headers:
+            content = read_coco(
+                files,
+                notes,
+                polygons=masks and not keep_empty,
+                keep=masks and keep_empty,
+                listed=headers.add if folders else None,
+            )
+            self.boxes_only = masks and content.annotated and not content.segmented
+            if self.boxes_only and not keep_empty:
+                raise UserError(
+                    f"{name}: no annotation has a segmentation, which --detector mask needs; train on boxes alone with "
+                    "--detector faster or faster-fpn"
+                )
+            pictures = content.images
+            turns = [False] * len(pictures)
+            if folders:
+                pictures, turns = check_pictures(pictures, headers, notes)
+            elif not all(picture.width for picture in pictures):
+                raise UserError(
+                    f"{name}: width and height of images are missing, and there is no folder to read them from"
+                )
         self.categories = content.categories
         self.annotated = content.annotated
-        self.boxes_only = masks and self.annotated and not content.segmented
-        if self.boxes_only and not keep_empty:
-            raise UserError(
-                f"{name}: no annotation has a segmentation, which --detector mask needs; train on boxes alone with "
-                "--detector faster or faster-fpn"
-            )
-        pictures = content.images
-        turns = [False] * len(pictures)
-        if images is not None:
-            if len(folders) == 1:
-                folders *= len(files)
-            pictures, turns = check_pictures(pictures, folders, files, notes)
-        elif not all(picture.width for picture in pictures):
-            raise UserError(f"{name}: width and height of images are missing, and there is no folder to read them from")
         self._folders = folders
         self._masks = masks
         self.unusable_images = [line for line in notes.lines() if line.startswith("left out")]  # nothing else so far
@@ -118,13 +128,16 @@ class CocoDataset(Dataset[Sample]):
         order = sorted(range(len(pictures)), key=lambda index: pictures[index].id)
         pictures = [pictures[index] for index in order]
         truth = GroundTruth(content, pictures, notes, masks=masks, evaluated=keep_empty)
-        self._coco = truth.coco() if keep_empty else None
+        self._truth = truth if keep_empty else None
+        self._coco: COCO | None = None
+        self.counted = int(truth.counted.sum())
         kept = list(range(len(pictures))) if keep_empty else truth.pictures_to_train_on(negatives=negatives)
         self.report = notes.lines()
         if not kept:
             raise UserError(f"{name}: no usable image ({'; '.join(self.report) or 'it lists none'})")
         self.image_ids = [pictures[index].id for index in kept]
-        self.sizes = [(pictures[index].width, pictures[index].height) for index in kept]
+        shared: dict[tuple[int, int], tuple[int, int]] = {}  # images have few sizes
+        self.sizes = [shared.setdefault(size, size) for size in (pictures[index][2:4] for index in kept)]
         self._names = [pictures[index].name for index in kept]
         # Flat arrays, because reference counts would make data-loading processes copy lists of objects.
         self._folder_of = np.array([pictures[index].folder for index in kept])
@@ -168,12 +181,13 @@ class CocoDataset(Dataset[Sample]):
 
     @property
     def coco(self) -> COCO:
-        """Ground truth for the evaluation, only with `keep_empty`, and not in pickled copies.
+        """Ground truth for the evaluation, only with `keep_empty`.
 
         Segmentations are compressed run-length codes, and absent without `masks`.
         """
-        if self._coco is None:
+        if self._truth is None:
             raise UserError("the data set to evaluate on must be made with keep_empty=True")
+        self._coco = self._coco or self._truth.coco()  # only when it is used: it takes several times the memory
         return self._coco
 
     def path(self, index: int) -> Path:

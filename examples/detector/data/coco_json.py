@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import chain, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +16,24 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError, printable
-from ..json_files import flag, is_finite, is_missing, read_json_lists, whole_number
+from ..json_files import (
+    MAX_NUMBER,
+    find_places,
+    flag,
+    is_finite,
+    is_missing,
+    read_json_lists,
+    read_json_part,
+    whole_number,
+)
+from ..processes import CAN_COPY, in_background
 from .segmentations import append_polygons
 
 MAX_PIXELS = 2**31  # of an image; pycocotools counts in 32 bits
+PART = 1 << 25  # bytes of a file for which it pays to start a process
 NO_BOX = (np.nan,) * 4
 NO_ID = -(2**63)
+FIELDS = ("id", "image_id", "category_id", "iscrowd", "area", "bbox")  # of annotations, apart from the segmentation
 MISSING_IDS = "numbered the annotations 1, 2, ..., as {} have no usable id"
 REPEATED_IDS = "numbered the annotations 1, 2, ..., as {} ids are repeated"
 
@@ -57,6 +74,15 @@ class Notes:
         return [printable(f"{kind.format(count)}, e.g. {self._examples[kind]}") for kind, count in self._counts.items()]
 
 
+class _Part(NamedTuple):
+    """Annotations that another process has read."""
+
+    number: int
+    columns: list[npt.NDArray[Any]]
+    segmented: int
+    segmentations: dict[int, Any]  # by index in the part
+
+
 class CocoJson:
     """Content of a COCO JSON file. Annotations are columns: one array per field, in the order of the file.
 
@@ -71,23 +97,40 @@ class CocoJson:
         Keep all segmentations in `segmentations`, whatever `polygons` says.
     notes
         Receives a line for each kind of value that is read leniently.
+    listed
+        Receives the images, some at a time, as they are read.
     """
 
-    def __init__(self, path: Path, notes: Notes, *, polygons: bool, keep: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        notes: Notes,
+        *,
+        polygons: bool,
+        keep: bool,
+        listed: Callable[[list[Picture]], None] | None = None,
+    ) -> None:
         self.path = path
         self._notes = notes
         self._polygons = polygons
         self._keep = keep
+        self._listed = listed
         self.images: list[Picture] = []
         self.categories: list[Category] = []  # in order of id
         self.segmentations: dict[int, Any] = {}  # by index of the annotation
         self.segmented = 0  # number of annotations with any segmentation
         ids, images, categories, ends = (array("q") for _ in range(4))
         crowds, areas, boxes, points = array("b"), array("d"), array("d"), array("f")
-        self._columns = ids, images, categories, crowds, areas, boxes, points, ends
-        lengths = read_json_lists(
-            path, {"images": self._image, "annotations": self._annotation, "categories": self._category}
-        )
+        self._columns: tuple[array[Any], ...] = ids, images, categories, crowds, areas, boxes, points, ends
+        handlers = {"images": self._read_images, "annotations": self._read_annotations}
+        handlers["categories"] = self._read_categories
+        places = find_places(path, PART, os.cpu_count() or 1) if CAN_COPY else []
+        with ExitStack() as stack:
+            parts: dict[int, Callable[[int], int]] = {}
+            for start, stop in pairwise(places):
+                result = stack.enter_context(in_background(partial(self._read_part, start, stop)))
+                parts[start], parts[stop] = partial(self._add_part, result), lambda _: 0
+            lengths = read_json_lists(path, handlers, {"annotations": parts})
         for section in ("images", "categories"):
             if section not in lengths:
                 raise self._refuse(f"it needs a list {section!r}")
@@ -108,7 +151,7 @@ class CocoJson:
         self.points = _column(points).reshape(-1, 2)  # see `Points`
         ends_of = _column(ends) // 2
         self.spans = np.stack([np.concatenate([[0], ends_of[:-1]])[: len(ends)], ends_of], 1)  # rows of `points`
-        del self._columns
+        del self._columns, self._listed
 
     def _refuse(self, problem: str) -> UserError:
         return UserError(f"{self.path} is not COCO's instance format: {problem}")
@@ -136,24 +179,95 @@ class CocoJson:
             raise self._need(section, index, item, field, "a text")
         return value
 
-    def _image(self, index: int, value: object) -> None:
-        item = self._object("images", index, value)
-        width = height = 0
-        if item.get("width") and item.get("height"):  # some tools write zeros
-            width, height = (self._whole("images", index, item, field, 1) for field in ("width", "height"))
-        if width * height >= MAX_PIXELS:
-            raise self._refuse(f"images[{index}] needs less than {MAX_PIXELS} pixels, got {f'{width}x{height}':.40}")
-        number = self._whole("images", index, item, "id")
-        self.images.append(Picture(number, self._name("images", index, item, "file_name"), width, height))
+    def _read_images(self, first: int, values: list[Any]) -> None:
+        for index, value in enumerate(values, first):
+            item = self._object("images", index, value)
+            width = height = 0
+            if item.get("width") and item.get("height"):  # some tools write zeros
+                width, height = (self._whole("images", index, item, field, 1) for field in ("width", "height"))
+            if width * height >= MAX_PIXELS:
+                size = f"{f'{width}x{height}':.40}"
+                raise self._refuse(f"images[{index}] needs less than {MAX_PIXELS} pixels, got {size}")
+            number = self._whole("images", index, item, "id")
+            self.images.append(Picture(number, self._name("images", index, item, "file_name"), width, height))
+        if self._listed:
+            self._listed(self.images[first:])
 
-    def _category(self, index: int, value: object) -> None:
-        item = self._object("categories", index, value)
-        number = self._whole("categories", index, item, "id")
-        self.categories.append(Category(number, self._name("categories", index, item, "name")))
+    def _read_categories(self, first: int, values: list[Any]) -> None:
+        for index, value in enumerate(values, first):
+            item = self._object("categories", index, value)
+            number = self._whole("categories", index, item, "id")
+            self.categories.append(Category(number, self._name("categories", index, item, "name")))
+
+    def _read_annotations(self, first: int, values: list[Any]) -> None:
+        if not self._read_usual(first, values):
+            for index, value in enumerate(values, first):
+                self._annotation(index, value)
+
+    def _read_part(self, start: int, stop: int) -> _Part | None:
+        """Read the annotations between two places in the file, in another process; None if they are unusual."""
+        self._notes = Notes()
+        try:
+            number = read_json_part(self.path, start, stop, self._read_annotations)
+        except (UserError, ValueError, RecursionError):
+            return None
+        if self._notes.lines():
+            return None
+        return _Part(number, [_column(column) for column in self._columns], self.segmented, self.segmentations)
+
+    def _add_part(self, result: Callable[[], _Part | None], first: int) -> int:
+        """Add the annotations that another process has read; return their number, or 0 if they are unusual."""
+        part = result()
+        if part is None:
+            return 0
+        part.columns[-1] += len(self._columns[-2])  # `ends` of `points`
+        for column, values in zip(self._columns, part.columns):
+            column.frombytes(values.tobytes())
+        self.segmented += part.segmented
+        self.segmentations |= {first + index: value for index, value in part.segmentations.items()}
+        return part.number
+
+    def _read_usual(self, first: int, values: list[Any]) -> bool:
+        """Read annotations together, which is faster, if they have all fields with numbers of the usual types."""
+        ids, images, categories, crowds, areas, boxes = self._columns[:-2]
+        try:
+            *whole, flags, sizes, corners = (list(map(itemgetter(field), values)) for field in FIELDS)
+            sides = list(chain.from_iterable(corners))
+            numbers, floats = np.array(whole, np.int64), np.array([*sizes, *sides], np.float64)
+        except (KeyError, OverflowError, TypeError, ValueError):
+            return False
+        usual = (
+            set(map(type, chain(flags, *whole))) == {int}
+            and {float, int}.issuperset(map(type, chain(sizes, sides)))
+            and {0, 1}.issuperset(flags)
+            and {(type(box), len(box)) for box in corners} == {(list, 4)}
+            and bool((abs(floats) < MAX_NUMBER).all() and (floats[: len(sizes)] >= 0).all())
+        )
+        if not usual:
+            return False
+        for column, row in zip((ids, images, categories), numbers):
+            column.frombytes(row.tobytes())
+        crowds.fromlist(flags)
+        areas.fromlist(sizes)
+        boxes.fromlist(sides)
+        for index, (item, crowd) in enumerate(zip(values, flags), first):
+            self._segmentation(index, item.get("segmentation"), bool(crowd), False)
+        return True
+
+    def _segmentation(self, index: int, segmentation: Any, crowd: bool, needed: bool) -> None:
+        """Read a segmentation; `needed` for the box."""
+        points, ends = self._columns[-2:]
+        self.segmented += bool(segmentation)
+        polygons = self._polygons and isinstance(segmentation, list)
+        if self._keep or needed or (self._polygons and not polygons and not crowd):
+            self.segmentations[index] = segmentation
+        elif polygons and not crowd:
+            append_polygons(points, segmentation)
+        ends.append(len(points))
 
     def _annotation(self, index: int, value: object) -> None:
         item = self._object("annotations", index, value)
-        ids, images, categories, crowds, areas, boxes, points, ends = self._columns
+        ids, images, categories, crowds, areas, boxes = self._columns[:-2]
         number = item.get("id")
         if type(number) is not int or abs(number) >= 2**63:
             usable = whole_number(number)
@@ -182,14 +296,7 @@ class CocoJson:
                 self._notes.add("ignored {} bbox that are not four finite numbers", f"{box!r:.40}")
             box = None
         boxes.extend(box or NO_BOX)
-        segmentation: Any = item.get("segmentation")
-        self.segmented += bool(segmentation)
-        polygons = self._polygons and isinstance(segmentation, list)
-        if self._keep or box is None or (self._polygons and not polygons and not crowd):
-            self.segmentations[index] = segmentation
-        elif polygons and not crowd:
-            append_polygons(points, segmentation)
-        ends.append(len(points))
+        self._segmentation(index, item.get("segmentation"), bool(crowd), box is None)
 
 
 def _column(values: array[Any]) -> npt.NDArray[Any]:
@@ -197,13 +304,24 @@ def _column(values: array[Any]) -> npt.NDArray[Any]:
     return np.frombuffer(values, values.typecode) if values else np.zeros(0, values.typecode)
 
 
-def read_coco(paths: Sequence[Path], notes: Notes, *, polygons: bool, keep: bool) -> CocoJson:
+def read_coco(
+    paths: Sequence[Path],
+    notes: Notes,
+    *,
+    polygons: bool,
+    keep: bool,
+    listed: Callable[[int, list[Picture]], None] | None = None,
+) -> CocoJson:
     """Read one or several COCO JSON files as one, see `CocoJson`.
 
     The files must have the same categories. If only the ids differ, those of the first file count. If several files
-    use the same image ids, the images are numbered 1, 2, ... in the order of the files and their ids.
+    use the same image ids, the images are numbered 1, 2, ... in the order of the files and their ids. `listed` also
+    receives the index of the file.
     """
-    files = [CocoJson(path, notes, polygons=polygons, keep=keep) for path in paths]
+    files = [
+        CocoJson(path, notes, polygons=polygons, keep=keep, listed=partial(listed, number) if listed else None)
+        for number, path in enumerate(paths)
+    ]
     first = files[0]
     if len(files) == 1:
         return first

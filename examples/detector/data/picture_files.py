@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
+from ..processes import CAN_COPY, in_background
 from .coco_json import Notes, Picture
-from .images import open_image, orientation
+from .images import open_image, orientation, plain_jpeg_size
 
-MANY = 5000  # files, for which it pays to start processes; Pillow reads a header in 0.1 ms
+MANY = 15000  # files, for which it pays to start a process
 MISSING = "left out {} missing pictures"
+
+
+_Problem = tuple[str, str]  # kind and example
 
 
 class _Found(NamedTuple):
@@ -25,21 +29,52 @@ class _Found(NamedTuple):
     orientation: int  # EXIF, 1 to 8
 
 
-def check_pictures(
-    pictures: Sequence[Picture], folders: Sequence[Path], annotations: Sequence[Path], notes: Notes
-) -> tuple[list[Picture], list[bool]]:
+class Headers(ExitStack):
+    """Headers of image files. If there are many, other processes read them while this one reads the JSON file.
+
+    `folders` and `annotations` are the image folder and the path of each JSON file.
+    """
+
+    def __init__(self, folders: Sequence[Path], annotations: Sequence[Path]) -> None:
+        super().__init__()
+        self.folders = folders
+        self.annotations = annotations
+        self._waiting: list[tuple[str, str]] = []  # folder and name
+        self._parts: list[Callable[[], list[_Found | _Problem]]] = []
+        for folder, file in zip(folders, annotations):
+            if not folder.is_dir():
+                raise UserError(f"{folder}, the folder of the images of {file}, does not exist")
+        _is_folder_inside.cache_clear()  # links may have changed
+
+    def add(self, file: int, pictures: Sequence[Picture]) -> None:
+        """Add pictures of the JSON file number `file`."""
+        self._waiting += [(str(self.folders[file]), picture.name) for picture in pictures]
+        while CAN_COPY and len(self._waiting) >= MANY:
+            self._start(self._waiting[:MANY])
+            del self._waiting[:MANY]
+
+    def read(self) -> list[_Found | _Problem]:
+        """Return the headers in the order of the pictures."""
+        if self._parts:
+            self._start(self._waiting)
+            return [item for part in self._parts for item in part()]
+        with ThreadPoolExecutor(8) as threads:  # hides the latency of network drives
+            return list(threads.map(_look, self._waiting))
+
+    def _start(self, files: list[tuple[str, str]]) -> None:
+        # With less priority than the process that reads the JSON file, which takes longer.
+        self._parts.append(self.enter_context(in_background(partial(list, map(_look, files)), niceness=10)))
+
+
+def check_pictures(pictures: Sequence[Picture], headers: Headers, notes: Notes) -> tuple[list[Picture], list[bool]]:
     """Return the pictures with a usable file, completed by missing sizes, and a flag for those to turn upright.
 
-    See `CocoDataset` for the rules. `folders` and `annotations` are the image folder and the path of each JSON file.
+    See `CocoDataset` for the rules. `headers` are those of all pictures.
     """
-    for folder, file in zip(folders, annotations):
-        if not folder.is_dir():
-            raise UserError(f"{folder}, the folder of the images of {file}, does not exist")
-    _is_folder_inside.cache_clear()  # links may have changed
-    found = _look_at_all([(str(folders[picture.folder]), picture.name) for picture in pictures])
+    found = headers.read()
     if pictures and all(isinstance(item, tuple) and item[0] == MISSING for item in found):
-        where = ", ".join(map(str, dict.fromkeys(folders)))
-        files = ", ".join(map(str, annotations))
+        where = ", ".join(map(str, dict.fromkeys(headers.folders)))
+        files = ", ".join(map(str, headers.annotations))
         raise UserError(f"{where} has none of the {len(pictures)} images of {files}, e.g. {pictures[0].name}")
     usable: list[Picture] = []
     turns: list[bool | None] = []  # None if the stored and the upright size are equal
@@ -70,21 +105,15 @@ def check_pictures(
     return usable, [default if turn is None else turn for turn in turns]
 
 
-def _look_at_all(files: list[tuple[str, str]]) -> list[_Found | tuple[str, str]]:
-    """Read the headers of files, given as folder and name; return the kind and an example of a problem for others."""
-    if len(files) < MANY or "fork" not in multiprocessing.get_all_start_methods():
-        with ThreadPoolExecutor(8) as threads:  # hides the latency of network drives
-            return list(threads.map(_look, files))
-    with ProcessPoolExecutor(8, multiprocessing.get_context("fork")) as processes:
-        return list(processes.map(_look, files, chunksize=500))
-
-
-def _look(file: tuple[str, str]) -> _Found | tuple[str, str]:
+def _look(file: tuple[str, str]) -> _Found | _Problem:
+    """Read the header of a file, given as folder and name."""
     folder, name = file
     path = os.path.join(folder, name)
     try:
         if not _is_inside(path, folder):
             return "left out {} pictures outside of the folder of images", f"{name} ({os.path.realpath(path)})"
+        if os.path.isfile(path) and (size := plain_jpeg_size(path)):
+            return _Found(size, 1)
         with open_image(Path(path)) as image:
             return _Found(image.size, orientation(image))
     except FileNotFoundError:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import UserError
+from ..processes import pack
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)  # the other processes wait while the first one computes the metrics
@@ -60,15 +61,8 @@ def from_main(make: Callable[[], T]) -> T:
             made = make()
         except UserError as error:
             made = error
-
-        def stays(item: pickle.PickleBuffer) -> bool:
-            memory = item.raw()
-            if memory.readonly or not memory.nbytes:
-                return True
-            arrays.append(memory)
-            return False
-
-        shared = [pickle.dumps(made, protocol=5, buffer_callback=stays), [array.nbytes for array in arrays]]
+        pickled, arrays = pack(made)
+        shared = [pickled, [array.nbytes for array in arrays]]
     dist.broadcast_object_list(shared)
     if not is_main():
         arrays = [memoryview(bytearray(size)) for size in shared[1]]

@@ -17,7 +17,7 @@ from dcnops.adapters.torch.spatial_support import OffsetObserver
 
 from ..config import Config
 from ..data import AspectRatioBatches, Batch, CocoDataset, check_categories, load_batches, worker_errors
-from ..errors import Interrupted, UserError, cannot_write, os_problem
+from ..errors import Interrupted, UserError, cannot_write, number_of, os_problem
 from ..json_files import write_json
 from ..model import (
     build_detector,
@@ -110,7 +110,7 @@ def train(
     options = config.training
     if val_set is not None:
         check_categories(train_set.categories, val_set.categories, "the validation data")
-        if not val_set.coco.anns:
+        if not val_set.counted:
             raise UserError("the validation data have no annotations to evaluate on")
         if val_set.boxes_only:
             raise UserError("the validation data have no segmentations; train on boxes alone with --detector faster")
@@ -234,15 +234,15 @@ class _Run:
     def introduce(self, first: int) -> None:
         assert self.progress
         options = self.config.training
-        images = options.images * world_size()
         self.progress.say(
-            f"{len(self.train_set)} images, {options.epochs} epochs of {self.per_epoch} iterations with {images} images"
+            f"{number_of(len(self.train_set), 'image')}, {number_of(options.epochs, 'epoch')} of "
+            f"{number_of(self.per_epoch, 'iteration')} with {number_of(options.images * world_size(), 'image')}"
             + (f"; iteration {first} is done" if first else "")
         )
-        if 3 * options.warmup_iterations > self.total:
+        if not first and 3 * options.warmup_iterations > self.total:
             self.progress.say(
-                f"the learning rate rises over {options.warmup_iterations} of {self.total} iterations: set "
-                "training.warmup_iterations lower or training.epochs higher"
+                f"the learning rate rises over {options.warmup_iterations} of {number_of(self.total, 'iteration')}: "
+                "set training.warmup_iterations lower or training.epochs higher"
             )
 
     def catch_up(self, first: int) -> bool:
@@ -299,7 +299,7 @@ class _Run:
             value, epoch = self.history.best()
             self.progress.say(
                 f"the {TITLES[best_kind(self.config)]} AP has been best after epoch {epoch} ({value:.3f}), "
-                f"{self.history.without_improvement()} evaluations ago (training.patience): "
+                f"{number_of(self.history.without_improvement(), 'evaluation')} ago (training.patience): "
                 f"{self.out / BEST} is the model of that epoch"
             )
         return last

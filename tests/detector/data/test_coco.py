@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 from pycocotools import mask as rle_tools
 
 from dcnops.detector.data import Category, CocoDataset, find_data, has_split
+from dcnops.detector.data.coco_json import CocoJson
 from dcnops.detector.errors import UserError
 
 WIDTH, HEIGHT = 20, 12
@@ -605,10 +606,9 @@ def test_a_pickled_copy_gives_the_same_samples(tmp_path):
     for (image, target), (other_image, other_target) in zip(data, copy):
         assert torch.equal(image, other_image)
         assert all(torch.equal(torch.as_tensor(target[key]), torch.as_tensor(other_target[key])) for key in target)
-    assert data.coco.imgs
-    for other in (copy, folder.load(keep_empty=False)):
-        with pytest.raises(UserError, match="must be made with keep_empty=True"):
-            assert other.coco
+    assert data.coco.imgs and copy.coco.dataset == data.coco.dataset
+    with pytest.raises(UserError, match="must be made with keep_empty=True"):
+        assert folder.load(keep_empty=False).coco
 
 
 def test_a_file_is_read_in_pieces(folder, monkeypatch):
@@ -621,6 +621,75 @@ def test_a_file_is_read_in_pieces(folder, monkeypatch):
     for size in (1, 2, 7, 50):
         monkeypatch.setattr("dcnops.detector.json_files.CHUNK", size)
         assert folder.load().coco.dataset == expected
+
+
+@pytest.mark.parametrize("keep_empty", [True, False])
+def test_parts_of_a_file_are_read_in_several_processes(folder, monkeypatch, keep_empty):
+    for number in range(60):
+        segmentation = compressed(SQUARE_MASK) if number % 7 == 0 else [SQUARE] * (number % 3)
+        folder.annotate(bbox=[number % 5, 3, 5, 6], segmentation=segmentation)
+    added: list[int] = []
+    add = CocoJson._add_part
+    monkeypatch.setattr(CocoJson, "_add_part", lambda *args: added.append(add(*args)) or added[-1])
+    monkeypatch.setattr("dcnops.detector.data.coco_json.os.cpu_count", lambda: 4)
+
+    def read() -> tuple[object, list[bool]]:
+        results = []
+        for part in (10**9, 10):
+            monkeypatch.setattr("dcnops.detector.data.coco_json.PART", part)
+            monkeypatch.setattr("dcnops.detector.json_files.CHUNK", min(part * 100, 2**18))
+            added.clear()
+            try:
+                data = folder.load(keep_empty=keep_empty)
+                target = {name: value.tolist() for name, value in data[0][1].items() if name != "image_id"}
+                results.append((target, data.report, data.coco.dataset if keep_empty else None))
+            except UserError as error:
+                results.append(str(error))
+        assert results[0] == results[1]
+        return results[0], [number > 0 for number in added]
+
+    assert read()[1] == [True] * 3
+    folder.json["annotations"][30]["id"] = "31"  # this part must be read again
+    assert read()[1] == [True, False, True]
+    folder.json["annotations"][30]["area"] = -1
+    result, parts = read()
+    assert "annotations[30] needs" in str(result) and parts == [True, False]
+    folder.json["annotations"][30]["area"] = 1
+    for annotation in folder.json["annotations"]:
+        annotation["comment"] = ["},{", {}, {}]  # not a place between annotations
+    read()
+    for name in ("annotations", "images"):  # other lists end the part
+        folder.json[name] = folder.json.pop(name)
+        read()
+
+
+@pytest.mark.parametrize("keep_empty", [True, False])
+def test_annotations_that_are_read_together(tmp_path, monkeypatch, keep_empty):
+    """One unusual annotation does not change how the others are read."""
+    unusual: list[dict[str, Any]] = [{}, {"id": "9"}, {"image_id": True}, {"area": None}, {"area": float("nan")}]
+    unusual += [{"iscrowd": value} for value in (1, True, 2)] + [{"area": value} for value in (-1, 1e31, 10**400)]
+    unusual += [{"bbox": box} for box in (None, [1, 2, 3], "abcd", [1, 2, 3, "4"], [1, 2, 3, 1e31], [1, 2, 3, 10**400])]
+    unusual += [{"segmentation": value} for value in (None, [["x"] * 6], [[1, 2, 3, float("nan"), 5, 6]], [SQUARE, 5])]
+    unusual.append({"segmentation": compressed(SQUARE_MASK)})
+    for number, fields in enumerate(unusual):
+        root = tmp_path / str(number)
+        root.mkdir()
+        folder = Folder(root)
+        for more in ({}, fields, {}):
+            folder.annotate(**more)
+
+        def read(folder: Folder = folder) -> object:
+            try:
+                data = folder.load(keep_empty=keep_empty)
+            except UserError as error:
+                return str(error)
+            target = {name: value.tolist() for name, value in data[0][1].items() if name != "image_id"}
+            return target, data.report, data.coco.dataset if keep_empty else None
+
+        together = read()
+        with monkeypatch.context() as patch:
+            patch.setattr(CocoJson, "_read_usual", lambda *_: False)
+            assert read() == together, fields
 
 
 def test_several_files_as_one_data_set(tmp_path):

@@ -586,10 +586,11 @@ def test_images_without_objects_are_negative_examples(data):
 
 def test_warning_about_a_long_warm_up(data, tmp_path, capsys):
     run(tmp_path, data, "training.epochs=1", "training.warmup_iterations=2")
-    assert (
-        "the learning rate rises over 2 of 5 iterations: set training.warmup_iterations lower"
-        in capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "the learning rate rises over 2 of 5 iterations: set training.warmup_iterations lower" in printed
+    assert "9 images, 1 epoch of 5 iterations with 2 images" in printed
+    run(tmp_path, data, "training.epochs=1", "training.warmup_iterations=2", resume=True)
+    assert "the learning rate rises" not in capsys.readouterr().out
 
 
 def test_offsets_and_masks_are_logged_and_change_nothing(data, tmp_path):
