@@ -28,8 +28,8 @@ from tests.cuda.emulator.host_engine import prepare_program
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "torchinductor")
 )
-# The tests compile few kernels; preparing to compile many takes longer: trials of vector instructions, a compiled header,
-# and processes that compile.
+# The tests compile few kernels. Preparing to compile many takes longer: trials of vector instructions, a compiled
+# header, and processes that compile.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
