@@ -32,13 +32,17 @@ class _KernelLibrary(JITCodeLibrary):  # type: ignore[misc]
     _level = 3
     _unrolls_loops = True
 
-    def _optimize_functions(self, ll_module: Any) -> None:
-        """Leave this to the optimization of the whole library, without the code that converts Python's arguments."""
-        if ll_module.name == "wrapper":  # as long as a short loop; 0.1 us slower if it is not optimized
-            for function in ll_module.functions:
+    def add_ir_module(self, ir_module: Any) -> None:
+        """Add code, without optimization if it is the code that converts Python's arguments."""
+        if ir_module.name == "wrapper":  # as long as a short loop; 0.1 us slower if it is not optimized
+            for function in ir_module.functions:
                 if not function.is_declaration:
-                    function.add_function_attribute("noinline")
-                    function.add_function_attribute("optnone")
+                    function.attributes.add("noinline")
+                    function.attributes.add("optnone")
+        super().add_ir_module(ir_module)
+
+    def _optimize_functions(self, ll_module: Any) -> None:
+        """Leave this to the optimization of the whole library."""
 
     def _optimize_final_module(self) -> None:
         options = llvm.create_pipeline_tuning_options(self._level)
