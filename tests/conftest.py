@@ -62,7 +62,7 @@ NEEDED_PACKAGES = {
     "benchmarks": ("torch", "torchvision"),
     "cuda/test_disassembly.py": ("cupy",),
     "cuda/test_kernels_compile.py": ("cupy",),
-    "detector": ("torch", "torchvision", "pycocotools", "tensorboard"),
+    "detector": ("torch", "torchvision", "pycocotools", "tensorboard", "orjson"),
     "jax": ("jax",),
     "project/test_comparison.py": ("torch", "torchvision"),
     "torch": ("torch", "torchvision"),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TextIO
+
+import orjson
 
 from .errors import UserError
 
@@ -17,7 +18,6 @@ MAX_NUMBER = 1e30
 CHUNK = 1 << 18  # characters that are read at a time
 TAIL = 1 << 15  # characters at the end of a chunk in which a list is divided
 BETWEEN = re.compile(r"\}\s*,\s*\{")
-BETWEEN_BYTES = re.compile(BETWEEN.pattern.encode())
 SPACE = re.compile(r"[ \t\n\r]*")
 DECODER = json.JSONDecoder()
 WHOLE = re.compile(r"\s*[+-]?\d{1,18}\s*", re.ASCII)
@@ -36,67 +36,23 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: is not json ({error})") from None
 
 
-def read_json_lists(
-    path: Path, handlers: Mapping[str, Handler], parts: Mapping[str, Mapping[int, Callable[[int], int]]] | None = None
-) -> dict[str, int]:
+def read_json_lists(path: Path, handlers: Mapping[str, Handler]) -> dict[str, int]:
     """Read lists of a JSON object in pieces, so that the file need not fit into memory.
 
     For each name in `handlers` that the object has as a list, call the handler with the index of the next item and some
     items, until it has received all of them. Return the lengths of these lists. Other entries are skipped.
-
-    `parts` has, by the name of a list, functions that know what `read_json_part` found from some places in the file to
-    the next one in `parts`. Called with the index of the next item, a function returns the number of items, or 0 if
-    they must be read here.
     """
-    parts = parts or {}
     try:
-        with path.open("rb") as file:
-            reader = _Reader(file, 0, sorted(place for places in parts.values() for place in places))
+        with path.open(encoding="utf-8-sig") as file:
+            reader = _Reader(file)
             if reader.peek() == "{":
-                return _read_lists(path, reader, handlers, parts)
+                return _read_lists(path, reader, handlers)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
         pass
     value = read_json(path)  # raises the error with its line
     raise UserError(f"{path}: must hold a JSON object, got a {type(value).__name__}")
-
-
-def read_json_part(path: Path, start: int, stop: int, handle: Handler) -> int:
-    """Read the items of a list that are between two places in a file (see `find_places`); return their number.
-
-    Raises
-    ------
-    ValueError
-        There is anything else than whole items between these places.
-    """
-    with path.open("rb") as file:
-        reader, count = _Reader(file, start, [stop]), 0
-        while reader.stop() is None:
-            items = reader.items()
-            handle(count, items)
-            count += len(items)
-            reader.take(",")
-            if not reader.stops:
-                raise ValueError("an item does not end before the stop")
-        return count
-
-
-def find_places(path: Path, part: int, most: int) -> list[int]:
-    """Return places in a file, in bytes, where an item of a list probably begins.
-
-    They are the starts of at most `most` parts of at least `part` bytes, without the first part, and a place near the
-    end of the file. The list is empty if it would divide nothing.
-    """
-    places = []
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        number = min(size // part, most)
-        for wanted in [*(size * index // number for index in range(1, number)), max(size - CHUNK, 0)]:
-            file.seek(wanted)
-            if match := BETWEEN_BYTES.search(file.read(TAIL)):
-                places.append(wanted + match.end() - 1)
-    return sorted(places) if len(places) > 1 else []
 
 
 def write_json(path: Path, value: object, indent: int | None = None) -> None:
@@ -156,12 +112,8 @@ def flag(value: object) -> int | None:
 class _Reader:
     """Tokens and values of a JSON text that is read in chunks."""
 
-    def __init__(self, file: BinaryIO, start: int = 0, stops: Sequence[int] = ()) -> None:
-        file.seek(start)
+    def __init__(self, file: TextIO) -> None:
         self._file = file
-        self._decode = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")().decode
-        self._offset = start  # bytes that have been read
-        self.stops = list(stops)  # places behind `_offset` where no text is read ahead
         self._text = ""
         self._position = 0
         self.divided = False  # `items` has divided this text, or tried to
@@ -210,43 +162,21 @@ class _Reader:
                 end = ends[-1].start() + 1
                 # If the text is cut inside a value, or after the end of the list, this is not json.
                 with contextlib.suppress(ValueError):
-                    items: list[Any] = DECODER.decode(f"[{self._text[self._position : end]}]")
+                    items: list[Any] = orjson.loads(f"[{self._text[self._position : end]}]")
                     self._position = end
                     return items
         return [self.value()]
 
-    def stop(self) -> int | None:
-        """Return the next stop if there is nothing before it."""
-        if self.stops[:1] != [self._offset]:
-            return None
-        match = SPACE.match(self._text, self._position)
-        assert match
-        return self._offset if match.end() == len(self._text) else None
-
-    def skip(self) -> None:
-        """Go from a stop to the next."""
-        del self.stops[0]
-        self._text, self._position, self._offset = "", 0, self._file.seek(self.stops[0])
-
     def _more(self) -> bool:
         rest = self._text[self._position :]
-        if self.stops[:1] == [self._offset]:
-            del self.stops[0]
-        size = max(CHUNK, len(rest))  # twice the rest, because an unfinished value is decoded again from its start
-        chunk = self._file.read(min(size, self.stops[0] - self._offset) if self.stops else size)
-        self._offset += len(chunk)
-        text = self._decode(chunk, not chunk)
+        # Twice the rest, because an unfinished value is decoded again from its start.
+        chunk = self._file.read(max(CHUNK, len(rest)))
         if chunk:
-            self._text, self._position, self.divided = rest + text, 0, False
+            self._text, self._position, self.divided = rest + chunk, 0, False
         return bool(chunk)
 
 
-def _read_lists(
-    path: Path,
-    reader: _Reader,
-    handlers: Mapping[str, Handler],
-    parts: Mapping[str, Mapping[int, Callable[[int], int]]],
-) -> dict[str, int]:
+def _read_lists(path: Path, reader: _Reader, handlers: Mapping[str, Handler]) -> dict[str, int]:
     lengths: dict[str, int] = {}
     reader.take("{")
     more = reader.peek() != "}" or reader.take("}") != "}"
@@ -258,7 +188,7 @@ def _read_lists(
         if name not in handlers or name in lengths:
             reader.value()
         elif reader.peek() == "[":
-            lengths[name] = _read_list(reader, handlers[name], parts.get(name, {}))
+            lengths[name] = _read_list(reader, handlers[name])
         else:
             raise UserError(f"{path}: needs a list {name!r}, got a {type(reader.value()).__name__}")
         more = reader.take(",}") == ","
@@ -267,7 +197,7 @@ def _read_lists(
     return lengths
 
 
-def _read_list(reader: _Reader, handle: Handler, parts: Mapping[int, Callable[[int], int]]) -> int:
+def _read_list(reader: _Reader, handle: Handler) -> int:
     reader.take("[")
     reader.divided = False
     if reader.peek() == "]":
@@ -275,9 +205,6 @@ def _read_list(reader: _Reader, handle: Handler, parts: Mapping[int, Callable[[i
         return 0
     count = 0
     while True:
-        while (stop := reader.stop()) is not None and (number := parts[stop](count) if stop in parts else 0):
-            count += number
-            reader.skip()
         items = reader.items()
         handle(count, items)
         count += len(items)

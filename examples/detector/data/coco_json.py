@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,19 +16,15 @@ import numpy.typing as npt
 from ..errors import UserError, printable
 from ..json_files import (
     MAX_NUMBER,
-    find_places,
     flag,
     is_finite,
     is_missing,
     read_json_lists,
-    read_json_part,
     whole_number,
 )
-from ..processes import CAN_COPY, in_background
 from .segmentations import append_polygons
 
 MAX_PIXELS = 2**31  # of an image; pycocotools counts in 32 bits
-PART = 1 << 25  # bytes of a file for which it pays to start a process
 NO_BOX = (np.nan,) * 4
 NO_ID = -(2**63)
 FIELDS = ("id", "image_id", "category_id", "iscrowd", "area", "bbox")  # of annotations, apart from the segmentation
@@ -74,15 +68,6 @@ class Notes:
         return [printable(f"{kind.format(count)}, e.g. {self._examples[kind]}") for kind, count in self._counts.items()]
 
 
-class _Part(NamedTuple):
-    """Annotations that another process has read."""
-
-    number: int
-    columns: list[npt.NDArray[Any]]
-    segmented: int
-    segmentations: dict[int, Any]  # by index in the part
-
-
 class CocoJson:
     """Content of a COCO JSON file. Annotations are columns: one array per field, in the order of the file.
 
@@ -124,13 +109,7 @@ class CocoJson:
         self._columns: tuple[array[Any], ...] = ids, images, categories, crowds, areas, boxes, points, ends
         handlers = {"images": self._read_images, "annotations": self._read_annotations}
         handlers["categories"] = self._read_categories
-        places = find_places(path, PART, os.cpu_count() or 1) if CAN_COPY else []
-        with ExitStack() as stack:
-            parts: dict[int, Callable[[int], int]] = {}
-            for start, stop in pairwise(places):
-                result = stack.enter_context(in_background(partial(self._read_part, start, stop)))
-                parts[start], parts[stop] = partial(self._add_part, result), lambda _: 0
-            lengths = read_json_lists(path, handlers, {"annotations": parts})
+        lengths = read_json_lists(path, handlers)
         for section in ("images", "categories"):
             if section not in lengths:
                 raise self._refuse(f"it needs a list {section!r}")
@@ -203,29 +182,6 @@ class CocoJson:
         if not self._read_usual(first, values):
             for index, value in enumerate(values, first):
                 self._annotation(index, value)
-
-    def _read_part(self, start: int, stop: int) -> _Part | None:
-        """Read the annotations between two places in the file, in another process; None if they are unusual."""
-        self._notes = Notes()
-        try:
-            number = read_json_part(self.path, start, stop, self._read_annotations)
-        except (UserError, ValueError, RecursionError):
-            return None
-        if self._notes.lines():
-            return None
-        return _Part(number, [_column(column) for column in self._columns], self.segmented, self.segmentations)
-
-    def _add_part(self, result: Callable[[], _Part | None], first: int) -> int:
-        """Add the annotations that another process has read; return their number, or 0 if they are unusual."""
-        part = result()
-        if part is None:
-            return 0
-        part.columns[-1] += len(self._columns[-2])  # `ends` of `points`
-        for column, values in zip(self._columns, part.columns):
-            column.frombytes(values.tobytes())
-        self.segmented += part.segmented
-        self.segmentations |= {first + index: value for index, value in part.segmentations.items()}
-        return part.number
 
     def _read_usual(self, first: int, values: list[Any]) -> bool:
         """Read annotations together, which is faster, if they have all fields with numbers of the usual types."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from ..errors import UserError
 # Formats that are decoded, whatever the name of a file says. Pillow would start other programs for some formats.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of the images in a folder
-HEADER = 4096  # bytes; longer headers are left to Pillow
 LARGEST_ASPECT = 32
 TOLERANCE = 0.1  # of values in 0..1, which bicubic interpolation may exceed
 
@@ -62,37 +60,6 @@ def open_image(path: Path) -> Image.Image:
     if not os.path.isfile(path) and os.path.exists(path):
         raise OSError("it is not a regular file")
     return Image.open(path, formats=FORMATS)
-
-
-def plain_jpeg_size(path: str) -> tuple[int, int] | None:
-    """Return the size of a JPEG file of the usual kind, without EXIF; None for other files.
-
-    Pillow takes four times as long to open a file.
-    """
-    with open(path, "rb", buffering=0) as file:
-        head = file.read(HEADER)
-    size, start = None, 2
-    while head[:2] == b"\xff\xd8" and head[start : start + 1] == b"\xff" and start + 10 <= len(head):
-        marker, length = head[start + 1], int.from_bytes(head[start + 2 : start + 4], "big")
-        end = start + 2 + length
-        if length < 2 or end > len(head):
-            return None
-        if marker == 0xDA:  # the pixels
-            return size
-        if marker in (0xC0, 0xC1, 0xC2):  # a frame: precision, height, width, number of components
-            precision, height, width, components = struct.unpack_from(">BHHB", head, start + 4)
-            if precision != 8 or components not in (1, 3, 4) or length != 8 + 3 * components:
-                return None
-            if not 0 < width * height < 5e7:  # Pillow refuses very large images
-                return None
-            size = width, height
-        elif marker == 0xDB:  # quantization tables of 8 bits
-            if length % 65 != 2 or any(number > 15 for number in head[start + 4 : end : 65]):
-                return None
-        elif marker not in (0xC4, 0xDD, 0xE0, 0xEE, 0xFE):  # other tables, JFIF, Adobe, a comment
-            return None
-        start = end
-    return None
 
 
 def orientation(image: Image.Image) -> int:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..errors import UserError
 from ..processes import CAN_COPY, in_background
 from .coco_json import Notes, Picture
-from .images import open_image, orientation, plain_jpeg_size
+from .images import open_image, orientation
 
 MANY = 15000  # files, for which it pays to start a process
 MISSING = "left out {} missing pictures"
@@ -112,8 +112,6 @@ def _look(file: tuple[str, str]) -> _Found | _Problem:
     try:
         if not _is_inside(path, folder):
             return "left out {} pictures outside of the folder of images", f"{name} ({os.path.realpath(path)})"
-        if os.path.isfile(path) and (size := plain_jpeg_size(path)):
-            return _Found(size, 1)
         with open_image(Path(path)) as image:
             return _Found(image.size, orientation(image))
     except FileNotFoundError:

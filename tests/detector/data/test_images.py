@@ -10,7 +10,6 @@ import torch
 from PIL import ExifTags, Image
 
 from dcnops.detector.data import find_images, read_image
-from dcnops.detector.data.images import orientation, plain_jpeg_size
 from dcnops.detector.errors import UserError
 
 
@@ -22,27 +21,6 @@ def test_modes(picture, mode):
         expected = np.asarray(file.convert("RGBA" if mode == "P" else "RGB").convert("RGB"))
     assert (image.shape, image.dtype, size) == ((3, 40, 60), torch.float32, (60, 40))
     assert np.array_equal(image.permute(1, 2, 0) * 255, expected)
-
-
-def test_sizes_of_plain_jpeg_files(picture):
-    """Without Pillow, a file has the size that Pillow finds or is left to it, also with a damaged header."""
-    path = picture("a.jpg", comment=b"a", progressive=True)
-    assert plain_jpeg_size(str(path)) == (60, 40)
-    content, random, read = path.read_bytes(), np.random.default_rng(0), 0
-    for _ in range(200):
-        damaged = bytearray(content)
-        for place in random.integers(0, 700, random.integers(1, 4)):
-            damaged[place] = random.integers(256)
-        path.write_bytes(damaged[: random.choice([len(damaged), random.integers(700)], p=[0.9, 0.1])])
-        if size := plain_jpeg_size(str(path)):
-            with Image.open(path) as image:
-                assert image.size == size and orientation(image) == 1
-            read += 1
-    assert read > 40
-    turned = Image.Exif()
-    turned[ExifTags.Base.Orientation] = 6
-    assert plain_jpeg_size(str(picture("b.jpg", exif=turned))) is None
-    assert plain_jpeg_size(str(picture("c.png"))) is None
 
 
 def test_palette_with_transparency_without_warnings(tmp_path, recwarn):
