@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import operator
 import re
+import subprocess
+import sys
 from typing import Any
 
 import numba
 import numpy as np
+import pytest
 from numba.core import types
 from numba.core.registry import cpu_target
 
 from dcnops._backends.cpu.compiled import inner
-from dcnops._backends.cpu.numba_compiler import KernelCompiler, _TypingContext
 from dcnops._backends.cpu.vectors import transpose
+
+numba_compiler = pytest.importorskip("dcnops._backends.cpu.numba_compiler", exc_type=ImportError)
 
 
 class _CountingContext:
@@ -32,11 +36,13 @@ def test_functions_are_resolved_once_for_the_same_types():
     cpu_target.target_context.refresh()
     counting = _CountingContext()
     reals = types.float32, types.uint16
-    signatures = [_TypingContext(counting).resolve_function_type(operator.mul, reals, {}) for _ in range(3)]
+    signatures = [
+        numba_compiler._TypingContext(counting).resolve_function_type(operator.mul, reals, {}) for _ in range(3)
+    ]
     assert counting.calls == 1
     assert len(set(signatures)) == 1
     assert signatures[0] == cpu_target.typing_context.resolve_function_type(operator.mul, reals, {})
-    _TypingContext(counting).resolve_function_type(operator.mul, reals[::-1], {})
+    numba_compiler._TypingContext(counting).resolve_function_type(operator.mul, reals[::-1], {})
     assert counting.calls == 2
 
 
@@ -52,7 +58,7 @@ def _transpose_twice(a: Any, b: Any) -> Any:
 
 
 def test_a_kernel_contains_one_transposition_inlines_small_functions_and_optimizes_no_wrapper():
-    kernel = numba.njit(pipeline_class=KernelCompiler, no_cfunc_wrapper=True)(_transpose_twice)
+    kernel = numba.njit(pipeline_class=numba_compiler.KernelCompiler, no_cfunc_wrapper=True)(_transpose_twice)
     a, b = np.arange(32, dtype=np.float64), np.zeros(32)
     assert kernel(a, b) == 0
     np.testing.assert_array_equal(b.reshape(2, 4, 4), a.reshape(2, 4, 4).swapaxes(1, 2))
@@ -64,3 +70,14 @@ def test_a_kernel_contains_one_transposition_inlines_small_functions_and_optimiz
     assert ["cpython" in line for line in definitions] == [
         any(mark in line for mark in unoptimized) for line in definitions
     ]
+
+
+def test_another_version_of_numba_uses_its_own_compiler():
+    code = """
+import numba.core.typed_passes as passes, numba.np.arraymath, numba.np.linalg as linalg
+del passes.IRLegalization, linalg.ensure_blas
+import numpy as np, dcnops
+from dcnops._backends.cpu import compiled
+assert compiled.KernelCompiler is compiled.InnerCompiler is compiled.Compiler
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import threading
 import warnings
 from collections.abc import Callable
@@ -18,16 +19,47 @@ from numba.core.caching import FunctionCache
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
-from dcnops._backends.cpu.numba_compiler import InnerCompiler, KernelCompiler, VectorCompiler, import_array_functions
 from dcnops._explain import LOGGER
 from dcnops._forks import hold_in_forks
+
+try:
+    from dcnops._backends.cpu.numba_compiler import InnerCompiler, KernelCompiler, VectorCompiler
+except ImportError:  # of names that this version of Numba lacks
+    from numba.core.compiler import Compiler
+
+    InnerCompiler = KernelCompiler = VectorCompiler = Compiler  # type: ignore[misc]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # A process that is forked while another thread compiles could never compile anything itself.
 hold_in_forks(global_compiler_lock)
 
-import_array_functions()
+
+def _import_array_functions() -> None:
+    """Import Numba's array functions without SciPy, which would take a third of the first call of a process.
+
+    They only check whether SciPy is installed, and import it when a matrix product is compiled.
+    """
+    try:
+        from numba.np import linalg
+
+        import_blas = linalg.ensure_blas
+    except (ImportError, AttributeError):  # this version of Numba does it in another way
+        return
+
+    def find_scipy() -> None:
+        if importlib.util.find_spec("scipy") is None:
+            raise ImportError
+
+    linalg.ensure_blas = find_scipy
+    try:
+        from numba.np import arraymath
+    finally:
+        linalg.ensure_blas = import_blas
+    arraymath.ensure_blas = import_blas
+
+
+_import_array_functions()
 
 _ANNOUNCE_SECONDS = 1.0
 CACHE_LINE = 64  # bytes

@@ -8,7 +8,6 @@ several times, for which it tries a dozen functions; here it does so once for th
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -17,7 +16,6 @@ from numba.core.compiler import Compiler
 from numba.core.typed_passes import InlineOverloads, IRLegalization, NopythonRewrites
 from numba.core.types import BaseFunction
 from numba.core.untyped_passes import InlineClosureLikes
-from numba.np import linalg
 
 _UNUSED_PASSES = (InlineClosureLikes, InlineOverloads, IRLegalization, NopythonRewrites)
 """Passes for closures, inlined overloads, reference counts and array expressions, which the loops do not use."""
@@ -135,25 +133,5 @@ class InnerCompiler(KernelCompiler):
     _library_class = _InnerLibrary
 
 
-# Versions of Numba without these use their own compiler, such as 0.60.
 if not (hasattr(llvm, "create_pass_builder") and all(hasattr(JITCodeLibrary, method) for method in _OVERRIDDEN)):
-    KernelCompiler = VectorCompiler = InnerCompiler = Compiler  # type: ignore[misc]
-
-
-def import_array_functions() -> None:
-    """Import Numba's array functions without SciPy, which would take a third of the first call of a process.
-
-    They only check whether SciPy is installed, and import it when a matrix product is compiled.
-    """
-    import_blas = linalg.ensure_blas
-
-    def find_scipy() -> None:
-        if importlib.util.find_spec("scipy") is None:
-            raise ImportError
-
-    linalg.ensure_blas = find_scipy
-    try:
-        from numba.np import arraymath
-    finally:
-        linalg.ensure_blas = import_blas
-    arraymath.ensure_blas = import_blas
+    raise ImportError("this version of Numba lacks what its compiler is extended by, as 0.60 does")
