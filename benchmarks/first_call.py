@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -16,7 +17,15 @@ OPERATION = "deform_conv2d"
 
 
 def first_call_seconds(device: str) -> dict[str, dict[str, float]]:
-    """Return the seconds of `import`, `forward` and `backward` in float32, cold and warm."""
+    """Return the seconds of `import`, `forward` and `backward` in float32, cold and warm: medians of several processes."""
+    rounds = [_first_calls(device) for _ in range(1 if device == "cuda" else 5)]
+    return {
+        state: {part: statistics.median(each[state][part] for each in rounds) for part in rounds[0][state]}
+        for state in rounds[0]
+    }
+
+
+def _first_calls(device: str) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory(prefix="dcnops-cache-") as cache:
         variables = {"NUMBA_CACHE_DIR": cache, "CUPY_CACHE_DIR": cache}
         return {state: run_module("benchmarks.first_call", device, variables=variables) for state in ("cold", "warm")}

@@ -8,6 +8,9 @@ several times, for which it tries a dozen functions; here it does so once for th
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -99,6 +102,18 @@ class _TypingContext:
         return self._resolved[key][0]
 
 
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Pause Python's search for cyclic garbage: it takes a fifth of the time, as everything is still in use."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class KernelCompiler(Compiler):  # type: ignore[misc]
     """Compiler of functions that Python calls."""
 
@@ -111,7 +126,8 @@ class KernelCompiler(Compiler):  # type: ignore[misc]
         """Compile a function into a library of this class."""
         self.state.library = self._library_class(self.state.targetctx.codegen(), func.__qualname__)
         self.state.library.enable_object_caching()
-        return super().compile_extra(func)
+        with _without_garbage_collection():
+            return super().compile_extra(func)
 
     def define_pipelines(self) -> Any:
         """Return Numba's passes without those that find nothing to do."""
