@@ -17,7 +17,7 @@ OPERATION = "deform_conv2d"
 
 
 def first_call_seconds(device: str) -> dict[str, dict[str, float]]:
-    """Return the seconds of `import`, `forward` and `backward` in float32, cold and warm: medians of several processes."""
+    """Return the seconds of `import`, `forward` and `backward` in float32, cold and warm, as medians."""
     rounds = [_first_calls(device) for _ in range(1 if device == "cuda" else 5)]
     return {
         state: {part: statistics.median(each[state][part] for each in rounds) for part in rounds[0][state]}
