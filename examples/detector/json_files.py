@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-import orjson
-
 from .errors import UserError
 
 MAX_NUMBER = 1e30
@@ -154,6 +152,8 @@ class _Reader:
 
     def items(self) -> list[Any]:
         """Return the next values of a list: if they are objects, those that the text so far has; otherwise one."""
+        import orjson  # not above: `--help` needs no package
+
         self.peek()
         if not self.divided:
             self.divided = True
