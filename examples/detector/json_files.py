@@ -151,7 +151,7 @@ class _Reader:
                 return value
 
     def items(self) -> list[Any]:
-        """Return the next values of a list: if they are objects, those that the text so far has; otherwise one."""
+        """Return the next values of a list: all objects that are complete in the text so far, or a single value."""
         import orjson  # not above: `--help` needs no package
 
         self.peek()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import pickle
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 from .errors import UserError
 
 T = TypeVar("T")
+END_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 CAN_COPY = sys.platform == "linux"  # on macOS, a copy of a process with threads may crash
 
 
@@ -35,38 +37,52 @@ def pack(value: object) -> tuple[bytes, list[memoryview]]:
 
 @contextmanager
 def in_background(make: Callable[[], T], niceness: int = 0) -> Iterator[Callable[[], T]]:
-    """Call `make` in a copy of this process, and yield a function that waits for its result or raises its `UserError`.
+    """Call `make` in a copy of this process, and yield a function that waits for its result.
 
-    What `make` needs on the way does not add to the memory of this process. At the end of the context, the other
-    process is ended. Without `CAN_COPY`, the yielded function is `make`.
+    The function raises the `UserError` or `OSError` of `make`. The memory that `make` needs on the way does not add to
+    the memory of this process. At the end of the context, the other process is ended, and also if this process ends.
+    Without `CAN_COPY`, or if the system allows no more processes, the function is `make`.
     """
-    if not CAN_COPY:
+    process = None
+    if CAN_COPY:
+        source, sink = os.pipe()
+        parent = os.getpid()
+        try:
+            process = os.fork()
+        except OSError:
+            os.close(source)
+            os.close(sink)
+    if process is None:
         yield make
         return
-    source, sink = os.pipe()
-    process = os.fork()
     if process == 0:
-        _send(make, source, sink, niceness)
+        _send(make, source, sink, niceness, parent)
     os.close(sink)
     with open(source, "rb") as file:
         try:
             yield lambda: _receive(file)
         finally:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
+            # If SIGCHLD is ignored, there may be nothing left.
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
 
 
-def _send(make: Callable[[], object], source: int, sink: int, niceness: int) -> NoReturn:
+def _send(make: Callable[[], object], source: int, sink: int, niceness: int, parent: int) -> NoReturn:
     """Write the result of `make` to a pipe and end this process."""
     try:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the first process to report
+        ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() != parent:  # it has ended already
+            os._exit(0)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in background jobs of scripts
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the first process to report
         gc.disable()  # it would copy the memory that both processes share, and data have no cycles
         os.close(source)
         os.nice(niceness)
         value: object
         try:
             value = make()
-        except UserError as error:
+        except (UserError, OSError) as error:
             value = error
         pickled, arrays = pack(value)
         with contextlib.suppress(BrokenPipeError), open(sink, "wb") as file:  # the first process may have ended
@@ -84,11 +100,13 @@ def _receive(file: BinaryIO) -> Any:
         pickled, sizes = pickle.load(file)
         arrays = [bytearray(size) for size in sizes]
         complete = [file.readinto(array) for array in arrays] == sizes  # type: ignore[attr-defined]
-    except EOFError:
+    except (EOFError, pickle.UnpicklingError):
         complete = False
     if not complete:
-        raise UserError("a process that reads the data ended: give the program more memory")
+        raise UserError(
+            "a process that reads the data ended; if there is no other message, give the program more memory"
+        )
     value = pickle.loads(pickled, buffers=arrays)
-    if isinstance(value, UserError):
+    if isinstance(value, (UserError, OSError)):
         raise value
     return value

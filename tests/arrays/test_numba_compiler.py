@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 import re
 import subprocess
@@ -32,7 +33,8 @@ class _CountingContext:
         return cpu_target.typing_context.resolve_function_type(*call)
 
 
-def test_functions_are_resolved_once_for_the_same_types():
+def test_functions_are_resolved_once_for_the_same_types(monkeypatch):
+    monkeypatch.setattr(numba_compiler._TypingContext, "_resolved", {})
     cpu_target.target_context.refresh()
     counting = _CountingContext()
     reals = types.float32, types.uint16
@@ -60,7 +62,7 @@ def _transpose_twice(a: Any, b: Any) -> Any:
 def test_a_kernel_contains_one_transposition_inlines_small_functions_and_optimizes_no_wrapper():
     kernel = numba.njit(pipeline_class=numba_compiler.KernelCompiler, no_cfunc_wrapper=True)(_transpose_twice)
     a, b = np.arange(32, dtype=np.float64), np.zeros(32)
-    assert kernel(a, b) == 0
+    assert kernel(a, b) == 0 and gc.isenabled()
     np.testing.assert_array_equal(b.reshape(2, 4, 4), a.reshape(2, 4, 4).swapaxes(1, 2))
     (code,) = kernel.inspect_llvm().values()
     definitions = [line for line in code.splitlines() if line.startswith("define")]
@@ -78,6 +80,9 @@ import numba.core.typed_passes as passes, numba.np.arraymath, numba.np.linalg as
 del passes.IRLegalization, linalg.ensure_blas
 import numpy as np, dcnops
 from dcnops._backends.cpu import compiled
-assert compiled.KernelCompiler is compiled.InnerCompiler is compiled.Compiler
+assert compiled.KernelCompiler is compiled.VectorCompiler is compiled.InnerCompiler is compiled.Compiler
+x = np.ones((1, 1, 1, 2), np.float32)
+output = dcnops.deform_conv2d(x, np.zeros((1, 2, 1, 2), np.float32), np.full((1, 1, 1, 1), 3, np.float32))
+assert output.tolist() == [[[[3, 3]]]]
 """
     subprocess.run([sys.executable, "-c", code], check=True)

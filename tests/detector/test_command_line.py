@@ -327,12 +327,14 @@ def run_code(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_a_missing_package_is_named(tmp_path):
     code = """
 import runpy, sys
-sys.modules["torch"], sys.argv[1:] = None, ["flops"]
+sys.modules["torch"] = sys.modules["orjson"] = None
+sys.argv[1:] = [{!r}]
 runpy.run_module("dcnops.detector", run_name="__main__")
 """
-    done = run_code(code)
+    done = run_code(code.format("flops"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: the package torch is missing: pip install 'dcnops[detector]'\n"
+    assert run_code(code.format("--help")).returncode == 0
 
 
 def test_help_and_wrong_options_import_no_large_package():

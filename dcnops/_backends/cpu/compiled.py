@@ -24,7 +24,7 @@ from dcnops._forks import hold_in_forks
 
 try:
     from dcnops._backends.cpu.numba_compiler import InnerCompiler, KernelCompiler, VectorCompiler
-except ImportError:  # of names that this version of Numba lacks
+except ImportError:  # this version of Numba lacks a name
     from numba.core.compiler import Compiler
 
     InnerCompiler = KernelCompiler = VectorCompiler = Compiler  # type: ignore[misc]

@@ -66,7 +66,7 @@ class CocoDataset(Dataset[Sample]):
         Add masks to the targets. For training, at least one annotation must have a segmentation.
     keep_empty : bool
         Make a data set for evaluation: keep images without targets, as an evaluation must count false positives in
-        them, and build `coco`.
+        them, and keep what `coco` is built from.
     negatives : bool
         Without `keep_empty`: keep images that have no annotations in the JSON file, as negative examples. Images that
         have only crowd regions or unusable annotations may show objects, and are left out.
@@ -147,7 +147,7 @@ class CocoDataset(Dataset[Sample]):
         numbers = np.bincount(truth.image[targets], minlength=len(pictures))
         labels, boxes, every_code = truth.label, truth.corners.astype(np.float32), truth.codes
         points, spans = content.points, content.spans
-        del content, truth  # as much memory as the arrays below
+        del content, truth  # for training, this frees as much memory as the arrays below take
         self._ends = np.concatenate([[0], np.cumsum(numbers[kept])])
         self._labels = labels[targets]
         self._boxes = boxes[targets]

@@ -30,7 +30,7 @@ class _Found(NamedTuple):
 
 
 class Headers(ExitStack):
-    """Headers of image files. If there are many, other processes read them while this one reads the JSON file.
+    """Headers of image files. If there are many, on Linux, other processes read them while this one reads the JSON file.
 
     `folders` and `annotations` are the image folder and the path of each JSON file.
     """
@@ -49,14 +49,16 @@ class Headers(ExitStack):
     def add(self, file: int, pictures: Sequence[Picture]) -> None:
         """Add pictures of the JSON file number `file`."""
         self._waiting += [(str(self.folders[file]), picture.name) for picture in pictures]
-        while CAN_COPY and len(self._waiting) >= MANY:
-            self._start(self._waiting[:MANY])
-            del self._waiting[:MANY]
+        # Later processes read more files: there are few processes for any number of files.
+        while CAN_COPY and len(self._waiting) >= (number := MANY << len(self._parts) // 2):
+            self._start(self._waiting[:number])
+            del self._waiting[:number]
 
     def read(self) -> list[_Found | _Problem]:
         """Return the headers in the order of the pictures."""
         if self._parts:
-            self._start(self._waiting)
+            if self._waiting:
+                self._start(self._waiting)
             return [item for part in self._parts for item in part()]
         with ThreadPoolExecutor(8) as threads:  # hides the latency of network drives
             return list(threads.map(_look, self._waiting))

@@ -379,7 +379,10 @@ def test_many_pictures_are_checked_in_processes(tmp_path, monkeypatch):
     (folder.root / "images" / "2.png").unlink()
     expected = folder.load()
     monkeypatch.setattr("dcnops.detector.data.picture_files.MANY", 1)
+    started, fork = [], os.fork
+    monkeypatch.setattr(os, "fork", lambda: started.append(fork()) or started[-1])
     data = folder.load()
+    assert len(started) == 3  # for one, one and two pictures
     assert data.report == expected.report == ["left out 1 missing pictures, e.g. 2.png"]
     assert data.image_ids == [1, 3, 4] and data.unusable_images == data.report
 

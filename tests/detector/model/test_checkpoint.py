@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import signal
+import traceback
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,8 @@ def test_a_killed_save_leaves_the_old_file(model, path):
         checkpoint_module.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
         try:
             save_checkpoint(path, torch.nn.Linear(2, 2), Config(), [], 6)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
