@@ -41,8 +41,8 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
         if not images:
             if is_folder:
                 raise UserError(
-                    f"{pattern}: there is no image in this folder (looked for {', '.join(SUFFIXES)}); for images in its "
-                    f"sub-folders, give '{path}/**'"
+                    f"{pattern}: there is no image in this folder (looked for {', '.join(SUFFIXES)}); for images in "
+                    f"its sub-folders, give '{path}/**'"
                 )
             raise UserError(f"{pattern}: there is no such image, folder or glob with images")
         found.update(dict.fromkeys(images))

@@ -30,7 +30,7 @@ class _Found(NamedTuple):
 
 
 class Headers(ExitStack):
-    """Headers of image files. If there are many, on Linux, other processes read them while this one reads the JSON file.
+    """Headers of image files. On Linux, other processes read many of them while this one reads the JSON file.
 
     `folders` and `annotations` are the image folder and the path of each JSON file.
     """
