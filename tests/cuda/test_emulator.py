@@ -24,6 +24,7 @@ from tests.cuda.emulator import (
     host_engine,
     is_sanitized,
     matmul,
+    reports_of_each,
     run_sanitized,
 )
 
@@ -523,7 +524,7 @@ def test_matmul_rejects_what_cublas_cannot_do() -> None:
 
 # ---- the sanitizers
 
-FINDINGS = {
+FINDINGS: dict[str, tuple[str, ...]] = {
     "read": ("\np.y[threadIdx.x] = p.x[threadIdx.x + 1];", "heap-buffer-overflow", "READ of size 4"),
     "write": ("\np.y[threadIdx.x + (threadIdx.x == 31)] = 1.0f;", "heap-buffer-overflow", "WRITE of size 4"),
     "write before": ("\np.y[static_cast<int>(threadIdx.x) - 1] = 1.0f;", "heap-buffer-overflow", "WRITE of size 4"),
@@ -542,12 +543,12 @@ FINDINGS = {
         "runtime error",
         "is outside the range of representable values of type 'int'",
     ),
-    "nothing": ("\np.y[threadIdx.x] = __shfl_xor_sync(~0u, p.x[threadIdx.x], 1); __syncthreads();", "", "survived"),
+    "nothing": ("\np.y[threadIdx.x] = __shfl_xor_sync(~0u, p.x[threadIdx.x], 1); __syncthreads();",),
 }
 
 
 def sanitized_case(name: str) -> None:
-    """Run one of `FINDINGS`. The tests below call this in a new process."""
+    """Run one of `FINDINGS`. The tests below call this in new processes."""
     x, y = xp.asarray(np.ones(32, np.float32)), xp.empty(32, np.float32)
     run(compile_kernel(FINDINGS[name][0]), x, y, shared_bytes=128)
     for body, _ in FAULTS.values():
@@ -559,18 +560,17 @@ def sanitized_case(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(is_sanitized(), reason="starts sanitized processes itself")
-@pytest.mark.parametrize("name", FINDINGS)
-def test_the_sanitizers_report_the_line(name: str) -> None:
-    _, kind, detail = FINDINGS[name]
-    command = f"from tests.cuda.test_emulator import sanitized_case; sanitized_case({name!r})"
-    done = run_sanitized(["-c", command], timeout=120)
-    if not kind:
-        assert (done.returncode, done.stdout, done.stderr) == (0, "survived\n", "")
-        return
-    assert done.returncode != 0
-    assert "survived" not in done.stdout
-    for expected in (kind, detail, "cuda/test.cu:2"):
-        assert expected in done.stderr
+def test_the_sanitizers_report_the_line() -> None:
+    imports = "from tests.cuda.emulator import run_each; from tests.cuda.test_emulator import FINDINGS, sanitized_case"
+    done = run_sanitized(["-c", f"{imports}; run_each(FINDINGS, sanitized_case)"], timeout=120)
+    assert (done.returncode, done.stdout) == (0, "survived\n"), done.stderr[-3000:]
+    reports = reports_of_each(done.stderr)
+    assert set(reports) == set(FINDINGS)
+    assert reports.pop("nothing") == (0, "\n")
+    for name, (status, report) in reports.items():
+        assert status != 0
+        for expected in (*FINDINGS[name][1:], "cuda/test.cu:2"):
+            assert expected in report, f"{name}: {report[-3000:]}"
 
 
 @pytest.mark.slow
