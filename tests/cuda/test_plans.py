@@ -370,13 +370,18 @@ def test_broken_bounds_are_caught_by_the_sanitizers():
         assert status != 0 and found and ".cu" in report, f"{name}: {report[-3000:]}"
 
 
-ANY_CASE = {
+SANITIZED = {
     "convolution": (
         "tests/arrays/test_deform_conv2d.py::test_any_offset_equals_the_reference[emulated]",
+        "tests/arrays/test_deform_conv2d.py::test_distant_samples_are_zero",
+        "tests/arrays/test_deform_conv2d.py::test_nan_coordinates_propagate",
+        "tests/arrays/test_deform_conv2d.py::test_tiny_images",
         "tests/arrays/test_operations.py::test_equals_the_reference",
         "tests/arrays/test_operations.py::test_equals_the_reference_in_16_bits",
+        "tests/cuda/test_deform_conv2d_lists.py::test_all_samples_on_one_pixel",
         "tests/cuda/test_deform_conv2d_lists.py::test_equals_the_reference",
         "tests/cuda/test_deform_conv2d_lists.py::test_memory_orders",
+        "tests/cuda/test_plans.py::test_arrays_may_change_during_a_call",
         "tests/cuda/test_plans.py::test_the_chunk_size_does_not_change_results",
         "tests/cuda/test_plans.py::test_the_deterministic_path_equals_the_reference",
         "tests/cuda/test_plans.py::test_channels_last_images_keep_their_memory_order",
@@ -384,44 +389,62 @@ ANY_CASE = {
         "tests/cuda/test_plans.py::test_wide_weights_are_rounded_and_their_gradient_is_not",
     ),
     "fused convolution": (
-        "tests/cuda/test_deform_conv2d_fused.py::test_equals_the_reference",
         "tests/cuda/test_deform_conv2d_fused.py::test_any_offset_follows_the_reference",
+        "tests/cuda/test_deform_conv2d_fused.py::test_equals_the_reference",
+        "tests/cuda/test_deform_conv2d_fused.py::test_split_sums",
         "tests/cuda/test_deform_conv2d_fused.py::test_tiles_of_every_width",
     ),
     "RoI pooling": (
         "tests/arrays/test_deform_roi_pool.py::test_every_path_of_the_kernels",
+        "tests/arrays/test_deform_roi_pool.py::test_huge_regions_are_fast",
+        "tests/arrays/test_deform_roi_pool.py::test_more_channels_than_a_warp_and_more_bins_than_a_tile",
+        "tests/arrays/test_deform_roi_pool.py::test_non_finite_regions_make_nan",
+        "tests/arrays/test_deform_roi_pool.py::test_regions_of_nonexistent_feature_maps_are_nan_in_the_kernels",
         "tests/arrays/test_deform_roi_pool.py::test_the_output_may_be_channels_last",
+        "tests/arrays/test_deform_roi_pool.py::test_unusual_offsets",
+        "tests/arrays/test_deform_roi_pool.py::test_unusual_regions",
     ),
     "attention and aggregation": (
-        "tests/arrays/test_ms_deform_attn.py::test_any_number_of_channels",
         "tests/arrays/test_deform_aggregate.py::test_a_packed_array_equals_two_arrays",
+        "tests/arrays/test_deform_aggregate.py::test_nan_and_infinite_offsets",
+        "tests/arrays/test_ms_deform_attn.py::test_any_number_of_channels",
+        "tests/arrays/test_ms_deform_attn.py::test_borders_nan_and_far_away_locations",
+        "tests/arrays/test_ms_deform_attn.py::test_more_points_and_levels_than_usual",
         "tests/cuda/test_deform_attention.py::test_arrays_that_are_not_aligned",
     ),
 }
-"""Tests that draw cases of all data types and vector widths, each of which has to be compiled."""
+"""Tests of all data types and vector widths, each of which has to be compiled."""
 
-FEW_SPECIALISATIONS = (
-    "tests/arrays/test_deform_conv2d.py::test_tiny_images",
+SANITIZED_BY_DEFAULT = (
     "tests/arrays/test_deform_conv2d.py::test_distant_samples_are_zero",
+    "tests/arrays/test_deform_conv2d.py::test_tiny_images",
+    "tests/arrays/test_deform_roi_pool.py::test_huge_regions_are_fast",
+    *(
+        "tests/arrays/test_deform_roi_pool.py::test_more_channels_than_a_warp_and_more_bins_than_a_tile"
+        f"[float16-66-7-{{}}-{deterministic}]"
+        for deterministic in (False, True)
+    ),
+    "tests/arrays/test_deform_roi_pool.py::test_regions_of_nonexistent_feature_maps_are_nan_in_the_kernels",
+    "tests/arrays/test_deform_roi_pool.py::test_unusual_offsets",
+    "tests/arrays/test_deform_roi_pool.py::test_unusual_regions",
+    *(
+        f"tests/arrays/test_ms_deform_attn.py::test_borders_nan_and_far_away_locations[emulated-float32-{location}]"
+        for location in ("1e+30-0-0.0-slope7", "0--inf-0.0-slope8", "nan-inf-nan-slope10")
+    ),
+    "tests/arrays/test_ms_deform_attn.py::test_more_points_and_levels_than_usual",
+    "tests/cuda/test_deform_attention.py::test_arrays_that_are_not_aligned[float32]",
+    *(
+        f"tests/cuda/test_deform_attention.py::test_grids_schedules_and_lanes_do_not_change_results[{name}-most lanes]"
+        for name in ("attention", "aggregation")
+    ),
+    "tests/cuda/test_deform_conv2d_fused.py::test_bad_pixels_and_weights_follow_the_reference[nan-3xtf32]",
+    "tests/cuda/test_deform_conv2d_fused.py::test_split_sums[float16-NCHW]",
+    "tests/cuda/test_deform_conv2d_fused.py::test_split_sums[float32-NHWC]",
     "tests/cuda/test_deform_conv2d_lists.py::test_all_samples_on_one_pixel[1-float32-short limits-default]",
     "tests/cuda/test_deform_conv2d_lists.py::test_all_samples_on_one_pixel[1-float32-default limits-deterministic]",
     "tests/cuda/test_plans.py::test_arrays_may_change_during_a_call",
-    "tests/cuda/test_deform_conv2d_fused.py::test_split_sums[float16-NCHW]",
-    "tests/cuda/test_deform_conv2d_fused.py::test_split_sums[float32-NHWC]",
-    "tests/cuda/test_deform_conv2d_fused.py::test_bad_pixels_and_weights_follow_the_reference[nan-3xtf32]",
-    "tests/arrays/test_deform_roi_pool.py::test_unusual_offsets",
-    "tests/arrays/test_deform_roi_pool.py::test_unusual_regions",
-    "tests/arrays/test_deform_roi_pool.py::test_huge_regions_are_fast",
-    "tests/arrays/test_deform_roi_pool.py::test_regions_of_nonexistent_feature_maps_are_nan_in_the_kernels",
-    "tests/arrays/test_deform_roi_pool.py::test_more_channels_than_a_warp_and_more_bins_than_a_tile[float16-66-7-{}-False]",
-    "tests/arrays/test_deform_roi_pool.py::test_more_channels_than_a_warp_and_more_bins_than_a_tile[float16-66-7-{}-True]",
-    "tests/arrays/test_ms_deform_attn.py::test_borders_nan_and_far_away_locations",
-    "tests/arrays/test_ms_deform_attn.py::test_more_points_and_levels_than_usual",
-    "tests/arrays/test_deform_aggregate.py::test_nan_and_infinite_offsets",
-    "tests/cuda/test_deform_attention.py::test_arrays_that_are_not_aligned[float32]",
-    "tests/cuda/test_deform_attention.py::test_grids_schedules_and_lanes_do_not_change_results[attention-most lanes]",
 )
-"""Tests of the default run, which have every unit compiled once or twice."""
+"""Tests of every unit with few data types and vector widths: unusual values, sizes and addresses."""
 
 
 def assert_clean_under_the_sanitizers(selection: tuple[str, ...]) -> None:
@@ -433,13 +456,13 @@ def assert_clean_under_the_sanitizers(selection: tuple[str, ...]) -> None:
 
 @pytest.mark.slow
 def test_the_kernels_are_clean_under_the_sanitizers():
-    assert_clean_under_the_sanitizers(FEW_SPECIALISATIONS)
+    assert_clean_under_the_sanitizers(SANITIZED_BY_DEFAULT)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("operation", ANY_CASE)
+@pytest.mark.parametrize("operation", SANITIZED)
 def test_all_specialisations_are_clean_under_the_sanitizers(operation: str):
-    assert_clean_under_the_sanitizers(ANY_CASE[operation])
+    assert_clean_under_the_sanitizers(SANITIZED[operation])
 
 
 def _run_broken(name: str) -> None:
