@@ -34,6 +34,10 @@ PRECISIONS = {
 }
 KINDS = [(dtype, precision) for dtype, precisions in PRECISIONS.items() for precision in precisions]
 KIND_NAMES = [dtype if precision == "ieee" else precision for dtype, precision in KINDS]
+KINDS_IN_DETAIL = [
+    pytest.param(*kind, marks=pytest.mark.exhaustive) if kind[0] == "bfloat16" else kind for kind in KINDS
+]
+"""Parameters of slow tests, in which bfloat16 repeats the cases of float16."""
 
 # TF32 has the 10 bits of float16.
 TOLERANCE_OF = {"tf32": "float16"}
@@ -82,11 +86,7 @@ def test_equals_the_reference(dtype: str, precision: str, data: st.DataObject):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "dtype, precision",
-    [pytest.param(*kind, marks=pytest.mark.exhaustive) if kind[0] == "bfloat16" else kind for kind in KINDS],
-    ids=KIND_NAMES,
-)
+@pytest.mark.parametrize("dtype, precision", KINDS_IN_DETAIL, ids=KIND_NAMES)
 @pytest.mark.parametrize(
     "outputs, device",
     [
@@ -155,7 +155,7 @@ def test_groups_of_images_do_not_change_results(data: st.DataObject, chunk_bytes
     ids=str,
 )
 @pytest.mark.parametrize("device", [HOPPER, MANY], ids=["whole", "split"])
-@pytest.mark.parametrize("dtype, precision", KINDS, ids=KIND_NAMES)
+@pytest.mark.parametrize("dtype, precision", KINDS_IN_DETAIL, ids=KIND_NAMES)
 def test_grids_and_schedules_do_not_change_results(dtype: str, precision: str, device: Device, options: dict[str, Any]):
     case = make_conv(N=2, C=80, O=66, H=9, W=8, G=2, dtype=dtype, kernel=(2, 2), seed=5)
     first = fused(precision, device).forward(case)

@@ -73,7 +73,7 @@ def test_the_deterministic_mode_gives_the_same_bits_under_any_schedule(dtype: st
     for case in (crowded, on_one_pixel(crowded)):
         runs = [
             runner_of("deterministic", limits, schedule="random", seed=seed, threads=1 + seed % 2).backward(case)
-            for seed in range(4)
+            for seed in range(3)
         ]
         for run in runs[1:]:
             for name, gradient in run.items():
