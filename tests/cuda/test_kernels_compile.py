@@ -123,6 +123,7 @@ def test_compiler_messages_name_the_file_and_line_before_flattening():
         compile_with_nvrtc(source, "flat.cu", compile_options({"DCN_SUFFIX": "f32", "DCN_SCALAR": "float"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, vector", [("f16", 8), ("f32", 4)])
 @pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.startswith(("deform_roi_pool", "deform_attention"))])
 def test_pooling_and_attention_move_16_bytes_at_once(unit: str, dtype: str, vector: int):
