@@ -61,7 +61,7 @@ def test_a_mask_of_ones_changes_nothing(run, case: ConvCase):
     np.testing.assert_array_equal(run.forward(case.with_arrays(mask=ones)), run.forward(case))
 
 
-@pytest.mark.parametrize("N", [0, 1, 32, 65])
+@pytest.mark.parametrize("N", [0, 1, 32, 33])
 def test_a_batch_equals_its_single_images(run, N: int):
     case = make_conv(N=N, C=6, H=4, W=3, O=4, G=2, D=3, seed=N)
     output = run.forward(case)
@@ -184,7 +184,7 @@ def test_any_offset_equals_the_reference(run, case: ConvCase, values: list[float
 
 def case_with_one_extreme_sample(value: float, axis: int, dtype: str = "float32") -> ConvCase:
     """Return a case in which the middle tap of the middle pixel has an offset of `value` along one axis."""
-    case = make_conv(C=2, O=3, H=5, W=5, seed=7, dtype=dtype, spread=0.3)
+    case = make_conv(C=4, O=3, H=5, W=5, seed=7, dtype=dtype, spread=0.3)
     offset = case.offset.copy()
     offset[0, 2 * 4 + axis, 2, 2] = value
     return case.with_arrays(offset=offset)
@@ -210,7 +210,7 @@ def test_nan_coordinates_propagate(run, axis: int):
     assert np.isnan(output[0, :, 2, 2]).all() and np.isnan(output).sum() == 3
     assert np.isnan(gradients["offset"][0, 8:10, 2, 2]).all() and np.isnan(gradients["offset"]).sum() == 2
     assert np.isnan(gradients["mask"]).sum() == 1
-    assert np.isnan(gradients["weight"][:, :, 1, 1]).all() and np.isnan(gradients["weight"]).sum() == 6
+    assert np.isnan(gradients["weight"][:, :, 1, 1]).all() and np.isnan(gradients["weight"]).sum() == 12
     assert np.isfinite(gradients["input"]).all() and np.isfinite(gradients["bias"]).all()
 
 
@@ -241,4 +241,4 @@ def test_a_mask_of_zero_suppresses_infinite_pixels(run):
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (2, 2)])
 def test_tiny_images(run, shape: tuple[int, int]):
-    assert_correct(run, make_conv(H=shape[0], W=shape[1], C=3, O=2, spread=1.0, seed=11))
+    assert_correct(run, make_conv(H=shape[0], W=shape[1], C=12, O=2, spread=1.0, seed=11))

@@ -99,7 +99,9 @@ def test_finite_differences(run, name: str, inside: bool, sampling_ratio: int):
         slope = float(((ahead - behind) * case.grad_out).sum()) / (2 * step)
         derivative = float((run.backward(case, (name,))[name] * direction).sum())
         assert abs(slope - derivative) <= 1e-6 * max(1.0, abs(slope))
-    assert tried >= 10
+        if tried == 10:
+            return
+    pytest.fail(f"only {tried} cases are away from kinks")
 
 
 def one_sample(y: float, x: float, image: np.ndarray, gamma: float = 1.0) -> RoIPoolCase:
@@ -386,11 +388,28 @@ def test_every_path_of_the_kernels(
         assert_correct(EmulatedRunner(chunk_bytes=chunk_bytes, deterministic=deterministic, **schedule), case)
 
 
+LARGE = [
+    ("float32", 260, (8, 9)),
+    ("float16", 520, 2),
+    ("bfloat16", 264, 1),
+    ("float64", 131, (3, 5)),
+    ("float16", 66, 7),
+]
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "C", "output_size"),
-    [("float32", 260, (8, 9)), ("float16", 520, 2), ("bfloat16", 264, 1), ("float64", 131, (3, 5)), ("float16", 66, 7)],
+    ("dtype", "C", "output_size", "schedule"),
+    [
+        pytest.param(
+            *sizes,
+            schedule,
+            id=f"{sizes[0]}-{sizes[1]}-{schedule}",
+            marks=pytest.mark.exhaustive if schedule and sizes != LARGE[0] else (),
+        )
+        for sizes in LARGE
+        for schedule in SCHEDULES
+    ],
 )
 def test_more_channels_than_a_warp_and_more_bins_than_a_tile(
     dtype: str, C: int, output_size: Any, schedule: dict[str, Any], deterministic: bool

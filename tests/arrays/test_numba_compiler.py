@@ -74,6 +74,7 @@ def test_a_kernel_contains_one_transposition_inlines_small_functions_and_optimiz
     ]
 
 
+@pytest.mark.slow
 def test_another_version_of_numba_uses_its_own_compiler():
     code = """
 import numba.core.typed_passes as passes, numba.np.arraymath, numba.np.linalg as linalg

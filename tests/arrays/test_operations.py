@@ -28,6 +28,7 @@ from tests.cases import (
     make_roi_pool,
     roi_pool_cases,
 )
+from tests.conftest import share_of_examples
 
 CASES: dict[str, Any] = {
     "deform_conv2d": conv_cases,
@@ -53,6 +54,7 @@ def test_equals_the_reference(run, operation: str, data: st.DataObject):
 
 @pytest.mark.slow
 @each_operation
+@share_of_examples(1 / 2)
 @given(data=st.data())
 def test_equals_the_reference_in_16_bits(run, operation: str, data: st.DataObject):
     case = data.draw(CASES[operation](dtypes=("float16", "bfloat16")))
@@ -123,6 +125,7 @@ def restride(array: np.ndarray, kind: str) -> np.ndarray:
 
 
 @each_operation
+@share_of_examples(1 / 2)
 @given(data=st.data())
 def test_strides_do_not_change_the_result(run, operation: str, data: st.DataObject):
     case = data.draw(CASES[operation](dtypes=("float32", "float16")))
@@ -141,7 +144,8 @@ def test_strides_do_not_change_the_result(run, operation: str, data: st.DataObje
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_are_new_contiguous_arrays(run, operation: str, dtype: str):
     offset_dtype = "float32" if dtype in ("float16", "bfloat16") else dtype
-    case = MAKE[operation](N=2, dtype=dtype, offset_dtype=offset_dtype)
+    channels = {"C" if operation in ("deform_conv2d", "deform_roi_pool") else "D": 8}
+    case = MAKE[operation](N=2, dtype=dtype, offset_dtype=offset_dtype, **channels)
     output, gradients = run.forward(case), run.backward(case)
     assert (output.dtype, output.shape) == (case.grad_out.dtype, case.grad_out.shape)
     for name, gradient in gradients.items():

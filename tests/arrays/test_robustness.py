@@ -447,6 +447,7 @@ print(unguarded)
 """
 
 
+@pytest.mark.slow
 def test_a_first_call_imports_only_what_a_fork_waits_for() -> None:
     """A child that is forked during any other import would wait for it forever."""
     command = [sys.executable, "-c", IMPORTS]
@@ -476,6 +477,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_a_call_works_after_an_interrupted_import() -> None:
     command = [sys.executable, "-c", INTERRUPTED]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -497,6 +499,7 @@ for case in (make_conv(N=1, C=4, O=4, H=3, W=4, G=2, D=2), make_roi_pool(N=1, C=
 """
 
 
+@pytest.mark.slow
 def test_the_backend_works_without_the_compiler() -> None:
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
     subprocess.run([sys.executable, "-W", "error", "-c", INTERPRETED], cwd=ROOT, env=environment, check=True)

@@ -73,7 +73,7 @@ def test_the_deterministic_mode_gives_the_same_bits_under_any_schedule(dtype: st
     for case in (crowded, on_one_pixel(crowded)):
         runs = [
             runner_of("deterministic", limits, schedule="random", seed=seed, threads=1 + seed % 2).backward(case)
-            for seed in range(4)
+            for seed in range(3)
         ]
         for run in runs[1:]:
             for name, gradient in run.items():
@@ -238,18 +238,17 @@ BROKEN = {
 def test_planted_bugs_are_caught(name: str):
     deterministic = name == "no order"
     case = on_one_pixel(make_conv(N=2, C=32, O=3, H=9, W=8, seed=1)) if name == "parts are forgotten" else None
-    case = case or make_conv(N=2, C=32, O=3, H=24, W=20, spread=2.0, seed=1)
+    case = case or make_conv(C=32, O=3, H=26, W=21, spread=2.0, seed=1)  # the first warp starts 512 of the lists
     limits = ListLimits() if deterministic else ListLimits(part_entries=100)
-    runs = []
-    for seed in range(3):
-        options: dict[str, Any] = {"schedule": "random", "seed": seed, "deterministic": deterministic}
-        options |= {"backward": {"limits": limits}, "chunk_bytes": 150_000}
-        assert_gradients(EmulatedRunner(**options), case)
-        runner = broken(*BROKEN[name], **options)
+    options: dict[str, Any] = {"schedule": "random", "deterministic": deterministic, "backward": {"limits": limits}}
+    expected, sums = case.expected_gradients()["input"], []
+    for seed, bug in ((0, ("", "")), *((seed, BROKEN[name]) for seed in range(3))):
+        runner = broken(*bug, **options, seed=seed, chunk_bytes=150_000)
         try:
-            assert_gradients(runner, case)
-            runs.append(runner.backward(case, ("input",))["input"])
+            sums.append(runner.backward(case, ("input",))["input"])
+            assert_close(sums[-1], expected, "float32")
         except (AssertionError, KernelFault):
+            assert bug[0], "the kernels are wrong without the bug"
             return
     # Sums in a different order each time.
-    assert any((run != runs[0]).any() for run in runs[1:])
+    assert deterministic and any((one != sums[1]).any() for one in sums[2:])

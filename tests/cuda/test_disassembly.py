@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import subprocess
 import sysconfig
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cupy_backends.cuda.libs import nvrtc
 
-from dcnops._backends.cuda.kernel_source import compile_options, kernel_source
 from tests.cuda.kernel_matrix import UNITS, Specialisation, specialisations
+from tests.cuda.nvrtc import compile_without_spills
 
 DISASSEMBLER = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin" / "nvdisasm"
-ARCHITECTURES = (90, *(pytest.param(architecture, marks=pytest.mark.exhaustive) for architecture in (80, 100, 120)))
+DEFAULT_ARCHITECTURE = 90
+OTHER_ARCHITECTURES = (80, 100, 120)
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)", re.MULTILINE)
 
@@ -45,6 +47,7 @@ EXPECTED: dict[tuple[str, str, str], tuple[tuple[str, ...], tuple[str, ...]]] = 
     ("deform_conv2d_columns", "f32", ""): ((LOADS, STORES), (ATOMICS,)),
     ("deform_conv2d_grad_samples", "f16", ""): ((LOADS, r"STG\.E\.(128|64)", SHUFFLES), (ATOMICS,)),
     ("deform_conv2d_grad_samples", "f32", ""): ((LOADS, STORES, SHUFFLES), (ATOMICS,)),
+    ("deform_conv2d_gather_input", "f16", ""): ((LOADS, STORES), ()),
     ("deform_conv2d_gather_input", "bf16", ""): ((LOADS, STORES), ()),
     ("deform_conv2d_gather_input_in_order", "f16", ""): ((LOADS, STORES), (ATOMICS,)),
     ("deform_conv2d_gather_input_in_order", "f32", ""): ((LOADS, STORES), (ATOMICS,)),
@@ -67,12 +70,7 @@ def specialisation_of(kernel: str, suffix: str, product: str) -> Specialisation:
     return next(s for s in specialisations() if s.unit == unit and wanted.items() <= s.macros.items())
 
 
-@functools.cache
-def disassemble(specialisation: Specialisation, architecture: int) -> str:
-    program = nvrtc.createProgram(kernel_source(specialisation.unit), f"{specialisation.unit}.cu", (), ())
-    # CuPy adds -ftz.
-    options = (*compile_options(specialisation.macros), f"-arch=sm_{architecture}", "-ftz=true")
-    nvrtc.compileProgram(program, options)
+def disassemble(program: Any) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         # CuPy drops the last byte, which it takes for the end of a string.
         file.write(nvrtc.getCUBIN(program) + b"\0")
@@ -101,13 +99,27 @@ for key in EXPECTED:
     KERNELS.setdefault(specialisation_of(*key), []).append(key)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("specialisation", KERNELS, ids=str)
-def test_instructions_follow_the_design(specialisation: Specialisation, architecture: int):
-    if not specialisation.is_for(architecture):
-        return
-    text = disassemble(specialisation, architecture)
+DISASSEMBLED = [
+    specialisation
+    for specialisation, keys in KERNELS.items()
+    if any(suffix == "f16" or (kernel, "f16", product) not in EXPECTED for kernel, suffix, product in keys)
+]
+"""Specialisations of the default run. Others repeat the check of float16 for another data type."""
+
+
+def builds() -> Iterator[Any]:
+    """Yield the parameters of a test: specialisation and architecture."""
+    for specialisation in KERNELS:
+        for architecture in (DEFAULT_ARCHITECTURE, *OTHER_ARCHITECTURES):
+            if specialisation.is_for(architecture):
+                is_default = architecture == DEFAULT_ARCHITECTURE and specialisation in DISASSEMBLED
+                marks = pytest.mark.slow if is_default else pytest.mark.exhaustive
+                yield pytest.param(specialisation, architecture, marks=marks, id=f"{specialisation}-{architecture}")
+
+
+@pytest.mark.parametrize(("specialisation", "architecture"), builds())
+def test_instructions_follow_the_design(specialisation: Specialisation, architecture: int, record_property):
+    text = disassemble(compile_without_spills(specialisation, architecture, record_property))
     for kernel, suffix, product in KERNELS[specialisation]:
         wanted, unwanted = EXPECTED[kernel, suffix, product]
         found = instructions(text, f"{kernel}_{suffix}")
@@ -117,26 +129,17 @@ def test_instructions_follow_the_design(specialisation: Specialisation, architec
             assert not count(found, pattern), f"{pattern} in {kernel}: {dict(found)}"
         if count(found, "RED") and architecture >= 90:
             assert count(found, "RED") == count(found, VECTOR_ADDITIONS), f"scalar additions in {kernel}: {dict(found)}"
+        if suffix == "3xtf32":
+            single = specialisation_of(kernel, "tf32", "TensorProduct")
+            text = disassemble(compile_without_spills(single, architecture, record_property))
+            assert count(found, r"HMMA") == 3 * count(instructions(text, f"{kernel}_tf32"), r"HMMA")
 
 
 @pytest.mark.slow
-def test_the_check_finds_double_precision_and_atomics():
+def test_the_check_finds_double_precision_and_atomics(record_property):
     doubles = next(
-        s for s in specialisations() if s.unit == "deform_conv2d_backward" and s.macros["DCN_SUFFIX"] == "f64"
+        s for s in specialisations() if s.unit == "deform_roi_pool_backward" and s.macros["DCN_SUFFIX"] == "f64"
     )
-    found = instructions(disassemble(doubles, 90), "deform_conv2d_scatter_input_f64")
+    text = disassemble(compile_without_spills(doubles, DEFAULT_ARCHITECTURE, record_property))
+    found = instructions(text, "deform_roi_pool_backward_f64")
     assert count(found, DOUBLES) and count(found, ATOMICS)
-
-
-@pytest.mark.slow
-def test_3xtf32_has_three_times_the_products_of_tf32():
-    counts = {
-        suffix: count(
-            instructions(disassemble(specialisation_of("deform_conv2d_fused", suffix, product), 90), kernel), r"HMMA"
-        )
-        for suffix, product, kernel in (
-            ("tf32", "TensorProduct", "deform_conv2d_fused_tf32"),
-            ("3xtf32", "SplitTensorProduct", "deform_conv2d_fused_3xtf32"),
-        )
-    }
-    assert counts["3xtf32"] == 3 * counts["tf32"]

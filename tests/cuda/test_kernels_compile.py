@@ -1,8 +1,8 @@
 """NVRTC builds all specialisations without a GPU. No kernel may spill.
 
-The default run builds the widest vectors and some of one element, each for one architecture, and each unit for every
-generation. The exhaustive run builds everything for all architectures. The test run prints the registers of each kernel
-at its end.
+The default run builds the widest vectors, each for one architecture; the tests of the machine code build others for
+sm_90. The exhaustive run builds everything for all architectures. The test run prints the registers of each kernel at
+its end.
 """
 
 from __future__ import annotations
@@ -10,123 +10,73 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cupy_backends.cuda.libs import nvrtc
 
 from dcnops._backends.cuda.kernel_source import compile_options, kernel_source
 from tests.cuda.kernel_matrix import UNITS, Specialisation, constant_assertions, specialisations, struct_assertions
+from tests.cuda.nvrtc import compile_with_nvrtc, compile_without_spills, resources
+from tests.cuda.test_disassembly import DEFAULT_ARCHITECTURE, DISASSEMBLED
 
 GENERATIONS = (75, 80, 90, 100, 120)
 """One architecture of each generation."""
 
-_ENTRY = re.compile(r"Compiling entry function '(\w+)'")
-_FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_REGISTERS = re.compile(r"Used (\d+) registers")
-
-
-def compile_with_nvrtc(source: str, name: str, options: tuple[str, ...]) -> str:
-    """Return the compiler's log. If the source does not compile, fail with the log."""
-    program = nvrtc.createProgram(source, name, (), ())
-    try:
-        nvrtc.compileProgram(program, options)
-    except nvrtc.NVRTCError:
-        pytest.fail(nvrtc.getProgramLog(program))
-    return nvrtc.getProgramLog(program)
-
-
-def resources(log: str) -> dict[str, tuple[int, int]]:
-    """Return (registers, bytes of stack frame and spills) of each kernel in the log of ptxas."""
-    used = {}
-    kernel, frame = "", 0
-    for line in log.splitlines():
-        if entry := _ENTRY.search(line):
-            kernel = entry.group(1)
-        elif sizes := _FRAME.search(line):
-            frame = sum(map(int, sizes.groups()))
-        elif registers := _REGISTERS.search(line):
-            used[kernel] = (int(registers.group(1)), frame)
-    return used
-
 
 def typical() -> Iterator[Specialisation]:
-    """Yield the specialisations with the widest vectors, which need most registers, and some without vectors.
+    """Yield the specialisations with offsets of the data type and the widest vectors, which need most registers.
 
-    Only the smallest tiles of the fused kernel are built for 16-bit offsets, which are read before the products, and
-    for bfloat16, which has the registers of float16.
+    Of the fused kernel, the tests of the machine code build the smallest tiles, and bfloat16 has the registers of
+    float16.
     """
-    widest: dict[tuple[object, ...], int] = {}
+    widest: dict[tuple[object, ...], Specialisation] = {}
     for specialisation in specialisations():
-        kind, vector = _kind_and_vector(specialisation)
-        widest[kind] = max(vector, widest.get(kind, 0))
-    for specialisation in specialisations():
-        kind, vector = _kind_and_vector(specialisation)
         macros = specialisation.macros
-        one_type = macros.get("DCN_OFFSET_SCALAR") == macros["DCN_SCALAR"]
-        alike = kind[1] == "bf16" or (kind[1] == "f16" and one_type)
-        left_out = alike and macros.get("DCN_OUTPUTS", 64) != 64
-        if (vector == widest[kind] and not left_out) or (vector == 1 and one_type and kind[1] in ("f16", "f64")):
-            yield specialisation
-
-
-def _kind_and_vector(specialisation: Specialisation) -> tuple[tuple[object, ...], int]:
-    macros = specialisation.macros
-    return (specialisation.unit, macros["DCN_SUFFIX"]), int(macros.get("DCN_VEC", 0))
+        if macros.get("DCN_OFFSET_SCALAR", macros["DCN_SCALAR"]) != macros["DCN_SCALAR"]:
+            continue
+        if "DCN_PRODUCT" in macros and (macros["DCN_OUTPUTS"] == 64) != (macros["DCN_SUFFIX"] == "bf16"):
+            continue
+        kind = (specialisation.unit, *(macros.get(key) for key in ("DCN_SUFFIX", "DCN_PRODUCT", "DCN_OUTPUTS")))
+        widest.setdefault(kind, specialisation)
+    yield from widest.values()
 
 
 def share(architecture: int) -> list[Specialisation]:
     """Return the specialisations of the default run for one of `GENERATIONS`; those of a unit take turns."""
-    turns: Counter[str] = Counter()
+    turns = Counter({unit: turn for turn, unit in enumerate(UNITS)})
     chosen = []
     for specialisation in typical():
         candidates = [generation for generation in GENERATIONS if specialisation.is_for(generation)]
+        if len(candidates) > 1:
+            candidates.remove(DEFAULT_ARCHITECTURE)
+            turns[specialisation.unit] += 1
         if candidates[turns[specialisation.unit] % len(candidates)] == architecture:
             chosen.append(specialisation)
-        turns[specialisation.unit] += 1
     return chosen
-
-
-def assert_compile_without_spills(chosen: Iterable[Specialisation], architecture: int, record_property: Any) -> None:
-    worst: dict[str, tuple[int, int]] = {}
-    for specialisation in chosen:
-        log = compile_with_nvrtc(
-            kernel_source(specialisation.unit),
-            f"{specialisation.unit}.cu",
-            # CuPy adds -ftz.
-            (*compile_options(specialisation.macros), f"-arch=sm_{architecture}", "-ftz=true", "--ptxas-options=-v"),
-        )
-        used = resources(log)
-        expected = {f"{kernel}_{specialisation.macros['DCN_SUFFIX']}" for kernel in UNITS[specialisation.unit][1]}
-        assert set(used) == expected, f"{specialisation}: kernels {set(used)} instead of {expected}"
-        for kernel, (registers, spills) in used.items():
-            assert spills == 0, f"{specialisation} on sm_{architecture}: {kernel} spills {spills} bytes"
-            assert registers <= specialisation.most_registers, (
-                f"{specialisation} on sm_{architecture}: {registers} registers"
-            )
-            worst[kernel] = max(worst.get(kernel, (0, 0)), (registers, spills))
-    record_property("kernel_resources", (architecture, worst))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", GENERATIONS)
 def test_typical_specialisations_compile_without_spills(architecture: int, record_property):
-    assert_compile_without_spills(share(architecture), architecture, record_property)
+    for specialisation in share(architecture):
+        compile_without_spills(specialisation, architecture, record_property)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", nvrtc.getSupportedArchs())
 def test_every_specialisation_compiles_for_every_architecture(architecture: int, record_property):
-    everything = [s for s in specialisations() if s.is_for(architecture)]
-    assert_compile_without_spills(everything, architecture, record_property)
+    for specialisation in specialisations():
+        if specialisation.is_for(architecture):
+            compile_without_spills(specialisation, architecture, record_property)
 
 
-def test_shares_have_every_kernel_in_every_dtype_and_on_every_generation():
+def test_the_default_run_has_every_kernel_in_every_dtype_and_on_every_generation():
     shares = {architecture: share(architecture) for architecture in GENERATIONS}
+    assert Counter(itertools.chain(*shares.values())) == Counter(typical())
+    shares[DEFAULT_ARCHITECTURE] += DISASSEMBLED
     chosen = list(itertools.chain(*shares.values()))
-    assert Counter(chosen) == Counter(typical())
     for key in ("DCN_SUFFIX", "DCN_OFFSET_SCALAR", "DCN_PRODUCT", "DCN_OUTPUTS"):
         built, all_of_them = ({(s.unit, s.macros.get(key)) for s in some} for some in (chosen, specialisations()))
         assert built == all_of_them
@@ -161,7 +111,8 @@ def test_structs_and_constants_equal_those_in_python(unit: str, suffix: str):
     specialisation = next(s for s in specialisations() if s.unit == unit and s.macros["DCN_SUFFIX"] == suffix)
     source = kernel_source(unit) + "\n#define OFFSET_OF(type, field) __INTADDR__(&((type*)0)->field)\n"
     source += struct_assertions(UNITS[unit][0]) + constant_assertions(specialisation)
-    compile_with_nvrtc(source, f"{unit}.cu", (*compile_options(specialisation.macros), "-arch=compute_90"))
+    options = (*compile_options(specialisation.macros), "-arch=compute_90", "--fdevice-syntax-only")
+    compile_with_nvrtc(source, f"{unit}.cu", options)
 
 
 def test_compiler_messages_name_the_file_and_line_before_flattening():
@@ -172,14 +123,14 @@ def test_compiler_messages_name_the_file_and_line_before_flattening():
         compile_with_nvrtc(source, "flat.cu", compile_options({"DCN_SUFFIX": "f32", "DCN_SCALAR": "float"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, vector", [("f16", 8), ("f32", 4)])
 @pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.startswith(("deform_roi_pool", "deform_attention"))])
 def test_pooling_and_attention_move_16_bytes_at_once(unit: str, dtype: str, vector: int):
     # Atomic additions add 16 bytes, too.
     wanted = {"DCN_SUFFIX": dtype, "DCN_VEC": vector, "DCN_OFFSET_SCALAR": "float"}
     macros = next(s.macros for s in specialisations() if s.unit == unit and wanted.items() <= s.macros.items())
-    program = nvrtc.createProgram(kernel_source(unit), f"{unit}.cu", (), ())
-    nvrtc.compileProgram(program, (*compile_options(macros), "-arch=compute_90"))
+    program = compile_with_nvrtc(kernel_source(unit), f"{unit}.cu", (*compile_options(macros), "-arch=compute_90"))
     ptx = nvrtc.getPTX(program).decode()
     assert re.search(r"ld\.global(\.nc)?\.v4\.[fu]32", ptx)
     assert ("red.global.add.v4.f32" in ptx) == unit.endswith("_backward")

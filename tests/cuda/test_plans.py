@@ -338,17 +338,26 @@ def test_planted_bugs_are_caught(name: str):
 
 
 BROKEN_BOUNDS = {
-    "no bottom border": ("point.y0 + 1 < H", "true"),
-    "no far border": ("y < A(H)", "true"),
-    "rows beyond the last": ("min(tile_rows, range.rows - tile.first_row)", "tile_rows"),
-    "a row too far": ("(i & 2 ? lower : 0)", "(i & 2 ? 3 * lower : 0)"),
-    "a clamp forgotten": ("min(at.low + 1, extent - 1)", "at.low + 1"),
-    "an image that does not exist": ("image < static_cast<Sum>(bins.size.N)", "true"),
-    "bins beyond the last": ("min(static_cast<long long>(tile_rows), rest)", "tile_rows"),
-    "channels beyond the last": ("min(lanes, (size.C - first_channel) / DCN_VEC)", "lanes"),
-    "pixels beyond the border": ("k >= size.W - strip.x || ", ""),
-    "bins beyond the part": ("min(static_cast<long long>(bins), last_bin - from)", "bins"),
+    "no bottom border": ("deform_conv2d", "point.y0 + 1 < H", "true"),
+    "no far border": ("deform_conv2d", "y < A(H)", "true"),
+    "rows beyond the last": (
+        "deform_conv2d",
+        "min(tile_rows, range.rows - tile.first_row)",
+        "tile_rows",
+    ),
+    "a row too far": ("deform_conv2d_backward", "(i & 2 ? lower : 0)", "(i & 2 ? 3 * lower : 0)"),
+    "a clamp forgotten": ("deform_roi_pool", "min(at.low + 1, extent - 1)", "at.low + 1"),
+    "an image that does not exist": ("deform_roi_pool", "image < static_cast<Sum>(bins.size.N)", "true"),
+    "bins beyond the last": ("deform_roi_pool", "min(static_cast<long long>(tile_rows), rest)", "tile_rows"),
+    "channels beyond the last": ("deform_roi_pool", "min(lanes, (size.C - first_channel) / DCN_VEC)", "lanes"),
+    "pixels beyond the border": ("deform_roi_pool_backward", "k >= size.W - strip.x || ", ""),
+    "bins beyond the part": (
+        "deform_roi_pool_backward",
+        "min(static_cast<long long>(bins), last_bin - from)",
+        "bins",
+    ),
 }
+"""Calls that show planted bugs, and the bugs."""
 
 
 @pytest.mark.slow
@@ -361,13 +370,18 @@ def test_broken_bounds_are_caught_by_the_sanitizers():
         assert status != 0 and found and ".cu" in report, f"{name}: {report[-3000:]}"
 
 
-ANY_CASE = {
+SANITIZED = {
     "convolution": (
         "tests/arrays/test_deform_conv2d.py::test_any_offset_equals_the_reference[emulated]",
+        "tests/arrays/test_deform_conv2d.py::test_distant_samples_are_zero",
+        "tests/arrays/test_deform_conv2d.py::test_nan_coordinates_propagate",
+        "tests/arrays/test_deform_conv2d.py::test_tiny_images",
         "tests/arrays/test_operations.py::test_equals_the_reference",
         "tests/arrays/test_operations.py::test_equals_the_reference_in_16_bits",
+        "tests/cuda/test_deform_conv2d_lists.py::test_all_samples_on_one_pixel",
         "tests/cuda/test_deform_conv2d_lists.py::test_equals_the_reference",
         "tests/cuda/test_deform_conv2d_lists.py::test_memory_orders",
+        "tests/cuda/test_plans.py::test_arrays_may_change_during_a_call",
         "tests/cuda/test_plans.py::test_the_chunk_size_does_not_change_results",
         "tests/cuda/test_plans.py::test_the_deterministic_path_equals_the_reference",
         "tests/cuda/test_plans.py::test_channels_last_images_keep_their_memory_order",
@@ -375,76 +389,90 @@ ANY_CASE = {
         "tests/cuda/test_plans.py::test_wide_weights_are_rounded_and_their_gradient_is_not",
     ),
     "fused convolution": (
-        "tests/cuda/test_deform_conv2d_fused.py::test_equals_the_reference",
         "tests/cuda/test_deform_conv2d_fused.py::test_any_offset_follows_the_reference",
+        "tests/cuda/test_deform_conv2d_fused.py::test_equals_the_reference",
+        "tests/cuda/test_deform_conv2d_fused.py::test_split_sums",
         "tests/cuda/test_deform_conv2d_fused.py::test_tiles_of_every_width",
     ),
     "RoI pooling": (
         "tests/arrays/test_deform_roi_pool.py::test_every_path_of_the_kernels",
+        "tests/arrays/test_deform_roi_pool.py::test_huge_regions_are_fast",
+        "tests/arrays/test_deform_roi_pool.py::test_more_channels_than_a_warp_and_more_bins_than_a_tile",
+        "tests/arrays/test_deform_roi_pool.py::test_non_finite_regions_make_nan",
+        "tests/arrays/test_deform_roi_pool.py::test_regions_of_nonexistent_feature_maps_are_nan_in_the_kernels",
         "tests/arrays/test_deform_roi_pool.py::test_the_output_may_be_channels_last",
+        "tests/arrays/test_deform_roi_pool.py::test_unusual_offsets",
+        "tests/arrays/test_deform_roi_pool.py::test_unusual_regions",
     ),
     "attention and aggregation": (
-        "tests/arrays/test_ms_deform_attn.py::test_any_number_of_channels",
         "tests/arrays/test_deform_aggregate.py::test_a_packed_array_equals_two_arrays",
+        "tests/arrays/test_deform_aggregate.py::test_nan_and_infinite_offsets",
+        "tests/arrays/test_ms_deform_attn.py::test_any_number_of_channels",
+        "tests/arrays/test_ms_deform_attn.py::test_borders_nan_and_far_away_locations",
+        "tests/arrays/test_ms_deform_attn.py::test_more_points_and_levels_than_usual",
         "tests/cuda/test_deform_attention.py::test_arrays_that_are_not_aligned",
     ),
 }
-"""Tests that draw cases of all data types and vector widths, each of which has to be compiled."""
+"""Tests of all data types and vector widths, each of which has to be compiled."""
 
-FEW_SPECIALISATIONS = {
-    "convolution": (
-        "tests/arrays/test_deform_conv2d.py::test_tiny_images",
-        "tests/arrays/test_deform_conv2d.py::test_distant_samples_are_zero",
-        "tests/arrays/test_deform_conv2d.py::test_nan_coordinates_propagate",
-        "tests/cuda/test_deform_conv2d_lists.py::test_all_samples_on_one_pixel",
-        "tests/cuda/test_plans.py::test_arrays_may_change_during_a_call",
+SANITIZED_BY_DEFAULT = (
+    "tests/arrays/test_deform_conv2d.py::test_distant_samples_are_zero",
+    "tests/arrays/test_deform_conv2d.py::test_tiny_images",
+    "tests/arrays/test_deform_roi_pool.py::test_huge_regions_are_fast",
+    *(
+        "tests/arrays/test_deform_roi_pool.py::test_more_channels_than_a_warp_and_more_bins_than_a_tile"
+        f"[float16-66-{{}}-{deterministic}]"
+        for deterministic in (False, True)
     ),
-    "fused convolution": ("tests/cuda/test_deform_conv2d_fused.py::test_split_sums",),
-    "RoI pooling": (
-        "tests/arrays/test_deform_roi_pool.py::test_unusual_offsets",
-        "tests/arrays/test_deform_roi_pool.py::test_unusual_regions",
-        "tests/arrays/test_deform_roi_pool.py::test_non_finite_regions_make_nan",
-        "tests/arrays/test_deform_roi_pool.py::test_huge_regions_are_fast",
-        "tests/arrays/test_deform_roi_pool.py::test_regions_of_nonexistent_feature_maps_are_nan_in_the_kernels",
-        "tests/arrays/test_deform_roi_pool.py::test_more_channels_than_a_warp_and_more_bins_than_a_tile",
+    "tests/arrays/test_deform_roi_pool.py::test_regions_of_nonexistent_feature_maps_are_nan_in_the_kernels",
+    "tests/arrays/test_deform_roi_pool.py::test_unusual_offsets",
+    "tests/arrays/test_deform_roi_pool.py::test_unusual_regions",
+    *(
+        f"tests/arrays/test_ms_deform_attn.py::test_borders_nan_and_far_away_locations[emulated-float32-{location}]"
+        for location in ("1e+30-0-0.0-slope7", "0--inf-0.0-slope8", "nan-inf-nan-slope10")
     ),
-    "attention and aggregation": (
-        "tests/arrays/test_ms_deform_attn.py::test_borders_nan_and_far_away_locations",
-        "tests/arrays/test_ms_deform_attn.py::test_more_points_and_levels_than_usual",
-        "tests/arrays/test_deform_aggregate.py::test_nan_and_infinite_offsets",
+    "tests/arrays/test_ms_deform_attn.py::test_more_points_and_levels_than_usual",
+    "tests/cuda/test_deform_attention.py::test_arrays_that_are_not_aligned[float32]",
+    *(
+        f"tests/cuda/test_deform_attention.py::test_grids_schedules_and_lanes_do_not_change_results[{name}-most lanes]"
+        for name in ("attention", "aggregation")
     ),
-}
+    "tests/cuda/test_deform_conv2d_fused.py::test_bad_pixels_and_weights_follow_the_reference[nan-3xtf32]",
+    "tests/cuda/test_deform_conv2d_fused.py::test_split_sums[float16-NCHW]",
+    "tests/cuda/test_deform_conv2d_fused.py::test_split_sums[float32-NHWC]",
+    "tests/cuda/test_deform_conv2d_lists.py::test_all_samples_on_one_pixel[1-float32-short limits-default]",
+    "tests/cuda/test_deform_conv2d_lists.py::test_all_samples_on_one_pixel[1-float32-default limits-deterministic]",
+    "tests/cuda/test_plans.py::test_arrays_may_change_during_a_call",
+)
+"""Tests of every unit with few data types and vector widths: unusual values, sizes and addresses."""
 
 
-def assert_clean_under_the_sanitizers(selection: tuple[str, ...], chosen: str = "not cpu and not gpu") -> None:
-    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen]
+def assert_clean_under_the_sanitizers(selection: tuple[str, ...]) -> None:
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not cpu", "-m", "not gpu"]
     result = run_sanitized([*arguments, "--hypothesis-profile=brief", *selection], timeout=900)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " passed" in result.stdout and "failed" not in result.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operation", FEW_SPECIALISATIONS)
-def test_the_kernels_are_clean_under_the_sanitizers(operation: str):
-    # Long lists do not depend on the data type, and float64 takes longest to compile and run.
-    chosen = "not cpu and not gpu and not (test_all_samples_on_one_pixel and float64)"
-    assert_clean_under_the_sanitizers(FEW_SPECIALISATIONS[operation], chosen)
+def test_the_kernels_are_clean_under_the_sanitizers():
+    assert_clean_under_the_sanitizers(SANITIZED_BY_DEFAULT)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("operation", ANY_CASE)
+@pytest.mark.parametrize("operation", SANITIZED)
 def test_all_specialisations_are_clean_under_the_sanitizers(operation: str):
-    assert_clean_under_the_sanitizers(ANY_CASE[operation])
+    assert_clean_under_the_sanitizers(SANITIZED[operation])
 
 
 def _run_broken(name: str) -> None:
-    no_image = make_roi_pool(C=12, H=5, W=5, spread=9.0, seed=9)
-    no_image.rois[0, 0] = 7
-    for deterministic in (False, True):
-        runner = broken(*BROKEN_BOUNDS[name], deterministic=deterministic, chunk_bytes=200)
-        for case in (make_conv(C=8, H=5, W=5, spread=3.0, seed=9), no_image):
-            runner.forward(case)
-            runner.backward(case)
+    call, old, new = BROKEN_BOUNDS[name]
+    runner = broken(old, new, deterministic=True, chunk_bytes=200)
+    case: Case = make_conv(C=8, H=5, W=5, spread=3.0, seed=9)
+    if call.startswith("deform_roi_pool"):
+        case = make_roi_pool(C=12, H=5, W=5, spread=9.0, seed=9)
+        case.rois[0, 0] = 7  # an image that does not exist
+    (runner.backward if call.endswith("backward") else runner.forward)(case)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class HostCompiler:
         KernelCompileError
             The source does not compile. The message has the compiler's log.
         """
-        scheduler = self._build(_scheduler(), self._flags, (f"-I{_HERE}",))
+        scheduler = self.scheduler()
         defines = tuple(option for option in options if option.startswith("-D"))
         entries = (f'#line 1 "entry of {name}"\nCUDA_ON_CPU_ENTRY({name})\n' for name in _kernels(source, kernel))
         unit = self._build(
@@ -120,6 +120,10 @@ class HostCompiler:
             (f"-l:{scheduler.name}", "-Wl,-rpath,$ORIGIN"),
         )
         return HostKernel(self, _load(unit), kernel)
+
+    def scheduler(self) -> Path:
+        """Return the library that runs the threads of all kernels, compiled."""
+        return self._build(_scheduler(), self._flags, (f"-I{_HERE}",))
 
     def _build(
         self, source: str, flags: tuple[str, ...], paths: tuple[str, ...], libraries: tuple[str, ...] = ()
