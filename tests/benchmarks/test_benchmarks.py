@@ -65,11 +65,13 @@ def test_a_wrong_contender_is_not_timed(
     [("forward", "backward"), pytest.param(PARTS, marks=pytest.mark.exhaustive)],  # the others start many processes
     ids=" ".join,
 )
-def test_a_tiny_run(parts: tuple[str, ...], tmp_path: Path):
+def test_a_tiny_run(
+    parts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("benchmarks.environment.limit_threads", lambda threads: None)  # sets environment variables
     path = tmp_path / "folder" / "benchmark.json"
-    done = run("-m", "benchmarks", *TINY, "--parts", *parts, "--output", str(path))
-    assert done.returncode == 0, done.stderr
-    printed = " ".join(done.stdout.split())
+    assert main([*TINY, "--parts", *parts, "--output", str(path)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
     for title in ("deform_conv2d forward, cpu, batch 1", "deform_roi_pool backward", "| 4x6x5x8x3 |"):
         assert title in printed
     assert ("cpu, cold" in printed) == ("first-call" in parts)
@@ -94,13 +96,10 @@ def test_a_tiny_run(parts: tuple[str, ...], tmp_path: Path):
     assert set(pool["errors"][MODULATED]) == {"output", "input", "offset", "mask"}
     assert conv["column_bytes"] == 4 * 9 * 6 * 5 * 4
     assert pool["column_bytes"] is None
-    first_calls = [
-        "first call cold, import and forward, s",
-        "first backward call cold, s",
-        "first call warm, import and forward, s",
-        "first backward call warm, s",
+    calls = [
+        f"first {direction} call {state}, s" for state in ("cold", "warm") for direction in ("forward", "backward")
     ]
-    assert [target["name"] for target in document["targets"]] == (first_calls if "first-call" in parts else [])
+    assert [target["name"] for target in document["targets"]] == (calls if "first-call" in parts else [])
 
 
 @pytest.mark.slow

@@ -34,22 +34,24 @@ def rehearsed(out: Path, *parts: str) -> dict[str, Any]:
     return {part["name"]: part["results"] for part in document["parts"]}
 
 
-@pytest.mark.slow
-def test_rehearsal_of_model_and_workspace(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    results = rehearsed(tmp_path, "model", "workspace")
-    model, workspace = results["model"], results["workspace"]
-    assert "REHEARSAL" in capsys.readouterr().out
+@pytest.mark.exhaustive
+def test_rehearsal_of_the_model(tmp_path: Path):
+    model = rehearsed(tmp_path, "model")["model"]
     assert model["rehearsal"] and [row["mode"] for row in model["results"]] == ["eager", "graphs"]
     assert all(set(row["timings"]) == {OURS, PEER} for row in model["results"])
-    host = model["results"][0]["host_microseconds"]
-    assert all(host[name][f"conv, {way}"]["calls"] == 6 for name in (OURS, PEER) for way in ("forward", "backward"))
     assert [profile["contender"] for profile in model["profiles"]] == [OURS, PEER]
     assert all(len(profile["by_cpu_time"]) == 15 for profile in model["profiles"])
+    assert model["failures"] == model["peer_failures"] == model["not_reached"] == []
+
+
+@pytest.mark.slow
+def test_rehearsal_of_the_workspace(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    workspace = rehearsed(tmp_path, "workspace")["workspace"]
+    assert "REHEARSAL" in capsys.readouterr().out
     assert workspace["rehearsal"] and [row["direction"] for row in workspace["results"]] == ["backward", "forward"]
     small, large = workspace["results"][0]["limits"]
     assert small["products"] > large["products"] == 2
-    for part in (model, workspace):
-        assert part["failures"] == part["not_reached"] == []
+    assert workspace["failures"] == workspace["not_reached"] == []
 
 
 @pytest.mark.exhaustive
@@ -80,6 +82,7 @@ def test_rehearsal_of_the_benchmark(tmp_path: Path):
 @pytest.mark.slow
 def test_rehearsal_of_some_rows_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(measure, "cases", lambda *arguments: list(all_cases(*arguments))[::16])
+    monkeypatch.setattr(measure, "_LEAST_ROUNDS", 1)
     path = tmp_path / "benchmark.json"
     assert rehearse(["--parts", "forward", "backward", "memory", "--output", str(path)]) == 0
     assert_measured(json.loads(path.read_text()))
@@ -119,7 +122,7 @@ def test_parts_that_fail_hang_or_do_not_exist(tmp_path: Path, capsys: pytest.Cap
     count = f"import json; print(len(json.load(open({str(tmp_path / 'gpu.json')!r}))['parts']), 'before')"
     parts = [
         Part("fails", [python("print('oh no'); raise SystemExit(3)"), python("print('still tried')")], 30),
-        Part("hangs", [python(hanging)], 3, results),
+        Part("hangs", [python(hanging)], 1.5, results),
         Part("missing", [["no-such-program-anywhere"]], 30),
         Part("works", [python(written)], 30, results),
         Part("reads the results so far", [python(count)], 30),
@@ -173,5 +176,5 @@ def test_a_part_alone_takes_four_minutes(
 def test_a_missing_gpu_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     if os.environ.get("CUDA_VISIBLE_DEVICES") is None and Path("/dev/nvidia0").exists():
         pytest.skip("this machine has a GPU")
-    assert main(["--minutes", "1", "--out", str(tmp_path), "model"]) == 1
+    assert main(["--minutes", "1", "--out", str(tmp_path), "workspace"]) == 1
     assert "needs a GPU" in capsys.readouterr().out

@@ -80,12 +80,14 @@ def test_processes_end_with_the_first_one():
     code = """
 import os, signal, time
 from dcnops.detector.processes import in_background
+begun, begin = os.pipe()
 def make(depth=1):
     with in_background(lambda: make(depth - 1)) if depth else in_background(lambda: time.sleep(60)) as result:
-        print("started", flush=True)
+        os.write(1, b"started\\n")  # in one piece
+        os.write(begin, b".")
         result()
 with in_background(make):
-    time.sleep(2)
+    os.read(begun, 1), os.read(begun, 1)
     os.kill(os.getpid(), signal.SIGKILL)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -293,14 +294,17 @@ def test_endless_float16_overflow_stops_the_run():
 # Whole runs
 
 
-def test_overfitting_eight_images(tmp_path):
-    write_synthetic(tmp_path / "data", train=8, val=0, size=64, deformation=0.3, seed=0)
+def test_overfitting_two_images(tmp_path, monkeypatch):
+    # Saving after each epoch of one iteration would take a third of the time.
+    save = training.save_checkpoint
+    monkeypatch.setattr(training, "save_checkpoint", lambda path, *rest: path.name == MODEL and save(path, *rest))
+    write_synthetic(tmp_path / "data", train=2, val=0, size=64, deformation=0.3, seed=0)
     images = dataset(tmp_path / "data")
     config = TINY.set(
         assignments(
             network="min_size=64 roi_mask_scale=2 box_loss_beta=0.11 neck_channels=32 head_channels=64 rpn_batch=64 "
             "rpn_candidates_train=200 rpn_candidates_test=200 proposals_train=100 proposals_test=50 roi_batch=32",
-            training="epochs=80 lr_steps=60,72 optimizer=adamw lr=0.003 lr_batch=4 batch_size=4 warmup_iterations=20 "
+            training="epochs=80 lr_steps=60,72 optimizer=adamw lr=0.003 lr_batch=2 batch_size=2 warmup_iterations=20 "
             "clip_norm=10 flip=0 save_every=1000",
         )
     )
@@ -418,35 +422,25 @@ def test_a_full_disk_while_tensorboard_writes(data, tmp_path, monkeypatch, capfd
     load_checkpoint(tmp_path / CHECKPOINT)
 
 
-def test_a_killed_run_loses_at_most_one_interval(data, tmp_path):
-    # All runs in copies of one process: other processes may differ in the last digits.
-    script = f"""
-import os, signal, torch
-from pathlib import Path
-from dcnops.detector.engine import progress
-from tests.detector.engine import test_training as tests
-folder, data = Path({str(tmp_path)!r}), Path({str(data)!r})
-step = tests.Trainer.step
-def killed(self, batch, iteration, *rest):
-    if iteration == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch, iteration, *rest)
-progress.LOG_EVERY = 1
-torch.set_num_threads(1)
-child = os.fork()
-if not child:
-    tests.Trainer.step = killed
-    tests.run(folder / "killed", data)
-status = os.waitpid(child, 0)[1]
-assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, status
-# Saved every third iteration and at the end of the first epoch, the fifth.
-assert tests.load_checkpoint(folder / "killed" / tests.CHECKPOINT)["iteration"] == 6
-assert not (folder / "killed" / tests.MODEL).exists()
-tests.run(folder / "killed", data, resume=True)
-tests.run(folder / "reference", data)
-"""
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=300, check=True)
-    assert_same_run(tmp_path / "killed", tmp_path / "reference")
+def test_a_killed_run_loses_at_most_one_interval(data, tmp_path, monkeypatch):
+    """A copy of the folder, made in an iteration, is what a process that is killed there leaves behind."""
+    reference, killed = tmp_path / "reference", tmp_path / "killed"
+    monkeypatch.setattr(progress_module, "LOG_EVERY", 1)
+    step = Trainer.step
+
+    def copied(self: Trainer, batch: Batch, iteration: int, *rest: Any):
+        if iteration == 8:
+            shutil.copytree(reference, killed)
+        return step(self, batch, iteration, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", copied)
+        run(reference, data)
+    # Saved every third iteration and at the end of the first epoch, the fifth.
+    assert load_checkpoint(killed / CHECKPOINT)["iteration"] == 6
+    assert not (killed / MODEL).exists()
+    run(killed, data, resume=True)
+    assert_same_run(killed, reference)
 
     events = EventAccumulator(str(tmp_path / "killed" / "tensorboard")).Reload()
     assert {"train/loss", "train/loss_classifier", "train/lr", "train/seconds_per_iteration"} <= set(
@@ -698,10 +692,16 @@ def test_categories_of_the_two_data_sets(data, tmp_path):
 # Several processes
 
 
-def test_two_processes(data, tmp_path, monkeypatch):
+# Copies of one process, which imports everything only once, and programs of their own.
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.mark.parametrize(
+    "launcher", [(), pytest.param(TORCHRUN, marks=pytest.mark.exhaustive)], ids=["fork", "torchrun"]
+)
+def test_two_processes(data, tmp_path, monkeypatch, launcher):
     (tmp_path / "data").symlink_to(data)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.detector.engine.two_processes", str(tmp_path)]
+    command = [sys.executable, *launcher, "-m", "tests.detector.engine.two_processes", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"process{rank}.pth") for rank in (0, 1))

@@ -1,7 +1,11 @@
-"""One process of the data-parallel test: ``torchrun -m tests.detector.engine.two_processes FOLDER``."""
+"""Data-parallel test: ``torchrun --nproc-per-node 2 -m tests.detector.engine.two_processes FOLDER``.
+
+Without `torchrun`, it forks the two processes itself.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -11,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 
 from dcnops.detector.data import AspectRatioBatches, Batch, CocoDataset, load_batches
 from dcnops.detector.engine import Interrupted, Trainer, detect, rank, session, train, world_size
@@ -116,5 +121,16 @@ def main(folder: Path) -> None:
         )
 
 
+def start(rank: int, port: int, folder: Path) -> None:
+    """Run one process, in the environment that `torchrun` gives it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    main(folder)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if "RANK" in os.environ:
+        main(Path(sys.argv[1]))
+    else:
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        torch.multiprocessing.start_processes(start, (store.port, Path(sys.argv[1])), nprocs=2, start_method="fork")
