@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..errors import UserError
 from ..processes import CAN_COPY, in_background
 from .coco_json import Notes, Picture
-from .images import open_image, orientation
+from .images import read_header
 
 MANY = 15000  # files, for which it pays to start a process
 MISSING = "left out {} missing pictures"
@@ -114,8 +114,7 @@ def _look(file: tuple[str, str]) -> _Found | _Problem:
     try:
         if not _is_inside(path, folder):
             return "left out {} pictures outside of the folder of images", f"{name} ({os.path.realpath(path)})"
-        with open_image(Path(path)) as image:
-            return _Found(image.size, orientation(image))
+        return _Found(*read_header(path))
     except FileNotFoundError:
         return MISSING, name
     except Exception as error:  # decoders raise all kinds of errors on damaged files
