@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -24,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # paths and names may have characters that stdout cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
-    if arguments is None:  # this process has no other purpose
+    is_program = arguments is None  # this process has no other purpose
+    if is_program:
         os.environ["MPLBACKEND"] = "agg"  # notebooks export a backend that other environments may lack
     # OpenMP reads this when torch is imported. By default, its waiting threads keep the cores busy, which makes an
     # iteration many times slower if another program uses the machine as well.
@@ -38,8 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "Faster and Mask R-CNN with deformable convolution and RoI pooling (Deformable ConvNets v2).",
         )
         # The packages take seconds to import, and help and wrong options need none of them.
+        if is_program:
+            gc.disable()  # a fifth of that time would go into searching for garbage where everything is in use
         from .commands import RUN
 
+        if is_program:
+            gc.freeze()  # nor are imported objects searched later
+            gc.enable()
         RUN[command](options)
         sys.stdout.flush()
     except UserError as error:

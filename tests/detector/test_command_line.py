@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import itertools
 import json
@@ -10,7 +11,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -399,6 +403,24 @@ def test_training_from_a_detector(run, data, fails, tmp_path, capsys):
     assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
     message = fails(*command, "network.aligned=false", "--out", out)
     assert f"--weights {run / 'model.pth'} sets the network: network.aligned=false needs" in message
+
+
+def test_imports_are_not_searched_for_garbage(monkeypatch):
+    """It would take a fifth of the start-up. Programs that call `main` have their own policy."""
+    collecting = []
+
+    class Commands(ModuleType):
+        @property
+        def RUN(self) -> dict[str, Callable[[object], None]]:
+            collecting.append(gc.isenabled())
+            return {"flops": lambda options: collecting.append(gc.isenabled())}
+
+    monkeypatch.setitem(sys.modules, "dcnops.detector.commands", Commands("commands"))
+    monkeypatch.setattr(gc, "freeze", Mock())
+    monkeypatch.setattr(sys, "argv", ["dcnops-detector", "flops"])
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    assert main() == main(["flops"]) == 0
+    assert collecting == [False, True, True, True] and gc.freeze.call_count == 1
 
 
 def test_as_a_program():
