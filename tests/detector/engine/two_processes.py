@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from dcnops.detector.data import AspectRatioBatches, Batch, CocoDataset, load_batches
-from dcnops.detector.engine import Interrupted, Trainer, detect, rank, session, train, world_size
+from dcnops.detector.data import AspectRatioBatches, Batch, load_batches
+from dcnops.detector.engine import Interrupted, Trainer, detect, distributed, rank, session, train, world_size
 from dcnops.detector.engine.distributed import from_main, gather_lists
 from dcnops.detector.engine.trainer import Step
 from dcnops.detector.errors import UserError
@@ -21,6 +23,7 @@ from dcnops.detector.errors import UserError
 from .test_training import CPU, EVALUATED, TINY, build, dataset
 
 STEP = Trainer.step
+T = TypeVar("T")
 
 
 def stop_second(self: Trainer, batch: Batch, iteration: int, *rest: Any) -> Step:
@@ -46,35 +49,34 @@ def message(function: Callable[[], object]) -> str:
 
 
 def share_arrays() -> tuple[list[list[float]], int]:
-    """Return arrays of the first process, and the bytes of the pickle that was sent with them."""
-    sizes, send = [], dist.broadcast_object_list
+    """Return arrays of the first process, and the number of bytes that were sent apart from objects."""
+    sent, send = [], dist.broadcast
 
-    def counted(shared: list[Any]) -> None:
-        send(shared)
-        sizes.append(len(shared[0]))
+    def counted(values: torch.Tensor, source: int) -> None:
+        send(values, source)
+        sent.append(values.nbytes)
 
     def make() -> list[np.ndarray]:
         frozen = np.arange(2.0)
         frozen.flags.writeable = False
         return [np.arange(10000.0), np.arange(6.0)[::2], np.zeros(0), frozen]
 
-    dist.broadcast_object_list = counted
-    arrays = from_main(make)
-    dist.broadcast_object_list = send
-    arrays[0] += 1  # a copy can be changed
-    return [array.tolist() for array in arrays], sizes[0]
+    with patch.object(dist, "broadcast", counted):
+        arrays = from_main(make)
+    arrays[0] += 1  # only in this process
+    return [array.tolist() for array in arrays], sum(sent)
+
+
+def on_another_machine(function: Callable[[], T]) -> T:
+    """Call a function while other processes cannot map the files of the first one."""
+    with patch.object(distributed, "map_link", lambda link: None):
+        return function()
 
 
 def main(folder: Path) -> None:
     config = TINY.set(EVALUATED)
     with session("cpu") as device:
-        made = []
-
-        def make() -> CocoDataset:
-            made.append(rank())
-            return dataset(folder / "data")
-
-        images = from_main(make)
+        images = from_main(lambda: dataset(folder / "data"))
         batches = AspectRatioBatches(images.sizes, 2, seed=0, group=True, rank=rank(), world_size=world_size())
         batch = next(load_batches(images, batches, config, device))
         # The weights differ between the processes; those of the first must be used.
@@ -104,8 +106,8 @@ def main(folder: Path) -> None:
                 "trained": trained.state_dict(),
                 "results": results,
                 "shares": shares,
-                "arrays": share_arrays(),
-                "made": gather_lists(made),
+                "arrays": [share_arrays(), on_another_machine(share_arrays)],
+                "made": gather_lists([from_main(os.getpid), os.getpid()]),
                 "refused": message(lambda: from_main(lambda: dataset(folder / "nothing"))),
                 "evaluated": metrics is not None,
                 "stopped": stopped,
