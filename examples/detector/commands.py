@@ -124,7 +124,9 @@ def run_evaluate(options: EvaluateOptions) -> None:
         dataset = from_main(lambda: CocoDataset(annotations, images, masks=config.network.has_masks, keep_empty=True))
         matched = match_categories(categories, dataset.categories, dataset.name)
         if None in matched:
-            _say(f"{dataset.name}: has {len(dataset.categories)} of the detector's {len(matched)} categories")
+            _say(
+                f"{dataset.name}: has {len(dataset.categories)} of the detector's {number_of(len(matched), 'category')}"
+            )
         if dataset.unusable_images and not options.allow_missing:
             raise UserError(
                 f"{dataset.name}: {'; '.join(dataset.unusable_images)}: all images are needed, or --allow-missing to "

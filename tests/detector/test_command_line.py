@@ -130,7 +130,7 @@ def test_evaluate_without_annotations_or_images(run, data, fails, tmp_path, caps
     (images / name).unlink()
     evaluate[evaluate.index("test")] = "val"
     message = fails(*evaluate)
-    assert f"left out 1 missing pictures, e.g. {name}: all images are needed, or --allow-missing" in message
+    assert f"left out 1 missing picture, e.g. {name}: all images are needed, or --allow-missing" in message
     assert main([*evaluate, "--allow-missing"]) == 0
 
 

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import UserError
+from ..errors import UserError, number_of
 from .coco_json import Category, Notes, read_coco
 from .ground_truth import GroundTruth
 from .images import read_image
@@ -221,7 +221,8 @@ def check_categories(expected: Sequence[Category], found: Sequence[Category], wh
             for items in (expected, found)
         )
         raise UserError(
-            f"{what} must have the detector's {len(expected)} categories {wanted}, got {len(found)}: {given}"
+            f"{what} must have the detector's {number_of(len(expected), 'category')} {wanted}, "
+            f"got {len(found)}: {given}"
         )
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, number_of
 from ..processes import link_to, map_file, map_link, packed_in_background, unpack
 
 T = TypeVar("T")
@@ -145,6 +145,6 @@ def _choose(device: str | torch.device, local_rank: int | None) -> torch.device:
         return chosen
     index = local_rank if local_rank is not None else chosen.index or 0
     if index >= torch.cuda.device_count():
-        seen = torch.cuda.device_count() or "no"
-        raise UserError(f"--device {device} needs GPU number {index}, counted from 0, but PyTorch sees {seen} GPUs")
+        seen = number_of(torch.cuda.device_count(), "GPU")
+        raise UserError(f"--device {device} needs GPU number {index}, counted from 0, but PyTorch sees {seen}")
     return torch.device("cuda", index)
