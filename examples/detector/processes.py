@@ -28,7 +28,7 @@ Spans = list[tuple[int, int]]  # start and end of the parts of a file
 
 
 @contextmanager
-def in_background(make: Callable[[], T], niceness: int = 0) -> Iterator[Callable[[], T]]:
+def in_background(make: Callable[[], T]) -> Iterator[Callable[[], T]]:
     """Call `make` in a copy of this process, and yield a function that waits for its result.
 
     The function raises the `UserError` or `OSError` of `make`. The memory that `make` needs on the way does not add to
@@ -38,7 +38,7 @@ def in_background(make: Callable[[], T], niceness: int = 0) -> Iterator[Callable
     if not CAN_COPY:
         yield make
         return
-    with packed_in_background(make, niceness) as result:
+    with packed_in_background(make) as result:
 
         def value() -> T:
             spans, file = result()
@@ -48,9 +48,7 @@ def in_background(make: Callable[[], T], niceness: int = 0) -> Iterator[Callable
 
 
 @contextmanager
-def packed_in_background(
-    make: Callable[[], object], niceness: int = 0
-) -> Iterator[Callable[[], tuple[Spans, BinaryIO]]]:
+def packed_in_background(make: Callable[[], object]) -> Iterator[Callable[[], tuple[Spans, BinaryIO]]]:
     """Like `in_background`, but the result stays packed in a file, see `pack`.
 
     Without `CAN_COPY`, or if the system allows no more processes, `make` runs in this process.
@@ -70,7 +68,7 @@ def packed_in_background(
             return
         if process == 0:
             os.close(source)
-            _run(make, file, sink, niceness, parent)
+            _run(make, file, sink, parent)
         os.close(sink)
 
         def result() -> tuple[Spans, BinaryIO]:
@@ -157,7 +155,7 @@ def _nameless_file() -> BinaryIO:
     return tempfile.TemporaryFile()
 
 
-def _run(make: Callable[[], object], file: BinaryIO, sink: int, niceness: int, parent: int) -> NoReturn:
+def _run(make: Callable[[], object], file: BinaryIO, sink: int, parent: int) -> NoReturn:
     """Pack the result of `make`, write the spans to a pipe and end this process."""
     try:
         ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
@@ -166,7 +164,6 @@ def _run(make: Callable[[], object], file: BinaryIO, sink: int, niceness: int, p
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in background jobs of scripts
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the first process to report
         gc.disable()  # it would copy the memory that both processes share, and data have no cycles
-        os.nice(niceness)
         spans = pack(make, file)
         with contextlib.suppress(BrokenPipeError), open(sink, "wb") as pipe:  # the first process may have ended
             pickle.dump(spans, pipe)

@@ -64,8 +64,7 @@ class Headers(ExitStack):
             return list(threads.map(_look, self._waiting))
 
     def _start(self, files: list[tuple[str, str]]) -> None:
-        # With less priority than the process that reads the JSON file, which takes longer.
-        self._parts.append(self.enter_context(in_background(partial(list, map(_look, files)), niceness=10)))
+        self._parts.append(self.enter_context(in_background(partial(list, map(_look, files)))))
 
 
 def check_pictures(pictures: Sequence[Picture], headers: Headers, notes: Notes) -> tuple[list[Picture], list[bool]]:
