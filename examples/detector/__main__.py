@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from .command_line import parse
@@ -14,6 +15,7 @@ from .command_options import COMMANDS
 from .config import describe_options
 from .errors import Interrupted, UserError, os_problem, printable
 
+GRACE = 2  # seconds in which the first process reports an error; torchrun ends all processes after one has ended
 PROGRAM = f"python -m {__package__}" if __name__ == "__main__" else "dcnops-detector"
 
 
@@ -31,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # OpenMP reads this when torch is imported. By default, its waiting threads keep the cores busy, which makes an
     # iteration many times slower if another program uses the machine as well.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    command = None
     epilogs = {"train": f"options for --set, with their defaults:\n{describe_options()}"}
     try:
         command, options = parse(
@@ -50,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         RUN[command](options)
         sys.stdout.flush()
     except UserError as error:
+        # All processes have the same options.
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if error.reported or (command is None and under_torchrun and os.environ.get("LOCAL_RANK") != "0"):
+            time.sleep(GRACE)
+            return 2
         return _report_error(str(error))
     except ModuleNotFoundError as error:
         return _report_missing(error)

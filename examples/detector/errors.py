@@ -12,6 +12,8 @@ class UserError(Exception):
     Any function of the detector may raise it. The message says in one sentence what is needed and what was given.
     """
 
+    reported = False  # another process has the same error and reports it
+
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 

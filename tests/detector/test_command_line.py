@@ -313,6 +313,23 @@ def test_errors_of_the_environment(fails, monkeypatch, error, message):
     assert fails("flops") == f"error: {message}\n"
 
 
+def test_processes_report_a_common_error_once(fails, monkeypatch, capsys):
+    def fail(options: object) -> None:
+        error = UserError("common")
+        error.reported = True
+        raise error
+
+    monkeypatch.setattr("dcnops.detector.__main__.GRACE", 0)
+    monkeypatch.setitem(RUN, "flops", fail)
+    assert main(["flops"]) == 2 and capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "invalid choice: 'fit'" in fails("fit")  # a cluster may export the variable for a single process
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "id")  # torchrun
+    assert main(["fit"]) == 2 and capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "invalid choice: 'fit'" in fails("fit")
+
+
 def test_names_that_stdout_cannot_encode(tmp_path, monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))

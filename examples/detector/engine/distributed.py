@@ -68,7 +68,11 @@ def from_main(make: Callable[[], T]) -> T:
         memory = memory if is_main() else bytearray(spans[-1][1])
         _broadcast(torch.frombuffer(memory, dtype=torch.uint8))
     assert memory is not None
-    return cast("T", unpack(spans, memory))
+    try:
+        return cast("T", unpack(spans, memory))
+    except UserError as error:
+        error.reported = not is_main()
+        raise
 
 
 def _broadcast(values: Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -46,6 +47,13 @@ def message(function: Callable[[], object]) -> str:
     except (Interrupted, UserError) as error:
         return str(error)
     return "no error"
+
+
+def refusal(folder: Path) -> tuple[str, bool]:
+    """Return the error of data that do not exist, and whether another process reports it."""
+    with pytest.raises(UserError) as caught:
+        from_main(lambda: dataset(folder / "nothing"))
+    return str(caught.value), caught.value.reported
 
 
 def share_arrays() -> tuple[list[list[float]], int]:
@@ -108,7 +116,7 @@ def main(folder: Path) -> None:
                 "shares": shares,
                 "arrays": [share_arrays(), on_another_machine(share_arrays)],
                 "made": gather_lists([from_main(os.getpid), os.getpid()]),
-                "refused": message(lambda: from_main(lambda: dataset(folder / "nothing"))),
+                "refused": refusal(folder),
                 "evaluated": metrics is not None,
                 "stopped": stopped,
                 "resumed": resumed.state_dict(),
