@@ -153,7 +153,7 @@ class CocoDataset(Dataset[Sample]):
         self._boxes = boxes[targets]
         self._points = points
         self._point_spans = spans[targets]
-        codes = [every_code.get(int(index), b"") for index in targets] if masks else []
+        codes = [every_code.get(index, b"") for index in targets.tolist()] if masks else []
         self._codes = np.frombuffer(bytearray().join(codes), np.uint8)
         self._code_ends = np.concatenate([[0], np.cumsum(np.fromiter(map(len, codes), np.int64))])
 
