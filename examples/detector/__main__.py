@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from .command_line import parse
@@ -13,6 +15,7 @@ from .command_options import COMMANDS
 from .config import describe_options
 from .errors import Interrupted, UserError, os_problem, printable
 
+GRACE = 2  # seconds in which the first process reports an error; torchrun ends all processes after one has ended
 PROGRAM = f"python -m {__package__}" if __name__ == "__main__" else "dcnops-detector"
 
 
@@ -24,11 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # paths and names may have characters that stdout cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
-    if arguments is None:  # this process has no other purpose
+    is_program = arguments is None  # this process has no other purpose
+    if is_program:
         os.environ["MPLBACKEND"] = "agg"  # notebooks export a backend that other environments may lack
     # OpenMP reads this when torch is imported. By default, its waiting threads keep the cores busy, which makes an
     # iteration many times slower if another program uses the machine as well.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    command = None
     epilogs = {"train": f"options for --set, with their defaults:\n{describe_options()}"}
     try:
         command, options = parse(
@@ -38,11 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "Faster and Mask R-CNN with deformable convolution and RoI pooling (Deformable ConvNets v2).",
         )
         # The packages take seconds to import, and help and wrong options need none of them.
+        if is_program:
+            gc.disable()  # a fifth of that time would go into searching for garbage where everything is in use
         from .commands import RUN
 
+        if is_program:
+            gc.freeze()  # nor are imported objects searched later
+            gc.enable()
         RUN[command](options)
         sys.stdout.flush()
     except UserError as error:
+        # All processes have the same options.
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if error.reported or (command is None and under_torchrun and os.environ.get("LOCAL_RANK") != "0"):
+            time.sleep(GRACE)
+            return 2
         return _report_error(str(error))
     except ModuleNotFoundError as error:
         return _report_missing(error)

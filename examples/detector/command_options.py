@@ -274,16 +274,10 @@ class ImportOptions(Options):
     or classes.txt. The splits of the source are kept.
     """
 
-    format: str = required("format of the labels: voc or yolo", positional=True, metavar="format")
+    format: Literal["voc", "yolo"] = required("format of the labels: voc or yolo", positional=True, metavar="format")
     source: Path = required("folder with images and labels", positional=True)
     out: Path = required("folder to create", positional=True)
     val_share: float = option(0.1, "part of the images to validate on if the source has no split", 0, 0.9)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.format not in ("voc", "yolo"):
-            advice = "; COCO labels need no import: give their folder to --data" * (self.format == "coco")
-            raise UserError(f"the format must be voc or yolo, got {self.format!r:.60}{advice}")
 
 
 @dataclass(frozen=True, kw_only=True)

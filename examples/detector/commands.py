@@ -77,12 +77,12 @@ def run_train(options: TrainOptions) -> None:
     except UserError as error:
         raise UserError(f"--weights {weights} sets the network: {error}" if initial else str(error)) from None
     masks, negatives = config.network.has_masks, config.training.negative_images
-    train = _data(options, "train", "train_")
-    val = None
-    if options.val_annotations or options.val_images or (options.data and has_split(options.data, "val")):
-        val = _data(options, "val", "val_")
 
     def read() -> tuple[CocoDataset, CocoDataset | None]:
+        train = _data(options, "train", "train_")
+        val = None
+        if options.val_annotations or options.val_images or (options.data and has_split(options.data, "val")):
+            val = _data(options, "val", "val_")
         train_set = partial(CocoDataset, *train, masks=masks, keep_empty=False, negatives=negatives)
         val_set = partial(CocoDataset, *val, masks=masks, keep_empty=True) if val else lambda: None
         # In other processes, as reading 100,000 images takes several times the memory of the data set.
@@ -117,14 +117,16 @@ def run_evaluate(options: EvaluateOptions) -> None:
         _report(dataset, results, kinds, options.out)
         return
     assert options.checkpoint is not None
-    annotations, images = _data(options, options.split)
-    _make_folder(options.out)
     with session(options.device) as device:
+        annotations, images = from_main(lambda: _data(options, options.split))
+        _make_folder(options.out)
         model, config, categories = _load(options.checkpoint, device, options)
         dataset = from_main(lambda: CocoDataset(annotations, images, masks=config.network.has_masks, keep_empty=True))
         matched = match_categories(categories, dataset.categories, dataset.name)
         if None in matched:
-            _say(f"{dataset.name}: has {len(dataset.categories)} of the detector's {len(matched)} categories")
+            _say(
+                f"{dataset.name}: has {len(dataset.categories)} of the detector's {number_of(len(matched), 'category')}"
+            )
         if dataset.unusable_images and not options.allow_missing:
             raise UserError(
                 f"{dataset.name}: {'; '.join(dataset.unusable_images)}: all images are needed, or --allow-missing to "

@@ -12,6 +12,8 @@ class UserError(Exception):
     Any function of the detector may raise it. The message says in one sentence what is needed and what was given.
     """
 
+    reported = False  # another process has the same error and reports it
+
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
@@ -36,8 +38,10 @@ def cannot_write(path: Path | str, error: OSError) -> UserError:
 
 
 def number_of(count: int, noun: str) -> str:
-    """Return a number with its noun, such as "1 image" or "2 images"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    """Return a number with its noun, such as "1 image", "2 images" or "3 categories"."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun[:-1]}ies" if noun.endswith("y") else f"{count} {noun}s"
 
 
 def printable(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import itertools
 import json
@@ -10,7 +11,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -126,7 +130,7 @@ def test_evaluate_without_annotations_or_images(run, data, fails, tmp_path, caps
     (images / name).unlink()
     evaluate[evaluate.index("test")] = "val"
     message = fails(*evaluate)
-    assert f"left out 1 missing pictures, e.g. {name}: all images are needed, or --allow-missing" in message
+    assert f"left out 1 missing picture, e.g. {name}: all images are needed, or --allow-missing" in message
     assert main([*evaluate, "--allow-missing"]) == 0
 
 
@@ -243,8 +247,7 @@ def test_wrong_commands(fails, data, tmp_path):
     preset = fails("train", "--data", data, "--out", out, "--preset", "dcnv3")
     assert "network.preset must be one of regular-roipool, regular" in preset
     assert "the data are missing: --data FOLDER" in fails("train", "--out", out)
-    assert "got 'coco'; COCO labels need no import: give their folder to --data" in fails("import", "coco", data, out)
-    assert "the format must be voc or yolo, got 'csv'" in fails("import", "csv", data, out)
+    assert "argument format: invalid choice: 'coco' (choose from " in fails("import", "coco", data, out)
     assert "go together" in fails("train", "--train-annotations", "a.json", "--out", out)
     assert "--device" in fails("train", "--data", data, "--out", out, "--device", "tpu", "--backbone", "small")
     for number in ("0", "a"):
@@ -308,6 +311,23 @@ def test_errors_of_the_environment(fails, monkeypatch, error, message):
     monkeypatch.setitem(RUN, "flops", fail)
     monkeypatch.setenv("RANK", "")
     assert fails("flops") == f"error: {message}\n"
+
+
+def test_processes_report_a_common_error_once(fails, monkeypatch, capsys):
+    def fail(options: object) -> None:
+        error = UserError("common")
+        error.reported = True
+        raise error
+
+    monkeypatch.setattr("dcnops.detector.__main__.GRACE", 0)
+    monkeypatch.setitem(RUN, "flops", fail)
+    assert main(["flops"]) == 2 and capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "invalid choice: 'fit'" in fails("fit")  # a cluster may export the variable for a single process
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "id")  # torchrun
+    assert main(["fit"]) == 2 and capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "invalid choice: 'fit'" in fails("fit")
 
 
 def test_names_that_stdout_cannot_encode(tmp_path, monkeypatch):
@@ -399,6 +419,24 @@ def test_training_from_a_detector(run, data, fails, tmp_path, capsys):
     assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
     message = fails(*command, "network.aligned=false", "--out", out)
     assert f"--weights {run / 'model.pth'} sets the network: network.aligned=false needs" in message
+
+
+def test_imports_are_not_searched_for_garbage(monkeypatch):
+    """It would take a fifth of the start-up. Programs that call `main` have their own policy."""
+    collecting = []
+
+    class Commands(ModuleType):
+        @property
+        def RUN(self) -> dict[str, Callable[[object], None]]:
+            collecting.append(gc.isenabled())
+            return {"flops": lambda options: collecting.append(gc.isenabled())}
+
+    monkeypatch.setitem(sys.modules, "dcnops.detector.commands", Commands("commands"))
+    monkeypatch.setattr(gc, "freeze", Mock())
+    monkeypatch.setattr(sys, "argv", ["dcnops-detector", "flops"])
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    assert main() == main(["flops"]) == 0
+    assert collecting == [False, True, True, True] and gc.freeze.call_count == 1
 
 
 def test_as_a_program():

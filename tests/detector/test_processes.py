@@ -1,4 +1,4 @@
-"""Functions that run in other processes."""
+"""Functions that run in other processes, and memory that processes share."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from dcnops.detector.errors import UserError
-from dcnops.detector.processes import in_background
+from dcnops.detector.processes import in_background, link_to, map_link, packed_in_background, unpack
 
 
 def test_results_and_errors_of_another_process(monkeypatch):
@@ -26,14 +26,14 @@ def test_results_and_errors_of_another_process(monkeypatch):
     def lack() -> None:
         os.stat("a file that does not exist")
 
-    with in_background(lambda: (os.nice(0), signal.getsignal(signal.SIGINT)), niceness=1) as result:
-        assert result() == (os.nice(0) + 1, signal.SIG_DFL)
+    with in_background(lambda: signal.getsignal(signal.SIGINT)) as result:
+        assert result() == signal.SIG_DFL
     with in_background(lack) as lacking, pytest.raises(FileNotFoundError, match="a file that does not exist"):
         lacking()
     with in_background(make) as result, in_background(refuse) as refused:
         process, arrays = result()
         assert process != os.getpid() and [array.tolist() for array in arrays[1:]] == [[0, 2, 4], []]
-        assert np.array_equal(arrays[0], np.arange(10.0**6))
+        assert np.array_equal(arrays[0], np.arange(10.0**6)) and all(array.flags.aligned for array in arrays)
         arrays[0] += 1  # a copy can be changed
         with pytest.raises(UserError, match="refused"):
             refused()
@@ -61,11 +61,31 @@ def started(monkeypatch):
     return processes
 
 
-def test_a_process_that_is_killed_while_it_sends(started):
-    with in_background(lambda: list(range(300_000))) as result, pytest.raises(UserError, match="give the program more"):
-        time.sleep(0.2)  # now the pipe is full
-        os.kill(started[0], signal.SIGKILL)
-        result()
+def test_arrays_take_memory_when_they_are_used():
+    """Also in several processes they take it once."""
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    before = resident()
+    with packed_in_background(lambda: np.ones(10**7)) as result:
+        spans, file = result()
+        first, second = (unpack(spans, map_link(link_to(file))) for _ in range(2))
+    assert resident() - before < 10**7
+    second[0] = 2
+    assert first.sum() == len(first)
+    assert 0.9 * first.nbytes < resident() - before < 1.5 * first.nbytes
+
+
+def test_links_to_a_file_of_another_machine(tmp_path):
+    with open(tmp_path / "a", "w+b") as file:
+        path, target = link_to(file)
+        file.write(b"content")
+        file.flush()
+        assert map_link((path, target))[:] == b"content"
+        for link in ((path, "/memfd:other (deleted)"), ("/proc/0/fd/3", target), None):
+            assert map_link(link) is None
 
 
 def test_a_process_ends_with_the_context(started):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, cannot_write
+from ..errors import UserError, cannot_write, number_of
 from ..json_files import write_json
 from .coco import Split
 from .images import open_image, orientation
@@ -43,15 +43,18 @@ class ImportedData:
 
     categories: list[str]
     images: list[LabelledImage] = field(default_factory=list)
-    notes: dict[str, list[str]] = field(default_factory=dict)  # kind of problem: where it was found
+    notes: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # noun and problem: where it was found
 
-    def note(self, problem: str, place: object) -> None:
-        """Record a problem that concerns a part of the source."""
-        self.notes.setdefault(problem, []).append(str(place))
+    def leave_out(self, noun: str, problem: str, place: object) -> None:
+        """Record a part of the source, such as an image, that is not imported."""
+        self.notes.setdefault((noun, problem), []).append(str(place))
 
     def report(self) -> list[str]:
         """Return a line for each kind of problem, with a count and an example."""
-        return [f"{len(places)} {problem}, e.g. {places[0]}" for problem, places in self.notes.items()]
+        return [
+            f"left out {number_of(len(places), noun)} {problem}, e.g. {places[0]}"
+            for (noun, problem), places in self.notes.items()
+        ]
 
 
 def import_annotations(

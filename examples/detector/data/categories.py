@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from ..errors import UserError
+from ..errors import UserError, number_of
 from ..json_files import read_json
 from .coco_json import Category
 
@@ -73,6 +73,7 @@ def match_categories(own: Sequence[Category], data: Sequence[Category], what: st
             for items in (own, data)
         )
         raise UserError(
-            f"{what} must have the detector's {len(own)} categories {wanted} or some of them, got {len(data)}: {given}"
+            f"{what} must have the detector's {number_of(len(own), 'category')} {wanted} or some of them, "
+            f"got {len(data)}: {given}"
         )
     return matched

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import UserError
+from ..errors import UserError, number_of
 from .coco_json import Category, Notes, read_coco
 from .ground_truth import GroundTruth
 from .images import read_image
@@ -153,7 +153,7 @@ class CocoDataset(Dataset[Sample]):
         self._boxes = boxes[targets]
         self._points = points
         self._point_spans = spans[targets]
-        codes = [every_code.get(int(index), b"") for index in targets] if masks else []
+        codes = [every_code.get(index, b"") for index in targets.tolist()] if masks else []
         self._codes = np.frombuffer(bytearray().join(codes), np.uint8)
         self._code_ends = np.concatenate([[0], np.cumsum(np.fromiter(map(len, codes), np.int64))])
 
@@ -221,7 +221,8 @@ def check_categories(expected: Sequence[Category], found: Sequence[Category], wh
             for items in (expected, found)
         )
         raise UserError(
-            f"{what} must have the detector's {len(expected)} categories {wanted}, got {len(found)}: {given}"
+            f"{what} must have the detector's {number_of(len(expected), 'category')} {wanted}, "
+            f"got {len(found)}: {given}"
         )
 
 

@@ -28,8 +28,8 @@ MAX_PIXELS = 2**31  # of an image; pycocotools counts in 32 bits
 NO_BOX = (np.nan,) * 4
 NO_ID = -(2**63)
 FIELDS = ("id", "image_id", "category_id", "iscrowd", "area", "bbox")  # of annotations, apart from the segmentation
-MISSING_IDS = "numbered the annotations 1, 2, ..., as {} have no usable id"
-REPEATED_IDS = "numbered the annotations 1, 2, ..., as {} ids are repeated"
+MISSING_IDS = "numbered the annotations 1, 2, ..., because of {} without a usable id"
+REPEATED_IDS = "numbered the annotations 1, 2, ..., because of {} repeated id{s}"
 
 Whole = npt.NDArray[np.int64]
 
@@ -59,13 +59,16 @@ class Notes:
         self._examples: dict[str, str] = {}
 
     def add(self, kind: str, example: str, count: int = 1) -> None:
-        """Count items; `kind` is a sentence with ``{}`` for their number."""
+        """Count items; `kind` is a sentence with ``{}`` for their number and ``{s}`` for the ending of a plural."""
         self._counts[kind] = self._counts.get(kind, 0) + count
         self._examples.setdefault(kind, example)
 
     def lines(self) -> list[str]:
         """Return a line for each kind."""
-        return [printable(f"{kind.format(count)}, e.g. {self._examples[kind]}") for kind, count in self._counts.items()]
+        return [
+            printable(f"{kind.format(count, s='' if count == 1 else 's')}, e.g. {self._examples[kind]}")
+            for kind, count in self._counts.items()
+        ]
 
 
 class CocoJson:
@@ -149,7 +152,7 @@ class CocoJson:
         if number is None or number < minimum:
             raise self._need(section, index, item, field, f"a {'positive ' if minimum == 1 else ''}whole number")
         if type(value) is not int:
-            self._notes.add(f"read {{}} {field} of {section} as whole numbers", repr(value))
+            self._notes.add(f"read {{}} {field} of {section} as whole number{{s}}", repr(value))
         return number
 
     def _name(self, section: str, index: int, item: dict[str, Any], field: str) -> str:
@@ -227,7 +230,7 @@ class CocoJson:
         number = item.get("id")
         if type(number) is not int or abs(number) >= 2**63:
             usable = whole_number(number)
-            kind = "read {} id of annotations as whole numbers" if usable is not None else MISSING_IDS
+            kind = "read {} id of annotations as whole number{s}" if usable is not None else MISSING_IDS
             self._notes.add(kind, repr(number) if usable is not None else f"annotations[{index}]")
             number = NO_ID if usable is None else usable
         ids.append(number)
@@ -249,7 +252,7 @@ class CocoJson:
         box = item.get("bbox")
         if not (isinstance(box, list) and len(box) == 4 and all(map(is_finite, box))):
             if box is not None:
-                self._notes.add("ignored {} bbox that are not four finite numbers", f"{box!r:.40}")
+                self._notes.add("ignored {} bbox without four finite numbers", f"{box!r:.40}")
             box = None
         boxes.extend(box or NO_BOX)
         self._segmentation(index, item.get("segmentation"), bool(crowd), box is None)

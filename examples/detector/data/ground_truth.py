@@ -38,16 +38,16 @@ class GroundTruth:
         self.label = 1 + positions(_ids(content.categories), content.category_ids)  # 0 if unknown
         known = positions(np.sort(_ids(content.images)), content.image_ids) >= 0
         self.counted: Flags = (self.image >= 0) & (self.label > 0)
-        self._note(~known, "left out {} annotations of images that the json does not have")
+        self._note(~known, "left out {} annotation{s} of images that the json does not have")
         self._note(
-            (self.image >= 0) & ~self.counted, "left out {} annotations of categories that the json does not have"
+            (self.image >= 0) & ~self.counted, "left out {} annotation{s} of categories that the json does not have"
         )
 
         self.codes: dict[int, bytes] = {}  # compressed run lengths by index of the annotation
         self._empty: Flags = np.zeros(number, bool)  # masks
         self._encode()
         located = ~np.isnan(content.boxes[:, 0])
-        self._note(self.counted & ~located, "left out {} annotations without a usable bbox or segmentation")
+        self._note(self.counted & ~located, "left out {} annotation{s} without a usable bbox or segmentation")
         self.counted &= located
         content.areas = np.where(np.isnan(content.areas), content.boxes[:, 2:].prod(1), content.areas)
 
@@ -59,7 +59,7 @@ class GroundTruth:
             np.clip(corner, 0, size, out=corner)
         sides = np.minimum(content.boxes[:, 2:], self.corners[:, 2:] - self.corners[:, :2]).min(1, initial=np.inf)
         self.trainable: Flags = self.counted & ~content.crowds
-        kept = "kept for the evaluation only: {} annotations " if evaluated else "left out {} annotations "
+        kept = "kept for the evaluation only: {} annotation{s} " if evaluated else "left out {} annotation{s} "
         if masks:
             drawn = self._draw_narrow_polygons(size)
             drawn[list(self.codes)] = True
@@ -75,8 +75,8 @@ class GroundTruth:
             empty &= self._has(self.image >= 0)
         crowded = self._has(self.counted & self._content.crowds)
         for kind, which in (
-            ("left out {} images without annotations to train on", empty & ~crowded),
-            ("left out {} images with crowd regions only, which are not trained on", empty & crowded),
+            ("left out {} image{s} without annotations to train on", empty & ~crowded),
+            ("left out {} image{s} with crowd regions only, which are not trained on", empty & crowded),
         ):
             if which.any():
                 self._notes.add(kind, self._pictures[int(which.argmax())].name, int(which.sum()))

@@ -10,13 +10,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import UserError
+from ..errors import UserError, number_of
 from ..processes import CAN_COPY, in_background
 from .coco_json import Notes, Picture
-from .images import open_image, orientation
+from .images import read_header
 
 MANY = 15000  # files, for which it pays to start a process
-MISSING = "left out {} missing pictures"
+MISSING = "left out {} missing picture{s}"
 
 
 _Problem = tuple[str, str]  # kind and example
@@ -64,8 +64,7 @@ class Headers(ExitStack):
             return list(threads.map(_look, self._waiting))
 
     def _start(self, files: list[tuple[str, str]]) -> None:
-        # With less priority than the process that reads the JSON file, which takes longer.
-        self._parts.append(self.enter_context(in_background(partial(list, map(_look, files)), niceness=10)))
+        self._parts.append(self.enter_context(in_background(partial(list, map(_look, files)))))
 
 
 def check_pictures(pictures: Sequence[Picture], headers: Headers, notes: Notes) -> tuple[list[Picture], list[bool]]:
@@ -77,7 +76,10 @@ def check_pictures(pictures: Sequence[Picture], headers: Headers, notes: Notes) 
     if pictures and all(isinstance(item, tuple) and item[0] == MISSING for item in found):
         where = ", ".join(map(str, dict.fromkeys(headers.folders)))
         files = ", ".join(map(str, headers.annotations))
-        raise UserError(f"{where} has none of the {len(pictures)} images of {files}, e.g. {pictures[0].name}")
+        raise UserError(
+            f"{where} must have the {number_of(len(pictures), 'image')} of {files}, "
+            f"got none of them, e.g. {pictures[0].name}"
+        )
     usable: list[Picture] = []
     turns: list[bool | None] = []  # None if the stored and the upright size are equal
     evidence = set()
@@ -87,13 +89,13 @@ def check_pictures(pictures: Sequence[Picture], headers: Headers, notes: Notes) 
             continue
         stored, upright = item.size, item.size[::-1] if item.orientation >= 5 else item.size
         if not picture.width:
-            notes.add("read the size of {} pictures from their files, as the json does not say it", picture.name)
+            notes.add("read the size of {} picture{s} from the file{s}, as the json does not say it", picture.name)
             picture = picture._replace(width=upright[0], height=upright[1])
         wanted = (picture.width, picture.height)
         if wanted not in (stored, upright):
             turned = f", by EXIF upright {upright[0]}x{upright[1]}" if upright != stored else ""
             sizes = f"{picture.name} ({stored[0]}x{stored[1]}{turned}, json {wanted[0]}x{wanted[1]})"
-            notes.add("left out {} pictures of another size than the json says", sizes)
+            notes.add("left out {} picture{s} of another size than the json says", sizes)
             continue
         usable.append(picture)
         if item.orientation == 1:
@@ -113,13 +115,12 @@ def _look(file: tuple[str, str]) -> _Found | _Problem:
     path = os.path.join(folder, name)
     try:
         if not _is_inside(path, folder):
-            return "left out {} pictures outside of the folder of images", f"{name} ({os.path.realpath(path)})"
-        with open_image(Path(path)) as image:
-            return _Found(image.size, orientation(image))
+            return "left out {} picture{s} outside of the folder of images", f"{name} ({os.path.realpath(path)})"
+        return _Found(*read_header(path))
     except FileNotFoundError:
         return MISSING, name
     except Exception as error:  # decoders raise all kinds of errors on damaged files
-        return "left out {} unreadable pictures", f"{name} ({error})"
+        return "left out {} unreadable picture{s}", f"{name} ({error})"
 
 
 def _is_inside(path: str, folder: str) -> bool:

@@ -36,26 +36,26 @@ def read_voc(source: Path) -> ImportedData:
     lists = _lists(source / "ImageSets" / "Main")
     data = ImportedData([])
     if (masks := source / "SegmentationObject").is_dir():
-        data.note("folders of masks left out, as only boxes are imported from VOC", masks)
+        data.leave_out("folder", "with masks, as only boxes are imported from VOC", masks)
     for file in files:
         try:
             tree = ElementTree.parse(file).getroot()
         except (ElementTree.ParseError, OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read as XML ({error})") from None
         if tree.tag != "annotation":
-            data.note("XML files left out, as they are not VOC's", file)
+            data.leave_out("XML file", "in another format than VOC's", file)
             continue
         if lists and file.stem not in lists:
-            data.note("images left out, as no list in ImageSets/Main has them", file.stem)
+            data.leave_out("image", "that no list in ImageSets/Main has", file.stem)
             continue
         image = _find_image(source, file, (tree.findtext("filename") or "").strip())
         if image is None:
-            data.note("XML files left out, as their image is missing", file)
+            data.leave_out("XML file", "without an image", file)
             continue
         try:
             size = _size(tree) or upright_size(image)
         except Exception as error:  # decoders raise all kinds of errors on damaged files
-            data.note("images left out, as they are unreadable", f"{image} ({error})")
+            data.leave_out("image", "without a readable header", f"{image} ({error})")
             continue
         objects = _objects(tree, file, data)
         data.images.append(LabelledImage(image, size, objects, lists.get(file.stem) or split_of(file, source)))
@@ -102,7 +102,7 @@ def _objects(tree: ElementTree.Element, file: Path, data: ImportedData) -> list[
         except ValueError:
             left = math.nan
         if not name or not all(map(math.isfinite, (left, top, right, bottom))):
-            data.note("objects left out, as their name or bndbox is missing or no number", file)
+            data.leave_out("object", "without a name or a usable bndbox", file)
             continue
         left, right = sorted((left, right))
         top, bottom = sorted((top, bottom))

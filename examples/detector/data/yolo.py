@@ -33,7 +33,7 @@ def read_yolo(source: Path) -> ImportedData:
         try:
             size = upright_size(image)
         except Exception as error:  # decoders raise all kinds of errors on damaged files
-            data.note("images left out, as they are unreadable", f"{image} ({error})")
+            data.leave_out("image", "without a readable header", f"{image} ({error})")
             continue
         objects = _objects(labels, size, data) if labels else []
         data.images.append(LabelledImage(image, size, objects, split))
@@ -154,7 +154,7 @@ def _objects(file: Path, size: tuple[int, int], data: ImportedData) -> list[Labe
         points = [min(max(value, 0), 1) * size[index % 2] for index, value in enumerate(values)]
         box = min(points[::2]), min(points[1::2]), max(points[::2]), max(points[1::2])
         if not (box[0] < box[2] and box[1] < box[3]):
-            data.note("objects left out, as they have no width or height", f"{file}, line {number}")
+            data.leave_out("object", "without width or height", f"{file}, line {number}")
             continue
         polygons = () if is_box else (tuple(points),)
         objects.append(LabelledObject(data.categories[int(kind)], box, polygons))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import os
-import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import UserError
-from ..processes import pack
+from ..errors import UserError, number_of
+from ..processes import link_to, map_file, map_link, packed_in_background, unpack
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)  # the other processes wait while the first one computes the metrics
@@ -46,33 +46,33 @@ def gather_lists(items: list[T]) -> list[T]:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """Call `make` in the main process and return its result, or raise its `UserError`, in all processes.
+    """Call `make` for the main process and return its result, or raise its `UserError` or `OSError`, in all processes.
 
-    The other processes get a copy. Its arrays are sent from their memory and received in place, as a pickle of a large
-    data set would take its size twice in each process.
+    With several processes, it is called in the background, see `in_background`. Those on the machine of the main
+    process share the memory of the arrays, those on other machines get copies. Changes of an array stay in one process.
     """
     if world_size() == 1:
         return make()
-    made: T | UserError | None = None
-    arrays: list[memoryview] = []
-    shared: list[Any] = [None, None]  # the pickle, and the bytes of each array that it leaves out
-    if is_main():
-        try:
-            made = make()
-        except UserError as error:
-            made = error
-        pickled, arrays = pack(made)
-        shared = [pickled, [array.nbytes for array in arrays]]
-    dist.broadcast_object_list(shared)
-    if not is_main():
-        arrays = [memoryview(bytearray(size)) for size in shared[1]]
-    for array in arrays:
-        _broadcast(torch.frombuffer(array, dtype=torch.uint8))
-    if not is_main():
-        made = pickle.loads(shared[0], buffers=arrays)
-    if isinstance(made, UserError):
-        raise made
-    return cast("T", made)
+    memory: mmap.mmap | bytearray | None = None
+    shared: list[Any] = [None, None]
+    with ExitStack() as stack:
+        if is_main():
+            spans, file = stack.enter_context(packed_in_background(make))()
+            memory, shared = map_file(file), [spans, link_to(file)]
+        dist.broadcast_object_list(shared)
+        spans, link = shared
+        if not is_main():
+            memory = map_link(link)
+        everywhere = all(gather_lists([memory is not None]))
+    if not everywhere:
+        memory = memory if is_main() else bytearray(spans[-1][1])
+        _broadcast(torch.frombuffer(memory, dtype=torch.uint8))
+    assert memory is not None
+    try:
+        return cast("T", unpack(spans, memory))
+    except UserError as error:
+        error.reported = not is_main()
+        raise
 
 
 def _broadcast(values: Tensor) -> None:
@@ -149,6 +149,6 @@ def _choose(device: str | torch.device, local_rank: int | None) -> torch.device:
         return chosen
     index = local_rank if local_rank is not None else chosen.index or 0
     if index >= torch.cuda.device_count():
-        seen = torch.cuda.device_count() or "no"
-        raise UserError(f"--device {device} needs GPU number {index}, counted from 0, but PyTorch sees {seen} GPUs")
+        seen = number_of(torch.cuda.device_count(), "GPU")
+        raise UserError(f"--device {device} needs GPU number {index}, counted from 0, but PyTorch sees {seen}")
     return torch.device("cuda", index)

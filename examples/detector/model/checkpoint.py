@@ -16,7 +16,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from ..config import Config
 from ..data import Category
-from ..errors import UserError, cannot_write
+from ..errors import UserError, cannot_write, number_of
 from .foreign_checkpoints import convert_detector
 from .network import build_detector
 from .state_files import check_archive, read_file, tensor_problem
@@ -149,7 +149,8 @@ def load_detector(
     content = read_detector(path)
     found: list[Category] = content["categories"] if categories is None else list(categories)
     if len(found) != len(content["categories"]):
-        raise UserError(f"{path}: is a detector for {len(content['categories'])} categories, got {len(found)} names")
+        known = number_of(len(content["categories"]), "category")
+        raise UserError(f"{path}: is a detector for {known}, got {number_of(len(found), 'name')}")
     if report and "report" in content:
         report(content["report"])
     config = config_of(content, path).set(assignments)

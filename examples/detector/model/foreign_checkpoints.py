@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import Config, NetworkConfig
 from ..data import default_categories, named_categories
-from ..errors import UserError
+from ..errors import UserError, number_of
 from ..presets import PRESETS, STAGES
 from .mmdetection_config import StoredConfig, read_stored_config
 from .network import build_detector
@@ -200,8 +200,9 @@ def convert_detector(content: object, path: Path) -> dict[str, Any] | None:
         "categories": categories,
         "model": parameters,
         "iteration": 0,
-        "report": f"{path}: {_describe(config.network)} of {project.name} for {number} categories{naming}"
-        f": {len(new_names)} parameters used, {changed} of them renamed; left out: {', '.join(left) or 'nothing'}",
+        "report": f"{path}: {_describe(config.network)} of {project.name} for {number_of(number, 'category')}{naming}"
+        f": {number_of(len(new_names), 'parameter')} used, {changed} of them renamed; "
+        f"left out: {', '.join(left) or 'nothing'}",
     }
 
 
@@ -316,7 +317,8 @@ def _convert_last_layers(parameters: dict[str, Tensor], background_last: bool, w
             background = wanted // (number + 1) if background_last else 0
             if len(values) + background != wanted:
                 raise UnsupportedDetector(
-                    f"{what}: {name} has {len(values)} rows, but {number} categories need {wanted - background}"
+                    f"{what}: {name} has {number_of(len(values), 'row')}, needs {wanted - background} "
+                    f"for {number_of(number, 'category')}"
                 )
             parameters[name] = torch.cat([values.new_zeros(background, *values.shape[1:]), values])
     return number

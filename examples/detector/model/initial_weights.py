@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import WEIGHT_FILES, Config
 from ..data import Category
-from ..errors import UserError
+from ..errors import UserError, number_of
 from .checkpoint import NotACheckpoint, config_of, load_checkpoint
 from .foreign_checkpoints import LAST_LAYERS, UnsupportedDetector, convert_detector
 from .state_files import read_file, tensor_problem
@@ -75,10 +75,12 @@ def load_initial_detector(model: nn.Module, content: Mapping[str, Any], categori
     for name in own:
         if name in given and (problem := tensor_problem(given[name], own[name])):
             raise UserError(f"{path}: does not fit the configured network, {name} {problem}")
-    lines.append(f"{path}: {len(given) - len(unused)} parameters used")
+    lines.append(f"{path}: {number_of(len(given) - len(unused), 'parameter')} used")
     if unused:
-        lines.append(f"{path}: {len(unused)} parameters that the network does not have are left out: {few(unused)}")
+        lines.append(
+            f"{path}: left out {number_of(len(unused), 'parameter')} that the network does not have: {few(unused)}"
+        )
     if missing:
-        lines.append(f"{path}: {len(missing)} parameters keep their initial values: {few(missing)}")
+        lines.append(f"{path}: kept the initial values of {number_of(len(missing), 'parameter')}: {few(missing)}")
     model.load_state_dict({name: value for name, value in given.items() if name in own}, strict=False)
     return lines

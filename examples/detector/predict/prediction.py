@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data import Category, prepare_worker, read_image, to_picture, worker_errors
-from ..errors import UserError, cannot_write
+from ..errors import UserError, cannot_write, number_of
 from ..json_files import write_json
 from .batching import infer_in_batches
 from .drawing import draw_detections
@@ -93,7 +93,9 @@ def predict(
         for path, size, detections in infer_in_batches(model, images(bar), device, batch_size, **options):
             yield Prediction(path, size, detections)
     if failed:
-        raise UserError(f"{len(failed)} of {len(paths)} images could not be read, the first is {failed[0]}")
+        raise UserError(
+            f"{len(failed)} of {number_of(len(paths), 'image')} could not be read, the first is {failed[0]}"
+        )
 
 
 def write_predictions(

@@ -48,5 +48,6 @@ def test_matching():
         category if category in coco else None for category in default_categories(90)
     ]
     for own, data in (([CAT, DOG], [CAT, OX]), ([CAT, CAT], [CAT]), (default_categories(3), few), ([CAT], [CAT, CAT])):
-        with pytest.raises(UserError, match="data must have the detector's"):
+        number = f"{len(own)} categories" if len(own) > 1 else "1 category"
+        with pytest.raises(UserError, match=rf"data must have the detector's {number} \("):
             match_categories(own, data, "data")

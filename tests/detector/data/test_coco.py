@@ -232,7 +232,7 @@ def test_unusable_boxes_come_from_the_segmentation(folder, box):
     folder.annotate(bbox=box, area=None)
     data = folder.load()
     assert data[0][1]["boxes"].tolist() == [[2, 3, 7, 9]] and data.coco.anns[1]["bbox"] == [2, 3, 5, 6]
-    assert data.report[0].startswith("ignored 1 bbox that are not four finite numbers, e.g. [")
+    assert data.report[0].startswith("ignored 1 bbox without four finite numbers, e.g. [")
 
 
 def test_polygons_that_turn_out_to_be_empty(folder):
@@ -246,9 +246,7 @@ def test_polygons_that_turn_out_to_be_empty(folder):
 def test_neither_box_nor_segmentation(folder):
     folder.annotate()
     folder.annotate(bbox=None, segmentation=[[1, 2]])
-    assert folder.load(masks=False).report == [
-        "left out 1 annotations without a usable bbox or segmentation, e.g. id 2"
-    ]
+    assert folder.load(masks=False).report == ["left out 1 annotation without a usable bbox or segmentation, e.g. id 2"]
 
 
 def test_images_without_targets(tmp_path):
@@ -263,8 +261,8 @@ def test_images_without_targets(tmp_path):
     data = folder.load(keep_empty=False)
     assert data.image_ids == [2]
     assert data.report == [
-        "left out 1 images without annotations to train on, e.g. 1.png",
-        "left out 1 images with crowd regions only, which are not trained on, e.g. 3.png",
+        "left out 1 image without annotations to train on, e.g. 1.png",
+        "left out 1 image with crowd regions only, which are not trained on, e.g. 3.png",
     ]
     assert len(data[0][1]["boxes"]) == 1
 
@@ -284,7 +282,7 @@ def test_negative_images(tmp_path):
 
 def test_only_crowds(folder):
     folder.annotate(iscrowd=1)
-    with pytest.raises(UserError, match=r"no usable image \(left out 1 images with crowd regions only"):
+    with pytest.raises(UserError, match=r"no usable image \(left out 1 image with crowd regions only"):
         folder.load(keep_empty=False)
 
 
@@ -315,7 +313,7 @@ def test_unknown_areas_are_computed(folder):
 
 
 def test_nothing_left(folder):
-    with pytest.raises(UserError, match=r"no usable image.*1 images without annotations"):
+    with pytest.raises(UserError, match=r"no usable image.*1 image without annotations"):
         folder.load(keep_empty=False)
     folder.json["images"] = []
     with pytest.raises(UserError, match="no usable image"):
@@ -358,7 +356,7 @@ def test_pictures_whose_json_describes_stored_pixels_are_not_turned(folder):
 def test_wrong_sizes_name_the_orientation(folder):
     tagged(folder, 2, 6, 30, 10)
     assert folder.load().report == [
-        "left out 1 pictures of another size than the json says, e.g. 2.png (30x10, by EXIF upright 10x30, json 20x12)"
+        "left out 1 picture of another size than the json says, e.g. 2.png (30x10, by EXIF upright 10x30, json 20x12)"
     ]
 
 
@@ -369,7 +367,7 @@ def test_missing_sizes_come_from_the_pictures(folder):
     second["width"] = 0
     data = folder.load()
     assert data.sizes == [(WIDTH, HEIGHT)] * 2
-    assert data.report == ["read the size of 2 pictures from their files, as the json does not say it, e.g. 1.png"]
+    assert data.report == ["read the size of 2 pictures from the files, as the json does not say it, e.g. 1.png"]
     with pytest.raises(UserError, match="width and height of images are missing"):
         CocoDataset(folder.root / "annotations" / "instances_train.json", None, masks=True, keep_empty=True)
 
@@ -383,7 +381,7 @@ def test_many_pictures_are_checked_in_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fork", lambda: started.append(fork()) or started[-1])
     data = folder.load()
     assert len(started) == 3  # for one, one and two pictures
-    assert data.report == expected.report == ["left out 1 missing pictures, e.g. 2.png"]
+    assert data.report == expected.report == ["left out 1 missing picture, e.g. 2.png"]
     assert data.image_ids == [1, 3, 4] and data.unusable_images == data.report
 
 
@@ -419,7 +417,7 @@ def test_names_of_unusable_files(folder, name):
     data = folder.load()
     (line,) = data.report
     assert data.image_ids == [1] and line.isprintable()
-    assert re.match("left out 1 (unreadable|missing) pictures, e.g. ", line)
+    assert re.match("left out 1 (unreadable|missing) picture, e.g. ", line)
 
 
 def test_names_in_errors_are_printable(folder):
@@ -442,14 +440,16 @@ def test_pictures_left_out(tmp_path):
     assert data.image_ids == [1, 6]
     assert list(data.coco.imgs) == [1, 6] and list(data.coco.anns) == [1, 6]
     missing, unreadable, size = data.report
-    assert missing == "left out 1 missing pictures, e.g. 2.png"
+    assert missing == "left out 1 missing picture, e.g. 2.png"
     assert unreadable.startswith("left out 2 unreadable pictures, e.g. 3.png (")
-    assert size == "left out 1 pictures of another size than the json says, e.g. 5.png (12x20, json 20x12)"
+    assert size == "left out 1 picture of another size than the json says, e.g. 5.png (12x20, json 20x12)"
 
 
 def test_all_pictures_missing(folder):
     (folder.root / "images" / "1.png").unlink()
-    with pytest.raises(UserError, match=r"images has none of the 1 images of .*instances_train.json, e.g. 1.png"):
+    with pytest.raises(
+        UserError, match=r"images must have the 1 image of .*instances_train.json, got none of them, e.g. 1.png"
+    ):
         folder.load()
     (folder.root / "images").rmdir()
     with pytest.raises(UserError, match="does not exist"):
@@ -548,10 +548,10 @@ def test_numbers_are_read_leniently(folder):
     assert data.coco.dataset == expected.coco.dataset and data.categories == expected.categories
     assert data.image_ids == [1] and torch.equal(data[0][1]["boxes"], expected[0][1]["boxes"])
     assert set(data.report) == {
-        "read 1 id of images as whole numbers, e.g. '1'",
-        "read 1 width of images as whole numbers, e.g. 20.0",
-        "read 1 height of images as whole numbers, e.g. '12'",
-        "read 1 id of categories as whole numbers, e.g. 1.0",
+        "read 1 id of images as whole number, e.g. '1'",
+        "read 1 width of images as whole number, e.g. 20.0",
+        "read 1 height of images as whole number, e.g. '12'",
+        "read 1 id of categories as whole number, e.g. 1.0",
         "read 2 id of annotations as whole numbers, e.g. '1'",
         "read 2 image_id of annotations as whole numbers, e.g. 1.0",
         "read 2 category_id of annotations as whole numbers, e.g. '1'",
@@ -561,10 +561,10 @@ def test_numbers_are_read_leniently(folder):
 @pytest.mark.parametrize(
     "ids, line",
     [
-        ([None, 5], "as 1 have no usable id, e.g. annotations[0]"),
-        (["a", {}], "as 2 have no usable id, e.g. annotations[0]"),
-        ([7, 7], "as 1 ids are repeated, e.g. 7"),
-        ([7, "7"], "as 1 ids are repeated, e.g. 7"),
+        ([None, 5], "because of 1 without a usable id, e.g. annotations[0]"),
+        (["a", {}], "because of 2 without a usable id, e.g. annotations[0]"),
+        ([7, 7], "because of 1 repeated id, e.g. 7"),
+        ([7, "7"], "because of 1 repeated id, e.g. 7"),
     ],
 )
 def test_annotations_without_usable_ids_are_numbered(folder, ids, line):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import ExifTags, Image
 
 from dcnops.detector.data import find_images, read_image
+from dcnops.detector.data.images import open_image, orientation, read_header
 from dcnops.detector.errors import UserError
 
 
@@ -47,6 +49,55 @@ def test_orientation_is_followed(picture):
         assert turned[1] == (40, 60)
         assert torch.equal(turned[0], plain.rot90(-1, (1, 2)))
     assert read_image(picture("c.jpg", exif=exif), 30)[0].shape == (3, 30, 20)
+
+
+def test_headers_are_those_of_pillow(tmp_path):
+    """Also of files that are cut or damaged anywhere: sizes that are read without Pillow, and files that it refuses."""
+
+    def pillow() -> object:
+        try:
+            with open_image(path) as file:
+                return file.size, orientation(file)
+        except Exception:
+            return None
+
+    def ours() -> object:
+        try:
+            return read_header(str(path))
+        except Exception:
+            return None
+
+    path = tmp_path / "a.jpg"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    kinds = [
+        {},
+        {"progressive": True, "comment": b"text", "dpi": (72, 72)},
+        {"exif": exif},
+        {"icc_profile": b"0" * 5000},
+    ]
+    for options in kinds:
+        for mode in ("RGB", "L", "CMYK"):
+            Image.new(mode, (30, 20)).save(path, "jpeg", **options)
+            assert ours() == pillow() == ((30, 20), 6 if "exif" in options else 1)
+    Image.new("RGB", (30, 20)).save(path, "jpeg")
+    whole = path.read_bytes()
+    for end in range(0, len(whole), 7):
+        path.write_bytes(whole[:end])
+        assert ours() == pillow(), end
+    for index in range(whole.index(b"\xff\xda") + 2):
+        for value in (0, 0xFF, whole[index] ^ 1):
+            path.write_bytes(whole[:index] + bytes([value]) + whole[index + 1 :])
+            expected = pillow()
+            assert ours() == expected or not expected, index
+
+
+def test_ordinary_headers_are_read_without_pillow(picture, monkeypatch):
+    ordinary, other = picture("a.jpg"), picture("b.png")
+    monkeypatch.setattr(Image, "open", Mock(side_effect=ZeroDivisionError))
+    assert read_header(str(ordinary)) == ((60, 40), 1)
+    with pytest.raises(ZeroDivisionError):
+        read_header(str(other))
 
 
 def test_decompression_bombs_are_refused(picture, monkeypatch):

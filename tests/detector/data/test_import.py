@@ -61,9 +61,9 @@ def test_voc_with_lists(tmp_path, capsys):
     assert main(["import", "voc", str(source), str(out)]) == 0
     printed = capsys.readouterr()
     assert f"images: train 2, val 1 in {out}" in printed.out
-    assert [line.split(",")[0] for line in printed.err.splitlines()] == [
-        "1 folders of masks left out",
-        *("2 objects left out", "1 XML files left out", "1 images left out"),
+    assert [line.partition(" with")[0] for line in printed.err.splitlines()] == [
+        *("left out 1 folder", "left out 2 objects", "left out 1 XML file"),
+        "left out 1 image that no list in ImageSets/Main has, e.g. unlisted",
     ]
     images, objects = content(out, "train")
     assert images == [("train/a.jpg", 40, 20), ("train/b.JPG", 20, 40)]  # as seen, where the XML has no size
@@ -109,7 +109,7 @@ def test_yolo_of_ultralytics(tmp_path):
     text(source / "more" / "labels" / "A.txt", "0 0.5 0.5 1 1 0.87\n0 0.5 0.5 0 0.5\n")
     counts, notes = import_annotations(read_yolo, source, out, val_share=0)
     assert counts == {"train": 3, "val": 1}
-    assert len(notes) == 1 and notes[0].startswith("1 objects left out, as they have no width or height, e.g.")
+    assert len(notes) == 1 and notes[0].startswith("left out 1 object without width or height, e.g.")
     images, objects = content(out, "train")
     assert images == [("train/a.jpg", 20, 40), ("train/empty.jpg", 40, 20), ("train/A-2.jpg", 40, 20)]
     assert objects[0] == ("train/a.jpg", "dog", [5, 15, 10, 10], 0)
@@ -178,7 +178,7 @@ def test_wrong_voc(tmp_path):
     with pytest.raises(UserError, match=r"a\.xml: cannot be read as XML"):
         read_voc(tmp_path / "in")
     voc(tmp_path / "in" / "a.xml", voc_object("cat", 1, 1, 2, 2))
-    with pytest.raises(UserError, match=r"no labelled image was found \(1 XML files left out, as their image is mis"):
+    with pytest.raises(UserError, match=r"no labelled image was found \(left out 1 XML file without an image"):
         import_annotations(read_voc, tmp_path / "in", tmp_path / "out", val_share=0.1)
 
 

@@ -728,11 +728,13 @@ def test_two_processes(data, tmp_path, monkeypatch, launcher):
     for name in ("stepped", "trained", "resumed", "losses", "results", "shares", "stopped", "poisoned"):
         assert_equal(first[name], second[name], name)
     assert first["shares"] == [0, 1, 1]
-    assert first["made"] == [0]  # one process reads the data
-    values, size = second["arrays"]
-    assert values == [[*range(1, 10001)], [0, 2, 4], [], [0, 1]] and first["arrays"] == second["arrays"]
-    assert size < 1000  # large arrays are sent apart from the pickle
-    assert first["refused"] == second["refused"] and "nothing must have" in first["refused"]
+    reader, one, same, other = first["made"]
+    assert reader == same and len({reader, one, other}) == 3  # one process in the background reads the data
+    (here, shared), (there, sent) = second["arrays"]
+    assert here == there == [[*range(1, 10001)], [0, 2, 4], [], [0, 1]] and first["arrays"] == second["arrays"]
+    assert shared == 0 and sent > 80000
+    assert "nothing must have" in first["refused"][0]
+    assert first["refused"] == (second["refused"][0], False) and second["refused"][1]  # the first one reports it
     assert_same_detections(first["results"], detect(build(config), images, CPU, progress=False))
     assert first["evaluated"] and not second["evaluated"]
     saved = load_checkpoint(tmp_path / "out" / MODEL)

@@ -10,15 +10,17 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from dcnops.detector.data import AspectRatioBatches, Batch, CocoDataset, load_batches
-from dcnops.detector.engine import Interrupted, Trainer, detect, rank, session, train, world_size
+from dcnops.detector.data import AspectRatioBatches, Batch, load_batches
+from dcnops.detector.engine import Interrupted, Trainer, detect, distributed, rank, session, train, world_size
 from dcnops.detector.engine.distributed import from_main, gather_lists
 from dcnops.detector.engine.trainer import Step
 from dcnops.detector.errors import UserError
@@ -26,6 +28,7 @@ from dcnops.detector.errors import UserError
 from .test_training import CPU, EVALUATED, TINY, build, dataset
 
 STEP = Trainer.step
+T = TypeVar("T")
 
 
 def stop_second(self: Trainer, batch: Batch, iteration: int, *rest: Any) -> Step:
@@ -50,36 +53,42 @@ def message(function: Callable[[], object]) -> str:
     return "no error"
 
 
-def share_arrays() -> tuple[list[list[float]], int]:
-    """Return arrays of the first process, and the bytes of the pickle that was sent with them."""
-    sizes, send = [], dist.broadcast_object_list
+def refusal(folder: Path) -> tuple[str, bool]:
+    """Return the error of data that do not exist, and whether another process reports it."""
+    with pytest.raises(UserError) as caught:
+        from_main(lambda: dataset(folder / "nothing"))
+    return str(caught.value), caught.value.reported
 
-    def counted(shared: list[Any]) -> None:
-        send(shared)
-        sizes.append(len(shared[0]))
+
+def share_arrays() -> tuple[list[list[float]], int]:
+    """Return arrays of the first process, and the number of bytes that were sent apart from objects."""
+    sent, send = [], dist.broadcast
+
+    def counted(values: torch.Tensor, source: int) -> None:
+        send(values, source)
+        sent.append(values.nbytes)
 
     def make() -> list[np.ndarray]:
         frozen = np.arange(2.0)
         frozen.flags.writeable = False
         return [np.arange(10000.0), np.arange(6.0)[::2], np.zeros(0), frozen]
 
-    dist.broadcast_object_list = counted
-    arrays = from_main(make)
-    dist.broadcast_object_list = send
-    arrays[0] += 1  # a copy can be changed
-    return [array.tolist() for array in arrays], sizes[0]
+    with patch.object(dist, "broadcast", counted):
+        arrays = from_main(make)
+    arrays[0] += 1  # only in this process
+    return [array.tolist() for array in arrays], sum(sent)
+
+
+def on_another_machine(function: Callable[[], T]) -> T:
+    """Call a function while other processes cannot map the files of the first one."""
+    with patch.object(distributed, "map_link", lambda link: None):
+        return function()
 
 
 def main(folder: Path) -> None:
     config = TINY.set(EVALUATED)
     with session("cpu") as device:
-        made = []
-
-        def make() -> CocoDataset:
-            made.append(rank())
-            return dataset(folder / "data")
-
-        images = from_main(make)
+        images = from_main(lambda: dataset(folder / "data"))
         batches = AspectRatioBatches(images.sizes, 2, seed=0, group=True, rank=rank(), world_size=world_size())
         batch = next(load_batches(images, batches, config, device))
         # The weights differ between the processes; those of the first must be used.
@@ -109,9 +118,9 @@ def main(folder: Path) -> None:
                 "trained": trained.state_dict(),
                 "results": results,
                 "shares": shares,
-                "arrays": share_arrays(),
-                "made": gather_lists(made),
-                "refused": message(lambda: from_main(lambda: dataset(folder / "nothing"))),
+                "arrays": [share_arrays(), on_another_machine(share_arrays)],
+                "made": gather_lists([from_main(os.getpid), os.getpid()]),
+                "refused": refusal(folder),
                 "evaluated": metrics is not None,
                 "stopped": stopped,
                 "resumed": resumed.state_dict(),

@@ -299,7 +299,7 @@ def test_files_that_are_refused(tmp_path):
     assert "it is of mmdetection 1, which" in message(first)
     agnostic = state | {f"roi_head.bbox_head.fc_reg.{leaf}": torch.ones(4, *more) for leaf, more in
                         (("weight", (16,)), ("bias", ()))}  # fmt: skip
-    assert "has 4 rows, but 3 categories need 12" in message(agnostic)
+    assert "has 4 rows, needs 12 for 3 categories" in message(agnostic)
     assert "its backbone has 8 blocks in conv4" in message(detector(MMDETECTION, Body((3, 4, 8, 3))))
     with torch.device("meta"):
         own = build_detector(Config().set(["network.detector=mask"]).network, 3).state_dict()

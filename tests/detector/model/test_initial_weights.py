@@ -68,13 +68,13 @@ def test_other_categories(initial):
     assert set(initial["model"]) - given == {f"{head}{leaf}" for head in (*heads[:2], f"{heads[2]}fcn_logits.")
                                              for leaf in ("weight", "bias")}  # fmt: skip
     assert "the last layers of the heads are left out, as the categories are others" in lines
-    assert "6 parameters keep their initial values: roi_heads.box_predictor.cls_score.weight, " in lines
+    assert "kept the initial values of 6 parameters: roi_heads.box_predictor.cls_score.weight, " in lines
 
 
 def test_another_network(initial):
     _, lines, given = start(initial, CATEGORIES, preset="dconv-c5", detector="faster-fpn")
-    assert "12 parameters that the network does not have are left out: roi_heads.mask_head.0.0.weight" in lines
-    assert "4 parameters keep their initial values: backbone.body.layer4.0.conv2.conv_offset.weight" in lines
+    assert "left out 12 parameters that the network does not have: roi_heads.mask_head.0.0.weight" in lines
+    assert "kept the initial values of 4 parameters: backbone.body.layer4.0.conv2.conv_offset.weight" in lines
     assert {name for name in initial["model"] if "mask" not in name} == given
 
 
