@@ -151,10 +151,11 @@ def test_ctrl_c_at_every_moment():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process with threads
 def test_a_child_that_a_signal_handler_forks_in_the_middle_does_not_wait_for_its_helpers():
     children: list[int] = []
-    is_helping = threading.Event()
+    is_helping, is_forked = threading.Event(), threading.Event()
 
     def fork(*_: Any) -> None:
         children.append(os.fork())
+        is_forked.set()
 
     def piece(begin: int) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -162,7 +163,7 @@ def test_a_child_that_a_signal_handler_forks_in_the_middle_does_not_wait_for_its
         elif not is_helping.is_set():
             is_helping.set()
             os.kill(os.getpid(), signal.SIGUSR1)
-            time.sleep(0.1)
+            is_forked.wait(5)
 
     before = signal.signal(signal.SIGUSR1, fork)
     parent, code = os.getpid(), 1
