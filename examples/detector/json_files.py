@@ -40,7 +40,7 @@ def read_json_lists(path: Path, handlers: Mapping[str, Handler]) -> dict[str, in
     For each name in `handlers` that the object has as a list, call the handler with the index of the next item and some
     items, until it has received all of them. Return the lengths of these lists. Other entries are skipped.
 
-    NaN, which is not JSON but which Python writes, becomes a text, so that lists of numbers need not be searched for it.
+    NaN, which is not JSON but which Python writes, becomes a text, so that nobody needs to search lists for it.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
