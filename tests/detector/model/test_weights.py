@@ -41,7 +41,7 @@ def save(state: dict[str, Tensor], path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", pytest.param(".npz", marks=pytest.mark.slow)])
 def test_files_leave_exactly_the_branches(state, detector, tmp_path, suffix):
     branches = {name: value.clone() for name, value in detector.state_dict().items() if "conv_offset" in name}
     missing = load_backbone(detector, str(save(state, tmp_path / f"weights{suffix}")), "resnet50")
@@ -76,6 +76,7 @@ def test_branches_of_a_file_are_loaded(state, detector, tmp_path):
                 value.zero_()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rename",
     [
