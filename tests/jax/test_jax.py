@@ -185,6 +185,7 @@ def test_vmap(batched: tuple[str, ...]) -> None:
         jax.tree.map(lambda got, expected, i=i: np.testing.assert_array_equal(got[i], expected), gradients, wanted)
 
 
+@pytest.mark.slow
 def test_vmap_of_vmap_and_of_regions() -> None:
     case = make_roi_pool()
     inputs = np.stack([case.input, 2 * case.input, case.input, -case.input]).reshape(2, 2, *case.input.shape)
@@ -195,6 +196,7 @@ def test_vmap_of_vmap_and_of_regions() -> None:
     np.testing.assert_array_equal(pooled[1], call(case, rois=case.rois[::-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [make_attention, make_aggregate])
 def test_vmap_of_attention_and_aggregation(make: Any) -> None:
     cases = [make(seed=seed) for seed in range(3)]

@@ -122,6 +122,7 @@ def test_opcheck(second: bool):
     check_backward(namespace.deform_aggregate_backward.default, grad_out, arguments)
 
 
+@pytest.mark.slow
 @each_call
 def test_compile_with_gradients(name: str):
     torch._dynamo.reset()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib
 import sys
 
 import pytest
@@ -39,16 +39,13 @@ def test_forward_and_backward_count_as_those_of_a_regular_convolution(needs: tup
     assert counts[0] == counts[1] and counts[0][0] > 0
 
 
-@pytest.mark.slow
-def test_counter_that_is_imported_later():
+def test_counter_that_is_imported_later(monkeypatch: pytest.MonkeyPatch):
     """Also in inference mode, which skips the kernels of autograd."""
-    code = """if True:
-        import sys, torch
-        from dcnops.adapters.torch import deform_conv2d
-        assert "torch.utils.flop_counter" not in sys.modules
-        from torch.utils.flop_counter import FlopCounterMode
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            deform_conv2d(torch.rand(1, 4, 8, 8), torch.zeros(1, 18, 8, 8), torch.rand(6, 4, 3, 3), padding=1)
-        assert counter.get_total_flops() == 2 * 64 * 6 * 36
-    """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    monkeypatch.delitem(sys.modules, "torch.utils.flop_counter")
+    monkeypatch.setattr(torch.utils, "flop_counter", torch.utils.flop_counter)  # the import replaces it
+    deformable(IMAGE, WEIGHT)
+    assert "torch.utils.flop_counter" not in sys.modules
+    later = importlib.import_module("torch.utils.flop_counter")
+    with later.FlopCounterMode(display=False) as counter, torch.inference_mode():
+        deformable(IMAGE, WEIGHT)
+    assert counter.get_total_flops() == 2 * IMAGE.shape[0] * 20 * WEIGHT.numel()

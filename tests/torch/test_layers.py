@@ -636,7 +636,9 @@ MODULES = Path(functional.__file__).parent.glob("*.py")
 DOCUMENTED = sorted(path.stem for path in MODULES if ">>> " in path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", DOCUMENTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("onnx") else name for name in DOCUMENTED]
+)
 def test_docstring_examples(name: str):
     module = importlib.import_module(f"dcnops.adapters.torch.{name}")
     result = doctest.testmod(module, raise_on_error=False)

@@ -50,7 +50,8 @@ def inputs(N: int, Lq: int, h: int, w: int) -> tuple[Tensor, ...]:
     return *maps, locations, torch.randn(N, Lq, 2, 2, 3), shapes, torch.randn(N, h, w, 24)
 
 
-@pytest.mark.parametrize("opset", [19, 20])
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [pytest.param(19, marks=pytest.mark.exhaustive), 20])
 def test_models_run_in_onnxruntime_for_all_sizes(opset: int):
     model = Model(torch.float64 if opset >= 20 else torch.float32).eval()
     rows = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}

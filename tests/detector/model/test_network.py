@@ -129,7 +129,11 @@ def test_sigmoid_masks_start_as_half_the_regular_network(detector):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("preset", "detector"), [("dconv-c3c5-dpool", "faster"), *(("dcnv2", detector) for detector in DETECTORS)]
+    ("preset", "detector"),
+    [
+        *(("dconv-c3c5-dpool", "faster"), ("dcnv2", "faster"), ("dcnv2", "mask")),
+        pytest.param("dcnv2", "faster-fpn", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_offset_learning_rate_zero_stays_the_regular_network(preset, detector):
     options = [f"network.detector={detector}", "network.backbone=small", "network.roi_batch=16"]

@@ -49,7 +49,7 @@ def image(tmp_path_factory):
 @pytest.mark.parametrize("figure", ["1", "2"])
 def test_figures(figure, checkpoints, image, tmp_path, capsys):
     command = ["spatial-support", "--checkpoint", *map(str, checkpoints.values()), "--image", str(image)]
-    command += ["--out", str(tmp_path), "--device", "cpu", "--budget", "30", "--figure", figure]
+    command += ["--out", str(tmp_path), "--device", "cpu", "--budget", "10", "--figure", figure]
     nodes = ["--node", "20,30", "--node", "70,5"]
     if figure == "2":
         (tmp_path.parent / "names.txt").write_text("hammer\nhoop\n")

@@ -17,8 +17,13 @@ from dcnops.detector.model import Count
 from dcnops.detector.recipes import ablation
 from dcnops.detector.recipes.ablation import Row, ablation_config, table
 from dcnops.detector.variants import Variant
+from tests.detector.configurations import assignments
 
-TINY = ["training.epochs=1", "training.batch_size=2", "network.min_size=64", "network.max_size=64"]
+TINY = assignments(
+    training="epochs=1 batch_size=2",
+    network="min_size=64 max_size=64 roi_batch=16 rpn_candidates_train=100 rpn_candidates_test=100 proposals_train=50 "
+    "proposals_test=20 neck_channels=16 head_channels=32",
+)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert (config.network.preset, config.network.backbone) == ("dcnv2", "small")
     monkeypatch.setattr(demo, "TRAIN_IMAGES", 4)
     monkeypatch.setattr(demo, "VAL_IMAGES", 2)
-    monkeypatch.setattr(demo, "BUDGET", 20)
+    monkeypatch.setattr(demo, "BUDGET", 10)
     monkeypatch.setattr(demo, "demo_config", lambda: config.set(["training.epochs=1"]))
     out = tmp_path / "out"
     earlier = [out / folder / "of an earlier demo" for folder in ("data", "run", "predictions")]
