@@ -111,7 +111,8 @@ def _part(name: str, seconds: float, out: Path, rehearse: bool, sanitizer: str |
         return Part(name, [[*checker, "--tool", tool, *cases] for tool in _SANITIZERS], seconds)
     results = out / f"{name}.json"
     # Measurements stop starting rows before their time is up.
-    limits = ("--minutes", f"{0.8 * seconds / 60:.3f}", "--output", str(results))
+    share = 0.65 if name == "model" else 0.8
+    limits = ("--minutes", f"{share * seconds / 60:.3f}", "--output", str(results))
     if name == "benchmark":
         command = ["tests.benchmarks.rehearse"] if rehearse else ["benchmarks", "--device", "cuda"]
         command += ["--parts", "forward", "backward", "memory"]
@@ -119,6 +120,9 @@ def _part(name: str, seconds: float, out: Path, rehearse: bool, sanitizer: str |
         command = ["tests.benchmarks.rehearse", "workspace"] if rehearse else ["benchmarks.workspace"]
     else:
         command = ["benchmarks.model", "--device", "rehearsal" if rehearse else "cuda"]
+        regular = ["benchmarks.regular", "--seconds", f"{0.05 * seconds:.0f}", "--output", str(out / "regular.json")]
+        regular += ["--device", "cpu", "--size", "32", "--batch", "1"] if rehearse else []
+        return Part(name, [[*module, *command, *limits], [*module, *regular]], seconds, results)
     return Part(name, [[*module, *command, *limits]], seconds, results)
 
 
