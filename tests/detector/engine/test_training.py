@@ -295,7 +295,7 @@ def test_endless_float16_overflow_stops_the_run():
 
 
 def test_overfitting_two_images(tmp_path, monkeypatch):
-    # Saving after each epoch of one iteration would take a third of the time.
+    # An epoch is one iteration: saving after each would take a third of the time.
     save = training.save_checkpoint
     monkeypatch.setattr(training, "save_checkpoint", lambda path, *rest: path.name == MODEL and save(path, *rest))
     write_synthetic(tmp_path / "data", train=2, val=0, size=64, deformation=0.3, seed=0)
@@ -692,7 +692,7 @@ def test_categories_of_the_two_data_sets(data, tmp_path):
 # Several processes
 
 
-# Copies of one process, which imports everything only once, and programs of their own.
+# Without torchrun, a process that has imported everything forks the two.
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
