@@ -85,6 +85,7 @@ def test_attention_keeps_locations_in_float32():
     assert output.dtype == torch.bfloat16 and (output.float() - 0.75).abs().max() < 2**-9
 
 
+@pytest.mark.slow
 def test_attention_under_autocast_and_compilation():
     layer = randomise(MSDeformAttn(16, n_levels=2, n_heads=4, n_points=3))
     arguments = attention_inputs(2)

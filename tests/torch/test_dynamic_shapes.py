@@ -63,6 +63,7 @@ def automatic_dims() -> Any:
     return {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, {0: Dim.AUTO}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [named_dims, automatic_dims])
 def test_exported_programs_take_other_sizes(dims: Callable[[], Any]):
     net = Net().eval()
@@ -74,6 +75,7 @@ def test_exported_programs_take_other_sizes(dims: Callable[[], Any]):
             torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.slow
 def test_export_with_sizes_that_depend_on_values():
     class Selecting(Net):
         def forward(self, image: Tensor, offset: Tensor, rois: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

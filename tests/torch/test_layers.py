@@ -238,6 +238,7 @@ def test_copies_compute_the_same(name: str):
         assert torch.equal(twin(*call), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS[:-2])  # pyramids select boxes by value, which fullgraph does not allow
 def test_compiled_layers(name: str):
     module, call = layers()[name]

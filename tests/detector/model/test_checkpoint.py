@@ -111,6 +111,7 @@ def test_invalid_files(model, path, tmp_path):
         refused(damaged, pattern)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_a_checkpoint_that_does_not_fit(model, path, tmp_path):
     changed = tmp_path / "changed.pth"

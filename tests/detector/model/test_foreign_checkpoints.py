@@ -207,6 +207,7 @@ def test_heads_compute_what_the_projects_compute(names, tmp_path):
     assert (drawn.bool() != paste(masks[:10], boxes[:10], SIZE)).float().mean() < 1e-4  # ties of rounding
 
 
+@pytest.mark.slow
 def test_modulated_pooling_of_mmdetection_has_a_branch_per_level(tmp_path):
     state = mdpool()
     torch.save({"state_dict": state}, tmp_path / "model.pth")

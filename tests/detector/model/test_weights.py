@@ -41,7 +41,8 @@ def save(state: dict[str, Tensor], path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors", pytest.param(".npz", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
 def test_files_leave_exactly_the_branches(state, detector, tmp_path, suffix):
     branches = {name: value.clone() for name, value in detector.state_dict().items() if "conv_offset" in name}
     missing = load_backbone(detector, str(save(state, tmp_path / f"weights{suffix}")), "resnet50")

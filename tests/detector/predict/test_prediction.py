@@ -130,6 +130,7 @@ def test_odd_shapes(picture, network, tmp_path, width, height):
         assert abs(drawn.width / drawn.height * height / width - 1) < 0.6
 
 
+@pytest.mark.slow
 def test_large_images_are_shrunk(picture, network, tmp_path, monkeypatch):
     monkeypatch.setattr(prediction_module, "LARGEST", 100)
     seen: list[tuple[int, ...]] = []
@@ -194,6 +195,7 @@ def test_threshold_and_json(picture, network, tmp_path):
         write_predictions(iter(everything), tmp_path / "file", CATEGORIES, inputs=paths)
 
 
+@pytest.mark.slow
 def test_names_that_cannot_be_drawn_or_written(picture, network, tmp_path):
     longest = "a" * 251
     paths = [picture(f"one/{longest}.png"), picture(f"two/{longest}.bmp"), picture("\x1b[31m\n.png")]

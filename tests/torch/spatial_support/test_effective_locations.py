@@ -133,6 +133,7 @@ class TestBins:
             assert bins.mask is not None
             assert torch.allclose(bins.mask, mask[0])
 
+    @pytest.mark.slow
     def test_detector(self) -> None:
         torch.manual_seed(5)
         detector = small_detector()
@@ -148,6 +149,7 @@ class TestBins:
         feature = effective_bin_locations(detector, image, ((16, 8, 72, 50), 7, "features"))
         assert not torch.equal(feature.strength, ours.strength)
 
+    @pytest.mark.slow
     def test_convolutions_of_the_box_head_have_no_location(self) -> None:
         detector = torchvision.models.detection.fasterrcnn_resnet50_fpn_v2(
             weights=None, weights_backbone=None, num_classes=4
