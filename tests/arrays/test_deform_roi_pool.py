@@ -397,6 +397,7 @@ LARGE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "C", "output_size", "schedule"),
@@ -430,6 +431,7 @@ def test_the_output_may_be_channels_last(case: RoIPoolCase, channels_last_input:
     np.testing.assert_array_equal(output, runner.forward(case))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_deterministic_input_gradient_does_not_depend_on_the_schedule(dtype: str):
     """The memory order does not matter either, but the size of the chunks does."""

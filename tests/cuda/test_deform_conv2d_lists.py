@@ -56,6 +56,7 @@ def test_equals_the_reference(mode: str, case: ConvCase, limits: ListLimits, chu
     assert_gradients(runner_of(mode, limits, chunk_bytes=chunk_bytes), case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("limits", [SHORT, ListLimits()], ids=["short limits", "default limits"])
 @pytest.mark.parametrize("D, dtype", [(1, "float32"), (2, "float16"), (1, "float64")])

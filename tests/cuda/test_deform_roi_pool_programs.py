@@ -32,6 +32,7 @@ def cases(channels_last: bool, **options: Any) -> list[RoIPoolCase]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("offset, mask", [(False, False), (True, False), (True, True)])
 def test_a_prepared_call_gives_the_same_bits(channels_last: bool, offset: bool, mask: bool):

@@ -168,6 +168,7 @@ def test_gradient_descent_in_a_scan() -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batched", [("input", "offset", "mask"), ("weight",), ("bias", "offset")])
 def test_vmap(batched: tuple[str, ...]) -> None:
     cases = [make_conv(seed=seed) for seed in range(3)]

@@ -56,6 +56,7 @@ def network(state: dict[str, Tensor], **options: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
