@@ -99,7 +99,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def build_models(config: Config, device: torch.device) -> tuple[nn.Module, nn.Module]:
     """Build the network of the preset and torchvision's, with the weights of the latter."""
-    network = config.network
+    network = config.network.resolve()
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3)
     peer = MaskRCNN(

@@ -17,10 +17,19 @@ CHUNK = 1 << 18  # characters that are read at a time
 TAIL = 1 << 15  # characters at the end of a chunk in which a list is divided
 BETWEEN = re.compile(r"\}\s*,\s*\{")
 SPACE = re.compile(r"[ \t\n\r]*")
-DECODER = json.JSONDecoder(parse_constant=lambda name: name if name == "NaN" else float(name))
 WHOLE = re.compile(r"\s*[+-]?\d{1,18}\s*", re.ASCII)
 
 Handler = Callable[[int, list[Any]], None]
+
+
+class NotANumber:
+    """NaN in a list of `read_json_lists`. It is not a float, so that nobody needs to search lists of numbers for it."""
+
+    def __repr__(self) -> str:
+        return "NaN"
+
+
+DECODER = json.JSONDecoder(parse_constant=lambda name: NotANumber() if name == "NaN" else float(name))
 
 
 def read_json(path: Path) -> Any:
@@ -40,7 +49,7 @@ def read_json_lists(path: Path, handlers: Mapping[str, Handler]) -> dict[str, in
     For each name in `handlers` that the object has as a list, call the handler with the index of the next item and some
     items, until it has received all of them. Return the lengths of these lists. Other entries are skipped.
 
-    NaN, which is not JSON but which Python writes, becomes a text, so that nobody needs to search lists for it.
+    NaN, which is not JSON but which Python writes, becomes `NotANumber`.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -88,7 +97,7 @@ def is_finite(value: object) -> bool:
 
 def is_missing(value: object) -> bool:
     """Check that a number in a list of `read_json_lists` is absent, null or NaN."""
-    return value is None or value == "NaN"
+    return value is None or isinstance(value, NotANumber)
 
 
 def whole_number(value: object) -> int | None:

@@ -149,8 +149,8 @@ def map_link(link: tuple[str, str] | None) -> mmap.mmap | None:
 
 
 def _nameless_file() -> BinaryIO:
-    """Open a file that exists until it is closed by all processes; on Linux, in memory."""
-    if sys.platform == "linux":
+    """Open a file that exists until it is closed by all processes; on Linux, in memory if possible."""
+    with contextlib.suppress(AttributeError, OSError):  # some builds of Python for Linux and some sandboxes lack it
         return open(os.memfd_create(uuid.uuid4().hex), "w+b")  # the name is in `link_to`
     return tempfile.TemporaryFile()
 

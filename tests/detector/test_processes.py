@@ -37,6 +37,15 @@ def test_results_and_errors_of_another_process(monkeypatch):
         arrays[0] += 1  # a copy can be changed
         with pytest.raises(UserError, match="refused"):
             refused()
+    # Python of conda and uv may lack `memfd_create`, as it is built for old systems.
+    monkeypatch.setattr(os, "memfd_create", Mock(side_effect=OSError))
+    for lacking in (False, True):
+        if lacking:
+            monkeypatch.delattr(os, "memfd_create")
+        with in_background(make) as result, packed_in_background(make) as packed:
+            assert np.array_equal(result()[1][0], np.arange(10.0**6))
+            spans, file = packed()
+            assert np.array_equal(unpack(spans, map_link(link_to(file)))[1][0], np.arange(10.0**6))
     for name, value in (("os.fork", Mock(side_effect=BlockingIOError)), ("CAN_COPY", False)):
         monkeypatch.setattr(f"dcnops.detector.processes.{name}", value)
         with in_background(make) as result:

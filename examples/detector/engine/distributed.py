@@ -65,8 +65,9 @@ def from_main(make: Callable[[], T]) -> T:
             memory = map_link(link)
         everywhere = all(gather_lists([memory is not None]))
     if not everywhere:
-        memory = memory if is_main() else bytearray(spans[-1][1])
-        _broadcast(torch.frombuffer(memory, dtype=torch.uint8))
+        size = spans[-1][1]  # the file is longer if a process that ended has written a part
+        memory = memory if is_main() else bytearray(size)
+        _broadcast(torch.frombuffer(memory, dtype=torch.uint8, count=size))
     assert memory is not None
     try:
         return cast("T", unpack(spans, memory))

@@ -526,6 +526,7 @@ def test_missing_and_binary_files(tmp_path):
         ("annotations", "category_id", [1]),
         ("categories", "id", 1.5),
         ("categories", "name", 3),
+        ("categories", "name", float("nan")),
     ],
 )
 def test_wrong_types_are_refused(folder, section, field, value):

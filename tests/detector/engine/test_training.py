@@ -735,6 +735,7 @@ def test_two_processes(data, tmp_path, monkeypatch, launcher):
     assert shared == 0 and sent > 80000
     assert "nothing must have" in first["refused"][0]
     assert first["refused"] == (second["refused"][0], False) and second["refused"][1]  # the first one reports it
+    assert first["ended"] == second["ended"] and "a process that reads the data ended" in first["ended"]
     assert_same_detections(first["results"], detect(build(config), images, CPU, progress=False))
     assert first["evaluated"] and not second["evaluated"]
     saved = load_checkpoint(tmp_path / "out" / MODEL)

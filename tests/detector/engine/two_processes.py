@@ -60,6 +60,11 @@ def refusal(folder: Path) -> tuple[str, bool]:
     return str(caught.value), caught.value.reported
 
 
+def ended() -> str:
+    """Return the error of a process that ends after it has written a part of its result."""
+    return message(lambda: from_main(lambda: [np.arange(10000.0), lambda: None]))
+
+
 def share_arrays() -> tuple[list[list[float]], int]:
     """Return arrays of the first process, and the number of bytes that were sent apart from objects."""
     sent, send = [], dist.broadcast
@@ -121,6 +126,7 @@ def main(folder: Path) -> None:
                 "arrays": [share_arrays(), on_another_machine(share_arrays)],
                 "made": gather_lists([from_main(os.getpid), os.getpid()]),
                 "refused": refusal(folder),
+                "ended": on_another_machine(ended),
                 "evaluated": metrics is not None,
                 "stopped": stopped,
                 "resumed": resumed.state_dict(),
