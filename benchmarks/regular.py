@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from benchmarks import environment, report
 from benchmarks.measure import time_in_turn
@@ -37,6 +38,9 @@ _LARGEST_DIFFERENCE = {"none": 1e-3, "float16": 5e-2, "bfloat16": 1e-1}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("the benchmark of the regular preset needs a GPU (or --device cpu)", file=sys.stderr)
+        return 1
     device = torch.device(options.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     config = Config(
@@ -49,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = None if options.amp == "none" else getattr(torch, options.amp)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
     with torch.no_grad(), autocast:
-        normalised, _ = ours.transform(images)  # type: ignore[operator]
-        features = [list(model.backbone(normalised.tensors).values()) for model in (ours, peer)]  # type: ignore[operator]
+        normalised, _ = ours.transform(images)
+        features = [list(model.backbone(normalised.tensors).values()) for model in (ours, peer)]
     difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*features))
     if not difference <= _LARGEST_DIFFERENCE[options.amp]:
         print(f"the features differ by {difference:.1e}", file=sys.stderr)
@@ -97,7 +101,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def build_models(config: Config, device: torch.device) -> tuple[nn.Module, nn.Module]:
+def build_models(config: Config, device: torch.device) -> tuple[GeneralizedRCNN, MaskRCNN]:
     """Build the network of the preset and torchvision's, with the weights of the latter."""
     network = config.network.resolve()
     torch.manual_seed(0)

@@ -44,3 +44,9 @@ def test_other_features_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     output = tmp_path / "regular.json"
     assert regular.main(["--device", "cpu", "--size", "8", "--output", str(output)]) == 1
     assert "the features differ by 5.0e-01" in capsys.readouterr().err and not output.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_is_named_if_there_is_none(capsys: pytest.CaptureFixture[str]):
+    assert regular.main([]) == 1
+    assert "needs a GPU (or --device cpu)" in capsys.readouterr().err

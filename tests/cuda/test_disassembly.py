@@ -117,7 +117,7 @@ def builds() -> Iterator[Any]:
                 yield pytest.param(specialisation, architecture, marks=marks, id=f"{specialisation}-{architecture}")
 
 
-@pytest.mark.parametrize(("specialisation", "architecture"), builds())
+@pytest.mark.parametrize(("specialisation", "architecture"), list(builds()))
 def test_instructions_follow_the_design(specialisation: Specialisation, architecture: int, record_property):
     text = disassemble(compile_without_spills(specialisation, architecture, record_property))
     for kernel, suffix, product in KERNELS[specialisation]:
